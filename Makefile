@@ -1,0 +1,59 @@
+# From a bare machine (Python 3.11 and pip): `make quickstart` trains, `make test` runs every check.
+# The environment is built once and then found in a moment; see tools/setup_environment.py.
+
+PYTHON      ?= $(shell command -v python3.11 || command -v python3)
+VENV        ?= .venv
+ACCELERATOR ?= auto
+MODEL       ?= models/SmolLM2-135M-Instruct
+CONFIG      ?= configs/async-grpo/quickstart.yaml
+OUTPUT      ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+# More overrides for the quickstart: make quickstart ARGS="seed=1 max_steps=8"
+ARGS        ?=
+
+RUN    := $(VENV)/bin/python
+SETUP  := $(PYTHON) tools/setup_environment.py --venv $(VENV) --accelerator $(ACCELERATOR)
+SOURCE := $(wildcard trl_ray tests tools examples benchmarks)
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart environment environment-dev test check lint types unit bench clean
+
+help:
+	@echo "make quickstart   set up, fetch a small model, train it by asynchronous GRPO"
+	@echo "make test         set up, lint, types, the whole test suite"
+	@echo "make check        lint, types, unit tests"
+	@echo "make unit         unit tests"
+	@echo "make bench        the benchmarks"
+	@echo "make clean        remove the environment, models/, caches; runs/ stays"
+
+quickstart: environment
+	@$(RUN) -c 'import pathlib, sys; sys.exit(not pathlib.Path("$(MODEL)", "generation_config.json").is_file())' \
+	    || $(RUN) examples/fetch_smollm2.py $(MODEL)
+	$(VENV)/bin/trl-ray async-grpo --config $(CONFIG) model_name_or_path=$(MODEL) output_dir=$(OUTPUT) $(ARGS)
+
+environment:
+	@$(SETUP) --extras quickstart
+
+environment-dev:
+	@$(SETUP) --extras dev,test,quickstart
+
+test: environment-dev lint types
+	$(RUN) -m pytest -q
+
+check: environment-dev lint types
+	$(RUN) -m pytest -q tests/unit
+
+lint: environment-dev
+	$(RUN) -m ruff check $(SOURCE)
+
+types: environment-dev
+	$(RUN) -m mypy
+
+unit: environment-dev
+	$(RUN) -m pytest -q tests/unit
+
+bench: environment-dev
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(RUN) $$script; done
+
+clean:
+	rm -rf $(VENV) models build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find trl_ray tests tools examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

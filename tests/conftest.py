@@ -1,0 +1,98 @@
+"""What every test shares: no network, no surprise GPU, few threads, and a Ray of its own.
+
+    environment (set before anything imports torch or Ray) -> markers -> `ray_local`: one Ray per session, on request
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).parents[1]
+
+# Child processes and Ray workers inherit all of these.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    WANDB_MODE="offline",
+    # A cluster that happens to run on this machine is none of the tests' business.
+    RAY_AUTH_MODE="token",
+    RAY_AUTH_TOKEN=os.environ.get("RAY_AUTH_TOKEN", secrets.token_hex(32)),
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_DEDUP_LOGS="0",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+)
+for name in ("RAY_ADDRESS", "RAY_JOB_ID", "RAY_NAMESPACE"):
+    os.environ.pop(name, None)
+
+# Times on a shared machine say nothing about correctness: no deadlines.
+settings.register_profile("default", deadline=None, max_examples=100)
+settings.register_profile("quick", deadline=None, max_examples=20)
+settings.register_profile(
+    "thorough", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs before torch looks for them, unless the run asks for the `gpu` marker."""
+    selected = config.option.markexpr or ""
+    if "gpu" not in selected or "not gpu" in selected:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests where GPUs are hidden."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU and -m gpu"))
+
+
+@pytest.fixture(scope="session")
+def ray_tmpdir() -> Iterator[str]:
+    """A short folder for Ray's sockets (their paths are limited to 107 characters), deleted afterwards."""
+    folder = tempfile.mkdtemp(prefix="tr-", dir="/tmp")
+    before = os.environ.get("RAY_TMPDIR")
+    os.environ["RAY_TMPDIR"] = folder
+    yield folder
+    if before is None:
+        del os.environ["RAY_TMPDIR"]
+    else:
+        os.environ["RAY_TMPDIR"] = before
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_local(ray_tmpdir: str) -> Iterator[Any]:
+    """Ray with four logical CPUs in a cluster of its own; started once per session, only if a test asks.
+
+    Yields the `ray` module. A test that stops this Ray, or calls code that does, must not use this fixture.
+    """
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=0,
+        include_dashboard=False,
+        object_store_memory=256 * 1024**2,
+        log_to_driver=False,
+        logging_level="ERROR",
+        configure_logging=False,
+        _temp_dir=ray_tmpdir,
+        # Workers import the checkout, and helpers that lie in tests/, wherever pytest was started.
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}},
+    )
+    yield ray
+    ray.shutdown()

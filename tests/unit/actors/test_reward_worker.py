@@ -1,0 +1,152 @@
+import asyncio
+import os
+import signal
+import time
+from contextlib import contextmanager
+
+import numpy as np
+
+from trl_ray.actors.reward_worker import RewardWorker
+from trl_ray.config.sections import Isolation
+from trl_ray.rewards.registry import make_spec
+from trl_ray.types import Completion, EventKind, FinishReason, Prompt, RewardErrorKind, VersionSpan
+
+PROMPT = Prompt(
+    prompt_id="2:5", token_ids=np.arange(3, dtype=np.int32), columns={"answer": "3"},
+    messages=({"role": "user", "content": "What is 1 + 2?"},),
+)
+
+
+def completion(text):
+    return Completion(
+        token_ids=np.arange(2, dtype=np.int32), logprobs=np.zeros(2, np.float32), text=text,
+        versions=(VersionSpan(version=0, start=0, end=2),), finish_reason=FinishReason.STOP,
+    )
+
+
+@contextmanager
+def worker(*functions, isolation=Isolation.PROCESS, timeout_s=20.0, weights=None):
+    made = RewardWorker(
+        functions=[make_spec(function) for function in functions], weights=weights, timeout_s=timeout_s,
+        isolation=isolation, name="reward-0",
+    )
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def slow(completions, **columns):
+    import os
+    import time
+
+    time.sleep(0.4)
+    return [float(os.getpid())] * len(completions)
+
+
+def score(made, *texts):
+    return made.score(PROMPT, [completion(text) for text in texts])
+
+
+def test_a_group_is_scored_in_a_process_of_its_own_and_inline_alike():
+    for isolation in Isolation:
+        with worker("arithmetic", slow, weights=[2.0, 0.0], isolation=isolation) as made:
+            scored = asyncio.run(score(made, "3", "4", "three"))
+            assert [reward.total for reward in scored.rewards] == [2.0, 1.0, 0.0]
+            inline = scored.rewards[0].parts["slow"] == os.getpid()
+            assert inline == (isolation is Isolation.INLINE)
+
+
+def test_overlapping_calls_queue_and_each_gets_its_own_answer():
+    async def run(made):
+        return await asyncio.gather(*(score(made, text) for text in ("3", "4", "x")))
+
+    with worker("arithmetic") as made:
+        assert [scored.rewards[0].total for scored in asyncio.run(run(made))] == [1.0, 0.5, 0.0]
+        assert (made.health().progress, len(made.drain().spans)) == (3, 3)
+
+
+def test_health_is_answered_while_a_function_runs():
+    async def run(made):
+        await score(made, "x")
+        task = asyncio.ensure_future(score(made, "x"))
+        await asyncio.sleep(0.2)
+        during = made.health()
+        await task
+        return during, made.health()
+
+    with worker(slow) as made:
+        during, after = asyncio.run(run(made))
+        assert (during.progress, after.progress) == (1, 2)
+        assert time.time() - 60 < during.busy_since < time.time() and after.busy_since is None
+        assert during.pid == os.getpid()
+
+
+def test_a_child_killed_under_way_fails_that_group_and_the_next_one_is_scored():
+    async def run(made):
+        pid = int((await score(made, "x")).rewards[0].total)
+        task = asyncio.ensure_future(score(made, "x"))
+        await asyncio.sleep(0.2)
+        os.kill(pid, signal.SIGKILL)
+        return await task, await score(made, "x")
+
+    with worker(slow) as made:
+        killed, after = asyncio.run(run(made))
+        assert killed.failure.kind is RewardErrorKind.CRASH and "SIGKILL" in killed.failure.detail
+        assert after.failure is None
+
+
+def test_an_idle_child_that_was_killed_is_replaced_unnoticed():
+    async def run(made):
+        pid = int((await score(made, "x")).rewards[0].total)
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.sleep(0.2)
+        return pid, await score(made, "x")
+
+    with worker(slow) as made:
+        pid, after = asyncio.run(run(made))
+        assert after.rewards[0].total not in (None, pid)
+
+
+def test_a_failure_becomes_an_event_once_and_is_not_retried(tmp_path):
+    calls = tmp_path / "calls"
+
+    def broken(completions, **columns):
+        with open(calls, "a") as file:
+            file.write("x")
+        raise ValueError("boom")
+
+    with worker(broken) as made:
+        scored = asyncio.run(score(made, "x"))
+        assert (scored.failure.kind, calls.read_text()) == (RewardErrorKind.EXCEPTION, "x")
+        [event] = made.drain().events
+        assert (event.kind, event.actor) == (EventKind.REWARD_FAILED, "reward-0")
+        assert (event.detail["kind"], event.detail["prompt_id"]) == ("exception", "2:5")
+        assert "boom" in event.detail["detail"]
+        assert made.drain().events == []
+
+
+def test_a_hang_is_cut_short_and_the_group_behind_it_is_scored():
+    def hang(completions, **columns):
+        import time
+
+        time.sleep(3600 if "hang" in str(completions) else 0)
+        return [1.0]
+
+    async def run(made):
+        return await asyncio.gather(score(made, "hang"), score(made, "fine"))
+
+    with worker(hang, timeout_s=1.0) as made:
+        first, second = asyncio.run(run(made))
+        assert (first.failure.kind, second.rewards[0].total) == (RewardErrorKind.TIMEOUT, 1.0)
+
+
+def test_close_answers_what_is_queued_and_may_be_called_twice():
+    async def run(made):
+        tasks = [asyncio.ensure_future(score(made, "x")) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(made.close)
+        return await asyncio.gather(*tasks)
+
+    with worker(slow) as made:
+        assert [scored.failure.kind for scored in asyncio.run(run(made))] == [RewardErrorKind.CRASH] * 2

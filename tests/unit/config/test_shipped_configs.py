@@ -1,0 +1,48 @@
+"""Every file under configs/ loads as a configuration of the pipeline its folder is named after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trl_ray.config.base import Section
+from trl_ray.config.grpo import AsyncGRPOConfig, GRPOConfig
+from trl_ray.config.load import build, dump_yaml, load_config, parse_yaml
+
+ROOT = Path(__file__).parents[3]
+FILES = sorted((ROOT / "configs").rglob("*.y*ml"))
+CONFIGS: dict[str, type[Section]] = {"grpo": GRPOConfig, "async-grpo": AsyncGRPOConfig}
+
+
+def load_shipped(path: Path) -> Section:
+    return load_config(CONFIGS[path.parent.name], path)
+
+
+def test_the_quickstart_is_shipped() -> None:
+    assert ROOT / "configs/async-grpo/quickstart.yaml" in FILES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_shipped_config_loads_and_its_resolved_form_loads_to_the_same(path: Path) -> None:
+    config = load_shipped(path)
+    assert build(type(config), parse_yaml(dump_yaml(config), source="resolved")) == config
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_shipped_config_writes_into_a_run_directory_of_its_own(path: Path) -> None:
+    output_dirs = [load_shipped(other).output_dir for other in FILES]  # type: ignore[attr-defined]
+    assert output_dirs.count(load_shipped(path).output_dir) == 1  # type: ignore[attr-defined]
+
+
+def test_the_quickstart_takes_eight_groups_of_eight_and_runs_at_most_two_steps_ahead() -> None:
+    config = load_config(AsyncGRPOConfig, ROOT / "configs/async-grpo/quickstart.yaml")
+    assert (config.groups_per_step, config.num_generations) == (8, 8)
+    assert (config.staleness_bound, config.slots) == (2, 24)
+
+
+def test_the_synchronous_quickstart_differs_from_the_asynchronous_one_only_in_staleness_and_output() -> None:
+    sync = load_config(GRPOConfig, ROOT / "configs/grpo/quickstart.yaml").model_dump()
+    asynchronous = load_config(AsyncGRPOConfig, ROOT / "configs/async-grpo/quickstart.yaml").model_dump()
+    different = {key for key in asynchronous if key not in sync or sync[key] != asynchronous[key]}
+    assert different == {"pipeline", "output_dir", "max_staleness", "max_look_ahead", "adaptive_slots"}

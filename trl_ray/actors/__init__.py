@@ -1,0 +1,1 @@
+"""Plain classes that become actors: learner, rollout worker, reward worker, rollout queue."""

@@ -1,0 +1,44 @@
+"""Calls that outlast a restart of the actor they go to."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from trl_ray.errors import ActorLostError, DeadlineError
+from trl_ray.types import Handle
+
+_PAUSE_S = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long a caller waits."""
+
+    deadline_s: float
+    """Seconds for one try."""
+    total_s: float
+    """Seconds over all tries."""
+
+
+async def call_patiently(handle: Handle, method: str, patience: Patience, /, **kwargs: Any) -> Any:
+    """Call an idempotent method, again and again while its actor is being restarted.
+
+    Args:
+        handle: the actor.
+        method: must give the same answer when it is called twice: an answer may have been lost.
+        patience: for one try and for all.
+
+    Raises:
+        ActorLostError, DeadlineError: of the last try, when patience has run out.
+    """
+    end = time.monotonic() + patience.total_s
+    while True:
+        try:
+            return await handle.call(method, deadline_s=patience.deadline_s, **kwargs)
+        except (ActorLostError, DeadlineError):
+            if time.monotonic() >= end:
+                raise
+            await asyncio.sleep(_PAUSE_S)

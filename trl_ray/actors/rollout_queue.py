@@ -1,0 +1,453 @@
+"""The rollout queue: the one authority over which group is where, between prompt source, workers and learner.
+
+    prompts -> admit -> lease -> [rollout worker] -> commit -> take -> [learner] -> trained -> release -> slots free
+
+`wait_for_slots`, `lease` and `take` are long-polls: they answer as soon as there is something, at the latest
+after their deadline, then with nothing. Every other call answers at once. All state lies in the journal, so the
+process may be killed at any time; a restart finds leases, finished groups and steps as they were.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from trl_ray.actors.rollout_codec import decode_group, decode_prompt, encode_group, encode_prompt
+from trl_ray.buffer.durable import DurableLedger
+from trl_ray.buffer.entry import BufferRules, Change, ChangeKind, LedgerSnapshot, Outcome, WaitingGroup
+from trl_ray.buffer.journal import lock_path
+from trl_ray.types import (
+    ActorReport,
+    DropReason,
+    Event,
+    EventKind,
+    FinishReason,
+    GroupTicket,
+    Health,
+    Prompt,
+    RolloutGroup,
+)
+
+T = TypeVar("T")
+
+_LOCK_PATIENCE_S = 5.0
+"""A killed predecessor may still be giving up its lock."""
+
+
+class RolloutQueue:
+    """Ledger, slots, controller and journal behind long-polls.
+
+        queue = RolloutQueue(journal_path=..., groups_per_step=8, max_staleness=2, ..., incarnation="job-1")
+        await queue.admit(prompts=prompts, version=0)                       # the prompt source
+        tickets = await queue.lease(worker="rollout-0", capacity=4, wait_s=10)   # a worker
+        await queue.commit(group=group)
+        groups = await queue.take(n=8, step=1, wait_s=60)               # the pipeline
+        await queue.trained(step=1); await queue.release(step=1, wait_s=0.1, step_s=2.0)
+
+    NOTE: every call with effect may be repeated after a lost answer; the second time changes nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        journal_path: str,
+        groups_per_step: int,
+        max_staleness: int,
+        incarnation: str,
+        lease_s: float,
+        drop_zero_variance: bool,
+        mask_truncated: bool,
+        adaptive_slots: bool,
+        window: int = 1,
+        max_attempts: int = 3,
+        resume_from_step: int | None = None,
+        resume_version: int | None = None,
+        name: str = "rollout_queue",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Rebuild from the journal, or begin one.
+
+        Args:
+            journal_path: the file; a lock and a temporary file lie beside it.
+            groups_per_step: P.
+            max_staleness: S, in weight versions.
+            incarnation: one name per submission of the job. With the name the journal already knows this is a
+                restart of the process; with a new one it is a resume, and needs `resume_from_step`.
+            lease_s: seconds a worker may go without renewing.
+            drop_zero_variance: drop groups whose rewards are all equal.
+            mask_truncated: whether the loss masks completions that were cut off; a group of nothing else is dropped.
+            adaptive_slots: whether the controller moves the number of slots in use.
+            window: W; up to W-1 younger groups may overtake a straggler.
+            max_attempts: how often a group is tried in all.
+            resume_from_step: step of the checkpoint to go back to; applied once per incarnation.
+            resume_version: weight version of that checkpoint; None means the step.
+            name: how events name this actor.
+            clock: seconds since the epoch.
+
+        Raises:
+            ValueError: a rule is out of its range.
+            JournalError: the journal is locked, damaged, of another run, or does not reach the step to resume.
+        """
+        rules = BufferRules(
+            groups_per_step=groups_per_step,
+            max_staleness=max_staleness,
+            window=window,
+            max_attempts=max_attempts,
+            lease_s=lease_s,
+            adaptive_slots=adaptive_slots,
+            # Without staleness a resumed run repeats itself bit for bit, so the engine must see the same requests in
+            # the same company: everything after the checkpoint is generated again.
+            reuse_finished=max_staleness > 0,
+        )
+        self._drop_zero_variance = drop_zero_variance
+        self._mask_truncated = mask_truncated
+        self._name = name
+        self._clock = clock
+        self._events: list[Event] = []
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._progress = 0
+        self._closed = False
+        _wait_for_lock(journal_path)
+        self._store = DurableLedger(
+            path=journal_path,
+            rules=rules,
+            incarnation=incarnation,
+            now=clock(),
+            resume_from_step=resume_from_step,
+            resume_version=resume_version,
+        )
+        self._limit = self._store.slots.limit
+        if self._store.journal.truncated_bytes:
+            self._event(EventKind.WARNING, truncated_bytes=self._store.journal.truncated_bytes, path=journal_path)
+
+    # ---- the prompt source -------------------------------------------------------------------------------
+
+    async def wait_for_slots(self, *, wait_s: float) -> int:
+        """How many groups may be admitted now; 0 when the deadline passed without a free slot."""
+        return await self._poll(lambda: self._store.slots.free, 0, wait_s)
+
+    async def admit(self, *, prompts: Sequence[Prompt], version: int) -> list[int]:
+        """Issue one group per prompt, all of them at once, and return their ids in the given order.
+
+        A prompt id that was admitted before keeps its group.
+
+        Raises:
+            DataError: a prompt holds something that cannot be stored; nothing was admitted.
+        """
+        blobs = [encode_prompt(prompt) for prompt in prompts]
+        names = [prompt.prompt_id for prompt in prompts]
+        ids = self._store.admit(prompt_ids=names, prompts=blobs, version=version, now=self._clock())
+        return self._done(ids)
+
+    async def next_ordinal(self) -> int:
+        """How many prompts were ever admitted: where the prompt source goes on after a restart."""
+        return self._store.next_ordinal
+
+    # ---- the workers -------------------------------------------------------------------------------------
+
+    async def lease(
+        self, *, worker: str, capacity: int, wait_s: float, holding: Sequence[tuple[int, int]] | None = None
+    ) -> list[GroupTicket]:
+        """Up to `capacity` groups to generate, oldest first; [] when `wait_s` passed without any.
+
+        Args:
+            worker: who asks.
+            capacity: how many it can start now.
+            wait_s: seconds of the long poll.
+            holding: (group_id, attempt) of everything it works on. A lease of its own that is not among them was in
+                an answer that got lost: the group is issued again at once instead of when the lease expires.
+        """
+
+        def attempt() -> list[GroupTicket]:
+            now = self._clock()
+            self._store.expire(now=now)
+            keys = self._store.lease(worker=worker, count=capacity, now=now)
+            return [
+                GroupTicket(
+                    group_id=key.group_id,
+                    attempt=key.attempt,
+                    prompt=decode_prompt(self._store.prompt(key.group_id)),
+                    admitted_at_version=key.version,
+                )
+                for key in keys
+            ]
+
+        nothing: list[GroupTicket] = []
+        self._forget_unheld(worker, holding)
+        tickets = await self._poll(attempt, nothing, wait_s)
+        return self._done(tickets) if tickets else tickets
+
+    def _forget_unheld(self, worker: str, holding: Sequence[tuple[int, int]] | None) -> None:
+        if holding is None:
+            return
+        held = {(group_id, attempt) for group_id, attempt in holding}
+        for key in self._store.ledger.leases_of(worker):
+            if key not in held:
+                because = "leased in an answer that got lost"
+                self._done(self._store.fail(group_id=key[0], attempt=key[1], because=because, now=self._clock()))
+
+    async def renew(self, *, worker: str, keys: Sequence[tuple[int, int]]) -> int:
+        """Extend the worker's leases on these (group_id, attempt); how many still stand."""
+        return self._store.renew(worker=worker, keys=keys, now=self._clock())
+
+    async def generated(self, *, group_id: int, attempt: int) -> Outcome:
+        """All completions of the attempt exist; its rewards are outstanding."""
+        return self._done(self._store.generated(group_id=group_id, attempt=attempt, now=self._clock()))
+
+    async def commit(self, *, group: RolloutGroup) -> Outcome:
+        """The group is finished: it becomes ready, or is dropped when there is nothing to learn from it.
+
+        Raises:
+            DataError: the group contradicts itself or cannot be stored; its state is unchanged.
+        """
+        payload = encode_group(group)
+        group_id, attempt, now = group.ticket.group_id, group.ticket.attempt, self._clock()
+        reason = self._nothing_to_learn(group)
+        if reason is not None:
+            because = f"worker {group.worker} committed it"
+            outcome = self._store.drop(group_id=group_id, attempt=attempt, reason=reason, because=because, now=now)
+        else:
+            outcome = self._store.commit(
+                group_id=group_id,
+                attempt=attempt,
+                min_version=group.min_version,
+                max_version=group.max_version,
+                payload=payload,
+                now=now,
+            )
+        return self._done(outcome)
+
+    def _nothing_to_learn(self, group: RolloutGroup) -> DropReason | None:
+        if self._mask_truncated and all(c.finish_reason is not FinishReason.STOP for c in group.completions):
+            return DropReason.TRUNCATED
+        totals = {reward.total for reward in group.rewards if reward.total is not None}
+        if self._drop_zero_variance and len(totals) <= 1:
+            return DropReason.ZERO_VARIANCE
+        return None
+
+    async def fail(
+        self,
+        *,
+        group_id: int,
+        attempt: int,
+        detail: str,
+        drop: DropReason | None = None,
+        exhausted: DropReason = DropReason.RETRIES_EXHAUSTED,
+    ) -> Outcome:
+        """The attempt failed: issue it again, or drop it.
+
+        Args:
+            group_id: the group.
+            attempt: the attempt that failed.
+            detail: what happened, for the event log.
+            drop: drop the group now, for this reason; None tries again up to `max_attempts`.
+            exhausted: the reason recorded when that was the last attempt.
+        """
+        now = self._clock()
+        if drop is None:
+            outcome = self._store.fail(group_id=group_id, attempt=attempt, because=detail, exhausted=exhausted, now=now)
+        else:
+            outcome = self._store.drop(group_id=group_id, attempt=attempt, reason=drop, because=detail, now=now)
+        return self._done(outcome)
+
+    async def lose_worker(self, *, worker: str) -> list[int]:
+        """The worker is gone: issue what it held again (or drop it after `max_attempts`); the groups' ids."""
+        return self._done(self._store.lose_worker(worker=worker, now=self._clock()))
+
+    async def expire(self) -> list[int]:
+        """Take back every lease that has run out; the groups' ids."""
+        return self._done(self._store.expire(now=self._clock()))
+
+    # ---- the learner's side ------------------------------------------------------------------------------
+
+    async def take(self, *, n: int, step: int, wait_s: float) -> list[RolloutGroup]:
+        """The `n` groups of `step`, by ascending group id; [] when the deadline passed before they were ready.
+
+        Asking again for the same step answers the same groups.
+
+        Raises:
+            JournalError: the journal no longer holds a group intact.
+        """
+
+        def attempt() -> list[int]:
+            now = self._clock()
+            if not self._store.ledger.groups_of(step):
+                self._store.drop_stale(now=now)
+            return self._store.take(count=n, step=step, now=now)
+
+        nothing: list[int] = []
+        taken = await self._poll(attempt, nothing, wait_s)
+        if taken:
+            self._done(None)
+        return [decode_group(self._store.payload(group_id)) for group_id in taken]
+
+    async def trained(self, *, step: int) -> Outcome:
+        """The learner has finished `step`; the slots of its groups stay charged."""
+        return self._done(self._store.trained(step=step, now=self._clock()))
+
+    async def skip(self, *, step: int) -> Outcome:
+        """The learner met numbers that are not finite and left the weights alone: the step's groups are dropped."""
+        return self._done(self._store.skip(step=step, now=self._clock()))
+
+    async def release(self, *, step: int, wait_s: float, step_s: float) -> Outcome:
+        """Every engine has pulled the weights of `step`: free the slots of what was trained up to it.
+
+        Args:
+            step: the step whose weights were pulled.
+            wait_s: seconds the learner waited for the step's groups.
+            step_s: seconds the whole step took, the wait included.
+        """
+        return self._done(self._store.release(step=step, wait_s=wait_s, step_s=step_s))
+
+    async def checkpoint(self, *, step: int) -> None:
+        """A complete checkpoint of `step` is on disk: forget what it settled, and compact the journal durably.
+
+        NOTE: call it after the checkpoint is whole. Steps before the last one given here cannot be restored.
+        """
+        self._store.checkpoint(step=step)
+        self._done(None)
+
+    async def restore(self, *, step: int, mark: str, version: int | None = None) -> bool:
+        """The learner went back to the checkpoint of `step`: so does the ledger, once per `mark`.
+
+        NOTE: engines must hold the checkpoint's weights before they lease again.
+
+        Raises:
+            JournalError: the ledger no longer knows what `step` had trained.
+        """
+        return self._done(self._store.restore(step=step, version=version, mark=mark, now=self._clock()))
+
+    async def finish(self) -> LedgerSnapshot:
+        """The run has reached its last step: drop whatever is still on its way; the final balance."""
+        self._done(self._store.finish(now=self._clock()))
+        return self._store.snapshot()
+
+    def close(self, *, reason: str = "the run is over") -> None:
+        """Give up the journal and answer every long-poll with nothing; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._event(EventKind.WAITING, closed=reason, polls_ended=len(self._waiters))
+            self._store.close()
+            self._wake()
+
+    # ---- looking in --------------------------------------------------------------------------------------
+
+    async def waiting_on(self, *, n: int) -> list[WaitingGroup]:
+        """Of the `n` oldest groups not yet taken, those that are not ready: state, holder, since when."""
+        return self._store.waiting_on(count=n)
+
+    async def describe_wait(self, *, n: int) -> str:
+        """What a step of `n` groups waits for, as one sentence for a stall message."""
+        now = self._clock()
+        named = [
+            f"group {g.group_id} (attempt {g.attempt}) {g.state.value}"
+            + (f" by {g.worker}" if g.worker else "")
+            + f" for {now - g.since:.1f} s"
+            for g in self._store.waiting_on(count=n)
+        ]
+        live = self._store.snapshot().live
+        missing = n - sum(count for state, count in live.items() if state != "taken")
+        if missing > 0:
+            named.append(f"{missing} groups that were never admitted ({self._store.slots.free} slots are free)")
+        return "waiting for " + "; ".join(named) if named else "waiting for nothing: every group is ready"
+
+    async def snapshot(self) -> LedgerSnapshot:
+        """The balance now: what ledger.json shows."""
+        return self._store.snapshot()
+
+    async def slots(self) -> int:
+        """How many slots admission may fill now."""
+        return self._store.slots.limit
+
+    async def check(self) -> None:
+        """Prove the balance by counting again.
+
+        Raises:
+            AssertionError: it does not hold.
+        """
+        self._store.check()
+
+    async def drain(self) -> ActorReport:
+        """Events since the last call, for the driver."""
+        return ActorReport(events=tuple(await self.drain_events()))
+
+    async def drain_events(self) -> list[Event]:
+        """What happened since the last call, oldest first."""
+        self._gather_changes()
+        events, self._events = self._events, []
+        return events
+
+    def health(self) -> Health:
+        """For the supervisor: the queue must be restarted once its journal could not be written."""
+        return Health(pid=os.getpid(), progress=self._progress, busy_since=None, problem=self._store.problem)
+
+    # ---- inside ------------------------------------------------------------------------------------------
+
+    def _done(self, answer: T) -> T:
+        """After a call with effect: count it, note what it caused, wake the long-polls, and answer."""
+        self._progress += 1
+        self._gather_changes()
+        self._wake()
+        return answer
+
+    async def _poll(self, attempt: Callable[[], T], nothing: T, wait_s: float) -> T:
+        """Answer the first thing that is there, or nothing at the deadline.
+
+        Waits for: any call with effect (`_done` wakes all waiters) or the deadline.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + wait_s
+        while not self._closed:
+            answer = attempt()
+            left = end - loop.time()
+            if answer or left <= 0:
+                return answer
+            woken = loop.create_future()
+            self._waiters.add(woken)
+            try:
+                await asyncio.wait([woken], timeout=left)
+            finally:
+                self._waiters.discard(woken)
+        return nothing
+
+    def _wake(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _gather_changes(self) -> None:
+        for change in self._store.changes:
+            self._event_of(change)
+        self._store.changes.clear()
+        if self._store.slots.limit != self._limit:
+            self._event(EventKind.SLOTS, before=self._limit, after=self._store.slots.limit)
+            self._limit = self._store.slots.limit
+
+    def _event_of(self, change: Change) -> None:
+        key = {"group_id": change.group_id, "attempt": change.attempt, "worker": change.worker}
+        if change.because == "expired":
+            self._event(EventKind.LEASE_EXPIRED, **key)
+        if change.kind is ChangeKind.REISSUED:
+            self._event(EventKind.GROUP_REISSUED, **key, because=change.because)
+        elif change.reason is not None:
+            self._event(EventKind.GROUP_DROPPED, **key, because=change.because, reason=change.reason.value)
+
+    def _event(self, kind: EventKind, **detail: object) -> None:
+        self._events.append(Event(kind=kind, actor=self._name, time=self._clock(), detail=detail))
+
+
+def _wait_for_lock(journal_path: str) -> None:
+    """Give a killed predecessor time to die; whether the lock is free is for the journal to decide."""
+    path = lock_path(journal_path)
+    end = time.monotonic() + _LOCK_PATIENCE_S
+    while path.exists() and time.monotonic() < end:
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                time.sleep(0.05)

@@ -1,0 +1,356 @@
+"""Generates groups: pulls tickets as its engine has room, has them scored, and commits them.
+
+    RolloutQueue.lease --> RolloutWorker --> Engine (thread) --> completions
+                                 |                                   |
+    RolloutQueue.commit <--------+-------- RewardWorker.score <------+     (generation of others goes on)
+
+A worker that asks only for what it can start balances the load by itself: a faster engine asks more often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trl_ray.actors.calling import Patience, call_patiently
+from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
+from trl_ray.engines.factory import create_engine
+from trl_ray.engines.thread import EngineThread
+from trl_ray.errors import ActorLostError, DeadlineError, EngineError, RunError, WeightError
+from trl_ray.types import (
+    ActorReport,
+    Canary,
+    Completion,
+    DropReason,
+    GenerationRequest,
+    GroupTicket,
+    Handle,
+    Health,
+    Prompt,
+    Reward,
+    RolloutGroup,
+    SamplingParams,
+    ScoredGroup,
+    Span,
+    WeightPayload,
+)
+
+_POLL_S = 5.0
+CALL = Patience(deadline_s=30.0, total_s=120.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullReport:
+    """What a worker really runs after a weight pull."""
+
+    version: int
+    checksum: str
+    seconds: float
+    canary_mean: float | None = None
+    """Mean |learner - engine| log-prob over the canary tokens, in nats; None when no canary came along."""
+    canary_max: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EvaluatedPrompt:
+    """One held-out prompt, answered and scored."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    scored: ScoredGroup
+
+
+class RolloutWorker:
+    """One inference engine and the loop that keeps it busy.
+
+    Protocol in use::
+
+        worker = RolloutWorker(name="rollout-0", ...)
+        await worker.pull(payload, canary)      # weights first
+        await worker.start()                    # then work, until `close`
+
+    NOTE: a worker whose engine failed never touches the ledger again; its leases are given to others.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        model: ModelConfig,
+        rollout: RolloutConfig,
+        generation: GenerationConfig,
+        seed: int,
+        max_model_len: int,
+        canary_tolerance: float,
+        queue: Handle,
+        rewards: Sequence[Handle],
+    ) -> None:
+        """Start the engine; takes as long as loading the model does."""
+        self._name, self._queue, self._rewards = name, queue, tuple(rewards)
+        self._rollout, self._generation, self._seed = rollout, generation, seed
+        self._canary_tolerance = canary_tolerance
+        self._sampling = sampling_params(generation)
+        self._engine = open_engine(model=model, rollout=rollout, max_model_len=max_model_len, seed=seed)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._in_flight: dict[tuple[int, int], float] = {}
+        self._scoring = [0] * len(self._rewards)
+        self._loop_task: asyncio.Task[None] | None = None
+        self._problem: str | None = None
+        self._progress = 0
+        self._spans: list[Span] = []
+
+    async def start(self) -> None:
+        """Begin to lease and generate."""
+        if self._loop_task is None:
+            self._loop_task = asyncio.create_task(self._guard(self._work()), name=f"{self._name} work")
+
+    async def pull(self, payload: WeightPayload, canary: Canary | None = None) -> PullReport:
+        """Replace the engine's weights; requests in flight go on under the new ones.
+
+        Raises:
+            WeightError: the weights do not fit, were damaged, or the canary sang.
+            EngineError: loading failed half-way.
+        """
+        begin = time.time()
+        try:
+            await asyncio.to_thread(self._load, payload)
+            report = await asyncio.to_thread(self._prove, payload, canary, begin)
+        except (WeightError, EngineError) as error:
+            self._problem = str(error)
+            raise
+        self._progress += 1
+        self._span("pull", begin)
+        return report
+
+    async def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> list[EvaluatedPrompt]:
+        """Answer and score held-out prompts, one completion each, beside the work in flight.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        requests = [
+            self._request(f"eval-{seed}-{index}", prompt, n=1, seed=_mix(seed, index))
+            for index, prompt in enumerate(prompts)
+        ]
+        futures = self._engine.submit(requests)
+        results = [await asyncio.wrap_future(future) for future in futures]
+        scored = await asyncio.gather(
+            *(self._score(prompt, result) for prompt, result in zip(prompts, results, strict=True))
+        )
+        return [
+            EvaluatedPrompt(prompt=prompt, completions=result, scored=score)
+            for prompt, result, score in zip(prompts, results, scored, strict=True)
+        ]
+
+    def health(self) -> Health:
+        """Answer a probe."""
+        identity = self._engine.version
+        return Health(
+            pid=os.getpid(),
+            progress=self._progress,
+            busy_since=min(self._in_flight.values(), default=None),
+            version=identity.version,
+            checksum=identity.checksum,
+            problem=self._problem,
+        )
+
+    def drain(self) -> ActorReport:
+        """Hand over the spans gathered since the last call."""
+        spans, self._spans = self._spans, []
+        return ActorReport(spans=tuple(spans))
+
+    def close(self) -> None:
+        """Stop working and free the engine."""
+        for task in (self._loop_task, *self._tasks):
+            if task is not None:
+                task.cancel()
+        self._engine.close()
+
+    async def _work(self) -> None:
+        """The worker's loop.
+
+        consumes: tickets of the queue. produces: one `_finish` task per ticket.
+        waits for: room in the engine, then tickets. unblocked by: a finished group, an admission to the queue.
+        """
+        renewed = time.monotonic()
+        while True:
+            capacity = self._capacity()
+            if capacity == 0:
+                await asyncio.wait(self._tasks, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                tickets: list[GroupTicket] = await self._ask(
+                    "lease", worker=self._name, capacity=capacity, holding=list(self._in_flight), wait_s=_POLL_S
+                )
+                self._begin(tickets)
+            if self._in_flight and time.monotonic() - renewed > self._rollout.lease_s / 4:
+                await self._ask("renew", worker=self._name, keys=list(self._in_flight))
+                renewed = time.monotonic()
+
+    def _capacity(self) -> int:
+        """Groups that the engine can start now; at least one while it is idle."""
+        generating = self._engine.in_flight
+        free = (self._engine.max_num_seqs - generating) // self._generation.num_generations
+        return max(free, 1 if generating == 0 else 0)
+
+    def _begin(self, tickets: Sequence[GroupTicket]) -> None:
+        """Give all tickets of one lease to the engine together, so that the batch is the same in every run."""
+        requests = [
+            self._request(
+                f"{ticket.group_id}.{ticket.attempt}",
+                ticket.prompt,
+                n=self._generation.num_generations,
+                seed=_mix(self._seed, ticket.group_id),
+            )
+            for ticket in tickets
+        ]
+        now = time.time()
+        for ticket, future in zip(tickets, self._engine.submit(requests), strict=True):
+            self._in_flight[ticket.group_id, ticket.attempt] = now
+            task = asyncio.create_task(self._guard(self._finish(ticket, future)), name=f"group {ticket.group_id}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _finish(self, ticket: GroupTicket, future: Future[tuple[Completion, ...]]) -> None:
+        """Wait for one group's completions, have them scored, commit or fail."""
+        key = {"group_id": ticket.group_id, "attempt": ticket.attempt}
+        began = self._in_flight[ticket.group_id, ticket.attempt]
+        try:
+            completions = await asyncio.wrap_future(future)
+            generated = self._span("generate", began)
+            await self._ask("generated", **key)
+            scored = await self._score(ticket.prompt, completions)
+            span = self._span("score", generated.end)
+            if scored.failure is not None:
+                await self._fail(ticket, scored)
+                return
+            group = RolloutGroup(
+                ticket=ticket, completions=completions, rewards=scored.rewards, worker=self._name,
+                spans=(generated, span), metrics=scored.metrics,
+            )
+            await self._ask("commit", group=group)
+            self._progress += 1
+        finally:
+            self._in_flight.pop((ticket.group_id, ticket.attempt), None)
+
+    async def _fail(self, ticket: GroupTicket, scored: ScoredGroup) -> None:
+        """Give a group back whose rewards failed: infrastructure or user code never becomes a reward of 0."""
+        assert scored.failure is not None
+        failure = scored.failure
+        detail = f"reward {failure.function} ({failure.kind}): {failure.detail}"
+        await self._ask(
+            "fail", group_id=ticket.group_id, attempt=ticket.attempt, detail=detail,
+            exhausted=DropReason.REWARD_FAILED,
+        )
+
+    async def _score(self, prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
+        """Score on the reward worker with the least to do, waiting out its restart if need be."""
+        index = min(range(len(self._rewards)), key=self._scoring.__getitem__)
+        self._scoring[index] += 1
+        try:
+            patience = Patience(deadline_s=self._rollout.lease_s, total_s=self._rollout.lease_s)
+            scored: ScoredGroup = await call_patiently(
+                self._rewards[index], "score", patience, group_prompt=prompt, completions=tuple(completions)
+            )
+        finally:
+            self._scoring[index] -= 1
+        return scored
+
+    async def _ask(self, method: str, /, **kwargs: Any) -> Any:
+        return await call_patiently(self._queue, method, CALL, **kwargs)
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        """Turn the failure of a task into a problem that the next probe reports."""
+        try:
+            await work
+        except (RunError, ActorLostError, DeadlineError) as error:
+            self._problem = self._problem or str(error)
+
+    def _request(self, request_id: str, prompt: Prompt, *, n: int, seed: int) -> GenerationRequest:
+        return GenerationRequest(
+            request_id=request_id, prompt_ids=prompt.token_ids, n=n, sampling=self._sampling, seed=seed
+        )
+
+    def _load(self, payload: WeightPayload) -> None:
+        self._engine.pause()
+        self._engine.load_weights(payload)
+        self._engine.resume()
+
+    def _prove(self, payload: WeightPayload, canary: Canary | None, begin: float) -> PullReport:
+        """Compare engine and learner on the canary prompt."""
+        identity = self._engine.version
+        if identity != payload.identity:
+            raise WeightError(f"{self._name} must run {payload.identity} after its pull, but runs {identity}.")
+        mean = worst = None
+        if canary is not None:
+            if canary.version != identity.version:
+                raise WeightError(f"a canary of version {canary.version} cannot prove version {identity.version}.")
+            scored = self._engine.score([canary.token_ids], deadline_s=self._rollout.hang_deadline_s)[0]
+            difference = np.abs(scored.astype(np.float64) - canary.logprobs)
+            mean, worst = float(difference.mean()), float(difference.max())
+            # "not <=" so that NaN sings too.
+            if not mean <= self._canary_tolerance:
+                raise WeightError(
+                    f"after pulling version {identity.version}, {self._name} must agree with the learner on the canary "
+                    f"prompt within {self._canary_tolerance:g} nats on average, but differs by {mean:.4g} (worst "
+                    f"{worst:.4g}). Its engine does not run the weights it reports."
+                )
+        return PullReport(
+            version=identity.version, checksum=identity.checksum, seconds=time.time() - begin,
+            canary_mean=mean, canary_max=worst,
+        )
+
+    def _span(self, name: str, begin: float) -> Span:
+        span = Span(actor=self._name, name=name, start=begin, end=time.time())
+        self._spans.append(span)
+        return span
+
+
+def open_engine(*, model: ModelConfig, rollout: RolloutConfig, max_model_len: int, seed: int) -> EngineThread:
+    """The engine that the options ask for, ready to generate."""
+    assert model.model_name_or_path is not None, "the model was checked before any actor was started"
+    return create_engine(
+        rollout.engine.value,
+        model=model.model_name_or_path,
+        dtype=(rollout.dtype or model.dtype).value,
+        max_model_len=max_model_len,
+        max_num_seqs=rollout.max_num_seqs,
+        hang_deadline_s=rollout.hang_deadline_s,
+        seed=seed,
+        trust_remote_code=model.trust_remote_code,
+        kv_cache_memory_bytes=int(rollout.kv_cache_memory_gib * (1 << 30)),
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        enforce_eager=rollout.enforce_eager,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        engine_kwargs=rollout.engine_kwargs,
+    )
+
+
+def sampling_params(generation: GenerationConfig) -> SamplingParams:
+    """The engine's view of the generation options."""
+    return SamplingParams(
+        max_tokens=generation.max_completion_length,
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        top_k=generation.top_k,
+        min_p=generation.min_p,
+        repetition_penalty=generation.repetition_penalty,
+        stop=tuple(generation.stop),
+    )
+
+
+def mean_reward(rewards: Sequence[Reward]) -> float | None:
+    """Mean of the totals that exist; None when there are none."""
+    totals = [reward.total for reward in rewards if reward.total is not None]
+    return sum(totals) / len(totals) if totals else None
+
+
+def _mix(seed: int, index: int) -> int:
+    """A seed for one group: equal for every attempt and every restart, distinct between groups."""
+    return (seed * 1_000_003 + index * 7_919 + 17) % (1 << 31)

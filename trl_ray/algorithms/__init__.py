@@ -1,0 +1,1 @@
+"""Pure maths of post-training: log-probs, advantages, losses, batching and layout."""

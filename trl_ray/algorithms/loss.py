@@ -1,0 +1,122 @@
+"""What a learner asks of an objective: per-token tensors of one micro-batch in, a scalar and metrics out.
+
+    samples of a micro-batch --> model --> LossInputs [N tokens] --> Loss --> LossOutput --> backward
+
+Only tokens that are trained on appear, one after the other, without padding: N is their number over all samples
+of the micro-batch. The learner adds up the scalars of the micro-batches of a step; a loss divides by totals of the
+whole step itself, so that how a step is cut into micro-batches (or ranks) changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trl_ray.types import Metric, TrainBatch, TrainingSample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTotals:
+    """Denominators of one optimizer step, over all micro-batches and ranks."""
+
+    num_valid_tokens: int
+    num_samples: int
+    num_micro_batches: int
+
+    @classmethod
+    def of(cls, batch: TrainBatch) -> StepTotals:
+        """The totals a batch carries."""
+        return cls(
+            num_valid_tokens=batch.num_valid_tokens,
+            num_samples=batch.num_samples,
+            num_micro_batches=len(batch.micro_batches),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SampleTokens:
+    """What is known of the N trained tokens of B samples before the model runs."""
+
+    sample_index: Tensor
+    """[N] int64, which of the B samples a token belongs to; counts up."""
+    sampler_logprobs: Tensor
+    """[N] float32"""
+    advantages: Tensor
+    """[N] float32, of the token's sample."""
+    counts: Tensor
+    """[B] float32 trained tokens of each sample; 0 for a masked one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossInputs:
+    """One micro-batch as an objective sees it."""
+
+    tokens: SampleTokens
+    logprobs: Tensor
+    """[N] float32 of the policy at the sampling temperature, with gradient."""
+    entropy: Tensor
+    """[N] float32, with gradient."""
+    reference_logprobs: Tensor | None
+    """[N] float32 of the frozen initial policy; None unless the loss asks for them."""
+    micro_batch_tokens: int
+    """Trained tokens of the whole micro-batch, of which these may be a part."""
+    totals: StepTotals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossOutput:
+    """The contribution of one micro-batch to the loss of the step."""
+
+    loss: Tensor
+    """Scalar, already divided by the totals of the step: the learner only adds."""
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+
+
+class Loss(Protocol):
+    """An objective over the tokens of a micro-batch."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """True when log-probs of the frozen initial policy are wanted."""
+        ...
+
+    def has_gradient(self, sample: TrainingSample) -> bool:
+        """False when this sample's gradient is exactly 0, so that the learner may skip its backward pass."""
+        ...
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """The micro-batch's loss and metrics."""
+        ...
+
+
+def sample_tokens(samples: Sequence[TrainingSample], *, device: torch.device | str = "cpu") -> SampleTokens:
+    """Concatenate the trained tokens of samples, in order."""
+    counts = np.array([int(sample.loss_mask.sum()) for sample in samples], dtype=np.int64)
+    logprobs = [sample.sampler_logprobs[sample.loss_mask] for sample in samples]
+    flat = np.concatenate(logprobs) if logprobs else np.zeros(0)
+    advantages = np.repeat(np.array([sample.advantage for sample in samples], dtype=np.float64), counts)
+    return SampleTokens(
+        sample_index=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)).to(device),
+        sampler_logprobs=torch.from_numpy(flat.astype(np.float32)).to(device),
+        advantages=torch.from_numpy(advantages.astype(np.float32)).to(device),
+        counts=torch.from_numpy(counts.astype(np.float32)).to(device),
+    )
+
+
+def sum_per_sample(values: Tensor, tokens: SampleTokens) -> Tensor:
+    """Sums [B] of token values [N] by sample."""
+    return values.new_zeros(tokens.counts.shape[0]).index_add(0, tokens.sample_index, values)
+
+
+def first_non_finite_sample(inputs: LossInputs) -> int | None:
+    """Index of the first sample with NaN or infinity in what the loss is made of; None when all is finite."""
+    parts = [inputs.logprobs, inputs.tokens.sampler_logprobs, inputs.tokens.advantages]
+    if inputs.reference_logprobs is not None:
+        parts.append(inputs.reference_logprobs)
+    bad = ~torch.isfinite(torch.stack([part.detach() for part in parts])).all(dim=0)
+    return int(inputs.tokens.sample_index[bad][0]) if bool(bad.any()) else None

@@ -1,0 +1,1 @@
+"""Pure state machines: ledger, admission slots, slot controller, journal; nothing but Python."""

@@ -1,0 +1,1 @@
+"""The `trl-ray` command."""

@@ -1,0 +1,146 @@
+"""`trl-ray`: runs pipelines, resumes runs, draws reports.
+
+    trl-ray async-grpo --config FILE [a.b=c ...] [--dry-run]      trl-ray resume RUN_DIR
+    trl-ray grpo       --config FILE [a.b=c ...] [--dry-run]      trl-ray report RUN_DIR      trl-ray env
+
+Exit codes: 0 done and the ledger balances; 2 the input was wrong; 3 the run failed; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import enum
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from trl_ray.config.load import load_config, read_yaml
+from trl_ray.config.messages import nearest
+from trl_ray.errors import ConfigError, InputError, InterruptedRun, TrlRayError
+from trl_ray.observe.run_directory import RunDirectory
+from trl_ray.pipelines.policy_optimization import PolicyOptimizationPipeline, TrainOutput
+from trl_ray.pipelines.registry import PIPELINES
+
+
+class ExitCode(enum.IntEnum):
+    """What the shell learns."""
+
+    DONE = 0
+    WRONG_INPUT = 2
+    FAILED = 3
+    INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing its usage twice."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See: trl-ray --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands."""
+    parser = _Parser(prog="trl-ray", description=(__doc__ or "").split("\n", 1)[0])
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, pipeline in PIPELINES.items():
+        sub = commands.add_parser(name, help=(pipeline.__doc__ or "").split("\n", 1)[0])
+        sub.add_argument("--config", required=True, metavar="FILE", help="YAML file")
+        sub.add_argument("--dry-run", action="store_true", help="print the resolved plan and start nothing")
+        sub.add_argument("overrides", nargs="*", metavar="a.b=c", help="override an option of the file")
+    resume = commands.add_parser("resume", help="go on with a run from its last checkpoint")
+    resume.add_argument("run_dir")
+    report = commands.add_parser("report", help="draw RUN_DIR/report.html again")
+    report.add_argument("run_dir")
+    commands.add_parser("env", help="print versions and hardware, for bug reports")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        return _dispatch(_parse(sys.argv[1:] if argv is None else list(argv)))
+    except InputError as error:
+        return _say(ExitCode.WRONG_INPUT, f"trl-ray: {error}")
+    except InterruptedRun as error:
+        return _say(ExitCode.INTERRUPTED, f"trl-ray: {error}")
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return _say(ExitCode.INTERRUPTED, "trl-ray: interrupted at once; the last checkpoint and the journal are kept")
+    except TrlRayError as error:
+        return _say(
+            ExitCode.FAILED,
+            f"trl-ray: the run failed: {type(error).__name__}: {error}\n"
+            "Its last checkpoint, journal and events are kept; go on with: trl-ray resume RUN_DIR",
+        )
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = build_parser()
+    known = [*PIPELINES, "resume", "report", "env"]
+    if argv and not argv[0].startswith("-") and argv[0] not in known:
+        guess = nearest(argv[0], known)
+        raise ConfigError(
+            f"{argv[0]!r} is not a command. " + (f"Did you mean {guess!r}?" if guess else f"Commands: {', '.join(known)}.")
+        )
+    return _parse_pipeline(parser, argv) if argv and argv[0] in PIPELINES else parser.parse_args(argv)
+
+
+def _parse_pipeline(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    # Overrides may stand on both sides of --config, which plain parse_args does not allow.
+    args, rest = parser.parse_known_args(argv)
+    unknown = [item for item in rest if "=" not in item]
+    if unknown:
+        raise ConfigError(f"unrecognized arguments: {' '.join(unknown)}. Options are overridden as key=value.")
+    args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _dispatch(args: argparse.Namespace) -> int:
+    if args.command == "env":
+        from trl_ray.observe.environment import describe_environment
+
+        print(describe_environment())
+        return ExitCode.DONE
+    if args.command == "report":
+        from trl_ray.observe.report import build_report
+
+        print(build_report(RunDirectory.open_existing(args.run_dir).path))
+        return ExitCode.DONE
+    if args.command == "resume":
+        return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir).train())
+    pipeline_class = PIPELINES[args.command]
+    pipeline = pipeline_class(args=load_config(pipeline_class.config_class, args.config, args.overrides))
+    if args.dry_run:
+        from trl_ray.cli.dry_run import describe_run
+
+        print(describe_run(pipeline))
+        return ExitCode.DONE
+    return _finish(pipeline.train())
+
+
+def _pipeline_of(run_dir: str | Path) -> type[PolicyOptimizationPipeline]:
+    path = RunDirectory.open_existing(run_dir).config
+    name = str(read_yaml(path).get("pipeline"))
+    if name not in PIPELINES:
+        raise ConfigError(f"{path} must say which pipeline it is for (one of {', '.join(PIPELINES)}), got {name!r}.")
+    return PIPELINES[name]
+
+
+def _finish(output: TrainOutput) -> int:
+    ledger = output.ledger
+    balance = f"issued {ledger.issued} = trained {ledger.trained} + dropped {ledger.dropped_total} + live {ledger.live_total}"
+    print(f"{output.steps} steps; ledger: {balance}; oldest token trained on: {output.worst_age} steps")
+    print(f"report: {output.run_dir / 'report.html'}")
+    if not ledger.balanced or ledger.live_total:
+        return _say(ExitCode.FAILED, f"trl-ray: the run ended with work unaccounted for: {balance}")
+    return ExitCode.DONE
+
+
+def _say(code: ExitCode, message: str) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

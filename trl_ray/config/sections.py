@@ -1,0 +1,313 @@
+"""The options of each owner, under TRL's argument names where TRL has the option."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from trl_ray.config.base import Section
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# Strict models take no string for an enum; YAML has nothing else.
+_FROM_STRING = Field(strict=False)
+
+
+class Dtype(enum.StrEnum):
+    """Number format of weights."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Schedule(enum.StrEnum):
+    """How the learning rate moves after the warm-up."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+    CONSTANT = "constant"
+    CONSTANT_WITH_WARMUP = "constant_with_warmup"
+
+
+class NonFinite(enum.StrEnum):
+    """What to do with a step whose loss or gradients are NaN or infinite."""
+
+    SKIP = "skip"
+    STOP = "stop"
+
+
+class LossType(enum.StrEnum):
+    """How token losses become one number; see `trl_ray.algorithms.policy_loss`."""
+
+    GRPO = "grpo"
+    DAPO = "dapo"
+    DR_GRPO = "dr_grpo"
+    BNPO = "bnpo"
+
+
+class ScaleRewards(enum.StrEnum):
+    """Which standard deviation divides the centred rewards."""
+
+    GROUP = "group"
+    BATCH = "batch"
+    NONE = "none"
+
+
+class OldLogprobs(enum.StrEnum):
+    """Which policy the probability ratio is taken against."""
+
+    POLICY = "policy"
+    """The learner's weights at the start of the step; the sampler's lag is left to the importance correction."""
+    SAMPLER = "sampler"
+    """The policy that sampled the token: the ratio carries the lag, and clipping bounds it."""
+
+
+class ImportanceMode(enum.StrEnum):
+    """How the ratio old policy / sampler corrects for their mismatch."""
+
+    TOKEN_TRUNCATE = "token_truncate"
+    TOKEN_MASK = "token_mask"
+    SEQUENCE_TRUNCATE = "sequence_truncate"
+    SEQUENCE_MASK = "sequence_mask"
+
+
+class ZeroVariance(enum.StrEnum):
+    """What becomes of a group whose rewards are all equal (its advantages are all 0)."""
+
+    KEEP = "keep"
+    DROP = "drop"
+    """Drop it and wait for another, as DAPO's dynamic sampling does."""
+
+
+class SharePrompt(enum.StrEnum):
+    """Whether the completions of a group share one computation of their prompt in the learner."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+class RuntimeKind(enum.StrEnum):
+    """Where actors live."""
+
+    RAY = "ray"
+    LOCAL = "local"
+    """All in this process, one after the other: for a debugger, and for bit-for-bit repeatable runs."""
+
+
+class EngineChoice(enum.StrEnum):
+    """Which inference engine rollout workers run."""
+
+    AUTO = "auto"
+    """vLLM where it is installed, else transformers."""
+    VLLM = "vllm"
+    TRANSFORMERS = "transformers"
+
+
+class Isolation(enum.StrEnum):
+    """Where reward functions run."""
+
+    PROCESS = "process"
+    """In a child process that can be killed when it hangs."""
+    INLINE = "inline"
+    """In the reward worker itself: breakpoints work, a hang cannot be cut short."""
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    model_name_or_path: str | None = None
+    """Hub name or local folder."""
+    model_revision: str = "main"
+    trust_remote_code: bool = False
+    dtype: Annotated[Dtype, _FROM_STRING] = Dtype.FLOAT32
+    """Of the weights the optimizer updates."""
+    bf16: bool = False
+    """Compute forward and backward under bfloat16 autocast."""
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    chat_template: str | None = None
+    """Path of a jinja file that replaces the tokenizer's template."""
+
+
+class DataConfig(Section):
+    """Where prompts come from."""
+
+    dataset_name: str | None = None
+    """Hub name, a local .json/.jsonl/.csv/.parquet file, or ``reasoning_gym/<task>``."""
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str | None = None
+    """Held-out split for evaluation; for generated tasks, another seed stands in for it."""
+    dataset_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Options of a generated task, e.g. its size and the range of its numbers."""
+    dataset_prompt_column: str = "prompt"
+    system_prompt: str | None = None
+    """Put before every conversational prompt that has no system message."""
+    shuffle_dataset: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    eval_num_prompts: Positive = 32
+    """How many held-out prompts one evaluation uses."""
+
+
+class TrainingConfig(Section):
+    """The optimizer, its schedule, and how long to train."""
+
+    seed: Natural = 42
+    max_steps: Annotated[int, Field(ge=-1)] = -1
+    """Optimizer steps; -1 trains for `num_train_epochs`."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    lr_scheduler_type: Annotated[Schedule, _FROM_STRING] = Schedule.LINEAR
+    warmup_steps: Natural = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this L2 norm; 0 leaves them alone."""
+    per_device_train_batch_size: Positive = 8
+    """Completions in one micro-batch of one rank."""
+    gradient_accumulation_steps: Positive = 1
+    """Micro-batches in one optimizer step."""
+    disable_dropout: bool = True
+    share_prompt: Annotated[SharePrompt, _FROM_STRING] = SharePrompt.AUTO
+    chunk_lm_head_size: Positive = 1024
+    """Completion tokens projected onto the vocabulary at a time."""
+    on_non_finite: Annotated[NonFinite, _FROM_STRING] = NonFinite.SKIP
+    max_skipped_steps: Natural = 3
+    """Consecutive skipped steps after which the run stops."""
+
+
+class GenerationConfig(Section):
+    """How completions are sampled."""
+
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Completions per prompt: the group size G."""
+    max_completion_length: Positive = 256
+    """Tokens."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Natural = 0
+    min_p: Fraction = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    stop: list[str] = Field(default_factory=list)
+
+
+class LossConfig(Section):
+    """The policy objective."""
+
+    loss_type: Annotated[LossType, _FROM_STRING] = LossType.DAPO
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL to the initial policy; 0 loads no reference model."""
+    epsilon: Annotated[float, Field(ge=0)] = 0.2
+    epsilon_high: Annotated[float, Field(ge=0)] | None = None
+    """Upper clipping range; None uses `epsilon`."""
+    scale_rewards: Annotated[ScaleRewards, _FROM_STRING] = ScaleRewards.GROUP
+    old_logprobs: Annotated[OldLogprobs, _FROM_STRING] = OldLogprobs.POLICY
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_mode: Annotated[ImportanceMode, _FROM_STRING] = ImportanceMode.TOKEN_TRUNCATE
+    vllm_importance_sampling_clip_max: Annotated[float, Field(gt=0)] = 3.0
+    vllm_importance_sampling_clip_min: Annotated[float, Field(ge=0)] | None = None
+    mask_truncated_completions: bool = False
+    zero_variance_groups: Annotated[ZeroVariance, _FROM_STRING] = ZeroVariance.KEEP
+
+
+class RewardConfig(Section):
+    """Reward workers."""
+
+    timeout_s: Seconds = 60.0
+    """A reward function that takes longer for one group is killed."""
+    num_workers: Positive = 1
+    num_cpus: Annotated[float, Field(ge=0)] = 0.0
+    """CPUs that Ray sets aside for each reward worker."""
+    isolation: Annotated[Isolation, _FROM_STRING] = Isolation.PROCESS
+    max_failures_in_a_row: Positive = 20
+    """Groups in a row whose rewards failed, after which the run stops."""
+
+
+class RolloutConfig(Section):
+    """Rollout workers and their engines."""
+
+    engine: Annotated[EngineChoice, _FROM_STRING] = EngineChoice.AUTO
+    dtype: Annotated[Dtype, _FROM_STRING] | None = None
+    """None uses the policy's."""
+    num_workers: Positive = 1
+    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    max_num_seqs: Positive = 64
+    """Completions one engine generates at once."""
+    max_model_len: Positive | None = None
+    """Prompt plus completion tokens; None takes what the model allows."""
+    kv_cache_memory_gib: Annotated[float, Field(gt=0)] = 1.0
+    """Only for engines on a CPU."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
+    tensor_parallel_size: Positive = 1
+    enforce_eager: bool = True
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to vLLM as they are."""
+    lease_s: Seconds = 300.0
+    """A group that is not finished by then is given to another worker."""
+    hang_deadline_s: Seconds = 120.0
+    """An engine that finishes no step for this long is replaced."""
+    canary_every: Natural = 1
+    """Check learner against engine log-probs at every N-th weight pull (and the first); 0 never."""
+    canary_tolerance: Annotated[float, Field(gt=0)] | None = None
+    """Largest mean |difference| in nats; None takes 1e-3 where both sides are float32, else 0.2."""
+
+
+class RuntimeConfig(Section):
+    """Ray, resources, supervision."""
+
+    kind: Annotated[RuntimeKind, _FROM_STRING] = RuntimeKind.RAY
+    address: str | None = None
+    """``host:port`` of a running cluster or ``auto``; None starts Ray on this machine (inside a Ray job: joins it)."""
+    num_cpus: Positive | None = None
+    """CPUs of a cluster started here; None counts the machine's."""
+    learner_num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    learner_num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    learner_threads: Positive | None = None
+    """Compute threads of the learner; None uses its CPUs."""
+    placement_strategy: Annotated[str, Field(pattern="^(PACK|SPREAD|STRICT_PACK|STRICT_SPREAD)$")] = "PACK"
+    placement_timeout_s: Seconds = 60.0
+    connect_timeout_s: Seconds = 10.0
+    start_deadline_s: Seconds = 600.0
+    """For an actor to load its model."""
+    step_deadline_s: Seconds = 3600.0
+    """For one optimizer step."""
+    pull_deadline_s: Seconds = 600.0
+    """For a worker to pull one set of weights."""
+    health_interval_s: Seconds = 1.0
+    health_deadline_s: Seconds = 15.0
+    """A worker that answers no probe for this long is replaced."""
+    stall_deadline_s: Seconds = 900.0
+    """The run stops, naming who it waits for, when nothing has moved for this long."""
+    max_restarts: Natural = 10
+    """Of each worker, over the whole run."""
+    max_learner_restarts: Natural = 3
+    """From the last checkpoint."""
+
+
+class ReportConfig(Section):
+    """The run directory and what is shown."""
+
+    output_dir: str = "runs/run"
+    run_name: str | None = None
+    overwrite_output_dir: bool = False
+    logging_steps: Positive = 1
+    save_steps: Natural = 50
+    """Steps between checkpoints; 0 writes only the last."""
+    save_total_limit: Positive | None = None
+    """Older checkpoints are deleted once a newer one is complete."""
+    eval_steps: Natural = 0
+    """Steps between evaluations on held-out prompts; 0 never."""
+    log_completions: bool = True
+    num_completions_to_print: Natural = 0
+    report_to: list[Annotated[str, Field(pattern="^(wandb)$")]] = Field(default_factory=list)
+    wandb_project: str = "trl_ray"
+    html_report: bool = True

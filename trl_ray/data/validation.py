@@ -1,0 +1,157 @@
+"""Checks every row before anything starts, and names the row, the field, the value and the remedy.
+
+    Rows -- require_column --> check_prompt per row --> text or messages;  plain_columns --> JSON values
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trl_ray.config.messages import nearest
+from trl_ray.data.loading import Rows
+from trl_ray.errors import DataError
+from trl_ray.types import Message
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+CONTINUED_ROLES = ("user", "tool", "assistant")
+
+
+def require_column(rows: Rows, column: str) -> None:
+    """Check that the prompt column exists.
+
+    Raises:
+        DataError: lists the columns there are and offers the nearest.
+    """
+    if column in rows.columns:
+        return
+    guess = nearest(column, rows.columns)
+    fix = f"Did you mean dataset_prompt_column={guess}?" if guess else "Set dataset_prompt_column to one of them."
+    raise DataError(
+        f"{rows.name} must have the prompt column {column!r}; its columns are {', '.join(rows.columns)}. {fix}"
+    )
+
+
+def check_prompt(value: object, *, where: str) -> str | tuple[Message, ...]:
+    """A prompt as it may be used: text, or a conversation that an assistant can continue.
+
+    Raises:
+        DataError: None, empty, of another type, or with a message that is not one.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            raise DataError(f"{where} must not be empty, got {value!r}. Fill it or remove the row.")
+        return _check_unicode(value, where)
+    if not isinstance(value, (list, tuple)):
+        raise DataError(
+            f"{where} must be text or a list of messages, got {_show(value)}. Mend or remove the row."
+        )
+    if not value:
+        raise DataError(f"{where} must have at least one message, got []. Fill it or remove the row.")
+    messages = tuple(_check_message(message, f"{where}, message {i}") for i, message in enumerate(value))
+    if messages[-1]["role"] not in CONTINUED_ROLES:
+        raise DataError(
+            f"{where} must end with one of the roles {', '.join(CONTINUED_ROLES)}, got "
+            f"{messages[-1]['role']!r}. Add a user message or remove the row."
+        )
+    return messages
+
+
+def _check_message(message: object, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise DataError(f"{where} must be an object with role and content, got {_show(message)}.")
+    # Arrow fills the keys that other rows have with None.
+    clean = {str(key): value for key, value in message.items() if value is not None or key in ("role", "content")}
+    for key in ("role", "content"):
+        if key not in clean:
+            raise DataError(f"{where} must have the key {key!r}, it has {', '.join(clean) or 'none'}. Mend the row.")
+    role, content = clean["role"], clean["content"]
+    if role not in ROLES:
+        guess = nearest(role, ROLES) if isinstance(role, str) else None
+        hint = f"Did you mean {guess!r}?" if guess else "Mend the row."
+        raise DataError(f"{where} must have one of the roles {', '.join(ROLES)}, got {role!r}. {hint}")
+    if content is None and clean.get("tool_calls"):
+        return clean
+    if not isinstance(content, str):
+        raise DataError(f"{where} must have text as content, got {_show(content)}. Mend or remove the row.")
+    if not content.strip() and role in ("user", "tool"):
+        raise DataError(f"{where} must not be empty, got {content!r}. Fill it or remove the row.")
+    _check_unicode(content, where)
+    return clean
+
+
+def _check_unicode(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair; no tokenizer takes it
+        raise DataError(
+            f"{where} must be valid Unicode, character {error.start} is {text[error.start]!r}. Mend or remove the row."
+        ) from error
+    return text
+
+
+def check_kind(prompt: str | tuple[Message, ...], first: str | tuple[Message, ...], *, where: str) -> None:
+    """Check that text and conversations are not mixed: reward functions get one form or the other.
+
+    Raises:
+        DataError: this prompt is of another kind than the first row's.
+    """
+    if isinstance(prompt, str) != isinstance(first, str):
+        names = ("text", "a list of messages")
+        got, want = names[not isinstance(prompt, str)], names[not isinstance(first, str)]
+        raise DataError(f"{where} must be {want} as in the first row, got {got}. Use one form for all rows.")
+
+
+def check_length(length: int, limit: int | None, *, where: str, longer: int = 1) -> None:
+    """Check that prompt and completion fit into the model.
+
+    Raises:
+        DataError: names the row, its tokens, the limit, and how many rows are too long.
+    """
+    if limit is not None and length > limit:
+        raise DataError(
+            f"{where} must have at most {limit} tokens so that max_completion_length more fit into the model, it has "
+            f"{length} ({longer} of all rows are too long). Shorten or remove such rows, lower "
+            "max_completion_length, or raise rollout.max_model_len as far as the model allows."
+        )
+
+
+def plain_columns(row: Mapping[str, Any], prompt_column: str, *, where: str) -> dict[str, Any]:
+    """The other columns as JSON values, which is what reward functions receive.
+
+    Raises:
+        DataError: a value such as an image or bytes that has no JSON form.
+    """
+    return {
+        str(key): _plain(value, f"{where}, field {key!r}") for key, value in row.items() if key != prompt_column
+    }
+
+
+def _plain(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, where) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, where) for item in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return _plain(value.tolist(), where)
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    raise DataError(
+        f"{where} must be text, a number, a list or an object, got {_show(value)}. Remove or convert the column."
+    )
+
+
+def _show(value: object) -> str:
+    if value is None or isinstance(value, (list, dict, tuple)):
+        return repr(value)[:80]
+    return f"{type(value).__name__} {repr(value)[:80]}"
+
+
+def count_longer(lengths: Sequence[int], limit: int) -> int:
+    """How many rows have more than `limit` tokens."""
+    return sum(length > limit for length in lengths)

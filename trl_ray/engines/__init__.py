@@ -1,0 +1,1 @@
+"""Inference engines behind one protocol: real vLLM, and transformers as numerical reference."""

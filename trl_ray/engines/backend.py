@@ -1,0 +1,80 @@
+"""What the engine thread asks of the software that runs the model.
+
+    EngineThread -- add, add_score, abort --> Backend -- step() --> Finished(key, result) ...
+    EngineThread -- load(payload) ----------> Backend     (between two steps, requests are kept)
+
+All methods are called from one thread, `build` first and `close` last, so a backend needs no locks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from trl_ray.types import Completion, FloatArray, GenerationRequest, IntArray, TensorEntry, WeightPayload, WeightVersion
+
+CHECKPOINT_VERSION = WeightVersion(version=0, checksum="checkpoint")
+"""What an engine runs before its first update: the weights the run starts from."""
+
+Result: TypeAlias = "tuple[Completion, ...] | FloatArray"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a backend reports once it is built."""
+
+    max_model_len: int
+    """Prompt and completion tokens of one sequence."""
+    vocab_size: int
+    manifest: tuple[TensorEntry, ...]
+    """The parameters an update must bring."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Finished:
+    """A request or a score that is done."""
+
+    key: str
+    result: Result
+    """n completions, or [T-1] log-probs."""
+
+
+class Backend(Protocol):
+    """The model and its scheduler, without threads, futures or deadlines."""
+
+    def build(self) -> Limits:
+        """Load the model; called once, in the engine's thread."""
+        ...
+
+    def add(self, key: str, request: GenerationRequest) -> None:
+        """Queue one request.
+
+        Raises:
+            ValueError: this request cannot be run; nothing of it was queued.
+        """
+        ...
+
+    def add_score(self, key: str, token_ids: IntArray) -> None:
+        """Queue the scoring of one sequence [T], T >= 2.
+
+        Raises:
+            ValueError: this sequence cannot be scored.
+        """
+        ...
+
+    def abort(self, keys: Sequence[str]) -> None:
+        """Forget what was queued under these keys; unknown keys are ignored."""
+        ...
+
+    def step(self) -> list[Finished]:
+        """Run the model once; called only while something is queued."""
+        ...
+
+    def load(self, payload: WeightPayload) -> None:
+        """Replace all weights by a payload that fits; later tokens are sampled from these weights alone."""
+        ...
+
+    def close(self) -> None:
+        """Free the model."""
+        ...

@@ -1,0 +1,95 @@
+"""What an engine must know about a model before it loads one: stop ids, parameter names, the size of its KV cache.
+
+model path -> config, tokenizer, generation config -> CheckpointFacts
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from trl_ray.errors import ModelError
+from trl_ray.models.weights import build_manifest
+from trl_ray.types import TensorEntry
+
+_KV_MEMORY_FRACTION = 0.2
+"""Of the machine's memory; the rest is for weights, activations and the neighbours."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFacts:
+    """What both engines read from a model directory."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    """Sorted end-of-sequence ids of tokenizer and generation config."""
+    vocab_size: int
+    """Rows of the embedding, which may exceed the tokenizer's."""
+    max_positions: int
+    manifest: tuple[TensorEntry, ...]
+    """Names and shapes of all parameters; tied ones once. Dtypes are not binding."""
+    kv_bytes_per_token: int
+
+
+def stop_ids_of(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> tuple[int, ...]:
+    """Every id that ends a completion: the tokenizer's and the generation config's."""
+    listed: Any = generation.eos_token_id if generation is not None else None
+    ids = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+    if isinstance(tokenizer.eos_token_id, int):
+        ids.append(tokenizer.eos_token_id)
+    return tuple(sorted(set(ids)))
+
+
+def kv_bytes_per_token(config: Any, dtype: str) -> int:
+    """Bytes of key and value cache one token needs: 2 x layers x KV heads x head size x element size."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    element = 4 if dtype == "float32" else 2
+    return int(2 * text.num_hidden_layers * kv_heads * head_size * element)
+
+
+def read_facts(model: str, *, dtype: str, trust_remote_code: bool) -> CheckpointFacts:
+    """Read config and tokenizer; the parameters are laid out on the meta device, so no weight is read.
+
+    Raises:
+        ModelError: the path or name cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            auto: Any = AutoModelForCausalLM
+            skeleton = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model must be a directory or hub name with config and tokenizer, but {model!r} cannot be read: {error}"
+        ) from None
+    try:
+        generation = GenerationConfig.from_pretrained(model)
+    except OSError:  # Many checkpoints have none.
+        generation = None
+    text = config.get_text_config()
+    return CheckpointFacts(
+        tokenizer=tokenizer,
+        stop_ids=stop_ids_of(tokenizer, generation),
+        vocab_size=text.vocab_size,
+        max_positions=text.max_position_embeddings,
+        manifest=build_manifest((name, parameter) for name, parameter in skeleton.named_parameters()),
+        kv_bytes_per_token=kv_bytes_per_token(config, dtype),
+    )
+
+
+def default_kv_bytes(facts: CheckpointFacts, *, max_num_seqs: int, max_model_len: int, block_size: int) -> int:
+    """KV cache for `max_num_seqs` full-length sequences, at most a share of the memory, at least for one."""
+    block_bytes = block_size * facts.kv_bytes_per_token
+    blocks = math.ceil(max_model_len / block_size) + 1
+    wanted = block_bytes * (blocks * max_num_seqs + 1)
+    allowed = int(_KV_MEMORY_FRACTION * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return max(min(wanted, allowed), block_bytes * (blocks + 1))

@@ -1,0 +1,324 @@
+"""The vLLM engine: vLLM's `LLMEngine` inside this process, stepped by a thread of ours; no child process.
+
+    submit -> n child requests with seeds of their own -> LLMEngine.step ... -> CompletionOutput -> Completion
+    load_weights -> running requests preempted, KV and prefix cache dropped -> weights -> tied heads -> version label
+
+vLLM is imported by `build`, after the environment it reads at import is set. Token versions are vLLM's own: it labels
+the tokens of a step with the version set at that step. That is exact here, because weights and label change between
+two steps, and asynchronous scheduling (which would hold a step's tokens back) is off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
+from trl_ray.engines.checkpoint_facts import CheckpointFacts, default_kv_bytes, read_facts
+from trl_ray.engines.sampling import sample_seed
+from trl_ray.engines.thread import EngineThread
+from trl_ray.models.weights import named_tensors
+from trl_ray.types import Completion, FinishReason, GenerationRequest, IntArray, VersionSpan, WeightPayload
+
+_CPU_BLOCK_SIZE = 32
+"""Tokens of a KV block. vLLM's 128 on CPU would share no prompt shorter than that between the samples of a group."""
+_CPU_BATCHED_TOKENS = 4096
+"""Tokens of one step, at least; prompts are never split on CPU."""
+
+
+class VLLMEngine(EngineThread):
+    """Generates with vLLM. Sample i of a request depends on (seed, i), the prompt and the weights alone.
+
+    Args:
+        model: path or hub name.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"auto"``.
+        max_model_len: prompt and completion tokens of one sequence.
+        max_num_seqs: completions generated at once.
+        kv_cache_memory_bytes: None takes, on CPU, enough for `max_num_seqs` full-length sequences (at most a fifth of
+            the memory), and on GPU what `gpu_memory_utilization` leaves.
+        gpu_memory_utilization: share of the GPU's memory; not used on CPU.
+        enforce_eager: no graph capture; on CPU always.
+        tensor_parallel_size: GPUs of this engine; above 1 vLLM starts worker processes.
+        enable_prefix_caching: compute a prompt shared by several samples once.
+        hang_deadline_s: seconds without a finished step after which the engine counts as hung.
+        seed: of vLLM's global generator; every sample draws from its own.
+        trust_remote_code: run model code from the hub.
+        engine_kwargs: further `EngineArgs` of vLLM; they win over everything above.
+
+    Raises:
+        ModelError: the model cannot be read.
+        EngineError: vLLM cannot start with these arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        dtype: str = "auto",
+        max_model_len: int = 2048,
+        max_num_seqs: int = 64,
+        kv_cache_memory_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
+        tensor_parallel_size: int = 1,
+        enable_prefix_caching: bool = True,
+        hang_deadline_s: float = 300.0,
+        seed: int = 0,
+        trust_remote_code: bool = False,
+        engine_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        common = {
+            "model": model,
+            "dtype": dtype,
+            "max_num_seqs": max_num_seqs,
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "enforce_eager": enforce_eager,
+            "tensor_parallel_size": tensor_parallel_size,
+            "enable_prefix_caching": enable_prefix_caching,
+            "seed": seed,
+            "trust_remote_code": trust_remote_code,
+        }
+        backend = VLLMBackend(common, max_model_len=max_model_len, overrides=dict(engine_kwargs or {}))
+        super().__init__(backend, name="vllm", max_num_seqs=max_num_seqs, hang_deadline_s=hang_deadline_s)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Group:
+    """The completions of a request that have finished so far, by index."""
+
+    n: int
+    done: dict[int, Completion] = field(default_factory=dict)
+
+
+class VLLMBackend:
+    """vLLM's scheduler and worker behind the calls of the engine thread."""
+
+    def __init__(self, common: dict[str, Any], *, max_model_len: int, overrides: dict[str, Any]) -> None:
+        self._common = common
+        self._max_model_len = max_model_len
+        self._overrides = overrides
+        self._groups: dict[str, _Group] = {}
+        self._scores: set[str] = set()
+        self._llm: Any = None
+        self._facts: CheckpointFacts | None = None
+
+    def build(self) -> Limits:
+        """Start vLLM in this process and thread.
+
+        Raises:
+            ModelError: the model cannot be read.
+        """
+        facts = read_facts(
+            self._common["model"], dtype=self._common["dtype"], trust_remote_code=self._common["trust_remote_code"]
+        )
+        self._facts = facts
+        self._max_model_len = min(self._max_model_len, facts.max_positions)
+        prepare_environment(on_gpu=torch.cuda.is_available())
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        with _random_state_kept():
+            self._llm = LLMEngine.from_engine_args(EngineArgs(**self._arguments(facts)))
+        self._llm.set_weight_version(str(CHECKPOINT_VERSION.version))
+        return Limits(max_model_len=self._max_model_len, vocab_size=facts.vocab_size, manifest=facts.manifest)
+
+    def add(self, key: str, request: GenerationRequest) -> None:
+        """Queue n child requests that share the prompt.
+
+        Raises:
+            ValueError: vLLM does not accept the request.
+        """
+        from vllm.inputs.engine import tokens_input
+
+        prompt = [int(token) for token in request.prompt_ids]
+        for index in range(request.n):
+            params = self._params(request, index, room=self._max_model_len - len(prompt))
+            self._llm.add_request(f"{key}/{index}", tokens_input(prompt), params)
+        self._groups[key] = _Group(n=request.n)
+
+    def add_score(self, key: str, token_ids: IntArray) -> None:
+        """Queue a prompt whose own log-probs are wanted; vLLM insists on sampling one token, which is dropped."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, flat_logprobs=True)
+        self._llm.add_request(key, tokens_input([int(token) for token in token_ids]), params)
+        self._scores.add(key)
+
+    def abort(self, keys: Sequence[str]) -> None:
+        """Take requests out of vLLM's scheduler."""
+        for key in keys:
+            group = self._groups.pop(key, None)
+            if group is not None:
+                self._llm.abort_request([f"{key}/{index}" for index in range(group.n) if index not in group.done])
+            if key in self._scores:
+                self._scores.discard(key)
+                self._llm.abort_request([key])
+
+    def step(self) -> list[Finished]:
+        """One scheduler step: prompts and decoding together."""
+        finished = []
+        for output in self._llm.step():
+            if not output.finished:
+                continue
+            item = self._take_score(output) if output.request_id in self._scores else self._take_completion(output)
+            if item is not None:
+                finished.append(item)
+        return finished
+
+    def load(self, payload: WeightPayload) -> None:
+        """Preempt running requests (they keep their tokens), drop all KV, load, and label what follows."""
+        self._llm.reset_prefix_cache(reset_running_requests=True)
+        self._llm.collective_rpc(reload_worker, args=(payload,))
+        self._llm.set_weight_version(str(payload.identity.version))
+
+    def close(self) -> None:
+        """Free weights and KV cache, and undo vLLM's process-wide distributed state."""
+        if self._llm is not None:
+            self._llm.engine_core.shutdown()
+            self._llm = None
+
+    # Arguments --------------------------------------------------------------------------------------------------
+
+    def _arguments(self, facts: CheckpointFacts) -> dict[str, Any]:
+        # One position more than ours: to score T tokens vLLM must have room for one to sample, which it never computes.
+        length = self._max_model_len + 1
+        arguments = dict(self._common)
+        arguments |= {
+            "max_model_len": length,
+            "logprobs_mode": "processed_logprobs",
+            "async_scheduling": False,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        }
+        if self._common["tensor_parallel_size"] == 1:
+            arguments["distributed_executor_backend"] = "uni"
+        if not torch.cuda.is_available():
+            arguments |= self._cpu_arguments(facts, length)
+        return arguments | self._overrides
+
+    def _cpu_arguments(self, facts: CheckpointFacts, length: int) -> dict[str, Any]:
+        kv_bytes = self._common["kv_cache_memory_bytes"] or default_kv_bytes(
+            facts, max_num_seqs=self._common["max_num_seqs"], max_model_len=length, block_size=_CPU_BLOCK_SIZE
+        )
+        return {
+            "kv_cache_memory_bytes": kv_bytes,
+            "block_size": _CPU_BLOCK_SIZE,
+            "enforce_eager": True,
+            # A split prompt makes vLLM rewind the request's generator, which CPU generators cannot: the engine dies.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(length, _CPU_BATCHED_TOKENS),
+        }
+
+    def _params(self, request: GenerationRequest, index: int, *, room: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        assert self._facts is not None
+        wanted = request.sampling
+        max_tokens = min(wanted.max_tokens, room)
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=min(wanted.min_tokens, max_tokens),
+            temperature=wanted.temperature,
+            top_p=wanted.top_p,
+            top_k=wanted.top_k,
+            min_p=wanted.min_p,
+            repetition_penalty=wanted.repetition_penalty,
+            stop=list(wanted.stop),
+            stop_token_ids=list(self._facts.stop_ids),
+            seed=sample_seed(request.seed, index),
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=bool(wanted.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    # Results ----------------------------------------------------------------------------------------------------
+
+    def _take_score(self, output: Any) -> Finished:
+        self._scores.discard(output.request_id)
+        # Flat: one entry per position, and none for the first token.
+        result = np.asarray(output.prompt_logprobs.logprobs, dtype=np.float32)
+        assert len(result) == len(output.prompt_token_ids) - 1
+        return Finished(key=output.request_id, result=result)
+
+    def _take_completion(self, output: Any) -> Finished | None:
+        key, _, index = output.request_id.rpartition("/")
+        group = self._groups.get(key)
+        if group is None:
+            return None
+        group.done[int(index)] = self._completion(output.outputs[0])
+        if len(group.done) < group.n:
+            return None
+        del self._groups[key]
+        return Finished(key=key, result=tuple(group.done[position] for position in range(group.n)))
+
+    def _completion(self, output: Any) -> Completion:
+        assert self._facts is not None
+        tokens = np.asarray(output.token_ids, dtype=np.int32)
+        logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32)
+        versions = tuple(
+            VersionSpan(version=int(span.version), start=span.start, end=span.end) for span in output.weight_versions
+        )
+        assert len(tokens) == len(logprobs) == versions[-1].end
+        return Completion(
+            token_ids=tokens,
+            logprobs=logprobs,
+            versions=versions,
+            finish_reason=FinishReason(output.finish_reason),
+            text=str(self._facts.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)),
+        )
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """vLLM seeds the global generators, which in this process may be those of a learner."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
+def prepare_environment(*, on_gpu: bool) -> None:
+    """Set what vLLM reads from the environment; what the user has set stays, except for the process layout."""
+    # The engine lives in this process: with "1" vLLM would start a child, and on CPU even two.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # For the one position more than the model has, see `_arguments`.
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    # Its warnings are a dozen lines per engine about choices made here on purpose.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if not on_gpu:
+        # Otherwise the first request for log-probs compiles for seconds.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # vLLM's own choice pins threads to cores, the same ones in every engine of the machine.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+@torch.no_grad()
+def reload_worker(worker: Any, payload: WeightPayload) -> None:
+    """Load a payload into the model of one vLLM worker; runs inside the worker."""
+    worker.reload_weights(weights_iterator=named_tensors(payload))
+    repack_tied_heads(worker.model_runner.get_model())
+
+
+def repack_tied_heads(model: torch.nn.Module) -> None:
+    """Pack the LM head anew where vLLM computes with a packed copy of it (CPU).
+
+    A reload packs the layers it has loaded. A tied head is not among them: its weight arrives through the embedding,
+    and the packed copy would silently stay the old one.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+            module.quant_method.process_weights_after_loading(module)

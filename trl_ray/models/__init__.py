@@ -1,0 +1,1 @@
+"""Loading, wrapping, publishing and checkpointing models."""

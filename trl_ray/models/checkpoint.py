@@ -1,0 +1,228 @@
+"""Checkpoint directories that are either whole or told apart from whole ones.
+
+    step-N.tmp/  config.json *.safetensors tokenizer*  trainer_state.pt  extra files  manifest.json
+         '--- every file synced to disk, then renamed ---> step-N/
+
+The manifest holds the size and SHA-256 of every other file. A directory without a manifest was never finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_ray.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state.pt"
+_FORMAT = 1
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundCheckpoint:
+    """The youngest checkpoint that can be used, and why younger ones cannot."""
+
+    path: str | None
+    """None when there is none."""
+    problems: tuple[str, ...] = ()
+
+
+def checkpoint_step(path: str | Path) -> int:
+    """The step a checkpoint directory is named after.
+
+    Raises:
+        CheckpointError: the name is not ``step-N``.
+    """
+    match = _STEP.fullmatch(Path(path).name)
+    if match is None:
+        raise CheckpointError(f"a checkpoint directory must be named step-N, got {path}.")
+    return int(match[1])
+
+
+def save_checkpoint(
+    directory: str | Path,
+    *,
+    step: int,
+    model: PreTrainedModel,
+    trainer_state: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    extra: Mapping[str, bytes] | None = None,
+) -> str:
+    """Write ``directory/step-N`` so that it appears whole or not at all; an existing one is replaced.
+
+    Args:
+        directory: made when missing.
+        step: optimizer steps done.
+        model: saved in the dtype it has, so that loading gives the same bits.
+        trainer_state: tensors and plain values, in nested dicts and lists.
+        tokenizer: saved beside the model.
+        extra: contents of further files by name.
+
+    Raises:
+        CheckpointError: the disk is full or the directory cannot be written.
+    """
+    final = Path(directory) / f"step-{step}"
+    partial = final.with_name(final.name + ".tmp")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        torch.save(dict(trainer_state), partial / TRAINER_STATE)
+        for name, content in (extra or {}).items():
+            (partial / name).write_bytes(content)
+        _write_manifest(partial, step)
+        _publish(partial, final)
+    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as a RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of step {step} must be written to {final}, but: {error}. Free space or check permissions; "
+            "earlier checkpoints are untouched."
+        ) from error
+    return str(final)
+
+
+def _write_manifest(directory: Path, step: int) -> None:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    entries = {str(path.relative_to(directory)): _fingerprint(path, sync=True) for path in files}
+    manifest = directory / MANIFEST
+    manifest.write_text(json.dumps({"format": _FORMAT, "step": step, "files": entries}, indent=1, sort_keys=True))
+    _fingerprint(manifest, sync=True)
+
+
+def _publish(partial: Path, final: Path) -> None:
+    _sync_directory(partial)
+    if final.exists():
+        # Two renames: were there only a removal first, a kill in between would lose both.
+        old = final.with_name(final.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.rename(final)
+    _sync_directory(final.parent)
+
+
+def _fingerprint(path: Path, *, sync: bool = False) -> dict[str, Any]:
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def verify_checkpoint(path: str | Path) -> None:
+    """Read every file and compare it with the manifest.
+
+    Raises:
+        CheckpointError: names the file that is missing, truncated or changed.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"a checkpoint must be a directory, but there is none at {path}.")
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        files, step = dict(manifest["files"]), int(manifest["step"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} must hold {MANIFEST}, but does not: it is unfinished. Use another.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{directory / MANIFEST} must be readable, but: {error!r}. Use another checkpoint."
+        ) from error
+    if step != checkpoint_step(directory):
+        raise CheckpointError(f"{path} must be of the step it is named after, but its manifest says step {step}.")
+    for name, expected in files.items():
+        _verify_file(directory / name, expected)
+
+
+def _verify_file(file: Path, expected: Mapping[str, Any]) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file} must exist, but is missing. Use another checkpoint.")
+    size = file.stat().st_size
+    if size != expected["bytes"]:
+        raise CheckpointError(
+            f"{file} must have {expected['bytes']} bytes, but has {size}: it is truncated or was changed. "
+            "Use another checkpoint."
+        )
+    if _fingerprint(file)["sha256"] != expected["sha256"]:
+        raise CheckpointError(f"{file} must match its checksum in the manifest, but does not. Use another checkpoint.")
+
+
+def load_trainer_state(path: str | Path) -> dict[str, Any]:
+    """The trainer state of a verified checkpoint, on the CPU. Runs no code from the file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    file = Path(path) / TRAINER_STATE
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises whatever the damaged bytes ask for
+        raise CheckpointError(f"{file} must be readable, but: {error!r}. Use another checkpoint.") from error
+    return state
+
+
+def list_checkpoints(directory: str | Path) -> list[Path]:
+    """Finished or not, all directories named step-N, oldest step first."""
+    found = [path for path in Path(directory).glob("step-*") if path.is_dir() and _STEP.fullmatch(path.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def latest_checkpoint(directory: str | Path) -> FoundCheckpoint:
+    """The youngest checkpoint that verifies; what is wrong with younger ones is told, not raised."""
+    _rescue(Path(directory))
+    problems = []
+    for path in reversed(list_checkpoints(directory)):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            return FoundCheckpoint(path=str(path), problems=tuple(problems))
+    return FoundCheckpoint(path=None, problems=tuple(problems))
+
+
+def _rescue(directory: Path) -> None:
+    """Put a replaced checkpoint back whose replacement was killed between the two renames."""
+    for old in directory.glob("step-*.old"):
+        final = old.with_suffix("")
+        if not final.exists():
+            old.rename(final)
+
+
+def prune(directory: str | Path, *, keep: int) -> list[str]:
+    """Delete all but the `keep` youngest checkpoints, and whatever was left half-written.
+
+    Call it only once a newer checkpoint is complete.
+
+    Returns:
+        The paths that were deleted.
+    """
+    assert keep >= 1, "at least one checkpoint is kept"
+    doomed = list_checkpoints(directory)[:-keep] + sorted(Path(directory).glob("step-*.tmp"))
+    for path in doomed:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path)
+    return [str(path) for path in doomed if not path.exists()]

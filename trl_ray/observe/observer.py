@@ -1,0 +1,61 @@
+"""Builds the sinks of a run: what every pipeline calls once.
+
+    RunDirectory + options -> open_observer -> Observer(metrics, events, trace, completions, console, wandb)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+from trl_ray.observe.completions import CompletionsFiles
+from trl_ray.observe.console import ConsoleSink
+from trl_ray.observe.run_directory import RunDirectory
+from trl_ray.observe.sinks import EventsFile, MetricsFile, Observer, Sink
+from trl_ray.observe.trace import TraceFile
+from trl_ray.observe.wandb_sink import WandbSink
+
+
+def open_observer(
+    run: RunDirectory,
+    *,
+    total_steps: int | None,
+    config: Mapping[str, Any],
+    logging_steps: int = 1,
+    log_completions: bool = True,
+    print_completions: int = 0,
+    report_to: Sequence[str] = (),
+    wandb_project: str = "trl_ray",
+    run_name: str | None = None,
+    console_stream: IO[str] | None = None,
+) -> Observer:
+    """Open every sink the run asks for; files first, so that they hold what a later sink fails on.
+
+    Args:
+        run: where files go; must exist.
+        total_steps: optimizer steps of the run, for progress; None when unknown.
+        config: resolved options as plain values; secrets are taken out before they leave the machine.
+        logging_steps: steps between console lines and wandb points; files take every step.
+        log_completions: write completions/*.parquet.
+        print_completions: completions to print with each console line.
+        report_to: services, of which there is ``"wandb"``.
+        wandb_project: project there.
+        run_name: name there.
+        console_stream: where the console writes; standard output by default.
+
+    Raises:
+        ConfigError: a service is unknown, not installed, or refuses the run.
+        RunError: a file cannot be opened.
+    """
+    sinks: list[Sink] = [MetricsFile(run.metrics), EventsFile(run.events), TraceFile(run.trace)]
+    if log_completions:
+        sinks.append(CompletionsFiles(run.completions))
+    if "wandb" in report_to:
+        name = run_name or run.path.name
+        sinks.append(WandbSink(run.path, project=wandb_project, run_name=name, config=config, every=logging_steps))
+    sinks.append(
+        ConsoleSink(
+            total_steps=total_steps, every=logging_steps, print_completions=print_completions, stream=console_stream
+        )
+    )
+    return Observer(sinks)

@@ -1,0 +1,179 @@
+"""The run directory: where each file of a run lies, how a run gets one, and how resuming rewinds it.
+
+    RUN_DIR/
+      config.yaml       resolved options               ledger.json      state of the sample ledger
+      metrics.jsonl     one line per optimizer step    journal.bin      the ledger's journal
+      events.jsonl      what happened to whom          completions/     step-000012.parquet
+      trace.jsonl       spans of the actors            checkpoints/     step-12/
+      report.html       drawn from all of the above
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from trl_ray.errors import ConfigError
+from trl_ray.observe.files import atomic_write_json, atomic_write_text, read_json_lines, to_json, writing
+
+_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "trace.jsonl", "ledger.json", "journal.bin", "report.html")
+_FOLDERS = ("completions", "checkpoints", "wandb")
+# A folder with one of these was made by a run; nothing else is ever overwritten.
+_MARKS = ("metrics.jsonl", "events.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Paths of one run. Make one with `create` (a new run) or `open_existing` (resume, report)."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], *, overwrite: bool = False) -> RunDirectory:
+        """Make the layout in a new or empty folder.
+
+        With `overwrite` the files of an earlier run are deleted first; folders that hold anything but a run, and files
+        that are not part of the layout, are left alone.
+
+        Raises:
+            ConfigError: the folder is in use, is no folder, or cannot be written; nothing was changed then.
+        """
+        run = cls(Path(path).expanduser().absolute())
+        run._refuse_if_in_use(overwrite=overwrite)
+        try:
+            run._clear()
+            run.completions.mkdir(parents=True)
+            run.checkpoints.mkdir()
+            for file in (run.metrics, run.events, run.trace):
+                file.touch()
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir must be a folder that can be written, got {str(run.path)!r}: {error.strerror or error}. "
+                "Choose another output_dir or fix the permissions."
+            ) from error
+        return run
+
+    @classmethod
+    def open_existing(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """The directory of a run that was started before, however little of it is there.
+
+        Raises:
+            ConfigError: there is no run in `path`.
+        """
+        run = cls(Path(path).expanduser().absolute())
+        if not run.path.exists():
+            raise ConfigError(f"A run directory must exist, got {str(run.path)!r}, which does not. Check the path.")
+        if not run._is_run():
+            raise ConfigError(
+                f"A run directory must hold {' or '.join(_MARKS)}, got {str(run.path)!r}, which does not. "
+                "Give the output_dir of a run that was started before."
+            )
+        return run
+
+    @property
+    def config(self) -> Path:
+        """The resolved options; load again to the same run."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One line per optimizer step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """Actors lost and restarted, versions published and pulled, drops, warnings."""
+        return self.path / "events.jsonl"
+
+    @property
+    def trace(self) -> Path:
+        """Spans of the actors' timelines."""
+        return self.path / "trace.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """Where every group is."""
+        return self.path / "ledger.json"
+
+    @property
+    def journal(self) -> Path:
+        """The ledger's journal."""
+        return self.path / "journal.bin"
+
+    @property
+    def completions(self) -> Path:
+        """Folder with one parquet file per step."""
+        return self.path / "completions"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder with one folder per checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        """The report, one HTML file."""
+        return self.path / "report.html"
+
+    def completions_file(self, step: int) -> Path:
+        """The completions that step trained on."""
+        return self.completions / f"step-{step:06d}.parquet"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint written after `step`."""
+        return self.checkpoints / f"step-{step}"
+
+    def write_config(self, text: str) -> None:
+        """Save the resolved options (YAML text) atomically."""
+        atomic_write_text(self.config, text)
+
+    def write_ledger(self, summary: object) -> None:
+        """Save the ledger's snapshot (mapping or dataclass): a reader sees one step's numbers or the next one's."""
+        atomic_write_json(self.ledger, summary)
+
+    def truncate_after(self, step: int) -> None:
+        """Forget metrics and completions of steps after `step`, which a resumed run trains again.
+
+        Events and trace are kept: they say what really happened, twice if it happened twice.
+
+        Raises:
+            RunError: a file cannot be written.
+        """
+        kept = [record for record in read_json_lines(self.metrics) if int(record.get("step", 0)) <= step]
+        atomic_write_text(self.metrics, "".join(to_json(record) + "\n" for record in kept))
+        for file in self.completions.glob("step-*.parquet"):
+            match = re.fullmatch(r"step-(\d+)", file.stem)
+            if match and int(match[1]) > step:
+                with writing(file):
+                    file.unlink()
+
+    def _is_run(self) -> bool:
+        return any((self.path / mark).is_file() for mark in _MARKS)
+
+    def _refuse_if_in_use(self, *, overwrite: bool) -> None:
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise ConfigError(f"output_dir must be a folder, got the file {str(self.path)!r}. Choose another.")
+        if not any(self.path.iterdir()):
+            return
+        if not self._is_run():
+            raise ConfigError(
+                f"output_dir must be new, empty, or the directory of an earlier run, got {str(self.path)!r}, which "
+                "holds other files. Choose another output_dir."
+            )
+        if not overwrite:
+            raise ConfigError(
+                f"output_dir must be new or empty, got {str(self.path)!r}, which holds a run. Choose "
+                f"another, delete that run with overwrite_output_dir=true, or continue it: trl-ray resume {self.path}"
+            )
+
+    def _clear(self) -> None:
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for name in _FOLDERS:
+            if (self.path / name).exists():
+                shutil.rmtree(self.path / name)

@@ -1,0 +1,149 @@
+"""Where the numbers of a run go: the `Sink` protocol, the files among the sinks, and the `Observer` that fans out.
+
+    pipeline -> Observer.step / event / spans / completions -> Sink, Sink, ...
+                    metrics.jsonl  events.jsonl  trace.jsonl  completions/*.parquet  console  wandb
+
+A closed terminal or an unreachable service never reaches training; a file that cannot be written (disk full) does,
+as `RunError`, because a run whose record is lost should stop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from trl_ray.observe.files import JsonLines
+from trl_ray.types import ActorReport, Event, EventKind, FloatArray, RolloutGroup, Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainedGroups:
+    """What one step trained on."""
+
+    step: int
+    groups: Sequence[RolloutGroup]
+    advantages: Sequence[Sequence[float] | FloatArray] | FloatArray
+    """[groups][G] in the order of the groups and their completions."""
+    learner_version: int
+    """Version of the learner's weights before the step."""
+
+
+class Sink(Protocol):
+    """Takes what a run says; a sink overrides what it wants to hear and may ignore the rest."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of one optimizer step."""
+        return
+
+    def event(self, event: Event) -> None:
+        """Take one event."""
+        return
+
+    def spans(self, spans: Sequence[Span]) -> None:
+        """Take intervals of actors' timelines."""
+        return
+
+    def completions(self, trained: TrainedGroups) -> None:
+        """Take the groups of one step."""
+        return
+
+    def close(self) -> None:
+        """Write what is held back and let go; calling it again does nothing."""
+        return
+
+
+class MetricsFile(Sink):
+    """``metrics.jsonl``: one line per step, `step` and `time` (seconds since the epoch) first."""
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self._lines = JsonLines(path)
+        self._clock = clock
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append and flush.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
+        self._lines.append({"step": step, "time": self._clock(), **metrics})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()
+
+
+class EventsFile(Sink):
+    """``events.jsonl``: one line per event."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = JsonLines(path)
+
+    def event(self, event: Event) -> None:
+        """Append and flush.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
+        self._lines.append({"time": event.time, "kind": event.kind, "actor": event.actor, "detail": event.detail})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()
+
+
+class Observer:
+    """Hands everything to every sink, in their order.
+
+        observer = Observer([MetricsFile(run.metrics), EventsFile(run.events)])
+        observer.emit(EventKind.RUN_STARTED, actor="driver", staleness_bound=2)
+        observer.step(1, {"loss": 0.5})
+        observer.close()
+    """
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self.sinks = tuple(sinks)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of optimizer step `step` (1-based)."""
+        for sink in self.sinks:
+            sink.step(step, metrics)
+
+    def event(self, event: Event) -> None:
+        """One event, made elsewhere."""
+        for sink in self.sinks:
+            sink.event(event)
+
+    def emit(self, kind: EventKind, *, actor: str, **detail: object) -> None:
+        """One event that happens now."""
+        self.event(Event(kind=kind, actor=actor, time=time.time(), detail=detail))
+
+    def spans(self, spans: Sequence[Span]) -> None:
+        """Intervals of actors' timelines."""
+        if spans:
+            for sink in self.sinks:
+                sink.spans(spans)
+
+    def report(self, report: ActorReport) -> None:
+        """What an actor gathered since it was last asked."""
+        for event in report.events:
+            self.event(event)
+        self.spans(report.spans)
+
+    def completions(self, trained: TrainedGroups) -> None:
+        """The groups one step trained on. Their spans are not recorded here: workers report them as well."""
+        for sink in self.sinks:
+            sink.completions(trained)
+
+    def close(self) -> None:
+        """Close every sink, the last first, even when one fails; the first failure is raised at the end."""
+        failure: Exception | None = None
+        for sink in reversed(self.sinks):
+            try:
+                sink.close()
+            except Exception as error:  # the other sinks still hold data to write
+                failure = failure or error
+        if failure is not None:
+            raise failure

@@ -1,0 +1,96 @@
+"""Sends metrics to Weights & Biases; without WANDB_API_KEY it writes an offline run inside the run directory.
+
+    metrics -> WandbSink -> RUN_DIR/wandb -> the service, at once or later with `wandb sync`
+
+Options go through `redact` first; command line, code, git state and console output are not uploaded at all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trl_ray.errors import ConfigError
+from trl_ray.observe.files import atomic_write_text, jsonable, writing
+from trl_ray.observe.redact import redact
+from trl_ray.observe.sinks import Sink
+
+_LOG = logging.getLogger(__name__)
+
+
+class WandbSink(Sink):
+    """One wandb run per run directory, resumed when the run is.
+
+    Raises:
+        ConfigError: wandb is not installed, or refuses the project or the key.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, project: str, run_name: str | None, config: Mapping[str, Any], every: int = 1
+    ) -> None:
+        self._wandb = _import_wandb()
+        self._every = every
+        folder = run_dir / "wandb"
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        online = mode == "online"
+        settings = self._wandb.Settings(
+            console="off", disable_code=True, disable_git=True, x_disable_meta=True, silent=not online
+        )
+        try:
+            self._run = self._wandb.init(
+                project=project, name=run_name, id=_run_id(folder), resume="allow" if online else None,
+                dir=str(run_dir), config=jsonable(redact(config)), settings=settings,
+                mode=mode,
+            )
+        except self._wandb.errors.Error as error:
+            raise ConfigError(
+                f"report_to=wandb needs a project and a key that wandb accepts, got project {project!r}: {error}. "
+                "Fix WANDB_API_KEY, unset it to record offline, or remove wandb from report_to."
+            ) from error
+        # Steps repeat after a resume; wandb refuses steps that go back unless they are an ordinary metric.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send every `every`-th step; once wandb fails, the run goes on without it."""
+        if self._run is None or step % self._every:
+            return
+        try:
+            self._run.log({"step": step, **metrics})
+        except self._wandb.errors.Error as error:
+            _LOG.warning("wandb stopped taking metrics at step %d (%s); metrics.jsonl still has them all.", step, error)
+            self._run = None
+
+    def close(self) -> None:
+        """Finish the wandb run; calling it again does nothing."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            run.finish()
+        except self._wandb.errors.Error as error:
+            _LOG.warning("wandb could not finish its run (%s); metrics.jsonl has all metrics.", error)
+
+
+def _import_wandb() -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "report_to=wandb needs the package wandb, which is not installed. pip install wandb, or remove it from "
+            "report_to."
+        ) from error
+
+
+def _run_id(folder: Path) -> str:
+    file = folder / "run_id.txt"
+    if not file.is_file():
+        atomic_write_text(file, uuid.uuid4().hex[:12])
+    return file.read_text(encoding="utf-8").strip()

@@ -1,0 +1,15 @@
+"""Asynchronous GRPO: the walk with a lag, so that generation, rewards, training and weight pulls overlap."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from trl_ray.config.grpo import AsyncGRPOConfig, GRPOConfig
+from trl_ray.pipelines.policy_optimization import PolicyOptimizationPipeline
+
+
+class AsyncGRPOPipeline(PolicyOptimizationPipeline):
+    """Generates up to `max_staleness` steps ahead of the learner; that bound holds by construction."""
+
+    config_class: ClassVar[type[GRPOConfig]] = AsyncGRPOConfig
+    name: ClassVar[str] = "async-grpo"

@@ -1,0 +1,294 @@
+"""The actors of a reinforcement-learning run: started, kept alive, and fed with weights.
+
+    learner --publish--> object store --pull--> rollout workers          (Crew.publish, Crew.pull)
+    Supervisor --lost--> Crew: end it, reissue its leases, start anew, refit with current weights, work again
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trl_ray.actors.calling import Patience, call_patiently
+from trl_ray.actors.policy_learner import PolicyLearner
+from trl_ray.actors.reward_worker import RewardWorker
+from trl_ray.actors.rollout_queue import RolloutQueue
+from trl_ray.actors.rollout_worker import PullReport, RolloutWorker
+from trl_ray.config.grpo import GRPOConfig
+from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, RunError, WeightError
+from trl_ray.runtime.runtime import ActorHandle, Role, Runtime
+from trl_ray.runtime.supervision import Supervisor, Watched
+from trl_ray.types import ActorReport, Canary, Event, EventKind, Health, IntArray, Span, WeightVersion
+
+Emit = Callable[[Event], None]
+_CONTROL_S = 60.0
+QUEUE_PATIENCE = Patience(deadline_s=30.0, total_s=120.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """The newest weights: where they lie and how to prove them."""
+
+    identity: WeightVersion
+    shared: Any
+    """Stands for the payload in a call to another actor."""
+    canary: Canary | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorArguments:
+    """Constructor arguments by role."""
+
+    learner: Mapping[str, Any]
+    queue: Mapping[str, Any]
+    rollout: Mapping[str, Any]
+    """Without the handles of queue and rewards."""
+    reward: Mapping[str, Any]
+
+
+class Crew:
+    """Starts the actors, replaces lost ones, and hands out weights.
+
+    NOTE: a rollout worker gets work only after it has pulled the newest published weights.
+    """
+
+    def __init__(
+        self, *, runtime: Runtime, config: GRPOConfig, arguments: ActorArguments, canary_ids: IntArray, emit: Emit
+    ) -> None:
+        self._runtime, self._config, self._arguments = runtime, config, arguments
+        self._canary_ids, self._emit_event = canary_ids, emit
+        self._published: Published | None = None
+        self._workers: set[ActorHandle] = set()
+        self._working: dict[str, ActorHandle] = {}
+        self._rewards: list[ActorHandle] = []
+        self._spans: list[Span] = []
+        self._learner: ActorHandle | None = None
+        self._queue: ActorHandle | None = None
+        self.supervisor = Supervisor(
+            interval_s=config.runtime.health_interval_s,
+            deadline_s=config.runtime.health_deadline_s,
+            on_lost=self._on_lost,
+            on_reborn=self._on_reborn,
+        )
+
+    @property
+    def learner(self) -> ActorHandle:
+        """The learner's handle."""
+        assert self._learner is not None, "the crew has not been started"
+        return self._learner
+
+    @property
+    def queue(self) -> ActorHandle:
+        """The queue's handle."""
+        assert self._queue is not None, "the crew has not been started"
+        return self._queue
+
+    @property
+    def working(self) -> tuple[ActorHandle, ...]:
+        """Rollout workers that hold current weights."""
+        return tuple(self._working.values())
+
+    async def start(self) -> None:
+        """Start every actor side by side, publish the learner's weights, and let the workers begin."""
+        self._queue = await self._runtime.spawn(Role.QUEUE, "queue", RolloutQueue, **self._arguments.queue)
+        self._learner = await self._runtime.spawn(Role.LEARNER, "learner", PolicyLearner, **self._arguments.learner)
+        for slot in range(self._config.reward.num_workers):
+            name = f"reward-{slot}"
+            arguments = {**self._arguments.reward, "name": name}
+            self._rewards.append(await self._runtime.spawn(Role.REWARD, name, RewardWorker, **arguments))
+        workers = [await self._spawn_worker(f"rollout-{slot}", slot) for slot in range(self._config.rollout.num_workers)]
+        actors = [self._queue, self._learner, *self._rewards]
+        await asyncio.gather(*(self._greet(handle) for handle in actors))
+        healths = await asyncio.gather(*(self._greet(handle, watch=False) for handle in workers))
+        await self.publish(step=0)
+        for slot, (handle, health) in enumerate(zip(workers, healths, strict=True)):
+            await self._refit(handle)
+            self.supervisor.watch(handle, slot=slot, health=health)
+
+    async def publish(self, *, step: int) -> WeightVersion:
+        """Take the learner's weights, and a canary when one is due."""
+        config, begin = self._config, time.time()
+        deadline_s = config.runtime.pull_deadline_s
+        every = config.rollout.canary_every
+        canary: Canary | None = None
+        try:
+            shared = await self.learner.call_shared("publish", deadline_s=deadline_s)
+            identity: WeightVersion = await self.learner.call("identity", deadline_s=deadline_s)
+            if every and (step % every == 0 or self._published is None):
+                canary = await self.learner.call("canary", self._canary_ids, deadline_s=deadline_s)
+        except (ActorLostError, DeadlineError) as error:
+            raise LearnerLostError(str(error)) from None
+        self._published = Published(identity=identity, shared=shared, canary=canary)
+        self._emit(
+            EventKind.WEIGHTS_PUBLISHED, "learner",
+            version=identity.version, checksum=identity.checksum, seconds=round(time.time() - begin, 4),
+        )
+        return identity
+
+    async def pull(self) -> None:
+        """Have every working rollout worker pull the newest weights; replace those that cannot."""
+        await asyncio.gather(*(self._pull_or_replace(handle) for handle in self.working))
+
+    async def drain(self) -> ActorReport:
+        """Events and spans of all actors since the last call."""
+        events: list[Event] = []
+        spans, self._spans = self._spans, []
+        for handle in (self.queue, self.learner, *self._rewards, *self.working):
+            try:
+                report: ActorReport = await handle.call("drain", deadline_s=_CONTROL_S)
+            except (ActorLostError, DeadlineError):
+                # Whatever it had gathered died with it; the supervisor tells of the loss itself.
+                continue
+            events.extend(report.events)
+            spans.extend(report.spans)
+        return ActorReport(events=events, spans=spans)
+
+    async def ask_queue(self, method: str, /, **kwargs: Any) -> Any:
+        """Call the queue, waiting out its restart."""
+        return await call_patiently(self.queue, method, QUEUE_PATIENCE, **kwargs)
+
+    def _emit(self, kind: EventKind, actor: str, /, **detail: Any) -> None:
+        self._emit_event(Event(kind=kind, actor=actor, time=time.time(), detail=detail))
+
+    async def _spawn_worker(self, name: str, slot: int) -> ActorHandle:
+        arguments = {**self._arguments.rollout, "name": name, "queue": self.queue, "rewards": tuple(self._rewards)}
+        handle = await self._runtime.spawn(Role.ROLLOUT, name, RolloutWorker, slot=slot, **arguments)
+        self._workers.add(handle)
+        return handle
+
+    async def _greet(self, handle: ActorHandle, *, watch: bool = True) -> Health:
+        """Wait for an actor's constructor."""
+        health: Health = await handle.call("health", deadline_s=self._config.runtime.start_deadline_s)
+        self._emit(EventKind.ACTOR_STARTED, handle.name, pid=health.pid)
+        if watch:
+            self.supervisor.watch(handle, health=health)
+        return health
+
+    async def _refit(self, handle: ActorHandle) -> None:
+        """Give a fresh worker the newest weights, then work; weights published meanwhile are pulled too."""
+        pulled: Published | None = None
+        while pulled is not self._published:
+            pulled = self._published
+            await self._pull_one(handle)
+        await handle.call("start", deadline_s=_CONTROL_S)
+        self._working[handle.name] = handle
+
+    async def _pull_one(self, handle: ActorHandle) -> None:
+        published = self._published
+        assert published is not None, "weights must be published before they are pulled"
+        report: PullReport = await handle.call(
+            "pull", published.shared, published.canary, deadline_s=self._config.runtime.pull_deadline_s
+        )
+        if (report.version, report.checksum) != (published.identity.version, published.identity.checksum):
+            raise WeightError(f"{handle.name} must run {published.identity}, but reports {report}.")
+        self._emit(
+            EventKind.WEIGHTS_PULLED, handle.name,
+            version=report.version, checksum=report.checksum, seconds=round(report.seconds, 4),
+        )
+        if report.canary_mean is not None:
+            self._emit(
+                EventKind.CANARY, handle.name,
+                version=report.version, mean=report.canary_mean, max=report.canary_max, agrees=True,
+            )
+
+    async def _pull_or_replace(self, handle: ActorHandle) -> None:
+        try:
+            await self._pull_one(handle)
+        except (WeightError, EngineError, ActorLostError, DeadlineError) as error:
+            if isinstance(error, WeightError):
+                self._emit(EventKind.CANARY, handle.name, agrees=False, detail=str(error))
+            for watched in self.supervisor.watched:
+                if watched.handle.name == handle.name:
+                    await self._on_lost(watched, str(error))
+
+    async def _on_lost(self, watched: Watched, reason: str) -> None:
+        """Bring a lost actor back, or end the run when it may not be.
+
+        Raises:
+            LearnerLostError: the learner is gone; the pipeline restarts from the last checkpoint.
+            RunError: the actor was lost more often than it may be.
+        """
+        name, role = watched.handle.name, watched.handle.role
+        self.supervisor.forget(name)
+        self._working.pop(name, None)
+        pid = watched.health.pid if watched.health else None
+        self._emit(EventKind.ACTOR_LOST, name, reason=reason, pid=pid)
+        if role is Role.LEARNER:
+            raise LearnerLostError(reason)
+        begin = time.time()
+        if role is Role.ROLLOUT:
+            health, handle = await self._replace_worker(watched, reason)
+        else:
+            self._count_restart(watched, reason)
+            health, handle = await self._await_rebirth(watched)
+        self.supervisor.watch(handle, slot=watched.slot, restarts=watched.restarts, health=health)
+        self._emit(
+            EventKind.ACTOR_RESTARTED, handle.name, replaces=name, pid=health.pid, seconds=round(time.time() - begin, 3)
+        )
+
+    def _count_restart(self, watched: Watched, reason: str) -> None:
+        allowed = self._config.runtime.max_restarts
+        if watched.restarts >= allowed:
+            raise RunError(
+                f"{watched.handle.name} may be restarted {allowed} times (runtime.max_restarts), but was lost again: "
+                f"{reason}"
+            )
+        watched.restarts += 1
+
+    async def _replace_worker(self, watched: Watched, reason: str) -> tuple[Health, ActorHandle]:
+        """Start another rollout worker in the place of a lost one, again if that one is lost before it works."""
+        await self._discard(watched.handle)
+        base = watched.handle.name.partition("+")[0]
+        while True:
+            self._count_restart(watched, reason)
+            handle = await self._spawn_worker(f"{base}+{watched.restarts}", watched.slot)
+            try:
+                health: Health = await handle.call("health", deadline_s=self._config.runtime.start_deadline_s)
+                await self._refit(handle)
+            except (EngineError, ActorLostError, DeadlineError) as error:
+                reason = str(error)
+                self._emit(EventKind.ACTOR_LOST, handle.name, reason=reason)
+                await self._discard(handle)
+            else:
+                return health, handle
+
+    async def dismiss(self) -> None:
+        """End all actors for good, before a session begins anew from a checkpoint."""
+        for watched in self.supervisor.watched:
+            self.supervisor.forget(watched.handle.name)
+        known = [self._queue, self._learner, *self._rewards, *self._workers]
+        await asyncio.gather(*(self._runtime.end(handle) for handle in known if handle is not None))
+
+    async def _discard(self, handle: ActorHandle) -> None:
+        """End a worker for good and give its leases to others."""
+        await self._runtime.end(handle)
+        self._workers.discard(handle)
+        await self.ask_queue("lose_worker", worker=handle.name)
+
+    async def _await_rebirth(self, watched: Watched) -> tuple[Health, ActorHandle]:
+        """Wait until Ray has brought an actor back; a hung one is killed first."""
+        handle = watched.handle
+        if not self._runtime.survives(handle.role):
+            raise RunError(f"{handle.name} died and cannot come back in this runtime.")
+        try:
+            health = await handle.call("health", deadline_s=self._config.runtime.health_deadline_s)
+        except DeadlineError:
+            await self._runtime.kill(handle)
+        except ActorLostError:
+            pass
+        else:
+            return health, handle
+        patience = Patience(
+            deadline_s=self._config.runtime.health_deadline_s, total_s=self._config.runtime.start_deadline_s
+        )
+        return await call_patiently(handle, "health", patience), handle
+
+    async def _on_reborn(self, watched: Watched, health: Health) -> None:
+        """Tell of an actor that died and came back between two probes."""
+        name = watched.handle.name
+        watched.restarts += 1
+        self._emit(EventKind.ACTOR_LOST, name, reason=f"{name} answers from another process than before")
+        self._emit(EventKind.ACTOR_RESTARTED, name, replaces=name, pid=health.pid)

@@ -1,0 +1,11 @@
+"""Pipelines by the name that the command line and config.yaml give them."""
+
+from __future__ import annotations
+
+from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
+from trl_ray.pipelines.grpo import GRPOPipeline
+from trl_ray.pipelines.policy_optimization import PolicyOptimizationPipeline
+
+PIPELINES: dict[str, type[PolicyOptimizationPipeline]] = {
+    pipeline.name: pipeline for pipeline in (AsyncGRPOPipeline, GRPOPipeline)
+}

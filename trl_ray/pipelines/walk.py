@@ -1,0 +1,274 @@
+"""The walk of a datum in policy optimisation: three loops around the queue, shared by every RL pipeline.
+
+    dataset -> _admit -> RolloutQueue -> rollout workers -> rewards -> RolloutQueue -> _train -> learner
+                 ^                                                                       |
+                 +------------- release, once the weights are pulled <------- publish ---+
+
+    _admit   consumes: free slots, prompts.  produces: tickets.      waits for: a slot.
+             unblocked by: release, and drops.
+    _train   consumes: P ready groups.       produces: weights, a metrics line.   waits for: ready groups.
+             unblocked by: commits of rollout workers.
+    pull     consumes: published weights.    produces: freed slots.  waits for: every working worker.
+             unblocked by: their answers, or their replacement.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from trl_ray.algorithms.batching import BuiltBatch, build_train_batch
+from trl_ray.errors import ActorLostError, DeadlineError, InterruptedRun, LearnerLostError, RewardError, StallError
+from trl_ray.pipelines.crew import Crew
+from trl_ray.pipelines.preparation import Preparation
+from trl_ray.pipelines.record import Recorder, StepTimes
+from trl_ray.types import Event, EventKind, RolloutGroup, StepResult
+
+_POLL_S = 2.0
+_SAY_WAITING_S = 30.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """How far the run is; mutable, and owned by the walk."""
+
+    step: int
+    """Finished optimizer steps."""
+    saved: int
+    """Step of the newest checkpoint."""
+
+
+class Walk:
+    """Runs the loops from one checkpoint to the end of training."""
+
+    def __init__(
+        self, *, preparation: Preparation, crew: Crew, recorder: Recorder, start_step: int, stop: asyncio.Event
+    ) -> None:
+        self._preparation, self._config = preparation, preparation.config
+        self._crew, self._recorder, self._stop = crew, recorder, stop
+        self.progress = Progress(step=start_step, saved=start_step)
+        self._pulling: asyncio.Task[None] | None = None
+        self._reward_failures = 0
+
+    async def run(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            InterruptedRun: the stop event was set; a checkpoint was written.
+            RunError: whatever ended a loop.
+        """
+        loops: list[Coroutine[Any, Any, None]] = [self._train(), self._admit(), self._crew.supervisor.run()]
+        tasks = [asyncio.create_task(loop, name=name) for loop, name in zip(loops, ("train", "admit", "supervise"), strict=True)]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            # Two may end together; the supervisor knows best why an actor is gone.
+            for task in sorted(done, key=lambda task: task.get_name() != "supervise"):
+                task.result()
+            assert tasks[0] in done, "only the training loop may end by itself"
+        finally:
+            pulling = [self._pulling] if self._pulling is not None else []
+            for task in (*tasks, *pulling):
+                task.cancel()
+            await asyncio.gather(*tasks, *pulling, return_exceptions=True)
+
+    async def _admit(self) -> None:
+        """See the module: keeps the slots charged, and issues no more groups than the remaining steps need."""
+        prompts, config = self._preparation.prompts, self._config
+        while True:
+            free: int = await self._crew.ask_queue("wait_for_slots", wait_s=_POLL_S)
+            snapshot = await self._crew.ask_queue("snapshot")
+            remaining = (self._preparation.total_steps - self.progress.step) * config.groups_per_step
+            count = min(free, remaining - snapshot.live_total)
+            if count <= 0:
+                await asyncio.sleep(0.25 if free else 0)
+                continue
+            first: int = await self._crew.ask_queue("next_ordinal")
+            chosen = [prompts.prompt(ordinal) for ordinal in range(first, first + count)]
+            await self._crew.ask_queue("admit", prompts=chosen, version=self._recorder.pulled_version)
+
+    async def _train(self) -> None:
+        """See the module."""
+        config, total = self._config, self._preparation.total_steps
+        if config.eval_steps and self.progress.step == 0:
+            await self._evaluate()
+        while self.progress.step < total:
+            step, begin = self.progress.step + 1, time.time()
+            groups = await self._take(step)
+            taken = time.time()
+            built, result = await self._optimize(step, groups)
+            trained = time.time()
+            await self._settle(step, result)
+            version = await self._publish(step, StepWait(wait_s=taken - begin, step_s=trained - begin))
+            published = time.time()
+            self.progress.step = step
+            times = StepTimes(begin=begin, taken=taken, trained=trained, published=published)
+            await self._record(groups, built, result, times, version)
+            if config.eval_steps and step % config.eval_steps == 0:
+                await self._evaluate()
+            if config.save_steps and step % config.save_steps == 0 and step < total:
+                await self.save()
+            if self._stop.is_set():
+                await self._interrupt()
+        if self._pulling is not None:
+            await self._pulling
+        await self.save()
+
+    async def _take(self, step: int) -> list[RolloutGroup]:
+        """Wait for the groups of one step; say who is waited for, and give up when nothing moves any more."""
+        config = self._config
+        began = moved = said = time.monotonic()
+        seen: int | None = None
+        while True:
+            groups: list[RolloutGroup] = await self._crew.ask_queue(
+                "take", n=config.groups_per_step, step=step, wait_s=_POLL_S
+            )
+            if groups:
+                return groups
+            await self._drain()
+            if self._stop.is_set():
+                await self._interrupt()
+            if self._pulling is not None and self._pulling.done():
+                self._pulling.result()
+            now = time.monotonic()
+            progress = (await self._crew.ask_queue("health")).progress
+            if progress != seen:
+                seen, moved = progress, now
+            if now - moved > config.runtime.stall_deadline_s:
+                raise StallError(
+                    f"step {step} needs {config.groups_per_step} groups, but nothing has moved for {now - moved:.0f} s "
+                    f"(runtime.stall_deadline_s): {await self._culprits()}. Resume from the checkpoint."
+                )
+            if now - said > _SAY_WAITING_S:
+                said = now
+                self._recorder.say(
+                    EventKind.WAITING, "learner", step=step, seconds=round(now - began, 1), on=await self._culprits()
+                )
+
+    async def _culprits(self) -> str:
+        named: str = await self._crew.ask_queue("describe_wait", n=self._config.groups_per_step)
+        return named
+
+    async def _optimize(self, step: int, groups: list[RolloutGroup]) -> tuple[BuiltBatch, StepResult]:
+        self._recorder.check_staleness(step, groups)
+        built = build_train_batch(
+            groups, step=step, loss=self._preparation.loss, micro_batch_size=self._config.per_device_train_batch_size
+        )
+        try:
+            result: StepResult = await self._crew.learner.call(
+                "step", built.batch, deadline_s=self._config.runtime.step_deadline_s
+            )
+        except (ActorLostError, DeadlineError) as error:
+            raise LearnerLostError(str(error)) from None
+        return built, result
+
+    async def _settle(self, step: int, result: StepResult) -> None:
+        """Tell the ledger what became of the groups of this step."""
+        await self._crew.ask_queue("skip" if result.skipped else "trained", step=step)
+        if not result.skipped:
+            self._reward_failures = 0
+            return
+        self._recorder.say(
+            EventKind.WARNING, "learner", step=step,
+            detail="loss or gradients were not finite; the step was skipped and its groups dropped",
+        )
+
+    async def _publish(self, step: int, waited: StepWait) -> int:
+        """Publish, and pull beside the next step; a pull must have ended before the next one begins."""
+        if self._pulling is not None:
+            await self._pulling
+        identity = await self._crew.publish(step=step)
+        self._pulling = asyncio.create_task(self._pull(step, identity.version, waited), name=f"pull {step}")
+        if self._config.lag == 0:
+            await self._pulling
+        return identity.version
+
+    async def _pull(self, step: int, version: int, waited: StepWait) -> None:
+        await self._crew.pull()
+        self._recorder.pulled_version = version
+        await self._crew.ask_queue("release", step=step, wait_s=waited.wait_s, step_s=waited.step_s)
+
+    async def _record(
+        self, groups: list[RolloutGroup], built: BuiltBatch, result: StepResult, times: StepTimes, version: int
+    ) -> None:
+        await self._drain()
+        snapshot, slots = await self._crew.ask_queue("snapshot"), await self._crew.ask_queue("slots")
+        self._recorder.step(
+            groups=groups, built=built, result=result, times=times, version=version, snapshot=snapshot, slots=slots
+        )
+
+    async def _drain(self) -> None:
+        """Write down what the actors have to tell, and stop when rewards fail without end."""
+        report = await self._crew.drain()
+        self._recorder.report(report)
+        self._count_reward_failures(report.events)
+
+    def _count_reward_failures(self, events: Any) -> None:
+        failed: list[Event] = [event for event in events if event.kind is EventKind.REWARD_FAILED]
+        self._reward_failures += len(failed)
+        allowed = self._config.reward.max_failures_in_a_row
+        if self._reward_failures >= allowed:
+            raise RewardError(
+                f"at most {allowed} groups in a row may lose their rewards (reward.max_failures_in_a_row), but "
+                f"{self._reward_failures} did without one trained step. The last one: {dict(failed[-1].detail)}. Mend "
+                "the reward function, then resume."
+            )
+
+    async def _evaluate(self) -> None:
+        """Answer the held-out prompts on the rollout workers, split evenly."""
+        prompts, workers = self._preparation.eval_prompts, self._crew.working
+        if not prompts or not workers:
+            return
+        if self._pulling is not None:
+            await self._pulling
+        begin = time.time()
+        shares = [prompts[index :: len(workers)] for index in range(len(workers))]
+        answers = await asyncio.gather(
+            *(
+                worker.call("evaluate", share, seed=self._config.seed, deadline_s=self._config.runtime.step_deadline_s)
+                for worker, share in zip(workers, shares, strict=True)
+                if share
+            ),
+            return_exceptions=True,
+        )
+        lost = [answer for answer in answers if isinstance(answer, BaseException)]
+        for error in lost:
+            if not isinstance(error, (ActorLostError, DeadlineError)):
+                raise error
+            self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of the evaluation was lost: {error}")
+        done = [item for answer in answers if not isinstance(answer, BaseException) for item in answer]
+        self._recorder.evaluated(self.progress.step, done, time.time() - begin)
+
+    async def save(self) -> None:
+        """Write a checkpoint of the last finished step, then let the journal forget what it no longer needs."""
+        step, begin = self.progress.step, time.time()
+        path = self._recorder.directory.checkpoint(step)
+        try:
+            await self._crew.learner.call(
+                "save", str(path.parent), step=step, extra={}, deadline_s=self._config.runtime.step_deadline_s
+            )
+        except (ActorLostError, DeadlineError) as error:
+            raise LearnerLostError(str(error)) from None
+        await self._crew.ask_queue("checkpoint", step=step)
+        self.progress.saved = step
+        self._recorder.checkpoint(path, step=step, seconds=time.time() - begin)
+
+    async def _interrupt(self) -> None:
+        if self._pulling is not None:
+            await self._pulling
+        if self.progress.saved != self.progress.step or self.progress.step == 0:
+            await self.save()
+        raise InterruptedRun(
+            f"interrupted after step {self.progress.step}; go on with: trl-ray resume {self._recorder.directory.path}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepWait:
+    """What the slot controller learns from a step, in seconds."""
+
+    wait_s: float
+    step_s: float
+    """The wait included."""

@@ -1,0 +1,1 @@
+"""Rewards: the functions that ship with the package, how names become functions, and the sandbox they run in."""

@@ -1,0 +1,99 @@
+"""Reward functions that ship with the package, in TRL's signature.
+
+    f(prompts, completions, completion_ids, **columns) -> [G] float | None
+
+`completions` are strings, or one-message conversations when the prompts are conversations.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+RewardFunction = Callable[..., Any]
+"""Returns a list of G numbers or None, or an awaitable of one."""
+
+_BARE_INTEGER = re.compile(r"[+-]?[0-9]{1,50}")
+_THINK = re.compile(r"^<think>(?!.*<think>)(.*?)</think>.*$", re.DOTALL | re.MULTILINE)
+_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def text_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of a completion, whether it is a string or a conversation of one or more messages."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(str(message.get("content") or "") for message in completion)
+
+
+def exact_answer(completions: list[Any], answer: list[Any], **columns: Any) -> list[float | None]:
+    """1 where the completion is exactly the column `answer`, white space around it aside; None without an answer."""
+    return [
+        None if wanted is None else float(text_of(completion).strip() == str(wanted).strip())
+        for completion, wanted in zip(completions, answer, strict=True)
+    ]
+
+
+def arithmetic(completions: list[Any], answer: list[Any], **columns: Any) -> list[float | None]:
+    """Half for nothing but an integer, the other half when it is the one in the column `answer`."""
+    texts = [text_of(completion).strip() for completion in completions]
+    return [_arithmetic(text, wanted) for text, wanted in zip(texts, answer, strict=True)]
+
+
+def _arithmetic(text: str, wanted: Any) -> float | None:
+    if wanted is None:
+        return None
+    if not _BARE_INTEGER.fullmatch(text):
+        return 0.0
+    return 1.0 if int(text) == int(wanted) else 0.5
+
+
+def think_format(completions: list[Any], **columns: Any) -> list[float]:
+    """1 where the completion opens with exactly one ``<think>...</think>``, as TRL's `think_format_reward`."""
+    return [1.0 if _THINK.match(text_of(completion)) else 0.0 for completion in completions]
+
+
+def soft_overlong(*, max_completion_len: int, soft_punish_cache: int) -> RewardFunction:
+    """The length penalty of DAPO (arXiv 2503.14476, equation 13) for L tokens, maximum M and cache C.
+
+    0 while ``L <= M - C``, then falling linearly ``(M - C - L) / C`` to -1 at M, -1 beyond.
+    """
+    if not 0 < soft_punish_cache <= max_completion_len:
+        raise ValueError(
+            "soft_punish_cache must be above 0 and at most max_completion_len, "
+            f"got {soft_punish_cache} and {max_completion_len}"
+        )
+
+    def soft_overlong(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        start = max_completion_len - soft_punish_cache
+        return [max(-1.0, min(0.0, (start - len(ids)) / soft_punish_cache)) for ids in completion_ids]
+
+    return soft_overlong
+
+
+def reasoning_gym(
+    prompts: list[Any], completions: list[Any], task: list[str], answer: list[Any], metadata: list[Any],
+    **columns: Any,
+) -> list[float]:
+    """The task's own score in [0, 1], of the text inside the last ``<answer>`` tag or else of the whole completion."""
+    scores = []
+    for i, completion in enumerate(completions):
+        prompt = prompts[i]
+        entry = {
+            "question": prompt if isinstance(prompt, str) else prompt[-1]["content"],
+            "answer": answer[i],
+            "metadata": metadata[i],
+        }
+        text = text_of(completion)
+        tagged = _ANSWER_TAG.findall(text)
+        scores.append(float(_scorer(task[i])((tagged[-1] if tagged else text).strip(), entry)))
+    return scores
+
+
+@functools.cache
+def _scorer(task: str) -> Callable[[str, Mapping[str, Any]], float]:
+    import reasoning_gym as package
+
+    score: Callable[[str, Mapping[str, Any]], float] = package.create_dataset(task, size=1, seed=0).score_answer
+    return score

@@ -1,0 +1,226 @@
+"""Finds the function behind a name, so that a config can say it and a child process can load it.
+
+    "arithmetic" | "soft_overlong(...)" | "package.module:function" | "file.py:function" | a callable
+        -- make_spec (driver: everything is tried once) --> RewardSpec -- load_function (child) --> callable
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cloudpickle
+
+from trl_ray.config.messages import nearest
+from trl_ray.errors import ConfigError
+from trl_ray.rewards import functions
+from trl_ray.rewards.functions import RewardFunction
+
+REGISTERED: Mapping[str, RewardFunction] = {
+    "arithmetic": functions.arithmetic,
+    "exact_answer": functions.exact_answer,
+    "reasoning_gym": functions.reasoning_gym,
+    "think_format": functions.think_format,
+}
+FACTORIES: Mapping[str, Callable[..., RewardFunction]] = {"soft_overlong": functions.soft_overlong}
+
+GIVEN_ALWAYS = frozenset({"prompts", "completions", "completion_ids", "log_extra", "log_metric"})
+_CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSpec:
+    """A reward function in a form that travels: a reference to look up, or the pickled callable itself.
+
+    `pickled` only ever holds a callable that the user's own program passed to this package. It is unpickled where
+    rewards are computed; nothing that was read from a dataset, a model or the network may be put here.
+    """
+
+    name: str
+    """Names its metrics and appears in errors."""
+    reference: str | None = None
+    pickled: bytes | None = None
+
+
+def make_spec(function: str | Callable[..., Any]) -> RewardSpec:
+    """The travelling form of a reward function, after loading it once to see that it can be.
+
+    Raises:
+        ConfigError: no such name, module, file or function, not callable, or cannot be pickled.
+    """
+    if isinstance(function, str):
+        loaded = resolve(function)
+        name = function if function in REGISTERED else getattr(loaded, "__name__", function)
+        return RewardSpec(name=name, reference=function)
+    if inspect.isclass(function) or not callable(function):
+        raise ConfigError(
+            f"A reward function must be a function or a name, got {function!r}. Pass a function "
+            "f(prompts, completions, completion_ids, **columns) -> list of numbers."
+        )
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        pickled = cloudpickle.dumps(function)
+    except (TypeError, AttributeError, ValueError, ImportError, RecursionError) as error:
+        raise ConfigError(
+            f"Reward function {name} must be picklable because it runs in a process of its own, but: {error}. "
+            "Create locks, clients and models inside the function, not around it."
+        ) from error
+    return RewardSpec(name=name, pickled=pickled)
+
+
+def make_specs(given: Sequence[str | Callable[..., Any]], *, columns: Collection[str]) -> tuple[RewardSpec, ...]:
+    """The specs of all reward functions, with unique names, each checked against the dataset's columns.
+
+    Raises:
+        ConfigError: as `make_spec`, no function at all, two of one name, or one that asks for a column that is absent.
+    """
+    if not given:
+        raise ConfigError(f"reward_funcs must name at least one function, got none. Known: {', '.join(known_names())}.")
+    specs = tuple(make_spec(function) for function in given)
+    names = [spec.name for spec in specs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"Reward functions must have different names, {', '.join(twice)} appears twice. Rename one.")
+    for spec in specs:
+        _check_columns(spec, columns)
+    return specs
+
+
+def _check_columns(spec: RewardSpec, columns: Collection[str]) -> None:
+    missing = required_columns(load_function(spec)) - set(columns)
+    for column in sorted(missing):
+        guess = nearest(column, columns)
+        fix = f"Did you mean {guess!r}?" if guess else "Add the column, or give the parameter a default."
+        raise ConfigError(
+            f"Reward function {spec.name} asks for the column {column!r}; the dataset has "
+            f"{', '.join(columns) or 'none besides the prompt'}. {fix}"
+        )
+
+
+def required_columns(function: RewardFunction) -> set[str]:
+    """Dataset columns that a function cannot be called without."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some callables written in C have no signature
+        return set()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        parameter.name for parameter in parameters
+        if parameter.kind in named and parameter.default is parameter.empty and parameter.name not in GIVEN_ALWAYS
+    }
+
+
+def load_function(spec: RewardSpec) -> RewardFunction:
+    """The function of a spec.
+
+    Raises:
+        ConfigError: the reference does not resolve here, e.g. its module is not installed on this machine.
+    """
+    if spec.reference is not None:
+        return resolve(spec.reference)
+    if spec.pickled is None:
+        raise ConfigError(f"Reward function {spec.name} must have a reference or a pickled callable, it has neither.")
+    loaded: RewardFunction = cloudpickle.loads(spec.pickled)
+    return loaded
+
+
+def known_names() -> list[str]:
+    """Names that need no path."""
+    return sorted([*REGISTERED, *(f"{name}(...)" for name in FACTORIES)])
+
+
+def resolve(reference: str) -> RewardFunction:
+    """The function that a config names.
+
+    Raises:
+        ConfigError: offers the nearest name.
+    """
+    if reference in REGISTERED:
+        return REGISTERED[reference]
+    call = _CALL.fullmatch(reference)
+    if call or reference in FACTORIES:
+        return _build(call[1], call[2], reference) if call else _build(reference, "", reference)
+    module_name, colon, attribute = reference.rpartition(":")
+    if not colon:
+        guess = nearest(reference, [*REGISTERED, *FACTORIES])
+        hint = f"Did you mean {guess!r}?" if guess else f"Known names: {', '.join(known_names())}."
+        raise ConfigError(
+            f"A reward function must be a known name, package.module:function or file.py:function, got {reference!r}. "
+            + hint
+        )
+    module = _module(module_name, reference)
+    found: Any = module
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        guess = nearest(attribute, [name for name in vars(module) if not name.startswith("_")])
+        raise ConfigError(
+            f"Reward function {reference!r} does not exist: {module_name} has no {attribute!r}. "
+            + (f"Did you mean {module_name}:{guess}?" if guess else "Check the name after the colon.")
+        )
+    if inspect.isclass(found) or not callable(found):
+        raise ConfigError(f"Reward function {reference!r} must be a function, it is {type(found).__name__}.")
+    function: RewardFunction = found
+    return function
+
+
+def _build(name: str, arguments: str, reference: str) -> RewardFunction:
+    """A function from a registered factory, e.g. ``soft_overlong(max_completion_len=256, soft_punish_cache=64)``."""
+    factory = FACTORIES.get(name)
+    if factory is None:
+        raise ConfigError(
+            f"Only {', '.join(FACTORIES)} take arguments, got {reference!r}. Write a function without arguments and "
+            "name it as package.module:function."
+        )
+    try:
+        call = ast.parse(f"f({arguments})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("arguments must be given as name=value")
+        values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        return factory(**values)
+    except (SyntaxError, TypeError, ValueError) as error:
+        options = ", ".join(f"{parameter}=..." for parameter in inspect.signature(factory).parameters)
+        raise ConfigError(f"{reference!r} must read {name}({options}): {error}.") from error
+
+
+def _module(name: str, reference: str) -> ModuleType:
+    try:
+        return _module_of_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
+    except FileNotFoundError as error:
+        raise ConfigError(f"Reward function {reference!r} must name a file that exists, got {name!r}.") from error
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"Reward function {reference!r} must be importable: {error}. Install the package, start in the folder "
+            "that holds it, or write path/to/file.py:function."
+        ) from error
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise ConfigError(
+            f"Reward function {reference!r} must be importable: {type(error).__name__}: {error}. Mend {name}."
+        ) from error
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    """Import a file under a name of its own, once."""
+    name = "trl_ray_reward_file_" + re.sub(r"\W", "_", str(path.resolve()))
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,109 @@
+"""The process that runs reward functions: ``python -m trl_ray.rewards.sandbox_child REQUEST_FD REPLY_FD``.
+
+    reader thread: request pipe --> queue      (end of file: the worker is gone --> the whole process group dies)
+    main thread:   queue --> score_group --> reply pipe
+
+The main thread runs the functions because only there does SIGALRM work, with which some libraries cut themselves
+short. What functions print goes to the worker's bounded log; only frames with the request's nonce are answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import io
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+from typing import Any
+
+from trl_ray.errors import ConfigError
+from trl_ray.rewards import wire
+from trl_ray.rewards.registry import load_function
+from trl_ray.rewards.scoring import GroupInput, NamedFunction, score_group, weighted
+from trl_ray.types import RewardErrorKind, RewardFailure, ScoredGroup
+
+
+def main(request_fd: int, reply_fd: int) -> None:
+    """Load the functions that the first frame names, then score the group of every further frame.
+
+    consumes: frames of the request pipe; produces: one answer per frame; waits for: the next frame;
+    unblocked by: the worker sending it, or closing the pipe, which ends the process.
+    """
+    for fd in (request_fd, reply_fd):
+        os.set_inheritable(fd, False)
+    faulthandler.enable()
+    # Whole lines reach the log even when the process is killed.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
+    frames: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_read_frames, args=(request_fd, frames), name="requests", daemon=True).start()
+    reply = _Reply(reply_fd)
+    # One event loop for all groups: clients that async functions keep are bound to theirs.
+    with asyncio.Runner() as runner:
+        functions = _load(frames.get(), reply)
+        while True:
+            frame = frames.get()
+            scored = runner.run(_score(functions, frame, reply))
+            reply.send({"nonce": frame["nonce"], "scored": wire.scored_to_json(scored)})
+
+
+async def _score(functions: tuple[NamedFunction, ...], frame: dict[str, Any], reply: _Reply) -> ScoredGroup:
+    def announce(name: str) -> None:
+        reply.send({"nonce": frame["nonce"], "running": name})
+
+    return await score_group(functions, GroupInput(frame["group"]), on_call=announce)
+
+
+def _load(frame: dict[str, Any], reply: _Reply) -> tuple[NamedFunction, ...]:
+    """The functions; a name that does not load here is reported as a failure of that function."""
+    if frame["memory_bytes"] is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (frame["memory_bytes"], frame["memory_bytes"]))
+    loaded = []
+    specs = [wire.spec_from_json(value) for value in frame["functions"]]
+    for spec in specs:
+        reply.send({"nonce": frame["nonce"], "running": spec.name})
+        try:
+            loaded.append(load_function(spec))
+        except Exception as error:  # loading imports the user's modules, which may raise anything
+            text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            failure = RewardFailure(
+                function=spec.name, kind=RewardErrorKind.EXCEPTION,
+                detail=f"{spec.name} must load in the reward worker's process, but: {text}",
+            )
+            reply.send({"nonce": frame["nonce"], "scored": wire.scored_to_json(ScoredGroup(failure=failure))})
+            raise SystemExit(1) from error
+    reply.send({"nonce": frame["nonce"], "ready": True})
+    return weighted([spec.name for spec in specs], loaded, frame["weights"])
+
+
+class _Reply:
+    """The writing end of the reply pipe, for this process alone."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._pid = os.getpid()
+
+    def send(self, frame: dict[str, Any]) -> None:
+        """Write one frame."""
+        # A function that forks comes back twice; the copy must not answer a second time.
+        if os.getpid() != self._pid:
+            os._exit(0)
+        data = memoryview(wire.encode(frame))
+        while data:
+            data = data[os.write(self._fd, data):]
+
+
+def _read_frames(fd: int, frames: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """consumes: bytes of the request pipe; produces: frames; waits for: the worker; unblocked by: data or its end."""
+    with os.fdopen(fd, "rb") as pipe:
+        while header := pipe.read(wire.HEADER_BYTES):
+            frames.put(wire.decode(pipe.read(int.from_bytes(header, "big"))))
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,109 @@
+"""Every actor's resources, restarts and concurrency, on one page.
+
+| role    | resources                  | restarts by Ray            | concurrency                                   |
+|---------|----------------------------|----------------------------|-----------------------------------------------|
+| learner | runtime.learner_num_*      | 0: as a whole, by the      | one call at a time; probes have a thread      |
+|         |                            | pipeline, from a checkpoint | of their own                                 |
+| queue   | none, beside the driver    | unbounded: its constructor | one event loop                                |
+|         |                            | rebuilds it from the journal |                                             |
+| rollout | rollout.num_*              | 0: by the supervisor, which | one event loop; the engine has a thread      |
+|         |                            | refits weights first       |                                               |
+| reward  | reward.num_cpus            | unbounded: it has no state | one event loop; functions run in a child      |
+
+`max_task_retries` is 0 everywhere: a call whose outcome is unknown is settled by the ledger, never repeated blindly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.actor import ActorClass
+
+from trl_ray.config.sections import RewardConfig, RolloutConfig, RuntimeConfig
+from trl_ray.runtime.runtime import Role
+
+HEALTH_GROUP = "health"
+_FOREVER = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorPlan:
+    """How many actors of a role there are and what each one gets."""
+
+    role: Role
+    count: int
+    num_cpus: float
+    num_gpus: float
+    max_restarts: int
+    threads: int
+    """Compute threads."""
+    is_async: bool
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def survives(self) -> bool:
+        """Whether Ray brings the actor back under its own handle."""
+        return self.max_restarts == _FOREVER
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What a placement group reserves for one actor; empty when it needs nothing reserved."""
+        wanted = {"CPU": self.num_cpus, "GPU": self.num_gpus}
+        return {name: amount for name, amount in wanted.items() if amount > 0}
+
+
+def plan_actors(*, runtime: RuntimeConfig, rollout: RolloutConfig, reward: RewardConfig) -> dict[Role, ActorPlan]:
+    """The plan for every role of a reinforcement-learning pipeline."""
+    learner_threads = runtime.learner_threads or max(1, int(runtime.learner_num_cpus))
+    gpus = rollout.num_gpus or (rollout.tensor_parallel_size if rollout.tensor_parallel_size > 1 else 0.0)
+    plans = (
+        ActorPlan(
+            role=Role.LEARNER, count=1, num_cpus=runtime.learner_num_cpus, num_gpus=runtime.learner_num_gpus,
+            max_restarts=0, threads=learner_threads, is_async=False,
+        ),
+        ActorPlan(role=Role.QUEUE, count=1, num_cpus=0, num_gpus=0, max_restarts=_FOREVER, threads=1, is_async=True),
+        ActorPlan(
+            role=Role.ROLLOUT, count=rollout.num_workers, num_cpus=rollout.num_cpus, num_gpus=gpus, max_restarts=0,
+            threads=max(1, int(rollout.num_cpus)), is_async=True,
+        ),
+        ActorPlan(
+            role=Role.REWARD, count=reward.num_workers, num_cpus=reward.num_cpus, num_gpus=0, max_restarts=_FOREVER,
+            threads=1, is_async=True,
+        ),
+    )
+    return {plan.role: plan for plan in plans}
+
+
+# What a worker inherits from the driver, so that a run offline or with a token stays so on every node.
+_INHERITED = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "PYTHONPATH", "VLLM_LOGGING_LEVEL")
+
+
+def actor_environment(plan: ActorPlan) -> dict[str, str]:
+    """Environment variables of an actor's process."""
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    return {
+        **inherited,
+        "OMP_NUM_THREADS": str(plan.threads),
+        "MKL_NUM_THREADS": str(plan.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        **plan.environment,
+    }
+
+
+def remote_class(cls: type, plan: ActorPlan) -> ActorClass[Any]:
+    """Turn a plain class into a Ray actor class with the options of its role."""
+    options: dict[str, Any] = {
+        "num_cpus": plan.num_cpus,
+        "num_gpus": plan.num_gpus,
+        "max_restarts": plan.max_restarts,
+        "max_task_retries": 0,
+        "runtime_env": {"env_vars": actor_environment(plan)},
+    }
+    if not plan.is_async:
+        options["concurrency_groups"] = {HEALTH_GROUP: 1}
+    remote: ActorClass[Any] = ray.remote(**options)(cls)
+    return remote

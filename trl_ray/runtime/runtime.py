@@ -1,0 +1,69 @@
+"""What pipelines ask of the place where actors live, whether that is Ray or this process.
+
+    pipeline -- spawn(role, name, cls, **kwargs) --> Runtime --> ActorHandle
+    pipeline -- await handle.call("method", ..., deadline_s=...) --> answer, DeadlineError or ActorLostError
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Protocol
+
+from trl_ray.types import Handle
+
+
+class Role(enum.StrEnum):
+    """What an actor does; decides its resources, restarts and concurrency (see `runtime.remote`)."""
+
+    LEARNER = "learner"
+    QUEUE = "queue"
+    ROLLOUT = "rollout"
+    REWARD = "reward"
+
+
+class ActorHandle(Handle, Protocol):
+    """A handle as its owner holds it: it can also share large answers and end the actor."""
+
+    @property
+    def role(self) -> Role:
+        """What the actor does."""
+        ...
+
+    async def call_shared(self, method: str, /, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
+        """Like `call`, but leaves the answer where it was made.
+
+        Returns:
+            A token that stands for the answer as an argument of another actor's `call`.
+        """
+        ...
+
+
+class Runtime(Protocol):
+    """Makes, restarts and ends actors."""
+
+    async def spawn(self, role: Role, name: str, cls: type, /, *, slot: int = 0, **kwargs: Any) -> ActorHandle:
+        """Start an actor and return at once; its first call waits for its constructor.
+
+        Args:
+            role: decides resources, restarts and concurrency.
+            name: as events and errors give it.
+            cls: a plain class; `kwargs` go to its constructor.
+            slot: which of the places reserved for this role.
+        """
+        ...
+
+    async def kill(self, handle: ActorHandle) -> None:
+        """Kill an actor's process. Roles that the runtime restarts by itself come back under the same handle."""
+        ...
+
+    async def end(self, handle: ActorHandle) -> None:
+        """End an actor for good, whatever its role."""
+        ...
+
+    def survives(self, role: Role) -> bool:
+        """Whether an actor of this role comes back under its own handle after it died."""
+        ...
+
+    async def close(self) -> None:
+        """End every actor, and Ray if this runtime started it. May be called twice."""
+        ...
