@@ -194,7 +194,7 @@ def measure_trl_ray(settings: Settings) -> Measurement:
         "shuffle_dataset": False, "save_steps": 0, "html_report": False,
         "rollout": {
             "engine": settings.engine, "num_cpus": settings.rollout_threads, "max_num_seqs": 64,
-            "max_model_len": 128, "kv_cache_memory_gib": 0.5,
+            "max_model_len": 256, "kv_cache_memory_gib": 0.5,
         },
         "runtime": {
             "num_cpus": settings.rollout_threads + 1, "learner_num_cpus": 1.0,

@@ -258,7 +258,7 @@ class StepResult:
     """What the learner answers after one optimizer step."""
 
     version: int
-    """Weight version after the step; equals the step number unless a step was skipped."""
+    """Weight version after the step: the step number. A skipped step has a version too, with the same weights."""
     loss: float
     grad_norm: float
     lr: float

@@ -85,5 +85,5 @@ def test_a_reward_function_that_hangs_is_killed_and_its_group_scored_again(ray_l
     AsyncGRPOPipeline(args=config, train_dataset=marked).train()
     assert time.monotonic() - begin < 120
     failure = events(run, "reward_failed")[0]["detail"]
-    assert failure["error"] == "timeout"
+    assert failure["kind"] == "timeout"
     assert_balanced(run, trained=24)

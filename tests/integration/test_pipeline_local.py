@@ -164,10 +164,10 @@ def test_a_reward_that_always_fails_stops_the_run_and_names_the_function(model, 
 
 
 def test_an_engine_pinned_to_old_weights_raises_the_canary_alarm(model, tmp_path, monkeypatch):
-    from trl_ray.engines.transformers import TransformersEngine
+    from trl_ray.engines.transformers import TransformersBackend
 
     run = tmp_path / "run"
-    original = TransformersEngine.load_weights
+    original = TransformersBackend.load
 
     def pinned(self, payload):
         before = {name: value.clone() for name, value in self._model.state_dict().items()}
@@ -175,7 +175,7 @@ def test_an_engine_pinned_to_old_weights_raises_the_canary_alarm(model, tmp_path
         if payload.identity.version >= 2:
             self._model.load_state_dict(before)
 
-    monkeypatch.setattr(TransformersEngine, "load_weights", pinned)
+    monkeypatch.setattr(TransformersBackend, "load", pinned)
     config = grpo(model, run, runtime={"max_restarts": 1})
     with pytest.raises(WeightError, match="canary"):
         GRPOPipeline(args=config, train_dataset=PROMPTS).train()

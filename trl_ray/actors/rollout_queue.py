@@ -109,6 +109,8 @@ class RolloutQueue:
         self._clock = clock
         self._events: list[Event] = []
         self._waiters: set[asyncio.Future[None]] = set()
+        # A long-poll outlives the worker that sent it, and must not lease to the dead. Names are never used again.
+        self._lost_workers: set[str] = set()
         self._progress = 0
         self._closed = False
         _wait_for_lock(journal_path)
@@ -163,6 +165,8 @@ class RolloutQueue:
         """
 
         def attempt() -> list[GroupTicket]:
+            if worker in self._lost_workers:
+                return []
             now = self._clock()
             self._store.expire(now=now)
             keys = self._store.lease(worker=worker, count=capacity, now=now)
@@ -256,6 +260,7 @@ class RolloutQueue:
 
     async def lose_worker(self, *, worker: str) -> list[int]:
         """The worker is gone: issue what it held again (or drop it after `max_attempts`); the groups' ids."""
+        self._lost_workers.add(worker)
         return self._done(self._store.lose_worker(worker=worker, now=self._clock()))
 
     async def expire(self) -> list[int]:

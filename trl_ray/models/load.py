@@ -221,7 +221,7 @@ def count_parameters(model: ModelConfig) -> int:
         ModelError: its configuration cannot be loaded.
     """
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(
+        empty = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             load_model_config(model), trust_remote_code=model.trust_remote_code
         )
     return sum(parameter.numel() for parameter in empty.parameters())

@@ -7,12 +7,12 @@ The checksum covers names, shapes, dtypes and bytes, so an engine that reports i
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 
 from trl_ray.errors import WeightError
@@ -48,7 +48,7 @@ def build_manifest(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[TensorE
 
 def checksum(manifest: Sequence[TensorEntry], buffer: NDArray[np.uint8]) -> str:
     """Hex digest over the manifest and every byte of the buffer."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = xxhash.xxh3_128()
     for entry in manifest:
         digest.update(f"{entry.name}|{entry.shape}|{entry.dtype}|{entry.offset};".encode())
     digest.update(np.ascontiguousarray(buffer).data)

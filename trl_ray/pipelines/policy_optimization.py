@@ -28,7 +28,6 @@ from trl_ray.models.checkpoint import checkpoint_step, latest_checkpoint, prune
 from trl_ray.observe.report import build_report
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.observer import open_observer
-from trl_ray.observe.sinks import Observer
 from trl_ray.pipelines.crew import Crew
 from trl_ray.pipelines.preparation import Inputs, Preparation, RewardFunction, prepare
 from trl_ray.pipelines.record import Recorder
@@ -50,6 +49,15 @@ class TrainOutput:
     ledger: LedgerSnapshot
     worst_age: int
     """The oldest token trained on, in optimizer steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Session:
+    """One life of the crew, from a checkpoint on."""
+
+    crew: Crew
+    recorder: Recorder
+    start_step: int
 
 
 class PolicyOptimizationPipeline:
@@ -131,74 +139,81 @@ class PolicyOptimizationPipeline:
         return _run(lambda stop: self._train(preparation, stop))
 
     async def _train(self, preparation: Preparation, stop: asyncio.Event) -> TrainOutput:
-        config = self.config
         runtime = self._open_runtime()
         try:
             directory = self._open_directory()
-            observer = open_observer(
-                directory, config=config.model_dump(mode="json"), total_steps=preparation.total_steps,
-                report_to=config.report_to, wandb_project=config.wandb_project, run_name=config.run_name,
-                print_completions=config.num_completions_to_print, logging_steps=config.logging_steps,
-                log_completions=config.log_completions,
-            )
-            return await self._sessions(preparation, runtime, directory, observer, stop)
+            return await self._sessions(preparation, runtime, directory, stop)
         finally:
             await runtime.close()
 
     async def _sessions(
-        self, preparation: Preparation, runtime: Runtime, directory: RunDirectory, observer: Observer, stop: asyncio.Event
+        self, preparation: Preparation, runtime: Runtime, directory: RunDirectory, stop: asyncio.Event
     ) -> TrainOutput:
         """One session after the other, each from the last checkpoint, until training ends."""
-        config, restarts = self.config, 0
+        restarts, lost = 0, None
         while True:
-            resuming = self._resume or restarts > 0
-            found = latest_checkpoint(directory.checkpoints)
-            step = checkpoint_step(found.path) if found.path is not None else 0
-            if resuming:
-                directory.truncate_after(step)
-            recorder = Recorder(
-                directory=directory, observer=observer, staleness_bound=config.staleness_bound, start_step=step
-            )
-            recorder.say(
-                EventKind.RUN_RESUMED if resuming else EventKind.RUN_STARTED, "driver", pipeline=self.name, step=step,
-                total_steps=preparation.total_steps,
-            )
-            for problem in found.problems:
-                recorder.say(EventKind.WARNING, "driver", detail=f"a checkpoint cannot be used: {problem}")
-            arguments = preparation.arguments(
-                journal=str(directory.journal), checkpoint=found.path, resume_from=step if resuming else None,
-                incarnation=uuid.uuid4().hex,
-            )
-            crew = Crew(
-                runtime=runtime, config=config, arguments=arguments, canary_ids=preparation.canary_ids,
-                emit=recorder.emit,
-            )
+            session = self._open_session(preparation, runtime, directory, lost)
             try:
-                output = await self._session(preparation, crew, recorder, step, stop)
+                output = await self._session(preparation, session, stop)
             except LearnerLostError as error:
-                restarts += 1
-                if restarts > config.runtime.max_learner_restarts:
-                    self._end(recorder, EventKind.RUN_FAILED, error)
+                restarts, lost = restarts + 1, error
+                if restarts > self.config.runtime.max_learner_restarts:
+                    self._end(session.recorder, EventKind.RUN_FAILED, error)
                     raise
-                recorder.say(EventKind.ACTOR_LOST, "learner", reason=str(error))
-                await crew.dismiss()
+                session.recorder.close()
+                await session.crew.dismiss()
             except InterruptedRun as error:
-                self._end(recorder, EventKind.INTERRUPTED, error)
+                self._end(session.recorder, EventKind.INTERRUPTED, error)
                 raise
             except (TrlRayError, asyncio.CancelledError, KeyboardInterrupt) as error:
-                self._end(recorder, EventKind.RUN_FAILED, error)
+                self._end(session.recorder, EventKind.RUN_FAILED, error)
                 raise
             else:
-                self._end(recorder, EventKind.RUN_FINISHED, None)
+                self._end(session.recorder, EventKind.RUN_FINISHED, None)
                 return output
 
-    async def _session(
-        self, preparation: Preparation, crew: Crew, recorder: Recorder, start_step: int, stop: asyncio.Event
-    ) -> TrainOutput:
-        begin = time.time()
+    def _open_session(
+        self, preparation: Preparation, runtime: Runtime, directory: RunDirectory, lost: LearnerLostError | None
+    ) -> _Session:
+        """Rewind the run directory to the last good checkpoint, and make the crew that goes on from it."""
+        config = self.config
+        resuming = self._resume or lost is not None
+        found = latest_checkpoint(directory.checkpoints)
+        step = checkpoint_step(found.path) if found.path is not None else 0
+        if resuming:
+            # Before the files are opened: what is written must follow what was kept.
+            directory.truncate_after(step)
+        observer = open_observer(
+            directory, config=config.model_dump(mode="json"), total_steps=preparation.total_steps,
+            report_to=config.report_to, wandb_project=config.wandb_project, run_name=config.run_name,
+            print_completions=config.num_completions_to_print, logging_steps=config.logging_steps,
+            log_completions=config.log_completions,
+        )
+        recorder = Recorder(
+            directory=directory, observer=observer, staleness_bound=config.staleness_bound, start_step=step
+        )
+        if lost is not None:
+            recorder.say(EventKind.ACTOR_LOST, "learner", reason=str(lost))
+        for problem in found.problems:
+            recorder.say(EventKind.WARNING, "driver", detail=f"a checkpoint cannot be used: {problem}")
+        recorder.say(
+            EventKind.RUN_RESUMED if resuming else EventKind.RUN_STARTED, "driver", pipeline=self.name, step=step,
+            total_steps=preparation.total_steps, staleness_bound=config.staleness_bound,
+        )
+        arguments = preparation.arguments(
+            journal=str(directory.journal), checkpoint=found.path, resume_from=step if resuming else None,
+            incarnation=uuid.uuid4().hex,
+        )
+        crew = Crew(
+            runtime=runtime, config=config, arguments=arguments, canary_ids=preparation.canary_ids, emit=recorder.emit
+        )
+        return _Session(crew=crew, recorder=recorder, start_step=step)
+
+    async def _session(self, preparation: Preparation, session: _Session, stop: asyncio.Event) -> TrainOutput:
+        crew, recorder, begin = session.crew, session.recorder, time.time()
         await crew.start()
         recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
-        walk = Walk(preparation=preparation, crew=crew, recorder=recorder, start_step=start_step, stop=stop)
+        walk = Walk(preparation=preparation, crew=crew, recorder=recorder, start_step=session.start_step, stop=stop)
         await walk.run()
         await crew.ask_queue("finish")
         recorder.report(await crew.drain())

@@ -101,7 +101,7 @@ class Recorder:
         mean = sum(means) / len(means) if means else None
         self.say(
             EventKind.EVALUATED, "evaluation", step=step, prompts=len(answers), scored=len(means),
-            **{"eval/reward/mean": mean}, seconds=round(seconds, 3),
+            **{"reward/mean": mean}, seconds=round(seconds, 3),
         )
 
     def checkpoint(self, path: Path, *, step: int, seconds: float) -> None:

@@ -80,7 +80,7 @@ class Walk:
         while True:
             free: int = await self._crew.ask_queue("wait_for_slots", wait_s=_POLL_S)
             snapshot = await self._crew.ask_queue("snapshot")
-            remaining = (self._preparation.total_steps - self.progress.step) * config.groups_per_step
+            remaining = (self._preparation.total_steps - snapshot.step) * config.groups_per_step
             count = min(free, remaining - snapshot.live_total)
             if count <= 0:
                 await asyncio.sleep(0.25 if free else 0)
@@ -251,7 +251,9 @@ class Walk:
             )
         except (ActorLostError, DeadlineError) as error:
             raise LearnerLostError(str(error)) from None
-        await self._crew.ask_queue("checkpoint", step=step)
+        # One checkpoint behind, so that a run whose newest checkpoint is damaged can go back to the one before.
+        if self.progress.saved not in (0, step):
+            await self._crew.ask_queue("checkpoint", step=self.progress.saved)
         self.progress.saved = step
         self._recorder.checkpoint(path, step=step, seconds=time.time() - begin)
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import build_tiny_model
 
+from tiny_models import build_tiny_model
 from trl_ray.actors.policy_learner import PolicyLearner
 from trl_ray.config.sections import LossConfig, LossType, ModelConfig, NonFinite, SharePrompt, TrainingConfig
 from trl_ray.errors import CheckpointError, NumericsError
@@ -105,9 +105,7 @@ def test_sharing_prompts_changes_nothing(tiny: str) -> None:
 def test_samples_of_advantage_0_give_no_gradient_and_still_count(tiny: str) -> None:
     samples = [replace(s, advantage=0.0) if s.group_id == 0 else s for s in _samples(1)]
     # A KL of almost no weight makes the learner compute all gradients; without it, those of group 0 are left out.
-    results = [
-        _learner(tiny, loss={"beta": beta}).step(_batch(1, samples, size=8)) for beta in (0.0, 1e-12)
-    ]
+    results = [_learner(tiny, loss={"beta": beta}).step(_batch(1, samples, size=8)) for beta in (0.0, 1e-12)]
     assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-5)
     assert results[0].metrics["entropy"].value == pytest.approx(results[1].metrics["entropy"].value, rel=1e-5)
     assert results[0].metrics["entropy"].weight == _batch(1, samples).num_valid_tokens

@@ -462,3 +462,18 @@ def test_health_counts_progress_and_names_a_journal_that_cannot_be_written(
         assert "No space left" in str(queue.health().problem)
 
     run(scenario())
+
+
+def test_a_long_poll_that_outlives_its_worker_leases_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        queue = make(tmp_path)
+        poll = asyncio.create_task(queue.lease(worker="rollout-0", capacity=4, wait_s=0.3))
+        await asyncio.sleep(0)
+        await queue.lose_worker(worker="rollout-0")
+        await queue.admit(prompts=prompts(0, 1), version=0)
+        assert await poll == []
+        tickets = await queue.lease(worker="rollout-0+1", capacity=4, wait_s=0)
+        assert [ticket.group_id for ticket in tickets] == [0]
+        queue.close()
+
+    run(scenario())

@@ -39,7 +39,12 @@ def _build(groups: list[RolloutGroup], *, size: int, **options: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [(8, [[0, 0, 0, 0, 1, 1, 1, 1]]), (4, [[0] * 4, [1] * 4]), (6, [[0] * 4, [1] * 4]), (3, [[0] * 2, [0] * 2] + [[1] * 2] * 2)],
+    [
+        (8, [[0, 0, 0, 0, 1, 1, 1, 1]]),
+        (4, [[0] * 4, [1] * 4]),
+        (6, [[0] * 4, [1] * 4]),
+        (3, [[0] * 2, [0] * 2] + [[1] * 2] * 2),
+    ],
 )
 def test_groups_stay_together_where_they_fit(size: int, expected: list[list[int]]) -> None:
     batch = _build([_group(0, [0, 1, 0, 1]), _group(1, [1, 0, 0, 0])], size=size).batch

@@ -115,9 +115,7 @@ def test_against_the_policy_itself_the_ratio_is_1_and_the_gradient_that_of_the_l
 )
 def test_importance_correction_weighs_token_losses(mode: str, clip_min: float | None, weights: list[float]) -> None:
     objective = _loss(vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=clip_min)
-    inputs = _inputs(
-        advantages=[1.0, -2.0], counts=[2, 2], sampler=[-1 - LN2, -1 - 2 * LN2, -1 + LN2, -1 + LN2]
-    )
+    inputs = _inputs(advantages=[1.0, -2.0], counts=[2, 2], sampler=[-1 - LN2, -1 - 2 * LN2, -1 + LN2, -1 + LN2])
     output = objective(inputs)
     output.loss.backward()  # type: ignore[no-untyped-call]
     expected = torch.tensor(weights) * torch.tensor([-1.0, -1.0, 2.0, 2.0]) / 4

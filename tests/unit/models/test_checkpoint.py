@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import random_model
 
+from tiny_models import random_model
 from trl_ray.errors import CheckpointError
 from trl_ray.models.checkpoint import (
     latest_checkpoint,
@@ -55,9 +55,7 @@ def _flip(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.pt", "mark.json", "config.json"])
-@pytest.mark.parametrize(
-    ("damage", "word"), [(_truncate, "truncated"), (_flip, "checksum"), (Path.unlink, "missing")]
-)
+@pytest.mark.parametrize(("damage", "word"), [(_truncate, "truncated"), (_flip, "checksum"), (Path.unlink, "missing")])
 def test_every_damage_to_every_file_is_found_and_the_file_named(
     tmp_path: Path, name: str, damage: Callable[[Path], None], word: str
 ) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import build_tiny_model, random_model
 
+from tiny_models import build_tiny_model, random_model
 from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import ModelError
 from trl_ray.models.load import check_head, load_policy, load_tokenizer, max_positions
