@@ -11,6 +11,8 @@ Every system runs in a process of its own and alone. Each warms up, then is time
 the end of the last warm-up step to the end of the last measured one. Tokens counted are those under the loss mask
 (completion tokens, the end-of-sequence token included). The asynchronous pipeline is asked for more steps than are
 measured, so that generation runs ahead during all of them: a buffer that empties at the end would flatter it.
+The learning rate is next to nothing, so that all systems sample from the same policy throughout: at a real one the
+completions get shorter as the model learns, and whoever learns a step later would count more tokens.
 """
 
 from __future__ import annotations
@@ -152,25 +154,48 @@ def measure_trl(settings: Settings) -> Measurement:
     total = settings.warmup + settings.steps
     with tempfile.TemporaryDirectory() as folder:
         args = GRPOConfig(
-            output_dir=folder, use_cpu=True, bf16=False, fp16=False, max_steps=total, seed=42,
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            fp16=False,
+            max_steps=total,
+            seed=42,
             per_device_train_batch_size=settings.micro_batch,
             gradient_accumulation_steps=GROUP_SIZE * PROMPTS_PER_STEP // settings.micro_batch,
-            num_generations=GROUP_SIZE, max_completion_length=settings.max_tokens, temperature=1.0, top_p=1.0, top_k=0,
-            learning_rate=settings.learning_rate, lr_scheduler_type="constant", beta=0.0, loss_type="dapo",
-            gradient_checkpointing=settings.gradient_checkpointing, shuffle_dataset=False,
-            logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, log_completions=False,
+            num_generations=GROUP_SIZE,
+            max_completion_length=settings.max_tokens,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="constant",
+            beta=0.0,
+            loss_type="dapo",
+            gradient_checkpointing=settings.gradient_checkpointing,
+            shuffle_dataset=False,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            log_completions=False,
             # `dtype` is that of the weights, for both systems; autocast is off in both.
             model_init_kwargs={"dtype": settings.dtype},
         )
         trainer = GRPOTrainer(
-            model=settings.model, reward_funcs=make_reward(settings.reward_sleep_s), args=args,
-            train_dataset=Dataset.from_list(rows(total * PROMPTS_PER_STEP)), callbacks=[Watch()],
+            model=settings.model,
+            reward_funcs=make_reward(settings.reward_sleep_s),
+            args=args,
+            train_dataset=Dataset.from_list(rows(total * PROMPTS_PER_STEP)),
+            callbacks=[Watch()],
         )
         trainer.train()
     first = settings.warmup
     return Measurement(
-        steps=settings.steps, seconds=ends[total - 1] - ends[first - 1], tokens=sum(tokens[first:total]),
-        completions=settings.steps * GROUP_SIZE * PROMPTS_PER_STEP, start_s=ends[first - 1] - began,
+        steps=settings.steps,
+        seconds=ends[total - 1] - ends[first - 1],
+        tokens=sum(tokens[first:total]),
+        completions=settings.steps * GROUP_SIZE * PROMPTS_PER_STEP,
+        start_s=ends[first - 1] - began,
         reward=sum(rewards[first:total]) / settings.steps,
     )
 
@@ -186,18 +211,31 @@ def measure_trl_ray(settings: Settings) -> Measurement:
     lead = settings.max_staleness if is_async else 0
     total = settings.warmup + settings.steps + lead
     options: dict[str, Any] = {
-        "dtype": settings.dtype, "gradient_checkpointing": settings.gradient_checkpointing,
-        "max_steps": total, "seed": 42, "learning_rate": settings.learning_rate, "lr_scheduler_type": "constant",
+        "dtype": settings.dtype,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "max_steps": total,
+        "seed": 42,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "constant",
         "per_device_train_batch_size": settings.micro_batch,
         "gradient_accumulation_steps": GROUP_SIZE * PROMPTS_PER_STEP // settings.micro_batch,
-        "num_generations": GROUP_SIZE, "max_completion_length": settings.max_tokens, "beta": 0.0, "loss_type": "dapo",
-        "shuffle_dataset": False, "save_steps": 0, "html_report": False,
+        "num_generations": GROUP_SIZE,
+        "max_completion_length": settings.max_tokens,
+        "beta": 0.0,
+        "loss_type": "dapo",
+        "shuffle_dataset": False,
+        "save_steps": 0,
+        "html_report": False,
         "rollout": {
-            "engine": settings.engine, "num_cpus": settings.rollout_threads, "max_num_seqs": 64,
-            "max_model_len": 256, "kv_cache_memory_gib": 0.5,
+            "engine": settings.engine,
+            "num_cpus": settings.rollout_threads,
+            "max_num_seqs": 64,
+            "max_model_len": 256,
+            "kv_cache_memory_gib": 0.5,
         },
         "runtime": {
-            "num_cpus": settings.rollout_threads + 1, "learner_num_cpus": 1.0,
+            "num_cpus": settings.rollout_threads + 1,
+            "learner_num_cpus": 1.0,
             "learner_threads": settings.learner_threads,
         },
         "reward": {"num_workers": settings.reward_workers},
@@ -206,7 +244,9 @@ def measure_trl_ray(settings: Settings) -> Measurement:
         options["output_dir"] = str(Path(folder, "run"))
         args: Any = AsyncGRPOConfig(max_staleness=lead, **options) if is_async else GRPOConfig(**options)
         pipeline = (AsyncGRPOPipeline if is_async else GRPOPipeline)(
-            model=settings.model, reward_funcs=make_reward(settings.reward_sleep_s), args=args,
+            model=settings.model,
+            reward_funcs=make_reward(settings.reward_sleep_s),
+            args=args,
             train_dataset=rows(total * PROMPTS_PER_STEP),
         )
         # The progress lines are ours; the last line of stdout belongs to the parent.
@@ -221,10 +261,15 @@ def measure_trl_ray(settings: Settings) -> Measurement:
         return float(sum(record[key] for record in measured) / whole)
 
     return Measurement(
-        steps=settings.steps, seconds=end - start, tokens=sum(record["tokens/trained"] for record in measured),
-        completions=settings.steps * GROUP_SIZE * PROMPTS_PER_STEP, start_s=start - began,
+        steps=settings.steps,
+        seconds=end - start,
+        tokens=sum(record["tokens/trained"] for record in measured),
+        completions=settings.steps * GROUP_SIZE * PROMPTS_PER_STEP,
+        start_s=start - began,
         reward=sum(record["reward/mean"] for record in measured) / settings.steps,
-        other_share=share("time/other_s"), wait_share=share("time/wait_s"), publish_share=share("time/publish_s"),
+        other_share=share("time/other_s"),
+        wait_share=share("time/wait_s"),
+        publish_share=share("time/publish_s"),
         worst_age=output.worst_age,
     )
 
@@ -237,8 +282,12 @@ def run_child(settings: Settings) -> Measurement:
     """
     # TRL's one process gets all threads; a Ray actor gets those of its role, whatever stands here.
     environment = {
-        **os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "", "RAY_USAGE_STATS_ENABLED": "0",
+        **os.environ,
+        "OMP_NUM_THREADS": str(THREADS),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        "RAY_USAGE_STATS_ENABLED": "0",
     }
     command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(dataclasses.asdict(settings))]
     with tempfile.TemporaryFile("w+") as output:
@@ -323,8 +372,10 @@ def resolve_model(name: str, folder: str) -> str:
         return str(build_tiny_model(Path(folder, "tiny")))
     path = SMOLLM2 if name == "smollm2" else Path(name)
     if not (path / "config.json").is_file():
-        raise SystemExit(f"--model must be smollm2, tiny or a model folder, but {path} holds no config.json. "
-                         f"Build SmolLM2 with: python examples/fetch_smollm2.py {SMOLLM2}")
+        raise SystemExit(
+            f"--model must be smollm2, tiny or a model folder, but {path} holds no config.json. "
+            f"Build SmolLM2 with: python examples/fetch_smollm2.py {SMOLLM2}"
+        )
     return str(path)
 
 
@@ -339,11 +390,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", choices=[TRL, ASYNC, SYNC], help="measure just this one, without a ratio")
     parser.add_argument("--micro-batch", type=int, default=32, help="completions per backward pass, both systems")
     parser.add_argument("--max-tokens", type=int, default=16, help="longest completion")
-    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--learning-rate", type=float, default=1e-8, help="both systems; see the module")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="saves memory, costs time; both systems")
     parser.add_argument("--max-staleness", type=int, default=STALENESS)
     parser.add_argument("--reward-sleep", type=float, default=1.0, metavar="S", help="seconds, async-vs-sync only")
-    parser.add_argument("--reward-workers", type=int, default=PROMPTS_PER_STEP, help="async-vs-sync only")
+    parser.add_argument("--reward-workers", type=int, default=1, help="async-vs-sync only")
     parser.add_argument("--learner-threads", type=int, default=1)
     parser.add_argument("--rollout-threads", type=int, default=1)
     parser.add_argument("--engine", choices=["auto", "vllm", "transformers"], default="vllm")
@@ -359,10 +410,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run_modes(args: argparse.Namespace, model: str) -> Mapping[str, float]:
     """Everything the command line asks for; `ratio`, the figure that counts, comes last."""
     base = Settings(
-        system=ASYNC, model=model, dtype=args.dtype, steps=args.steps, warmup=args.warmup,
-        micro_batch=args.micro_batch, max_tokens=args.max_tokens, learning_rate=args.learning_rate,
-        gradient_checkpointing=args.gradient_checkpointing, reward_sleep_s=0.0, reward_workers=1,
-        max_staleness=args.max_staleness, learner_threads=args.learner_threads, rollout_threads=args.rollout_threads,
+        system=ASYNC,
+        model=model,
+        dtype=args.dtype,
+        steps=args.steps,
+        warmup=args.warmup,
+        micro_batch=args.micro_batch,
+        max_tokens=args.max_tokens,
+        learning_rate=args.learning_rate,
+        gradient_checkpointing=args.gradient_checkpointing,
+        reward_sleep_s=0.0,
+        reward_workers=1,
+        max_staleness=args.max_staleness,
+        learner_threads=args.learner_threads,
+        rollout_threads=args.rollout_threads,
         engine=args.engine,
     )
     figures: dict[str, float] = {}

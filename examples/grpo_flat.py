@@ -99,20 +99,29 @@ def generate(model: Any, tokenizer: Any, prompts: list[str]) -> Rollout:
     model.eval()
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     output = model.generate(
-        input_ids=inputs.input_ids, attention_mask=inputs.attention_mask,
-        num_return_sequences=GROUP_SIZE, max_new_tokens=MAX_NEW_TOKENS,
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        num_return_sequences=GROUP_SIZE,
+        max_new_tokens=MAX_NEW_TOKENS,
         # The log-probs below are those of the plain softmax: nothing may reshape the distribution.
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        return_dict_in_generate=True, output_logits=True,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
-    completions = output.sequences[:, inputs.input_ids.shape[1]:]                            # [N, L]
+    completions = output.sequences[:, inputs.input_ids.shape[1] :]  # [N, L]
     ended = (completions == tokenizer.eos_token_id).int().cumsum(dim=1)
     # The end-of-sequence token is trained on as well: how else would the model learn to stop?
     mask = ((ended == 0) | ((ended == 1) & (completions == tokenizer.eos_token_id))).long()  # [N, L]
     attention = torch.cat([inputs.attention_mask.repeat_interleave(GROUP_SIZE, dim=0), mask], dim=1)
     return Rollout(
-        ids=output.sequences, attention=attention, mask=mask,
+        ids=output.sequences,
+        attention=attention,
+        mask=mask,
         logprobs=gather_logprobs(torch.stack(output.logits, dim=1), completions),
         texts=tokenizer.batch_decode(completions, skip_special_tokens=True),
     )
@@ -213,9 +222,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--passes", type=int, default=1, help="optimizer steps on each batch; clipping acts from 2 on")
     args = parser.parse_args()
-    history = train(
-        args.model, steps=args.steps, seed=args.seed, learning_rate=args.learning_rate, passes=args.passes
-    )
+    history = train(args.model, steps=args.steps, seed=args.seed, learning_rate=args.learning_rate, passes=args.passes)
     edge = min(5, len(history))
     first, last = sum(history[:edge]) / edge, sum(history[-edge:]) / edge
     print(f"mean reward of the first {edge} steps: {first:.3f}, of the last {edge}: {last:.3f}")

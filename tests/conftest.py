@@ -1,6 +1,6 @@
 """What every test shares: no network, no surprise GPU, few threads, and a Ray of its own.
 
-    environment (set before anything imports torch or Ray) -> markers -> `ray_local`: one Ray per session, on request
+environment (set before anything imports torch or Ray) -> markers -> `ray_local`: one Ray per session, on request
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ for name in ("RAY_ADDRESS", "RAY_JOB_ID", "RAY_NAMESPACE"):
 # Times on a shared machine say nothing about correctness: no deadlines.
 settings.register_profile("default", deadline=None, max_examples=100)
 settings.register_profile("quick", deadline=None, max_examples=20)
-settings.register_profile(
-    "thorough", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("thorough", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -75,8 +75,14 @@ def test_the_python_example_trains_with_a_reward_function_of_its_own(
     tiny: str, tmp_path: Path, short_folder: str
 ) -> None:
     command = [
-        sys.executable, str(EXAMPLES / "async_grpo.py"),
-        "--model", tiny, "--steps", "2", "--output-dir", str(tmp_path / "run"),
+        sys.executable,
+        str(EXAMPLES / "async_grpo.py"),
+        "--model",
+        tiny,
+        "--steps",
+        "2",
+        "--output-dir",
+        str(tmp_path / "run"),
     ]
     output = run(command, folder=tmp_path, environment={"RAY_TMPDIR": short_folder}, timeout_s=400)
     assert "2 steps, last mean reward" in output
@@ -85,15 +91,18 @@ def test_the_python_example_trains_with_a_reward_function_of_its_own(
 
 
 @pytest.mark.slow
-def test_the_cluster_job_trains_and_stops_the_cluster_it_started(
-    tiny: str, tmp_path: Path, short_folder: str
-) -> None:
+def test_the_cluster_job_trains_and_stops_the_cluster_it_started(tiny: str, tmp_path: Path, short_folder: str) -> None:
     run(
         [
-            str(EXAMPLES / "ray_job.sh"), "configs/async-grpo/tiny.yaml",
-            f"model_name_or_path={tiny}", f"output_dir={tmp_path / 'run'}", "max_steps=2",
+            str(EXAMPLES / "ray_job.sh"),
+            "configs/async-grpo/tiny.yaml",
+            f"model_name_or_path={tiny}",
+            f"output_dir={tmp_path / 'run'}",
+            "max_steps=2",
         ],
-        folder=tmp_path, environment={"PYTHON": sys.executable, "RAY_JOB_TMP": short_folder}, timeout_s=500,
+        folder=tmp_path,
+        environment={"PYTHON": sys.executable, "RAY_JOB_TMP": short_folder},
+        timeout_s=500,
     )
     assert_balanced_run(tmp_path / "run", steps=2)
     assert not list(Path(short_folder).iterdir())

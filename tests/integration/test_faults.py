@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+
 from runs import PROMPTS, REWARDS, Disturbance, assert_balanced, async_grpo, events, lines, pid_of
 from tiny_models import build_tiny_model
-
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
 
 pytestmark = pytest.mark.integration
@@ -77,7 +77,12 @@ def test_a_killed_learner_restarts_from_the_last_checkpoint(ray_local, model, tm
 def test_a_reward_function_that_hangs_is_killed_and_its_group_scored_again(ray_local, model, tmp_path):
     run, marker = tmp_path / "run", tmp_path / "marker"
     config = async_grpo(
-        model, run, max_steps=6, max_staleness=2, reward_funcs=[f"{REWARDS}:hangs_once"], reward={"timeout_s": 3.0},
+        model,
+        run,
+        max_steps=6,
+        max_staleness=2,
+        reward_funcs=[f"{REWARDS}:hangs_once"],
+        reward={"timeout_s": 3.0},
         runtime=RAY,
     )
     begin = time.monotonic()

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from runs import PROMPTS, assert_balanced, async_grpo, comparable, events, grpo, ledger, lines
 from safetensors.numpy import load_file
-from tiny_models import build_tiny_model
 
+from runs import PROMPTS, assert_balanced, async_grpo, comparable, events, grpo, ledger, lines
+from tiny_models import build_tiny_model
 from trl_ray.errors import InterruptedRun, RewardError, StallError, WeightError
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
 from trl_ray.pipelines.grpo import GRPOPipeline
@@ -53,11 +53,36 @@ def test_every_documented_metric_is_written(model, tmp_path):
     GRPOPipeline(args=grpo(model, run, max_steps=1, beta=0.05), train_dataset=PROMPTS).train()
     line = lines(run / "metrics.jsonl")[0]
     expected = {
-        "step", "time", "loss", "grad_norm", "lr", "reward/mean", "reward/std", "reward/vowels/mean",
-        "advantage/zero_std_fraction", "entropy", "kl/ref", "kl/sampler", "clip/low", "clip/high", "staleness/mean",
-        "staleness/max", "staleness/in_flight", "staleness/in_queue", "queue/ready", "queue/in_flight", "queue/slots",
-        "weights/version", "time/step_s", "time/wait_s", "time/publish_s", "tokens/trained", "tokens/generated",
-        "throughput/trained_tokens_per_s", "throughput/generated_tokens_per_s", "completion/length_mean",
+        "step",
+        "time",
+        "loss",
+        "grad_norm",
+        "lr",
+        "reward/mean",
+        "reward/std",
+        "reward/vowels/mean",
+        "advantage/zero_std_fraction",
+        "entropy",
+        "kl/ref",
+        "kl/sampler",
+        "clip/low",
+        "clip/high",
+        "staleness/mean",
+        "staleness/max",
+        "staleness/in_flight",
+        "staleness/in_queue",
+        "queue/ready",
+        "queue/in_flight",
+        "queue/slots",
+        "weights/version",
+        "time/step_s",
+        "time/wait_s",
+        "time/publish_s",
+        "tokens/trained",
+        "tokens/generated",
+        "throughput/trained_tokens_per_s",
+        "throughput/generated_tokens_per_s",
+        "completion/length_mean",
         "completion/truncated_fraction",
     }
     assert expected <= line.keys(), expected - line.keys()

@@ -1,6 +1,6 @@
 """Whatever is wrong with the input ends with exit code 2, one message on stderr, and nothing written.
 
-    config.yaml + changes --trl_ray.cli.main.main--> exit code, stderr;   the folder before == the folder after
+config.yaml + changes --trl_ray.cli.main.main--> exit code, stderr;   the folder before == the folder after
 """
 
 from __future__ import annotations
@@ -106,9 +106,7 @@ def assert_one_message(stderr: str, says: Sequence[str]) -> None:
         assert text in stderr, f"the message must say {text!r}, got:\n{stderr}"
 
 
-def refuse(
-    arguments: Sequence[str], says: Sequence[str], *, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def refuse(arguments: Sequence[str], says: Sequence[str], *, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Run a command in this process and check that it does nothing but explain itself."""
     before = contents(folder)
     capsys.readouterr()
@@ -148,7 +146,8 @@ CASES = [
     Case(name="no chat template", changes={"model_name_or_path": "{models.no_template}"}, says=["chat template"]),
     Case(name="template file not there", changes={"chat_template": "{tmp}/nope.jinja"}, says=["chat_template", "nope"]),
     Case(
-        name="longer than the model", changes={"rollout": {"max_model_len": MAX_POSITIONS + 1}},
+        name="longer than the model",
+        changes={"rollout": {"max_model_len": MAX_POSITIONS + 1}},
         says=["rollout.max_model_len", str(MAX_POSITIONS)],
     ),
     Case(name="no room for a prompt", changes={"max_completion_length": 128}, says=["max_completion_length", "128"]),
@@ -264,7 +263,11 @@ def test_an_output_directory_that_is_a_file_is_refused(
 def run_command(arguments: Sequence[str], *, folder: Path, ray_tmpdir: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, for what starts or joins Ray."""
     return subprocess.run(
-        [sys.executable, "-m", "trl_ray.cli.main", *arguments], cwd=folder, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-m", "trl_ray.cli.main", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
         env={**os.environ, "RAY_TMPDIR": ray_tmpdir, "PYTHONPATH": str(ROOT)},
     )
 
@@ -276,7 +279,8 @@ def test_a_plan_that_does_not_fit_the_cluster_is_refused_with_a_table(
     before = contents(tmp_path)
     done = run_command(
         ["grpo", "--config", str(config), "runtime.num_cpus=1", "rollout.num_cpus=8", "rollout.num_gpus=1"],
-        folder=tmp_path, ray_tmpdir=ray_tmpdir,
+        folder=tmp_path,
+        ray_tmpdir=ray_tmpdir,
     )
     assert_one_message(done.stderr, ["CPU: wants 9", "has 1", "GPU: wants 1", "has 0", "rollout 1 x 8"])
     assert (done.returncode, done.stdout, contents(tmp_path)) == (2, "", before)

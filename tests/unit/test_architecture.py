@@ -1,6 +1,6 @@
 """The shape of the house: import direction, absent dependencies, sizes, names; and that each check would see a breach.
 
-    every trl_ray/**/*.py --ast--> Module(name, imports, functions) --check--> breaches (none, or the test names them)
+every trl_ray/**/*.py --ast--> Module(name, imports, functions) --check--> breaches (none, or the test names them)
 """
 
 from __future__ import annotations
@@ -246,7 +246,11 @@ def import_without(blocked: set[str], parts: list[str]) -> subprocess.CompletedP
     """Import whole parts of the package in a fresh interpreter in which some libraries are absent."""
     return subprocess.run(
         [sys.executable, "-c", BLOCKED_IMPORT, json.dumps([sorted(blocked), parts])],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 

@@ -107,7 +107,9 @@ class RewardWorker:
 
     def _record(self, failure: RewardFailure, prompt: Prompt) -> None:
         detail = {
-            "function": failure.function, "kind": failure.kind.value, "detail": failure.detail,
+            "function": failure.function,
+            "kind": failure.kind.value,
+            "detail": failure.detail,
             "prompt_id": prompt.prompt_id,
         }
         self._events.append(Event(kind=EventKind.REWARD_FAILED, actor=self.name, time=time.time(), detail=detail))

@@ -231,8 +231,12 @@ class RolloutWorker:
                 await self._fail(ticket, scored)
                 return
             group = RolloutGroup(
-                ticket=ticket, completions=completions, rewards=scored.rewards, worker=self._name,
-                spans=(generated, span), metrics=scored.metrics,
+                ticket=ticket,
+                completions=completions,
+                rewards=scored.rewards,
+                worker=self._name,
+                spans=(generated, span),
+                metrics=scored.metrics,
             )
             await self._ask("commit", group=group)
             self._progress += 1
@@ -245,7 +249,10 @@ class RolloutWorker:
         failure = scored.failure
         detail = f"reward {failure.function} ({failure.kind}): {failure.detail}"
         await self._ask(
-            "fail", group_id=ticket.group_id, attempt=ticket.attempt, detail=detail,
+            "fail",
+            group_id=ticket.group_id,
+            attempt=ticket.attempt,
+            detail=detail,
             exhausted=DropReason.REWARD_FAILED,
         )
 
@@ -302,8 +309,11 @@ class RolloutWorker:
                     f"{worst:.4g}). Its engine does not run the weights it reports."
                 )
         return PullReport(
-            version=identity.version, checksum=identity.checksum, seconds=time.time() - begin,
-            canary_mean=mean, canary_max=worst,
+            version=identity.version,
+            checksum=identity.checksum,
+            seconds=time.time() - begin,
+            canary_mean=mean,
+            canary_max=worst,
         )
 
     def _span(self, name: str, begin: float) -> Span:

@@ -34,9 +34,8 @@ def describe_run(pipeline: PolicyOptimizationPipeline) -> str:
 
 def _actor_line(plan: ActorPlan, memory: dict[Role, float]) -> str:
     restarts = "by Ray" if plan.survives else "by the supervisor" if plan.role is Role.ROLLOUT else "from a checkpoint"
-    return (
-        f"{plan.role:<10}{plan.count:>6}{plan.num_cpus:>7g}{plan.num_gpus:>7g}{memory[plan.role] / _GIB:>10.1f}  {restarts}"
-    )
+    gib = memory[plan.role] / _GIB
+    return f"{plan.role:<10}{plan.count:>6}{plan.num_cpus:>7g}{plan.num_gpus:>7g}{gib:>10.1f}  {restarts}"
 
 
 def expected_memory(preparation: Preparation) -> dict[Role, float]:

@@ -81,7 +81,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if argv and not argv[0].startswith("-") and argv[0] not in known:
         guess = nearest(argv[0], known)
         raise ConfigError(
-            f"{argv[0]!r} is not a command. " + (f"Did you mean {guess!r}?" if guess else f"Commands: {', '.join(known)}.")
+            f"{argv[0]!r} is not a command. "
+            + (f"Did you mean {guess!r}?" if guess else f"Commands: {', '.join(known)}.")
         )
     return _parse_pipeline(parser, argv) if argv and argv[0] in PIPELINES else parser.parse_args(argv)
 
@@ -129,7 +130,9 @@ def _pipeline_of(run_dir: str | Path) -> type[PolicyOptimizationPipeline]:
 
 def _finish(output: TrainOutput) -> int:
     ledger = output.ledger
-    balance = f"issued {ledger.issued} = trained {ledger.trained} + dropped {ledger.dropped_total} + live {ledger.live_total}"
+    balance = (
+        f"issued {ledger.issued} = trained {ledger.trained} + dropped {ledger.dropped_total} + live {ledger.live_total}"
+    )
     print(f"{output.steps} steps; ledger: {balance}; oldest token trained on: {output.worst_age} steps")
     print(f"report: {output.run_dir / 'report.html'}")
     if not ledger.balanced or ledger.live_total:

@@ -20,8 +20,14 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True,
-        validate_default=True, protected_namespaces=(), arbitrary_types_allowed=False,
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+        arbitrary_types_allowed=False,
     )
 
     def __init__(self, **values: Any) -> None:

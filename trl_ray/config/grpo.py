@@ -1,12 +1,12 @@
 """The configurations of the `grpo` and `async-grpo` pipelines.
 
-    ModelConfig + DataConfig + TrainingConfig + GenerationConfig + LossConfig + ReportConfig   (flat, TRL's names)
-    runtime: RuntimeConfig   rollout: RolloutConfig   reward: RewardConfig                     (nested, ours)
+ModelConfig + DataConfig + TrainingConfig + GenerationConfig + LossConfig + ReportConfig   (flat, TRL's names)
+runtime: RuntimeConfig   rollout: RolloutConfig   reward: RewardConfig                     (nested, ours)
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 

@@ -1,6 +1,6 @@
 """YAML files and dotted overrides become one typed configuration.
 
-    file.yaml --parse (no duplicate keys, 1e-5 is a number)--> dict --a.b=c--> dict --pydantic--> Section
+file.yaml --parse (no duplicate keys, 1e-5 is a number)--> dict --a.b=c--> dict --pydantic--> Section
 """
 
 from __future__ import annotations

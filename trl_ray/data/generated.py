@@ -55,9 +55,9 @@ def generate(name: str, options: Mapping[str, Any], *, seed: int, held_out: bool
         shown = reasoning_gym.create_dataset(task, **{**settings, "seed": first + len(items), "size": max(examples, 1)})
         turns = [turn for index in range(examples) for turn in _solved(_reworded(shown[index], wording, name))]
     except (TypeError, ValueError, AssertionError) as error:
-        known = ", ".join(sorted(DATASETS[task][1].__dataclass_fields__))
+        known = ", ".join([*sorted(DATASETS[task][1].__dataclass_fields__), "examples", "question"])
         raise DataError(
-            f"dataset_kwargs must be options of {name}, got {dict(options)!r}: {error}. Its options: {known}, examples, question."
+            f"dataset_kwargs must be options of {name}, got {dict(options)!r}: {error}. Its options: {known}."
         ) from error
     return [_row(task, turns, item) for item in items]
 

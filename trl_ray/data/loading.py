@@ -1,10 +1,10 @@
 """Reads rows from wherever a dataset lives: the hub, a file, a folder, Python objects, or a generator.
 
-    DataConfig.dataset_name ─┬─ reasoning_gym/<task>  ─► generated.py
-                             ├─ file .json .jsonl .csv .parquet
-                             ├─ folder                ─► datasets.load_from_disk / load_dataset
-                             └─ hub name              ─► datasets.load_dataset        ─► Rows
-    an object from Python ─── Dataset, DatasetDict, list of dicts ────────────────────┘
+DataConfig.dataset_name ─┬─ reasoning_gym/<task>  ─► generated.py
+                         ├─ file .json .jsonl .csv .parquet
+                         ├─ folder                ─► datasets.load_from_disk / load_dataset
+                         └─ hub name              ─► datasets.load_dataset        ─► Rows
+an object from Python ─── Dataset, DatasetDict, list of dicts ────────────────────┘
 """
 
 from __future__ import annotations

@@ -85,7 +85,10 @@ class PromptSource:
         index = int(self._order[1][place])
         row = self._rows[index]
         return Prompt(
-            prompt_id=f"{epoch}:{index}", token_ids=row.token_ids, messages=row.messages, text=row.text,
+            prompt_id=f"{epoch}:{index}",
+            token_ids=row.token_ids,
+            messages=row.messages,
+            text=row.text,
             columns=row.columns,
         )
 
@@ -128,7 +131,8 @@ def load_prompts(
     _check_lengths(rows, token_ids, max_prompt_tokens)
     ready = [
         PromptRow(
-            token_ids=ids, messages=None if isinstance(prompt, str) else prompt,
+            token_ids=ids,
+            messages=None if isinstance(prompt, str) else prompt,
             text=prompt if isinstance(prompt, str) else None,
             columns=plain_columns(row, config.dataset_prompt_column, where=_where(rows, i)),
         )
@@ -160,9 +164,7 @@ def _checked_prompts(rows: Rows, config: DataConfig) -> list[str | tuple[Message
     return prompts
 
 
-def _as_text(
-    prompt: str | tuple[Message, ...], tokenizer: Tokenizer, config: DataConfig, where: str
-) -> str:
+def _as_text(prompt: str | tuple[Message, ...], tokenizer: Tokenizer, config: DataConfig, where: str) -> str:
     if isinstance(prompt, str):
         return prompt
     require_chat_template(tokenizer, where=where)

@@ -1,6 +1,6 @@
 """Turns a conversation into the text a model continues, and says clearly when it cannot.
 
-    messages -- with_system_prompt --> messages -- render --> text -- tokenizer --> token ids [P]
+messages -- with_system_prompt --> messages -- render --> text -- tokenizer --> token ids [P]
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
     return ({"role": "system", "content": system_prompt}, *messages)
 
 
-def render(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, template_kwargs: Mapping[str, Any], where: str
-) -> str:
+def render(tokenizer: Tokenizer, messages: Sequence[Message], *, template_kwargs: Mapping[str, Any], where: str) -> str:
     """The conversation as text, ready for the assistant to go on.
 
     A conversation that ends with the assistant is continued where it stops; any other gets the header of a new
@@ -63,8 +61,11 @@ def render(
     unfinished = messages[-1]["role"] == "assistant"
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=not unfinished,
-            continue_final_message=unfinished, **template_kwargs,
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=not unfinished,
+            continue_final_message=unfinished,
+            **template_kwargs,
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise ModelError(

@@ -1,6 +1,6 @@
 """Checks every row before anything starts, and names the row, the field, the value and the remedy.
 
-    Rows -- require_column --> check_prompt per row --> text or messages;  plain_columns --> JSON values
+Rows -- require_column --> check_prompt per row --> text or messages;  plain_columns --> JSON values
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def check_prompt(value: object, *, where: str) -> str | tuple[Message, ...]:
             raise DataError(f"{where} must not be empty, got {value!r}. Fill it or remove the row.")
         return _check_unicode(value, where)
     if not isinstance(value, (list, tuple)):
-        raise DataError(
-            f"{where} must be text or a list of messages, got {_show(value)}. Mend or remove the row."
-        )
+        raise DataError(f"{where} must be text or a list of messages, got {_show(value)}. Mend or remove the row.")
     if not value:
         raise DataError(f"{where} must have at least one message, got []. Fill it or remove the row.")
     messages = tuple(_check_message(message, f"{where}, message {i}") for i, message in enumerate(value))
@@ -125,9 +123,7 @@ def plain_columns(row: Mapping[str, Any], prompt_column: str, *, where: str) -> 
     Raises:
         DataError: a value such as an image or bytes that has no JSON form.
     """
-    return {
-        str(key): _plain(value, f"{where}, field {key!r}") for key, value in row.items() if key != prompt_column
-    }
+    return {str(key): _plain(value, f"{where}, field {key!r}") for key, value in row.items() if key != prompt_column}
 
 
 def _plain(value: Any, where: str) -> Any:

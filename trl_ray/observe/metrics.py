@@ -15,10 +15,10 @@ from trl_ray.types import Metric, Reduce
 class MetricBag:
     """Gathers the metrics of one optimizer step.
 
-        bag = MetricBag()
-        bag.add({"loss": Metric(value=2.0, weight=3), "tokens/trained": Metric(value=3, reduce=Reduce.SUM)})
-        bag.add({"loss": Metric(value=1.0, weight=1), "tokens/trained": Metric(value=1, reduce=Reduce.SUM)})
-        bag.reduce()  # {"loss": 1.75, "tokens/trained": 4.0}
+    bag = MetricBag()
+    bag.add({"loss": Metric(value=2.0, weight=3), "tokens/trained": Metric(value=3, reduce=Reduce.SUM)})
+    bag.add({"loss": Metric(value=1.0, weight=1), "tokens/trained": Metric(value=1, reduce=Reduce.SUM)})
+    bag.reduce()  # {"loss": 1.75, "tokens/trained": 4.0}
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """Builds the sinks of a run: what every pipeline calls once.
 
-    RunDirectory + options -> open_observer -> Observer(metrics, events, trace, completions, console, wandb)
+RunDirectory + options -> open_observer -> Observer(metrics, events, trace, completions, console, wandb)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Takes secrets out of options before they leave the machine or enter a file that people pass around.
 
-    {"hub": {"hf_token": "hf_x"}, "url": "https://me:pw@host"} -> {"hub": {"hf_token": "[removed]"}, "url": "https://[removed]@host"}
+{"hub": {"hf_token": "hf_x"}, "url": "https://me:pw@host"} -> {"hub": {"hf_token": "[removed]"}, "url": "https://[removed]@host"}
 """
 
 from __future__ import annotations
@@ -11,10 +11,24 @@ from collections.abc import Mapping
 from typing import Any
 
 REMOVED = "[removed]"
-_SECRET_WORDS = frozenset({
-    "apikey", "auth", "authorization", "cookie", "credential", "credentials", "key", "passphrase", "passwd",
-    "password", "pat", "secret", "secrets", "token",
-})
+_SECRET_WORDS = frozenset(
+    {
+        "apikey",
+        "auth",
+        "authorization",
+        "cookie",
+        "credential",
+        "credentials",
+        "key",
+        "passphrase",
+        "passwd",
+        "password",
+        "pat",
+        "secret",
+        "secrets",
+        "token",
+    }
+)
 _KNOWN_SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[A-Z0-9]{16}"
     r"|xox[abprs]-[A-Za-z0-9-]{10,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"

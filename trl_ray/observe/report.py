@@ -22,8 +22,12 @@ from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.svg import escape
 
 _SECTIONS = (
-    ("ledger", "Sample ledger"), ("curves", "Curves"), ("timeline", "Timeline"), ("events", "Events"),
-    ("completions", "Completions"), ("config", "Configuration"),
+    ("ledger", "Sample ledger"),
+    ("curves", "Curves"),
+    ("timeline", "Timeline"),
+    ("events", "Events"),
+    ("completions", "Completions"),
+    ("config", "Configuration"),
 )
 
 

@@ -1,6 +1,6 @@
 """Chooses what the report plots: one card per question a person asks of a run, in the order they ask it.
 
-    RunData.rows -> curves -> Chart, Chart, ... -> trl_ray.observe.svg.draw_chart
+RunData.rows -> curves -> Chart, Chart, ... -> trl_ray.observe.svg.draw_chart
 """
 
 from __future__ import annotations
@@ -34,26 +34,35 @@ _AFTER_REWARDS = (
     _Plain(title="Gradient norm", keys=(("grad_norm", "before clipping"),)),
     _Plain(title="Entropy", keys=(("entropy", "policy"),), unit="nats per token"),
     _Plain(
-        title="Divergence", unit="nats per token",
+        title="Divergence",
+        unit="nats per token",
         keys=(("kl/sampler", "learner and sampler"), ("kl/ref", "policy and reference")),
     ),
     _Plain(
-        title="Clipped and without signal", unit="fraction",
-        keys=(("clip/low", "clipped low"), ("clip/high", "clipped high"),
-              ("advantage/zero_std_fraction", "groups with equal rewards")),
+        title="Clipped and without signal",
+        unit="fraction",
+        keys=(
+            ("clip/low", "clipped low"),
+            ("clip/high", "clipped high"),
+            ("advantage/zero_std_fraction", "groups with equal rewards"),
+        ),
     ),
 )
 _AFTER_STALENESS = (
     _Plain(
-        title="Queue", unit="groups",
+        title="Queue",
+        unit="groups",
         keys=(("queue/ready", "ready"), ("queue/in_flight", "in flight"), ("queue/slots", "slots")),
     ),
     _Plain(
-        title="Throughput", unit="tokens/s",
+        title="Throughput",
+        unit="tokens/s",
         keys=(("throughput/trained_tokens_per_s", "trained"), ("throughput/generated_tokens_per_s", "generated")),
     ),
     _Plain(
-        title="Time per step", unit="seconds", stacked=True,
+        title="Time per step",
+        unit="seconds",
+        stacked=True,
         keys=(("time/step_s", "learner step"), ("time/wait_s", "waiting for groups"), ("time/publish_s", "publishing")),
     ),
     _Plain(title="Completion length", keys=(("completion/length_mean", "mean"),), unit="tokens"),
@@ -68,8 +77,12 @@ def draw_curves(run: RunData) -> str:
         return ""
     run = replace(run, rows=thinned(run.rows))
     charts = [
-        _rewards(run), _reward_parts(run), *(_plain(run, card) for card in _AFTER_REWARDS),
-        _staleness(run), _token_ages(run), *(_plain(run, card) for card in _AFTER_STALENESS),
+        _rewards(run),
+        _reward_parts(run),
+        *(_plain(run, card) for card in _AFTER_REWARDS),
+        _staleness(run),
+        _token_ages(run),
+        *(_plain(run, card) for card in _AFTER_STALENESS),
     ]
     return "".join(map(draw_chart, charts))
 
@@ -143,13 +156,18 @@ def _reward_parts(run: RunData) -> Chart:
 
 def _staleness(run: RunData) -> Chart:
     keys = (
-        ("staleness/max", "oldest token"), ("staleness/mean", "mean"),
-        ("staleness/in_flight", "in flight"), ("staleness/in_queue", "in queue"),
+        ("staleness/max", "oldest token"),
+        ("staleness/mean", "mean"),
+        ("staleness/in_flight", "in flight"),
+        ("staleness/in_queue", "in queue"),
     )
     series = [Series(name=name, values=run.values(key), color=color) for color, (key, name) in enumerate(keys)]
     bound = run.staleness_bound
     return Chart(
-        title="Staleness", unit="optimizer steps", steps=_steps(run), series=series,
+        title="Staleness",
+        unit="optimizer steps",
+        steps=_steps(run),
+        series=series,
         bound=None if bound is None else float(bound),
     )
 
@@ -157,7 +175,6 @@ def _staleness(run: RunData) -> Chart:
 def _token_ages(run: RunData) -> Chart:
     keys = {int(match[1]) for row in run.rows for key in row if (match := _HISTOGRAM.fullmatch(key))}
     series = [
-        Series(name=f"age {age}", values=run.values(f"staleness/hist_{age}"), color=shade(age))
-        for age in sorted(keys)
+        Series(name=f"age {age}", values=run.values(f"staleness/hist_{age}"), color=shade(age)) for age in sorted(keys)
     ]
     return Chart(title="Token ages", unit="fraction", steps=_steps(run), series=series, stacked=True)

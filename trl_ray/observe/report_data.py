@@ -1,6 +1,6 @@
 """Reads what there is of a run: any file may be missing, torn, or of a run that is still going.
 
-    RUN_DIR/{config.yaml, metrics.jsonl, events.jsonl, ledger.json, trace.jsonl, completions/} -> read_run -> RunData
+RUN_DIR/{config.yaml, metrics.jsonl, events.jsonl, ledger.json, trace.jsonl, completions/} -> read_run -> RunData
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ class Status(enum.StrEnum):
 
 
 _ENDS = {
-    EventKind.RUN_FINISHED: Status.FINISHED, EventKind.RUN_FAILED: Status.FAILED,
-    EventKind.INTERRUPTED: Status.INTERRUPTED, EventKind.RUN_STARTED: Status.UNFINISHED,
+    EventKind.RUN_FINISHED: Status.FINISHED,
+    EventKind.RUN_FAILED: Status.FAILED,
+    EventKind.INTERRUPTED: Status.INTERRUPTED,
+    EventKind.RUN_STARTED: Status.UNFINISHED,
     EventKind.RUN_RESUMED: Status.UNFINISHED,
 }
 
@@ -202,8 +204,10 @@ def _read_ledger(path: Path) -> Ledger | None:
         return None
     trained = content.get("trained")
     return Ledger(
-        issued=content["issued"], trained=trained if isinstance(trained, int) else 0,
-        dropped=_counts(content.get("dropped")), live=_counts(content.get("live")),
+        issued=content["issued"],
+        trained=trained if isinstance(trained, int) else 0,
+        dropped=_counts(content.get("dropped")),
+        live=_counts(content.get("live")),
     )
 
 

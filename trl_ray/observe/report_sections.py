@@ -1,6 +1,6 @@
 """The report's sections besides the curves: tiles, ledger, timeline, events, completions, configuration.
 
-    RunData -> header | ledger | timeline | events | completions | configuration -> HTML text, all of it escaped
+RunData -> header | ledger | timeline | events | completions | configuration -> HTML text, all of it escaped
 """
 
 from __future__ import annotations
@@ -23,12 +23,21 @@ from trl_ray.observe.trace import idle_shares, is_waiting, merged
 from trl_ray.types import DropReason, EventKind, Span
 
 _STATUS_STYLE = {
-    Status.FINISHED: "good", Status.FAILED: "bad", Status.INTERRUPTED: "warn", Status.UNFINISHED: "plain",
+    Status.FINISHED: "good",
+    Status.FAILED: "bad",
+    Status.INTERRUPTED: "warn",
+    Status.UNFINISHED: "plain",
 }
 _LOSSES = frozenset({EventKind.RUN_FAILED, EventKind.ACTOR_LOST})
 _ATTENTION = _LOSSES | {
-    EventKind.ACTOR_RESTARTED, EventKind.WARNING, EventKind.LEASE_EXPIRED, EventKind.GROUP_REISSUED,
-    EventKind.GROUP_DROPPED, EventKind.REWARD_FAILED, EventKind.WAITING, EventKind.INTERRUPTED,
+    EventKind.ACTOR_RESTARTED,
+    EventKind.WARNING,
+    EventKind.LEASE_EXPIRED,
+    EventKind.GROUP_REISSUED,
+    EventKind.GROUP_DROPPED,
+    EventKind.REWARD_FAILED,
+    EventKind.WAITING,
+    EventKind.INTERRUPTED,
 }
 # Drops that a healthy run makes: what was still on its way at the end, and what the user asked to drop.
 _ORDINARY_DROPS = frozenset({DropReason.END_OF_RUN, DropReason.ZERO_VARIANCE})
@@ -194,7 +203,7 @@ def _shares(spans: Sequence[Span]) -> str:
     return (
         '<h3 class="section">Whole run</h3><div class="card scroll"><table><thead><tr><th>Actor</th>'
         '<th>Share of the run</th><th class="number">Busy</th><th class="number">Idle</th>'
-        f'<th>By kind of work, which may overlap</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f"<th>By kind of work, which may overlap</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -233,14 +242,14 @@ def _event_table(shown: Sequence[Mapping[str, Any]], start: float) -> str:
         at = f"+{duration(moment - start)}" if isinstance(moment, int | float) else ""
         rows.append(
             f'<tr><td class="number">{at}</td><td><span class="pill {style}">{escape(kind.replace("_", " "))}</span>'
-            f'</td><td>{escape(event.get("actor", ""))}</td>'
+            f"</td><td>{escape(event.get('actor', ''))}</td>"
             f'<td class="detail">{escape(_detail(event.get("detail")))}</td></tr>'
         )
     left_out = len(shown) - len(rows)
     more = f'<p class="sub">{left_out} more in events.jsonl.</p>' if left_out > 0 else ""
     return (
         '<div class="scroll"><table><thead><tr><th class="number">After</th><th>Event</th><th>Actor</th><th>Detail</th>'
-        f'</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{more}'
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{more}"
     )
 
 
@@ -265,7 +274,7 @@ def _step_samples(samples: Samples) -> str:
     mean = f"mean reward {fmean(rewards):.3f}, {len(ranked)} completions" if rewards else f"{len(ranked)} completions"
     return (
         f'<section class="card"><h3>Step {samples.step} <span class="unit">{mean}</span></h3>'
-        f'{"".join(_sample(ranked[index]) for index in chosen)}</section>'
+        f"{''.join(_sample(ranked[index]) for index in chosen)}</section>"
     )
 
 
@@ -275,7 +284,8 @@ def _sample(row: Mapping[str, Any]) -> str:
     chips = [f'<span class="pill {style}">reward {_short(reward)}</span>']
     chips += [
         f'<span class="pill plain">{escape(name.removeprefix(PART_PREFIX))} {_short(value)}</span>'
-        for name, value in row.items() if name.startswith(PART_PREFIX)
+        for name, value in row.items()
+        if name.startswith(PART_PREFIX)
     ]
     chips += [f'<span class="pill plain">advantage {_short(row.get("advantage"))}</span>']
     chips += [f'<span class="pill plain">age {_short(row.get("age"))}</span>']

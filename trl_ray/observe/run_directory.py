@@ -1,11 +1,11 @@
 """The run directory: where each file of a run lies, how a run gets one, and how resuming rewinds it.
 
-    RUN_DIR/
-      config.yaml       resolved options               ledger.json      state of the sample ledger
-      metrics.jsonl     one line per optimizer step    journal.bin      the ledger's journal
-      events.jsonl      what happened to whom          completions/     step-000012.parquet
-      trace.jsonl       spans of the actors            checkpoints/     step-12/
-      report.html       drawn from all of the above
+RUN_DIR/
+  config.yaml       resolved options               ledger.json      state of the sample ledger
+  metrics.jsonl     one line per optimizer step    journal.bin      the ledger's journal
+  events.jsonl      what happened to whom          completions/     step-000012.parquet
+  trace.jsonl       spans of the actors            checkpoints/     step-12/
+  report.html       drawn from all of the above
 """
 
 from __future__ import annotations

@@ -13,10 +13,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trl_ray.observe.files import JsonLines
-from trl_ray.types import ActorReport, Event, EventKind, FloatArray, RolloutGroup, Span
+from trl_ray.types import ActorReport, Event, EventKind, RolloutGroup, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -25,7 +28,7 @@ class TrainedGroups:
 
     step: int
     groups: Sequence[RolloutGroup]
-    advantages: Sequence[Sequence[float] | FloatArray] | FloatArray
+    advantages: Sequence[Sequence[float] | NDArray[np.floating[Any]]] | NDArray[np.floating[Any]]
     """[groups][G] in the order of the groups and their completions."""
     learner_version: int
     """Version of the learner's weights before the step."""
@@ -97,10 +100,10 @@ class EventsFile(Sink):
 class Observer:
     """Hands everything to every sink, in their order.
 
-        observer = Observer([MetricsFile(run.metrics), EventsFile(run.events)])
-        observer.emit(EventKind.RUN_STARTED, actor="driver", staleness_bound=2)
-        observer.step(1, {"loss": 0.5})
-        observer.close()
+    observer = Observer([MetricsFile(run.metrics), EventsFile(run.events)])
+    observer.emit(EventKind.RUN_STARTED, actor="driver", staleness_bound=2)
+    observer.step(1, {"loss": 0.5})
+    observer.close()
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:

@@ -251,18 +251,21 @@ def _summary(chart: Chart, series: Sequence[Series]) -> str:
 
 
 def _plot_data(chart: Chart, series: Sequence[Series], x: Scale) -> str:
-    return json.dumps({
-        "at": [round(x(step), 1) for step in chart.steps],
-        "steps": list(chart.steps),
-        "series": [
-            {
-                "name": line.name + (" (each step)" if line.faint else ""),
-                "color": line.color,
-                "text": [compact(value) if value is not None else "" for value in line.values],
-            }
-            for line in series
-        ],
-    }, separators=(",", ":"))
+    return json.dumps(
+        {
+            "at": [round(x(step), 1) for step in chart.steps],
+            "steps": list(chart.steps),
+            "series": [
+                {
+                    "name": line.name + (" (each step)" if line.faint else ""),
+                    "color": line.color,
+                    "text": [compact(value) if value is not None else "" for value in line.values],
+                }
+                for line in series
+            ],
+        },
+        separators=(",", ":"),
+    )
 
 
 _LANE, _LABELS, _TIMELINE_WIDTH, _AXIS = 30, 132, 1120, 24

@@ -121,10 +121,17 @@ def chrome_trace(spans: Sequence[Span]) -> dict[str, Any]:
         for span in sorted((span for span in spans if span.actor == actor), key=lambda span: span.start):
             lane = next((lane for lane, free in enumerate(free_from) if free <= span.start), len(free_from))
             free_from[lane : lane + 1] = [span.end]
-            events.append({
-                "name": span.name, "cat": "wait" if is_waiting(span.name) else "work", "ph": "X", "pid": process,
-                "tid": lane + 1, "ts": (span.start - origin) * 1e6, "dur": (span.end - span.start) * 1e6,
-            })
+            events.append(
+                {
+                    "name": span.name,
+                    "cat": "wait" if is_waiting(span.name) else "work",
+                    "ph": "X",
+                    "pid": process,
+                    "tid": lane + 1,
+                    "ts": (span.start - origin) * 1e6,
+                    "dur": (span.end - span.start) * 1e6,
+                }
+            )
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 

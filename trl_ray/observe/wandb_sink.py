@@ -45,8 +45,13 @@ class WandbSink(Sink):
         )
         try:
             self._run = self._wandb.init(
-                project=project, name=run_name, id=_run_id(folder), resume="allow" if online else None,
-                dir=str(run_dir), config=jsonable(redact(config)), settings=settings,
+                project=project,
+                name=run_name,
+                id=_run_id(folder),
+                resume="allow" if online else None,
+                dir=str(run_dir),
+                config=jsonable(redact(config)),
+                settings=settings,
                 mode=mode,
             )
         except self._wandb.errors.Error as error:

@@ -1,7 +1,7 @@
 """The actors of a reinforcement-learning run: started, kept alive, and fed with weights.
 
-    learner --publish--> object store --pull--> rollout workers          (Crew.publish, Crew.pull)
-    Supervisor --lost--> Crew: end it, reissue its leases, start anew, refit with current weights, work again
+learner --publish--> object store --pull--> rollout workers          (Crew.publish, Crew.pull)
+Supervisor --lost--> Crew: end it, reissue its leases, start anew, refit with current weights, work again
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class Crew:
             name = f"reward-{slot}"
             arguments = {**self._arguments.reward, "name": name}
             self._rewards.append(await self._runtime.spawn(Role.REWARD, name, RewardWorker, **arguments))
-        workers = [await self._spawn_worker(f"rollout-{slot}", slot) for slot in range(self._config.rollout.num_workers)]
+        workers = [
+            await self._spawn_worker(f"rollout-{slot}", slot) for slot in range(self._config.rollout.num_workers)
+        ]
         actors = [self._queue, self._learner, *self._rewards]
         await asyncio.gather(*(self._greet(handle) for handle in actors))
         healths = await asyncio.gather(*(self._greet(handle, watch=False) for handle in workers))
@@ -123,8 +125,11 @@ class Crew:
             raise LearnerLostError(str(error)) from None
         self._published = Published(identity=identity, shared=shared, canary=canary)
         self._emit(
-            EventKind.WEIGHTS_PUBLISHED, "learner",
-            version=identity.version, checksum=identity.checksum, seconds=round(time.time() - begin, 4),
+            EventKind.WEIGHTS_PUBLISHED,
+            "learner",
+            version=identity.version,
+            checksum=identity.checksum,
+            seconds=round(time.time() - begin, 4),
         )
         return identity
 
@@ -185,13 +190,20 @@ class Crew:
         if (report.version, report.checksum) != (published.identity.version, published.identity.checksum):
             raise WeightError(f"{handle.name} must run {published.identity}, but reports {report}.")
         self._emit(
-            EventKind.WEIGHTS_PULLED, handle.name,
-            version=report.version, checksum=report.checksum, seconds=round(report.seconds, 4),
+            EventKind.WEIGHTS_PULLED,
+            handle.name,
+            version=report.version,
+            checksum=report.checksum,
+            seconds=round(report.seconds, 4),
         )
         if report.canary_mean is not None:
             self._emit(
-                EventKind.CANARY, handle.name,
-                version=report.version, mean=report.canary_mean, max=report.canary_max, agrees=True,
+                EventKind.CANARY,
+                handle.name,
+                version=report.version,
+                mean=report.canary_mean,
+                max=report.canary_max,
+                agrees=True,
             )
 
     async def _pull_or_replace(self, handle: ActorHandle) -> None:

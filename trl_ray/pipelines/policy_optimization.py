@@ -1,8 +1,8 @@
 """The pipeline object behind `grpo` and `async-grpo`: prepares, starts the crew, walks, and tells how it ended.
 
-    prepare -> run directory -> runtime -> [crew -> walk] -> final checkpoint -> report
-                                           ^     | learner lost
-                                           +-----+ (again, from the last checkpoint)
+prepare -> run directory -> runtime -> [crew -> walk] -> final checkpoint -> report
+                                       ^     | learner lost
+                                       +-----+ (again, from the last checkpoint)
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from trl_ray.config.load import dump_yaml, load_config
 from trl_ray.config.sections import RuntimeKind
 from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, TrlRayError
 from trl_ray.models.checkpoint import checkpoint_step, latest_checkpoint, prune
+from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report import build_report
 from trl_ray.observe.run_directory import RunDirectory
-from trl_ray.observe.observer import open_observer
 from trl_ray.pipelines.crew import Crew
 from trl_ray.pipelines.preparation import Inputs, Preparation, RewardFunction, prepare
 from trl_ray.pipelines.record import Recorder
@@ -97,7 +97,7 @@ class PolicyOptimizationPipeline:
             reward_funcs = [reward_funcs]
         changes: dict[str, Any] = {"model_name_or_path": model} if model is not None else {}
         if reward_funcs is not None:
-            # Functions given as objects cannot be written to config.yaml; names can, and then `resume` needs nothing else.
+            # Functions given as objects cannot be written to config.yaml; a run of named ones resumes by its folder.
             changes["reward_funcs"] = [
                 function if isinstance(function, str) else f"python:{getattr(function, '__name__', 'reward')}"
                 for function in reward_funcs
@@ -184,9 +184,14 @@ class PolicyOptimizationPipeline:
             # Before the files are opened: what is written must follow what was kept.
             directory.truncate_after(step)
         observer = open_observer(
-            directory, config=config.model_dump(mode="json"), total_steps=preparation.total_steps,
-            report_to=config.report_to, wandb_project=config.wandb_project, run_name=config.run_name,
-            print_completions=config.num_completions_to_print, logging_steps=config.logging_steps,
+            directory,
+            config=config.model_dump(mode="json"),
+            total_steps=preparation.total_steps,
+            report_to=config.report_to,
+            wandb_project=config.wandb_project,
+            run_name=config.run_name,
+            print_completions=config.num_completions_to_print,
+            logging_steps=config.logging_steps,
             log_completions=config.log_completions,
         )
         recorder = Recorder(
@@ -197,11 +202,17 @@ class PolicyOptimizationPipeline:
         for problem in found.problems:
             recorder.say(EventKind.WARNING, "driver", detail=f"a checkpoint cannot be used: {problem}")
         recorder.say(
-            EventKind.RUN_RESUMED if resuming else EventKind.RUN_STARTED, "driver", pipeline=self.name, step=step,
-            total_steps=preparation.total_steps, staleness_bound=config.staleness_bound,
+            EventKind.RUN_RESUMED if resuming else EventKind.RUN_STARTED,
+            "driver",
+            pipeline=self.name,
+            step=step,
+            total_steps=preparation.total_steps,
+            staleness_bound=config.staleness_bound,
         )
         arguments = preparation.arguments(
-            journal=str(directory.journal), checkpoint=found.path, resume_from=step if resuming else None,
+            journal=str(directory.journal),
+            checkpoint=found.path,
+            resume_from=step if resuming else None,
             incarnation=uuid.uuid4().hex,
         )
         crew = Crew(
@@ -222,7 +233,10 @@ class PolicyOptimizationPipeline:
         if self.config.save_total_limit is not None:
             prune(recorder.directory.checkpoints, keep=self.config.save_total_limit)
         return TrainOutput(
-            steps=walk.progress.step, run_dir=recorder.directory.path, metrics=dict(recorder.last), ledger=snapshot,
+            steps=walk.progress.step,
+            run_dir=recorder.directory.path,
+            metrics=dict(recorder.last),
+            ledger=snapshot,
             worst_age=recorder.worst_age,
         )
 
@@ -238,7 +252,6 @@ class PolicyOptimizationPipeline:
         directory = RunDirectory.create(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
         directory.write_config(dump_yaml(self.config))
         return directory
-
 
     def _open_runtime(self) -> Runtime:
         config = self.config

@@ -1,6 +1,6 @@
 """Checks everything that can be wrong before anything is started or written, and resolves it.
 
-    args, model, reward_funcs, datasets --> tokenizer, prompts, reward specs, lengths, steps --> Preparation
+args, model, reward_funcs, datasets --> tokenizer, prompts, reward specs, lengths, steps --> Preparation
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Preparation:
         """The policy objective."""
         return self.config.part(LossConfig)
 
-    def arguments(self, *, journal: str, checkpoint: str | None, resume_from: int | None, incarnation: str) -> ActorArguments:
+    def arguments(
+        self, *, journal: str, checkpoint: str | None, resume_from: int | None, incarnation: str
+    ) -> ActorArguments:
         """Constructor arguments of every actor."""
         config = self.config
         return ActorArguments(
@@ -119,9 +121,7 @@ def prepare(config: GRPOConfig, inputs: Inputs) -> Preparation:
     tokenizer = load_tokenizer(model)
     max_model_len = _max_model_len(config, max_positions(model))
     data, limit = config.part(DataConfig), max_model_len - config.max_completion_length
-    prompts = load_prompts(
-        data, tokenizer, seed=config.seed, max_prompt_tokens=limit, dataset=inputs.train_dataset
-    )
+    prompts = load_prompts(data, tokenizer, seed=config.seed, max_prompt_tokens=limit, dataset=inputs.train_dataset)
     eval_prompts = _eval_prompts(config, inputs, tokenizer, limit) if config.eval_steps else ()
     return Preparation(
         config=config,
@@ -169,7 +169,11 @@ def _eval_prompts(config: GRPOConfig, inputs: Inputs, tokenizer: Any, limit: int
             "dataset with dataset_test_split, or set eval_steps=0."
         )
     source = load_prompts(
-        config.part(DataConfig), tokenizer, seed=config.seed, max_prompt_tokens=limit, dataset=inputs.eval_dataset,
+        config.part(DataConfig),
+        tokenizer,
+        seed=config.seed,
+        max_prompt_tokens=limit,
+        dataset=inputs.eval_dataset,
         evaluation=True,
     )
     return tuple(source.prompt(ordinal) for ordinal in range(min(config.eval_num_prompts, len(source))))

@@ -1,6 +1,6 @@
 """Writes down a run: one metrics line per step, events, spans, the ledger, completions.
 
-    Walk --> Recorder --> Observer (console, metrics.jsonl, events.jsonl, wandb) and the run directory's files
+Walk --> Recorder --> Observer (console, metrics.jsonl, events.jsonl, wandb) and the run directory's files
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ class Recorder:
     `pulled_version` is the version that every working rollout worker has pulled; tickets carry it.
     """
 
-    def __init__(
-        self, *, directory: RunDirectory, observer: Observer, staleness_bound: int, start_step: int
-    ) -> None:
+    def __init__(self, *, directory: RunDirectory, observer: Observer, staleness_bound: int, start_step: int) -> None:
         self.directory = directory
         self.pulled_version = start_step
         self.last: dict[str, float] = {}
@@ -74,8 +72,15 @@ class Recorder:
         self._staleness = self._monitor.observe(groups, learner_version=step - 1, taken_at=time.time())
 
     def step(
-        self, *, groups: Sequence[RolloutGroup], built: BuiltBatch, result: StepResult, times: StepTimes, version: int,
-        snapshot: LedgerSnapshot, slots: int,
+        self,
+        *,
+        groups: Sequence[RolloutGroup],
+        built: BuiltBatch,
+        result: StepResult,
+        times: StepTimes,
+        version: int,
+        snapshot: LedgerSnapshot,
+        slots: int,
     ) -> None:
         """Write the line of one optimizer step, its ledger and its completions."""
         bag = MetricBag()
@@ -83,7 +88,10 @@ class Recorder:
             bag.add(metrics)
         step = built.batch.step
         record: dict[str, float] = {
-            "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, **bag.reduce(),
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            **bag.reduce(),
             "weights/version": version,
             **self._queue(snapshot, slots),
             **self._speed(groups, built, times),
@@ -100,8 +108,13 @@ class Recorder:
         means = [mean for answer in answers if (mean := mean_reward(answer.scored.rewards)) is not None]
         mean = sum(means) / len(means) if means else None
         self.say(
-            EventKind.EVALUATED, "evaluation", step=step, prompts=len(answers), scored=len(means),
-            **{"reward/mean": mean}, seconds=round(seconds, 3),
+            EventKind.EVALUATED,
+            "evaluation",
+            step=step,
+            prompts=len(answers),
+            scored=len(means),
+            **{"reward/mean": mean},
+            seconds=round(seconds, 3),
         )
 
     def checkpoint(self, path: Path, *, step: int, seconds: float) -> None:

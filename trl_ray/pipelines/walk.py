@@ -1,22 +1,21 @@
 """The walk of a datum in policy optimisation: three loops around the queue, shared by every RL pipeline.
 
-    dataset -> _admit -> RolloutQueue -> rollout workers -> rewards -> RolloutQueue -> _train -> learner
-                 ^                                                                       |
-                 +------------- release, once the weights are pulled <------- publish ---+
+dataset -> _admit -> RolloutQueue -> rollout workers -> rewards -> RolloutQueue -> _train -> learner
+             ^                                                                       |
+             +------------- release, once the weights are pulled <------- publish ---+
 
-    _admit   consumes: free slots, prompts.  produces: tickets.      waits for: a slot.
-             unblocked by: release, and drops.
-    _train   consumes: P ready groups.       produces: weights, a metrics line.   waits for: ready groups.
-             unblocked by: commits of rollout workers.
-    pull     consumes: published weights.    produces: freed slots.  waits for: every working worker.
-             unblocked by: their answers, or their replacement.
+_admit   consumes: free slots, prompts.  produces: tickets.      waits for: a slot.
+         unblocked by: release, and drops.
+_train   consumes: P ready groups.       produces: weights, a metrics line.   waits for: ready groups.
+         unblocked by: commits of rollout workers.
+pull     consumes: published weights.    produces: freed slots.  waits for: every working worker.
+         unblocked by: their answers, or their replacement.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,14 +59,15 @@ class Walk:
             InterruptedRun: the stop event was set; a checkpoint was written.
             RunError: whatever ended a loop.
         """
-        loops: list[Coroutine[Any, Any, None]] = [self._train(), self._admit(), self._crew.supervisor.run()]
-        tasks = [asyncio.create_task(loop, name=name) for loop, name in zip(loops, ("train", "admit", "supervise"), strict=True)]
+        train = asyncio.create_task(self._train(), name="train")
+        supervise = asyncio.create_task(self._crew.supervisor.run(), name="supervise")
+        tasks = [train, supervise, asyncio.create_task(self._admit(), name="admit")]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             # Two may end together; the supervisor knows best why an actor is gone.
-            for task in sorted(done, key=lambda task: task.get_name() != "supervise"):
+            for task in sorted(done, key=lambda task: task is not supervise):
                 task.result()
-            assert tasks[0] in done, "only the training loop may end by itself"
+            assert train in done, "only the training loop may end by itself"
         finally:
             pulling = [self._pulling] if self._pulling is not None else []
             for task in (*tasks, *pulling):
@@ -171,7 +171,9 @@ class Walk:
             self._reward_failures = 0
             return
         self._recorder.say(
-            EventKind.WARNING, "learner", step=step,
+            EventKind.WARNING,
+            "learner",
+            step=step,
             detail="loss or gradients were not finite; the step was skipped and its groups dropped",
         )
 

@@ -73,7 +73,11 @@ def soft_overlong(*, max_completion_len: int, soft_punish_cache: int) -> RewardF
 
 
 def reasoning_gym(
-    prompts: list[Any], completions: list[Any], task: list[str], answer: list[Any], metadata: list[Any],
+    prompts: list[Any],
+    completions: list[Any],
+    task: list[str],
+    answer: list[Any],
+    metadata: list[Any],
     **columns: Any,
 ) -> list[float]:
     """The task's own score in [0, 1], of the text inside the last ``<answer>`` tag or else of the whole completion."""

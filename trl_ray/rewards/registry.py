@@ -1,7 +1,7 @@
 """Finds the function behind a name, so that a config can say it and a child process can load it.
 
-    "arithmetic" | "soft_overlong(...)" | "package.module:function" | "file.py:function" | a callable
-        -- make_spec (driver: everything is tried once) --> RewardSpec -- load_function (child) --> callable
+"arithmetic" | "soft_overlong(...)" | "package.module:function" | "file.py:function" | a callable
+    -- make_spec (driver: everything is tried once) --> RewardSpec -- load_function (child) --> callable
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def required_columns(function: RewardFunction) -> set[str]:
         return set()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {
-        parameter.name for parameter in parameters
+        parameter.name
+        for parameter in parameters
         if parameter.kind in named and parameter.default is parameter.empty and parameter.name not in GIVEN_ALWAYS
     }
 

@@ -33,11 +33,27 @@ START_TIMEOUT_S = 120.0
 # Of the log in a failure's detail: the interpreter's own report of a segmentation fault fits.
 _TAIL_CHARACTERS = 4000
 _MARK = "TRL_RAY_SANDBOX"
-_ENVIRONMENT = frozenset({
-    "PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "VIRTUAL_ENV", "CONDA_PREFIX",
-    "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS",
-    "SSL_CERT_FILE", "SSL_CERT_DIR",
-})
+_ENVIRONMENT = frozenset(
+    {
+        "PATH",
+        "HOME",
+        "USER",
+        "LOGNAME",
+        "LANG",
+        "LANGUAGE",
+        "TZ",
+        "TMPDIR",
+        "VIRTUAL_ENV",
+        "CONDA_PREFIX",
+        "LD_LIBRARY_PATH",
+        "CUDA_VISIBLE_DEVICES",
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+    }
+)
 
 
 def child_environment(parent: Mapping[str, str], mark: str) -> dict[str, str]:
@@ -65,8 +81,12 @@ class _Child:
         self._reply, child_writes = os.pipe()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "trl_ray.rewards.sandbox_child", str(child_reads), str(child_writes)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
-            pass_fds=(child_reads, child_writes), start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            pass_fds=(child_reads, child_writes),
+            start_new_session=True,
             env=child_environment(os.environ, self.mark),
         )
         os.close(child_reads)
@@ -101,7 +121,7 @@ class _Child:
         while data:
             self._wait(self._request, select.POLLOUT, deadline)
             try:
-                data = data[os.write(self._request, data):]
+                data = data[os.write(self._request, data) :]
             except BrokenPipeError as error:
                 raise _Died("closed its request pipe") from error
 
@@ -191,8 +211,13 @@ class Sandbox:
     """
 
     def __init__(
-        self, *, functions: Sequence[RewardSpec], weights: Sequence[float] | None, timeout_s: float,
-        memory_bytes: int | None = None, start_timeout_s: float = START_TIMEOUT_S,
+        self,
+        *,
+        functions: Sequence[RewardSpec],
+        weights: Sequence[float] | None,
+        timeout_s: float,
+        memory_bytes: int | None = None,
+        start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self._functions = tuple(functions)
         self._weights = None if weights is None else list(weights)
@@ -229,7 +254,8 @@ class Sandbox:
                     return _failure("reward worker", RewardErrorKind.CRASH, "The sandbox must be open, it is closed.")
                 child = self._child = _Child()
             frame = {
-                "functions": [wire.spec_to_json(spec) for spec in self._functions], "weights": self._weights,
+                "functions": [wire.spec_to_json(spec) for spec in self._functions],
+                "weights": self._weights,
                 "memory_bytes": self._memory_bytes,
             }
             return self._exchange(child, frame, timeout_s=self._start_timeout_s, size=0)
@@ -245,9 +271,7 @@ class Sandbox:
             assert scored is not None
             return scored
 
-    def _exchange(
-        self, child: _Child, frame: Mapping[str, Any], *, timeout_s: float, size: int
-    ) -> ScoredGroup | None:
+    def _exchange(self, child: _Child, frame: Mapping[str, Any], *, timeout_s: float, size: int) -> ScoredGroup | None:
         """Send one request and wait for its answer; None is the answer "ready"."""
         nonce = secrets.token_hex(16)
         deadline = time.monotonic() + timeout_s

@@ -71,7 +71,8 @@ def _load(frame: dict[str, Any], reply: _Reply) -> tuple[NamedFunction, ...]:
         except Exception as error:  # loading imports the user's modules, which may raise anything
             text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             failure = RewardFailure(
-                function=spec.name, kind=RewardErrorKind.EXCEPTION,
+                function=spec.name,
+                kind=RewardErrorKind.EXCEPTION,
                 detail=f"{spec.name} must load in the reward worker's process, but: {text}",
             )
             reply.send({"nonce": frame["nonce"], "scored": wire.scored_to_json(ScoredGroup(failure=failure))})
@@ -94,7 +95,7 @@ class _Reply:
             os._exit(0)
         data = memoryview(wire.encode(frame))
         while data:
-            data = data[os.write(self._fd, data):]
+            data = data[os.write(self._fd, data) :]
 
 
 def _read_frames(fd: int, frames: queue.SimpleQueue[dict[str, Any]]) -> None:

@@ -45,12 +45,18 @@ class GroupInput:
         """Standard prompts give strings; conversational ones give conversations, as in TRL."""
         messages = None if prompt.messages is None else [dict(message) for message in prompt.messages]
         texts = [completion.text for completion in completions]
-        return cls(json.dumps({
-            "prompt": prompt.text if messages is None else messages,
-            "completions": texts if messages is None else [[{"role": "assistant", "content": t}] for t in texts],
-            "completion_ids": [completion.token_ids.tolist() for completion in completions],
-            "columns": {key: value for key, value in prompt.columns.items() if key not in _RESERVED},
-        }))
+        return cls(
+            json.dumps(
+                {
+                    "prompt": prompt.text if messages is None else messages,
+                    "completions": texts
+                    if messages is None
+                    else [[{"role": "assistant", "content": t}] for t in texts],
+                    "completion_ids": [completion.token_ids.tolist() for completion in completions],
+                    "columns": {key: value for key, value in prompt.columns.items() if key not in _RESERVED},
+                }
+            )
+        )
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for one call: every value is a list of G, shared with no other call."""
@@ -59,7 +65,9 @@ class GroupInput:
         prompts = [json.loads(json.dumps(group["prompt"])) for _ in range(size)]
         columns = {key: [json.loads(json.dumps(value)) for _ in range(size)] for key, value in group["columns"].items()}
         return {
-            "prompts": prompts, "completions": group["completions"], "completion_ids": group["completion_ids"],
+            "prompts": prompts,
+            "completions": group["completions"],
+            "completion_ids": group["completion_ids"],
             **columns,
         }
 
@@ -120,8 +128,7 @@ async def score_group(
             if isinstance(outcome, BaseException):
                 raise outcome
         parts = {
-            named.name: check_values(named.name, value, size)
-            for named, value in zip(functions, settled, strict=True)
+            named.name: check_values(named.name, value, size) for named, value in zip(functions, settled, strict=True)
         }
     except CallFailed as failed:
         return ScoredGroup(failure=failed.failure)

@@ -1,9 +1,9 @@
 """Frames between a reward worker and its sandbox: 8 bytes of length, then that many bytes of JSON.
 
-    {"nonce", "functions", "weights", "memory_bytes"}  worker -> child    once, after the start
-    {"nonce", "group"}                                 worker -> child    per group
-    {"nonce", "running": name}                         child -> worker    before each function
-    {"nonce", "scored": ...} or {"nonce", "ready"}     child -> worker    the answer
+{"nonce", "functions", "weights", "memory_bytes"}  worker -> child    once, after the start
+{"nonce", "group"}                                 worker -> child    per group
+{"nonce", "running": name}                         child -> worker    before each function
+{"nonce", "scored": ...} or {"nonce", "ready"}     child -> worker    the answer
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def spec_from_json(value: Mapping[str, Any]) -> RewardSpec:
     """The inverse of `spec_to_json`."""
     pickled = value["pickled"]
     return RewardSpec(
-        name=value["name"], reference=value["reference"],
+        name=value["name"],
+        reference=value["reference"],
         pickled=None if pickled is None else base64.b64decode(pickled),
     )
 
@@ -76,13 +77,17 @@ def scored_from_json(value: Any, size: int) -> ScoredGroup:
     try:
         if value["failure"] is not None:
             failure = value["failure"]
-            return ScoredGroup(failure=RewardFailure(
-                function=str(failure["function"]), kind=RewardErrorKind(failure["kind"]),
-                detail=str(failure["detail"]),
-            ))
+            return ScoredGroup(
+                failure=RewardFailure(
+                    function=str(failure["function"]),
+                    kind=RewardErrorKind(failure["kind"]),
+                    detail=str(failure["detail"]),
+                )
+            )
         rewards = tuple(
             Reward(
-                total=_finite(item["total"]), parts={str(k): _finite(v) for k, v in item["parts"].items()},
+                total=_finite(item["total"]),
+                parts={str(k): _finite(v) for k, v in item["parts"].items()},
                 extra=dict(item["extra"]),
             )
             for item in value["rewards"]

@@ -1,6 +1,6 @@
 """Actors on Ray: connect or start, reserve, spawn, and translate Ray's failures into ours.
 
-    probe the address --> ray.init --> compare plan and cluster --> placement group --> actors in their bundles
+probe the address --> ray.init --> compare plan and cluster --> placement group --> actors in their bundles
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from trl_ray.config.sections import RuntimeConfig
 from trl_ray.errors import ActorLostError, DeadlineError, ResourceError, RunError, TrlRayError
 from trl_ray.runtime.remote import HEALTH_GROUP, ActorPlan, remote_class
 from trl_ray.runtime.runtime import ActorHandle, Role
-
 
 _END_S = 10.0
 
@@ -149,7 +148,9 @@ def missing_resources(plans: Mapping[Role, ActorPlan], available: Mapping[str, f
         short |= wanted > have
         if wanted:
             parts = ", ".join(
-                f"{plan.role} {plan.count} x {plan.bundle[resource]:g}" for plan in plans.values() if resource in plan.bundle
+                f"{plan.role} {plan.count} x {plan.bundle[resource]:g}"
+                for plan in plans.values()
+                if resource in plan.bundle
             )
             lines.append(f"  {resource}: wants {wanted:g} ({parts}), the cluster has {have:g}")
     return "\n".join(lines) if short else None

@@ -62,17 +62,32 @@ def plan_actors(*, runtime: RuntimeConfig, rollout: RolloutConfig, reward: Rewar
     gpus = rollout.num_gpus or (rollout.tensor_parallel_size if rollout.tensor_parallel_size > 1 else 0.0)
     plans = (
         ActorPlan(
-            role=Role.LEARNER, count=1, num_cpus=runtime.learner_num_cpus, num_gpus=runtime.learner_num_gpus,
-            max_restarts=0, threads=learner_threads, is_async=False,
+            role=Role.LEARNER,
+            count=1,
+            num_cpus=runtime.learner_num_cpus,
+            num_gpus=runtime.learner_num_gpus,
+            max_restarts=0,
+            threads=learner_threads,
+            is_async=False,
         ),
         ActorPlan(role=Role.QUEUE, count=1, num_cpus=0, num_gpus=0, max_restarts=_FOREVER, threads=1, is_async=True),
         ActorPlan(
-            role=Role.ROLLOUT, count=rollout.num_workers, num_cpus=rollout.num_cpus, num_gpus=gpus, max_restarts=0,
-            threads=max(1, int(rollout.num_cpus)), is_async=True,
+            role=Role.ROLLOUT,
+            count=rollout.num_workers,
+            num_cpus=rollout.num_cpus,
+            num_gpus=gpus,
+            max_restarts=0,
+            threads=max(1, int(rollout.num_cpus)),
+            is_async=True,
         ),
         ActorPlan(
-            role=Role.REWARD, count=reward.num_workers, num_cpus=reward.num_cpus, num_gpus=0, max_restarts=_FOREVER,
-            threads=1, is_async=True,
+            role=Role.REWARD,
+            count=reward.num_workers,
+            num_cpus=reward.num_cpus,
+            num_gpus=0,
+            max_restarts=_FOREVER,
+            threads=1,
+            is_async=True,
         ),
     )
     return {plan.role: plan for plan in plans}

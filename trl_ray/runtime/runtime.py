@@ -1,7 +1,7 @@
 """What pipelines ask of the place where actors live, whether that is Ray or this process.
 
-    pipeline -- spawn(role, name, cls, **kwargs) --> Runtime --> ActorHandle
-    pipeline -- await handle.call("method", ..., deadline_s=...) --> answer, DeadlineError or ActorLostError
+pipeline -- spawn(role, name, cls, **kwargs) --> Runtime --> ActorHandle
+pipeline -- await handle.call("method", ..., deadline_s=...) --> answer, DeadlineError or ActorLostError
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Watches actors: probes each one, and says which are lost and why.
 
-    Supervisor -- health (deadline) --> actor
-               <-- Health: pid, progress, problem
-               -- on_lost(watched, reason) --> pipeline: kill, reissue leases, start anew, refit
+Supervisor -- health (deadline) --> actor
+           <-- Health: pid, progress, problem
+           -- on_lost(watched, reason) --> pipeline: kill, reissue leases, start anew, refit
 """
 
 from __future__ import annotations

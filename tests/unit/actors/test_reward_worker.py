@@ -12,23 +12,31 @@ from trl_ray.rewards.registry import make_spec
 from trl_ray.types import Completion, EventKind, FinishReason, Prompt, RewardErrorKind, VersionSpan
 
 PROMPT = Prompt(
-    prompt_id="2:5", token_ids=np.arange(3, dtype=np.int32), columns={"answer": "3"},
+    prompt_id="2:5",
+    token_ids=np.arange(3, dtype=np.int32),
+    columns={"answer": "3"},
     messages=({"role": "user", "content": "What is 1 + 2?"},),
 )
 
 
 def completion(text):
     return Completion(
-        token_ids=np.arange(2, dtype=np.int32), logprobs=np.zeros(2, np.float32), text=text,
-        versions=(VersionSpan(version=0, start=0, end=2),), finish_reason=FinishReason.STOP,
+        token_ids=np.arange(2, dtype=np.int32),
+        logprobs=np.zeros(2, np.float32),
+        text=text,
+        versions=(VersionSpan(version=0, start=0, end=2),),
+        finish_reason=FinishReason.STOP,
     )
 
 
 @contextmanager
 def worker(*functions, isolation=Isolation.PROCESS, timeout_s=20.0, weights=None):
     made = RewardWorker(
-        functions=[make_spec(function) for function in functions], weights=weights, timeout_s=timeout_s,
-        isolation=isolation, name="reward-0",
+        functions=[make_spec(function) for function in functions],
+        weights=weights,
+        timeout_s=timeout_s,
+        isolation=isolation,
+        name="reward-0",
     )
     try:
         yield made

@@ -165,8 +165,11 @@ def test_files_that_cannot_be_a_configuration_are_refused(tmp_path: Path) -> Non
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
     (tmp_path / "large.yaml").write_bytes(b"#" * ((1 << 20) + 1))
     for name, rule in [
-        ("absent.yaml", "is not there"), (".", "is a folder"), ("latin.yaml", "must be UTF-8"),
-        ("list.yaml", "holds a list"), ("large.yaml", "must be at most"),
+        ("absent.yaml", "is not there"),
+        (".", "is a folder"),
+        ("latin.yaml", "must be UTF-8"),
+        ("list.yaml", "holds a list"),
+        ("large.yaml", "must be at most"),
     ]:
         with pytest.raises(ConfigError, match=rule):
             read_yaml(tmp_path / name)

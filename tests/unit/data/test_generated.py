@@ -43,13 +43,16 @@ def test_examples_are_solved_turns_before_the_question():
     assert int(prompt[1]["content"]) == int(left) + (1 if sign == "+" else -1) * int(right)
 
 
-@pytest.mark.parametrize(("name", "options", "message"), [
-    ("reasoning_gym/chain_summ", {}, "Did you mean reasoning_gym/chain_sum?"),
-    ("reasoning_gym/zzz", {}, "Its tasks: .*chain_sum"),
-    (NAME, {"sise": 3}, "'sise'.*Its options: .*size"),
-    (NAME, {"size": -1}, "size must be positive"),
-    (NAME, {"examples": -1}, "whole number from 0, got -1"),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("reasoning_gym/chain_summ", {}, "Did you mean reasoning_gym/chain_sum?"),
+        ("reasoning_gym/zzz", {}, "Its tasks: .*chain_sum"),
+        (NAME, {"sise": 3}, "'sise'.*Its options: .*size"),
+        (NAME, {"size": -1}, "size must be positive"),
+        (NAME, {"examples": -1}, "whole number from 0, got -1"),
+    ],
+)
 def test_an_unknown_task_or_option_is_explained(name, options, message):
     with pytest.raises(DataError, match=message):
         generate(name, options, seed=1, held_out=False)

@@ -48,17 +48,20 @@ def test_a_broken_line_of_jsonl_is_named_by_its_number(tmp_path):
         rows_of(path)
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.jsonl", "", "at least one row"),
-    ("a.json", "[]", "at least one row"),
-    ("a.json", '{"a": 1}', "must be a JSON list of objects, got a dict"),
-    ("a.json", '{"a": 1}\n{"a": 2}', "rename the file"),
-    ("a.json", "[1]", "Row 0 .* must be an object with columns, got int"),
-    ("a.csv", "prompt,answer\n", "at least one row"),
-    ("a.csv", 'prompt\n"a', "must be a comma-separated table"),
-    ("a.parquet", "PAR1 but cut off", "must be a whole parquet file"),
-    ("a.txt", "hello", "must end in .json"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", "at least one row"),
+        ("a.json", "[]", "at least one row"),
+        ("a.json", '{"a": 1}', "must be a JSON list of objects, got a dict"),
+        ("a.json", '{"a": 1}\n{"a": 2}', "rename the file"),
+        ("a.json", "[1]", "Row 0 .* must be an object with columns, got int"),
+        ("a.csv", "prompt,answer\n", "at least one row"),
+        ("a.csv", 'prompt\n"a', "must be a comma-separated table"),
+        ("a.parquet", "PAR1 but cut off", "must be a whole parquet file"),
+        ("a.txt", "hello", "must end in .json"),
+    ],
+)
 def test_an_unusable_file_says_why(tmp_path, name, content, message):
     with pytest.raises(DataError, match=message):
         rows_of(write(tmp_path / name, content))

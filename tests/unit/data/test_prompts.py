@@ -25,8 +25,12 @@ class CharTokenizer:
 
 def load(rows, tokenizer=None, *, limit=None, seed=0, evaluation=False, **options):
     return load_prompts(
-        DataConfig(**options), tokenizer or CharTokenizer(), seed=seed, max_prompt_tokens=limit,
-        dataset=rows, evaluation=evaluation,
+        DataConfig(**options),
+        tokenizer or CharTokenizer(),
+        seed=seed,
+        max_prompt_tokens=limit,
+        dataset=rows,
+        evaluation=evaluation,
     )
 
 
@@ -112,30 +116,36 @@ def test_arrow_s_empty_keys_of_a_message_are_dropped():
     assert load(rows).prompt(0).messages == ({"role": "user", "content": "hi"},)
 
 
-@pytest.mark.parametrize(("bad", "message"), [
-    (None, r"Row 1 .*field 'prompt' must be text or a list of messages, got None"),
-    ("", r"Row 1 .*must not be empty"),
-    ("  \n", r"Row 1 .*must not be empty"),
-    ("half a pair \ud800", r"Row 1 .*must be valid Unicode, character 12"),
-    (7, r"got int 7"),
-    ({"role": "user"}, r"must be text or a list of messages, got \{"),
-])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (None, r"Row 1 .*field 'prompt' must be text or a list of messages, got None"),
+        ("", r"Row 1 .*must not be empty"),
+        ("  \n", r"Row 1 .*must not be empty"),
+        ("half a pair \ud800", r"Row 1 .*must be valid Unicode, character 12"),
+        (7, r"got int 7"),
+        ({"role": "user"}, r"must be text or a list of messages, got \{"),
+    ],
+)
 def test_a_row_whose_prompt_is_no_text_is_named(bad, message):
     with pytest.raises(DataError, match=message):
         load([{"prompt": "fine"}, {"prompt": bad}])
 
 
-@pytest.mark.parametrize(("bad", "message"), [
-    ([], r"at least one message"),
-    (["hi"], r"message 0 must be an object with role and content"),
-    ([{"content": "hi"}], r"message 0 must have the key 'role'"),
-    ([{"role": "user"}], r"must have the key 'content'"),
-    ([{"role": "user", "content": None}], r"must have text as content, got None"),
-    ([{"role": "user", "content": ""}], r"message 0 must not be empty"),
-    ([{"role": "usr", "content": "hi"}], r"got 'usr'. Did you mean 'user'"),
-    ([{"role": "system", "content": "hi"}], r"must end with one of the roles user"),
-    ("plain", r"must be a list of messages as in the first row"),
-])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([], r"at least one message"),
+        (["hi"], r"message 0 must be an object with role and content"),
+        ([{"content": "hi"}], r"message 0 must have the key 'role'"),
+        ([{"role": "user"}], r"must have the key 'content'"),
+        ([{"role": "user", "content": None}], r"must have text as content, got None"),
+        ([{"role": "user", "content": ""}], r"message 0 must not be empty"),
+        ([{"role": "usr", "content": "hi"}], r"got 'usr'. Did you mean 'user'"),
+        ([{"role": "system", "content": "hi"}], r"must end with one of the roles user"),
+        ("plain", r"must be a list of messages as in the first row"),
+    ],
+)
 def test_a_row_whose_conversation_is_broken_is_named(bad, message):
     with pytest.raises(DataError, match=rf"Row 1 .*{message}"):
         load([{"prompt": user("fine")}, {"prompt": bad}])

@@ -38,9 +38,12 @@ def _make_group(
     mask = None if loss_mask is None else np.array(loss_mask)
     completions = tuple(
         Completion(
-            token_ids=np.zeros(runs[-1][2], np.int32), logprobs=np.zeros(runs[-1][2], np.float32),
+            token_ids=np.zeros(runs[-1][2], np.int32),
+            logprobs=np.zeros(runs[-1][2], np.float32),
             versions=tuple(VersionSpan(version=v, start=s, end=e) for v, s, e in runs),
-            finish_reason=FinishReason.STOP, text=texts[index % len(texts)], loss_mask=mask,
+            finish_reason=FinishReason.STOP,
+            text=texts[index % len(texts)],
+            loss_mask=mask,
         )
         for index, runs in enumerate(versions)
     )
@@ -70,9 +73,7 @@ def finished_run(tmp_path: Path) -> RunDirectory:
         observer.event(Event(kind=EventKind.RUN_STARTED, actor="driver", time=100.0))
         for step in (1, 2, 3):
             group = _make_group(group_id=step, texts=(MALICIOUS,))
-            observer.completions(
-                TrainedGroups(step=step, groups=[group], advantages=[[0.5]], learner_version=step - 1)
-            )
+            observer.completions(TrainedGroups(step=step, groups=[group], advantages=[[0.5]], learner_version=step - 1))
             observer.spans([Span(actor="learner", name="step", start=100.0 + step, end=100.5 + step)])
             observer.step(step, {"reward/mean": step / 10, "loss": 0.5, "staleness/max": 2.0, "staleness/hist_0": 1.0})
         observer.event(Event(kind=EventKind.ACTOR_LOST, actor="rollout-0", time=103.0, detail={"reason": "<b>killed"}))

@@ -7,11 +7,15 @@ from trl_ray.types import Metric, Reduce
 def test_each_rule_joins_values_in_its_own_way() -> None:
     bag = MetricBag()
     for value, weight in ((2.0, 3.0), (1.0, 1.0)):
-        bag.add({
-            "mean": Metric(value=value, weight=weight), "sum": Metric(value=value, reduce=Reduce.SUM),
-            "max": Metric(value=value, reduce=Reduce.MAX), "min": Metric(value=value, reduce=Reduce.MIN),
-            "last": Metric(value=value, reduce=Reduce.LAST),
-        })
+        bag.add(
+            {
+                "mean": Metric(value=value, weight=weight),
+                "sum": Metric(value=value, reduce=Reduce.SUM),
+                "max": Metric(value=value, reduce=Reduce.MAX),
+                "min": Metric(value=value, reduce=Reduce.MIN),
+                "last": Metric(value=value, reduce=Reduce.LAST),
+            }
+        )
     assert bag.reduce() == {"mean": 1.75, "sum": 3.0, "max": 2.0, "min": 1.0, "last": 1.0}
 
 

@@ -148,7 +148,8 @@ def test_a_step_trained_twice_shows_its_last_numbers(finished_run: RunDirectory)
 def test_thinning_averages_but_keeps_maxima_and_the_last_step() -> None:
     rows = [{"step": float(step), "loss": float(step), "staleness/max": float(step == 1)} for step in range(1, 5)]
     assert thinned(rows, limit=2) == [
-        {"step": 2.0, "loss": 1.5, "staleness/max": 1.0}, {"step": 4.0, "loss": 3.5, "staleness/max": 0.0},
+        {"step": 2.0, "loss": 1.5, "staleness/max": 1.0},
+        {"step": 4.0, "loss": 3.5, "staleness/max": 0.0},
     ]
 
 

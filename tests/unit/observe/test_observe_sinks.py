@@ -66,8 +66,14 @@ def test_every_sink_is_closed_even_when_one_fails() -> None:
 
 def test_the_progress_line_says_what_was_measured_and_no_more() -> None:
     metrics = {
-        "reward/mean": 0.41234, "loss": 0.5, "staleness/mean": 0.8, "staleness/max": 2.0, "queue/ready": 3.0,
-        "queue/in_flight": 12.0, "queue/slots": 24.0, "throughput/trained_tokens_per_s": 812.4,
+        "reward/mean": 0.41234,
+        "loss": 0.5,
+        "staleness/mean": 0.8,
+        "staleness/max": 2.0,
+        "queue/ready": 3.0,
+        "queue/in_flight": 12.0,
+        "queue/slots": 24.0,
+        "throughput/trained_tokens_per_s": 812.4,
     }
     assert progress_line(3, 30, metrics, eta_s=151.0) == (
         "step 3/30  reward 0.412  loss 0.5000  stale 0.80 max 2  trained 812 tok/s  "
@@ -128,8 +134,20 @@ def test_completions_become_one_row_each(tmp_path: Path, make_group: GroupMaker)
     trained = TrainedGroups(step=12, groups=[group], advantages=[[0.5, -0.5]], learner_version=5)
     table = pq.read_table(write_completions(tmp_path / "step-000012.parquet", trained))
     assert table.column_names == [
-        "step", "group_id", "attempt", "prompt", "completion", "finish_reason", "reward", "reward/exact",
-        "reward/silent", "extras", "advantage", "versions", "age", "worker",
+        "step",
+        "group_id",
+        "attempt",
+        "prompt",
+        "completion",
+        "finish_reason",
+        "reward",
+        "reward/exact",
+        "reward/silent",
+        "extras",
+        "advantage",
+        "versions",
+        "age",
+        "worker",
     ]
     first, second = table.to_pylist()
     assert (first["step"], first["group_id"], first["attempt"], first["completion"]) == (12, 7, 1, "?")
@@ -142,12 +160,20 @@ def test_completions_become_one_row_each(tmp_path: Path, make_group: GroupMaker)
 def test_secrets_are_removed_by_name_shape_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVICE_API_KEY", "correct-horse-battery")
     options = {
-        "hub": {"hf_token": "x", "urls": ["https://me:pw@host/x"]}, "note": "use correct-horse-battery",
-        "args": "hf_abcdefghijklmnopqrst", "max_tokens": 16, "token": None, "monkey": "kept",
+        "hub": {"hf_token": "x", "urls": ["https://me:pw@host/x"]},
+        "note": "use correct-horse-battery",
+        "args": "hf_abcdefghijklmnopqrst",
+        "max_tokens": 16,
+        "token": None,
+        "monkey": "kept",
     }
     assert redact(options) == {
-        "hub": {"hf_token": "[removed]", "urls": ["https://[removed]@host/x"]}, "note": "use [removed]",
-        "args": "[removed]", "max_tokens": 16, "token": None, "monkey": "kept",
+        "hub": {"hf_token": "[removed]", "urls": ["https://[removed]@host/x"]},
+        "note": "use [removed]",
+        "args": "[removed]",
+        "max_tokens": 16,
+        "token": None,
+        "monkey": "kept",
     }
 
 

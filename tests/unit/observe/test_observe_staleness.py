@@ -16,9 +16,13 @@ def test_ages_weigh_tokens_and_split_into_flight_and_queue(make_group: GroupMake
     bag = MetricBag()
     bag.add(StalenessMonitor(bound=2).observe(groups, learner_version=5))
     assert bag.reduce() == {
-        "staleness/max": 2.0, "staleness/mean": (3 * 2 + 1 * 1) / 8,
-        "staleness/hist_0": 4 / 8, "staleness/hist_1": 1 / 8, "staleness/hist_2": 3 / 8,
-        "staleness/in_flight": 0.5, "staleness/in_queue": 0.5,
+        "staleness/max": 2.0,
+        "staleness/mean": (3 * 2 + 1 * 1) / 8,
+        "staleness/hist_0": 4 / 8,
+        "staleness/hist_1": 1 / 8,
+        "staleness/hist_2": 3 / 8,
+        "staleness/in_flight": 0.5,
+        "staleness/in_queue": 0.5,
     }
 
 

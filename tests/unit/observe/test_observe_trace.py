@@ -10,8 +10,10 @@ def _span(actor: str, name: str, start: float, end: float) -> Span:
 
 
 SPANS = [
-    _span("learner", "step", 10.0, 14.0), _span("learner", "wait", 14.0, 20.0),
-    _span("rollout-0", "generate", 10.0, 15.0), _span("rollout-0", "generate", 12.0, 18.0),
+    _span("learner", "step", 10.0, 14.0),
+    _span("learner", "wait", 14.0, 20.0),
+    _span("rollout-0", "generate", 10.0, 15.0),
+    _span("rollout-0", "generate", 12.0, 18.0),
 ]
 
 

@@ -25,18 +25,21 @@ def test_a_factory_takes_literal_arguments_by_name():
     assert load_function(spec)(completion_ids=[[0] * 10]) == [-1.0]
 
 
-@pytest.mark.parametrize(("reference", "message"), [
-    ("aritmetic", "Did you mean 'arithmetic'"),
-    ("zzz", "Known names: arithmetic, exact_answer"),
-    ("trl_ray.rewards.functions:aritmetic", "Did you mean trl_ray.rewards.functions:arithmetic"),
-    ("no_such_package.mod:f", "No module named 'no_such_package'"),
-    ("nowhere/mine.py:f", "must name a file that exists, got 'nowhere/mine.py'"),
-    ("trl_ray.types:Reward", "must be a function, it is type"),
-    ("soft_overlong", r"must read soft_overlong\(max_completion_len"),
-    ("soft_overlong(10, 5)", "must be given as name=value"),
-    ("soft_overlong(max_completion_len=__import__('os'), soft_punish_cache=1)", "must read"),
-    ("arithmetic(x=1)", "Only soft_overlong take"),
-])
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("aritmetic", "Did you mean 'arithmetic'"),
+        ("zzz", "Known names: arithmetic, exact_answer"),
+        ("trl_ray.rewards.functions:aritmetic", "Did you mean trl_ray.rewards.functions:arithmetic"),
+        ("no_such_package.mod:f", "No module named 'no_such_package'"),
+        ("nowhere/mine.py:f", "must name a file that exists, got 'nowhere/mine.py'"),
+        ("trl_ray.types:Reward", "must be a function, it is type"),
+        ("soft_overlong", r"must read soft_overlong\(max_completion_len"),
+        ("soft_overlong(10, 5)", "must be given as name=value"),
+        ("soft_overlong(max_completion_len=__import__('os'), soft_punish_cache=1)", "must read"),
+        ("arithmetic(x=1)", "Only soft_overlong take"),
+    ],
+)
 def test_a_name_that_does_not_resolve_is_explained(reference, message):
     with pytest.raises(ConfigError, match=message):
         make_spec(reference)

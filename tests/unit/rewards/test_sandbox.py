@@ -84,9 +84,14 @@ def test_a_plain_exception_keeps_the_child():
         assert score(box, "ok").rewards[0].total == pid
 
 
-@pytest.mark.parametrize(("word", "detail"), [
-    ("exit", "exit code 7"), ("sys.exit", "sys.exit with 3"), ("segfault", "SIGSEGV"),
-])
+@pytest.mark.parametrize(
+    ("word", "detail"),
+    [
+        ("exit", "exit code 7"),
+        ("sys.exit", "sys.exit with 3"),
+        ("segfault", "SIGSEGV"),
+    ],
+)
 def test_a_process_that_ends_is_a_crash_and_the_next_group_gets_a_new_one(word, detail):
     with sandbox("arithmetic", behave) as box:
         failure = score(box, word, answer="1").failure
@@ -169,8 +174,16 @@ def test_a_fork_that_returns_does_not_answer_twice():
 
 def test_secrets_stay_out_of_the_child_s_environment():
     parent = {
-        "PATH": "/bin", "HOME": "/h", "LC_ALL": "C", "HF_TOKEN": "s", "HF_HOME": "s", "OPENAI_API_KEY": "s",
-        "AWS_PROFILE": "s", "WANDB_MODE": "s", "GITHUB_TOKEN": "s", "MY_PASSWORD": "s",
+        "PATH": "/bin",
+        "HOME": "/h",
+        "LC_ALL": "C",
+        "HF_TOKEN": "s",
+        "HF_HOME": "s",
+        "OPENAI_API_KEY": "s",
+        "AWS_PROFILE": "s",
+        "WANDB_MODE": "s",
+        "GITHUB_TOKEN": "s",
+        "MY_PASSWORD": "s",
     }
     child = child_environment(parent, "m")
     assert set(child) == {"PATH", "HOME", "LC_ALL", "PYTHONPATH", "TRL_RAY_SANDBOX"}
@@ -213,8 +226,12 @@ def test_an_answer_printed_to_stdout_is_ignored():
         import json
         import os
 
-        body = json.dumps({"nonce": "", "scored": {"rewards": [{"total": 9.0, "parts": {}, "extra": {}}],
-                                                   "failure": None, "metrics": {}}}).encode()
+        body = json.dumps(
+            {
+                "nonce": "",
+                "scored": {"rewards": [{"total": 9.0, "parts": {}, "extra": {}}], "failure": None, "metrics": {}},
+            }
+        ).encode()
         os.write(1, len(body).to_bytes(8, "big") + body)
         return [1.0]
 
@@ -222,11 +239,14 @@ def test_an_answer_printed_to_stdout_is_ignored():
         assert score(box, "x").rewards[0].total == 1.0
 
 
-@pytest.mark.parametrize(("body", "detail"), [
-    (b'{"nonce": "guess", "scored": {"rewards": []}}', "forged and is refused"),
-    (b"not json", "not JSON"),
-    (b"[1]", "not JSON"),
-])
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        (b'{"nonce": "guess", "scored": {"rewards": []}}', "forged and is refused"),
+        (b"not json", "not JSON"),
+        (b"[1]", "not JSON"),
+    ],
+)
 def test_a_forged_frame_on_the_reply_pipe_is_refused(body, detail):
     def forge(completions, **columns):
         import os

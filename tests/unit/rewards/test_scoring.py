@@ -12,8 +12,11 @@ from trl_ray.types import Completion, FinishReason, Prompt, RewardErrorKind, Ver
 
 def completion(text, size=2):
     return Completion(
-        token_ids=np.arange(size, dtype=np.int32), logprobs=np.zeros(size, np.float32), text=text,
-        versions=(VersionSpan(version=0, start=0, end=size),), finish_reason=FinishReason.STOP,
+        token_ids=np.arange(size, dtype=np.int32),
+        logprobs=np.zeros(size, np.float32),
+        text=text,
+        versions=(VersionSpan(version=0, start=0, end=size),),
+        finish_reason=FinishReason.STOP,
     )
 
 
@@ -57,20 +60,23 @@ def test_only_when_all_functions_abstain_on_all_completions_does_the_group_fail(
     assert (failure.kind, failure.function) == (RewardErrorKind.NONE, "f0, f1")
 
 
-@pytest.mark.parametrize(("value", "kind", "detail"), [
-    ([0.0, math.nan], RewardErrorKind.NAN, "value 1 is nan"),
-    ([math.inf, 0.0], RewardErrorKind.NAN, "value 0 is inf"),
-    ([10**400, 0.0], RewardErrorKind.NAN, "value 0 is 1"),
-    ([1.0], RewardErrorKind.WRONG_LENGTH, "list of 2 numbers.*returned 1"),
-    ([], RewardErrorKind.WRONG_LENGTH, "returned 0"),
-    (1.0, RewardErrorKind.WRONG_TYPE, "returned float 1.0"),
-    (None, RewardErrorKind.WRONG_TYPE, "is a return missing"),
-    ({"a": 1, "b": 2}, RewardErrorKind.WRONG_TYPE, "returned dict"),
-    ("ab", RewardErrorKind.WRONG_TYPE, "returned str"),
-    (["1", "2"], RewardErrorKind.WRONG_TYPE, "value 0 is str '1'"),
-    ([[1.0], [2.0]], RewardErrorKind.WRONG_TYPE, "value 0 is list"),
-    ([1j, 0], RewardErrorKind.WRONG_TYPE, "value 0 is complex"),
-])
+@pytest.mark.parametrize(
+    ("value", "kind", "detail"),
+    [
+        ([0.0, math.nan], RewardErrorKind.NAN, "value 1 is nan"),
+        ([math.inf, 0.0], RewardErrorKind.NAN, "value 0 is inf"),
+        ([10**400, 0.0], RewardErrorKind.NAN, "value 0 is 1"),
+        ([1.0], RewardErrorKind.WRONG_LENGTH, "list of 2 numbers.*returned 1"),
+        ([], RewardErrorKind.WRONG_LENGTH, "returned 0"),
+        (1.0, RewardErrorKind.WRONG_TYPE, "returned float 1.0"),
+        (None, RewardErrorKind.WRONG_TYPE, "is a return missing"),
+        ({"a": 1, "b": 2}, RewardErrorKind.WRONG_TYPE, "returned dict"),
+        ("ab", RewardErrorKind.WRONG_TYPE, "returned str"),
+        (["1", "2"], RewardErrorKind.WRONG_TYPE, "value 0 is str '1'"),
+        ([[1.0], [2.0]], RewardErrorKind.WRONG_TYPE, "value 0 is list"),
+        ([1j, 0], RewardErrorKind.WRONG_TYPE, "value 0 is complex"),
+    ],
+)
 def test_each_kind_of_wrong_answer_is_told_apart(value, kind, detail):
     failure = failure_of(returns([1.0, 1.0]), returns(value))
     assert (failure.function, failure.kind) == ("f1", kind)
