@@ -92,3 +92,17 @@ def test_a_reward_function_that_hangs_is_killed_and_its_group_scored_again(ray_l
     failure = events(run, "reward_failed")[0]["detail"]
     assert failure["kind"] == "timeout"
     assert_balanced(run, trained=24)
+
+
+def test_a_killed_vllm_engine_is_replaced_and_refitted(ray_local, model, tmp_path):
+    pytest.importorskip("vllm")
+    run = tmp_path / "run"
+    engine = {"engine": "vllm", "max_model_len": 64, "kv_cache_memory_gib": 0.1}
+    # The engine lives in its worker's process, so the worker's pid is the engine's.
+    run_disturbed(
+        model, run, lambda: os.kill(pid_of(run, "rollout-0"), signal.SIGKILL), steps=20, rollout=engine
+    )
+    assert lost(run) == ["rollout-0"]
+    agreed = [event for event in events(run, "canary") if event["actor"] == "rollout-0+1"]
+    assert agreed
+    assert all(event["detail"]["agrees"] for event in agreed)

@@ -101,7 +101,7 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "env":
         from trl_ray.observe.environment import describe_environment
 
-        print(describe_environment())
+        print("\n".join(f"{name}: {value}" for name, value in describe_environment().items()))
         return ExitCode.DONE
     if args.command == "report":
         from trl_ray.observe.report import build_report

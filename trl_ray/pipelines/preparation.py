@@ -29,7 +29,7 @@ from trl_ray.rewards.registry import RewardSpec, make_specs
 from trl_ray.types import IntArray, Prompt
 
 RewardFunction = Callable[..., Any]
-_CANARY_TOKENS = 32
+_CANARY_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
