@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "configs" / "async-grpo" / "quickstart.yaml"
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 MARK = "measurement:"
 TRL, ASYNC, SYNC = "trl", "async-grpo", "grpo"
 THREADS = 2
 GROUP_SIZE = 8
 PROMPTS_PER_STEP = 8
-SYSTEM_PROMPT = "Answer with the number only."
 STALENESS = 2
 
 
@@ -98,21 +98,18 @@ class Measurement:
 
 
 def rows(count: int) -> list[dict[str, Any]]:
-    """The prompts, in the order in which every system meets them."""
-    import reasoning_gym
+    """The main job's prompts, in the order in which every system meets them."""
+    from trl_ray.config.grpo import AsyncGRPOConfig
+    from trl_ray.config.load import load_config
+    from trl_ray.data.generated import generate
 
-    task = reasoning_gym.create_dataset(
-        "chain_sum", size=count, seed=42, min_terms=2, max_terms=2, min_digits=1, max_digits=1
-    )
+    config = load_config(AsyncGRPOConfig, QUICKSTART)
+    assert config.dataset_name is not None, f"{QUICKSTART} must name its dataset"
+    options = {**config.dataset_kwargs, "size": count}
+    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
     return [
-        {
-            "prompt": [
-                {"role": "system", "content": SYSTEM_PROMPT},
-                {"role": "user", "content": task[index]["question"]},
-            ],
-            "answer": task[index]["answer"],
-        }
-        for index in range(count)
+        {"prompt": [*system, *row["prompt"]], "answer": row["answer"]}
+        for row in generate(config.dataset_name, options, seed=config.seed, held_out=False)
     ]
 
 

@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from trl_ray.config.grpo import AsyncGRPOConfig
-from trl_ray.config.sections import RolloutConfig
+from trl_ray.config.sections import RolloutConfig, Schedule
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
 
 
@@ -51,7 +51,6 @@ def main() -> None:
         reward_funcs=number_reward,
         args=AsyncGRPOConfig(
             output_dir=given.output_dir,
-            system_prompt="Answer with the number only.",
             num_generations=8,
             per_device_train_batch_size=32,
             gradient_accumulation_steps=2,
@@ -59,7 +58,7 @@ def main() -> None:
             max_steps=given.steps,
             max_staleness=2,
             learning_rate=1e-5,
-            lr_scheduler_type="constant",
+            lr_scheduler_type=Schedule.CONSTANT,
             gradient_checkpointing=False,
             rollout=RolloutConfig(max_model_len=128, kv_cache_memory_gib=0.5),
         ),

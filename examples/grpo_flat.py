@@ -54,6 +54,10 @@ class Problem:
     answer: int
 
 
+SHOWN = Problem(question="2 + 5 = ?", answer=7)
+"""One solved problem in every prompt: a small model that never hits a bare number by chance has nothing to learn from."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rollout:
     """One batch of completions and everything the loss needs of them."""
@@ -88,8 +92,13 @@ def reward(text: str, answer: int) -> float:
 def render(tokenizer: Any, problem: Problem) -> str:
     """The prompt as the model reads it: a conversation where the tokenizer knows conversations."""
     if not tokenizer.chat_template:
-        return f"{SYSTEM_PROMPT}\n{problem.question}\n"
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": problem.question}]
+        return f"{SYSTEM_PROMPT}\n{SHOWN.question} {SHOWN.answer}\n{problem.question} "
+    messages = [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": SHOWN.question},
+        {"role": "assistant", "content": str(SHOWN.answer)},
+        {"role": "user", "content": problem.question},
+    ]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 

@@ -313,6 +313,18 @@ class Canary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PullReport:
+    """What a worker really runs after a weight pull."""
+
+    version: int
+    checksum: str
+    seconds: float
+    canary_mean: float | None = None
+    """Mean |learner - engine| log-prob over the canary tokens, in nats; None when no canary came along."""
+    canary_max: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How an engine samples; TRL's names."""
 

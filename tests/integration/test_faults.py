@@ -99,9 +99,7 @@ def test_a_killed_vllm_engine_is_replaced_and_refitted(ray_local, model, tmp_pat
     run = tmp_path / "run"
     engine = {"engine": "vllm", "max_model_len": 64, "kv_cache_memory_gib": 0.1}
     # The engine lives in its worker's process, so the worker's pid is the engine's.
-    run_disturbed(
-        model, run, lambda: os.kill(pid_of(run, "rollout-0"), signal.SIGKILL), steps=20, rollout=engine
-    )
+    run_disturbed(model, run, lambda: os.kill(pid_of(run, "rollout-0"), signal.SIGKILL), steps=20, rollout=engine)
     assert lost(run) == ["rollout-0"]
     agreed = [event for event in events(run, "canary") if event["actor"] == "rollout-0+1"]
     assert agreed

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from runs import PROMPTS, assert_balanced, events, lines, values
 from tiny_models import build_tiny_model
 

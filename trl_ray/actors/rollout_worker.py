@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from trl_ray.actors.calling import Patience, call_patiently
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.engines.factory import create_engine
 from trl_ray.engines.thread import EngineThread
-from trl_ray.errors import ActorLostError, DeadlineError, EngineError, RunError, WeightError
+from trl_ray.errors import EngineError, RunError, TrlRayError, WeightError
 from trl_ray.types import (
     ActorReport,
     Canary,
@@ -34,6 +35,7 @@ from trl_ray.types import (
     Handle,
     Health,
     Prompt,
+    PullReport,
     Reward,
     RolloutGroup,
     SamplingParams,
@@ -44,18 +46,6 @@ from trl_ray.types import (
 
 _POLL_S = 5.0
 CALL = Patience(deadline_s=30.0, total_s=120.0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PullReport:
-    """What a worker really runs after a weight pull."""
-
-    version: int
-    checksum: str
-    seconds: float
-    canary_mean: float | None = None
-    """Mean |learner - engine| log-prob over the canary tokens, in nats; None when no canary came along."""
-    canary_max: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,7 +66,8 @@ class RolloutWorker:
         await worker.pull(payload, canary)      # weights first
         await worker.start()                    # then work, until `close`
 
-    NOTE: a worker whose engine failed never touches the ledger again; its leases are given to others.
+    NOTE: a worker that has a problem drops all its work and never touches the ledger again; its leases are given to
+    others.
     """
 
     def __init__(
@@ -102,6 +93,9 @@ class RolloutWorker:
         self._in_flight: dict[tuple[int, int], float] = {}
         self._scoring = [0] * len(self._rewards)
         self._loop_task: asyncio.Task[None] | None = None
+        self._room = asyncio.Event()
+        # Shorter than a lease, so that it is renewed while nothing else happens.
+        self._poll_s = min(_POLL_S, rollout.lease_s / 4)
         self._problem: str | None = None
         self._progress = 0
         self._spans: list[Span] = []
@@ -109,7 +103,7 @@ class RolloutWorker:
     async def start(self) -> None:
         """Begin to lease and generate."""
         if self._loop_task is None:
-            self._loop_task = asyncio.create_task(self._guard(self._work()), name=f"{self._name} work")
+            self._loop_task = self._launch(self._work(), name=f"{self._name} work")
 
     async def pull(self, payload: WeightPayload, canary: Canary | None = None) -> PullReport:
         """Replace the engine's weights; requests in flight go on under the new ones.
@@ -117,13 +111,14 @@ class RolloutWorker:
         Raises:
             WeightError: the weights do not fit, were damaged, or the canary sang.
             EngineError: loading failed half-way.
+            DeadlineError: the canary was not scored in time.
         """
         begin = time.time()
         try:
             await asyncio.to_thread(self._load, payload)
             report = await asyncio.to_thread(self._prove, payload, canary, begin)
-        except (WeightError, EngineError) as error:
-            self._problem = str(error)
+        except RunError as error:
+            self._give_up(str(error))
             raise
         self._progress += 1
         self._span("pull", begin)
@@ -141,6 +136,7 @@ class RolloutWorker:
         ]
         futures = self._engine.submit(requests)
         results = [await asyncio.wrap_future(future) for future in futures]
+        self._room.set()
         scored = await asyncio.gather(
             *(self._score(prompt, result) for prompt, result in zip(prompts, results, strict=True))
         )
@@ -158,7 +154,7 @@ class RolloutWorker:
             busy_since=min(self._in_flight.values(), default=None),
             version=identity.version,
             checksum=identity.checksum,
-            problem=self._problem,
+            problem=self._problem or self._engine.broken,
         )
 
     def drain(self) -> ActorReport:
@@ -168,25 +164,27 @@ class RolloutWorker:
 
     def close(self) -> None:
         """Stop working and free the engine."""
-        for task in (self._loop_task, *self._tasks):
-            if task is not None:
-                task.cancel()
+        for task in self._tasks:
+            task.cancel()
         self._engine.close()
 
     async def _work(self) -> None:
         """The worker's loop.
 
         consumes: tickets of the queue. produces: one `_finish` task per ticket.
-        waits for: room in the engine, then tickets. unblocked by: a finished group, an admission to the queue.
+        waits for: room in the engine, then tickets. unblocked by: a generated group, an admission to the queue.
         """
         renewed = time.monotonic()
         while True:
+            self._room.clear()
             capacity = self._capacity()
             if capacity == 0:
-                await asyncio.wait(self._tasks, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._poll_s):
+                        await self._room.wait()
             else:
                 tickets: list[GroupTicket] = await self._ask(
-                    "lease", worker=self._name, capacity=capacity, holding=list(self._in_flight), wait_s=_POLL_S
+                    "lease", worker=self._name, capacity=capacity, holding=list(self._in_flight), wait_s=self._poll_s
                 )
                 self._begin(tickets)
             if self._in_flight and time.monotonic() - renewed > self._rollout.lease_s / 4:
@@ -213,9 +211,7 @@ class RolloutWorker:
         now = time.time()
         for ticket, future in zip(tickets, self._engine.submit(requests), strict=True):
             self._in_flight[ticket.group_id, ticket.attempt] = now
-            task = asyncio.create_task(self._guard(self._finish(ticket, future)), name=f"group {ticket.group_id}")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._launch(self._finish(ticket, future), name=f"group {ticket.group_id}")
 
     async def _finish(self, ticket: GroupTicket, future: Future[tuple[Completion, ...]]) -> None:
         """Wait for one group's completions, have them scored, commit or fail."""
@@ -223,6 +219,7 @@ class RolloutWorker:
         began = self._in_flight[ticket.group_id, ticket.attempt]
         try:
             completions = await asyncio.wrap_future(future)
+            self._room.set()
             generated = self._span("generate", began)
             await self._ask("generated", **key)
             scored = await self._score(ticket.prompt, completions)
@@ -270,14 +267,28 @@ class RolloutWorker:
         return scored
 
     async def _ask(self, method: str, /, **kwargs: Any) -> Any:
+        if self._engine.broken is not None:
+            raise EngineError(self._engine.broken)
         return await call_patiently(self._queue, method, CALL, **kwargs)
 
-    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
-        """Turn the failure of a task into a problem that the next probe reports."""
-        try:
-            await work
-        except (RunError, ActorLostError, DeadlineError) as error:
-            self._problem = self._problem or str(error)
+    def _launch(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Turn whatever a task fails with into a problem that the next probe reports."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._give_up(str(error) if isinstance(error, TrlRayError) else f"{type(error).__name__}: {error}")
+
+    def _give_up(self, problem: str) -> None:
+        """Answer probes only: what is in flight may hold wrong tokens, and is about to be issued again."""
+        self._problem = self._problem or problem
+        for task in self._tasks:
+            task.cancel()
 
     def _request(self, request_id: str, prompt: Prompt, *, n: int, seed: int) -> GenerationRequest:
         return GenerationRequest(

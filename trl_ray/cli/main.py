@@ -99,9 +99,9 @@ def _parse_pipeline(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
 
 def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "env":
-        from trl_ray.observe.environment import describe_environment
+        from trl_ray.observe.environment import describe_environment, format_environment
 
-        print("\n".join(f"{name}: {value}" for name, value in describe_environment().items()))
+        print(format_environment(describe_environment()))
         return ExitCode.DONE
     if args.command == "report":
         from trl_ray.observe.report import build_report

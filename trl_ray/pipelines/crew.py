@@ -9,33 +9,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from trl_ray.actors.calling import Patience, call_patiently
 from trl_ray.actors.policy_learner import PolicyLearner
 from trl_ray.actors.reward_worker import RewardWorker
 from trl_ray.actors.rollout_queue import RolloutQueue
-from trl_ray.actors.rollout_worker import PullReport, RolloutWorker
+from trl_ray.actors.rollout_worker import RolloutWorker
 from trl_ray.config.grpo import GRPOConfig
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, RunError, WeightError
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime
 from trl_ray.runtime.supervision import Supervisor, Watched
-from trl_ray.types import ActorReport, Canary, Event, EventKind, Health, IntArray, Span, WeightVersion
+from trl_ray.runtime.weights import Published, WeightTransport
+from trl_ray.types import ActorReport, Event, EventKind, Health, IntArray, Span, WeightVersion
 
 Emit = Callable[[Event], None]
 _CONTROL_S = 60.0
 QUEUE_PATIENCE = Patience(deadline_s=30.0, total_s=120.0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
-    """The newest weights: where they lie and how to prove them."""
-
-    identity: WeightVersion
-    shared: Any
-    """Stands for the payload in a call to another actor."""
-    canary: Canary | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +50,12 @@ class Crew:
         self, *, runtime: Runtime, config: GRPOConfig, arguments: ActorArguments, canary_ids: IntArray, emit: Emit
     ) -> None:
         self._runtime, self._config, self._arguments = runtime, config, arguments
-        self._canary_ids, self._emit_event = canary_ids, emit
-        self._published: Published | None = None
+        self._emit_event = emit
+        self._weights = WeightTransport(
+            canary_ids=canary_ids,
+            canary_every=config.rollout.canary_every,
+            deadline_s=config.runtime.pull_deadline_s,
+        )
         self._workers: set[ActorHandle] = set()
         self._working: dict[str, ActorHandle] = {}
         self._rewards: list[ActorHandle] = []
@@ -111,26 +106,18 @@ class Crew:
             self.supervisor.watch(handle, slot=slot, health=health)
 
     async def publish(self, *, step: int) -> WeightVersion:
-        """Take the learner's weights, and a canary when one is due."""
-        config, begin = self._config, time.time()
-        deadline_s = config.runtime.pull_deadline_s
-        every = config.rollout.canary_every
-        canary: Canary | None = None
+        """Take the learner's weights, and a canary when one is due.
+
+        Raises:
+            LearnerLostError: the learner died or hung.
+        """
+        begin = time.time()
         try:
-            shared = await self.learner.call_shared("publish", deadline_s=deadline_s)
-            identity: WeightVersion = await self.learner.call("identity", deadline_s=deadline_s)
-            if every and (step % every == 0 or self._published is None):
-                canary = await self.learner.call("canary", self._canary_ids, deadline_s=deadline_s)
+            identity = (await self._weights.publish(self.learner, step=step)).identity
         except (ActorLostError, DeadlineError) as error:
             raise LearnerLostError(str(error)) from None
-        self._published = Published(identity=identity, shared=shared, canary=canary)
-        self._emit(
-            EventKind.WEIGHTS_PUBLISHED,
-            "learner",
-            version=identity.version,
-            checksum=identity.checksum,
-            seconds=round(time.time() - begin, 4),
-        )
+        seconds = round(time.time() - begin, 4)
+        self._emit(EventKind.WEIGHTS_PUBLISHED, "learner", **asdict(identity), seconds=seconds)
         return identity
 
     async def pull(self) -> None:
@@ -175,36 +162,20 @@ class Crew:
     async def _refit(self, handle: ActorHandle) -> None:
         """Give a fresh worker the newest weights, then work; weights published meanwhile are pulled too."""
         pulled: Published | None = None
-        while pulled is not self._published:
-            pulled = self._published
+        while pulled is not self._weights.newest:
+            pulled = self._weights.newest
             await self._pull_one(handle)
-        await handle.call("start", deadline_s=_CONTROL_S)
+        # Before it starts: weights published during that call must reach it before their step's slots are released.
         self._working[handle.name] = handle
+        await handle.call("start", deadline_s=_CONTROL_S)
 
     async def _pull_one(self, handle: ActorHandle) -> None:
-        published = self._published
-        assert published is not None, "weights must be published before they are pulled"
-        report: PullReport = await handle.call(
-            "pull", published.shared, published.canary, deadline_s=self._config.runtime.pull_deadline_s
-        )
-        if (report.version, report.checksum) != (published.identity.version, published.identity.checksum):
-            raise WeightError(f"{handle.name} must run {published.identity}, but reports {report}.")
-        self._emit(
-            EventKind.WEIGHTS_PULLED,
-            handle.name,
-            version=report.version,
-            checksum=report.checksum,
-            seconds=round(report.seconds, 4),
-        )
+        report = await self._weights.pull(handle)
+        version, seconds = report.version, round(report.seconds, 4)
+        self._emit(EventKind.WEIGHTS_PULLED, handle.name, version=version, checksum=report.checksum, seconds=seconds)
         if report.canary_mean is not None:
-            self._emit(
-                EventKind.CANARY,
-                handle.name,
-                version=report.version,
-                mean=report.canary_mean,
-                max=report.canary_max,
-                agrees=True,
-            )
+            proof = {"mean": report.canary_mean, "max": report.canary_max, "agrees": True}
+            self._emit(EventKind.CANARY, handle.name, version=version, **proof)
 
     async def _pull_or_replace(self, handle: ActorHandle) -> None:
         try:
@@ -276,6 +247,7 @@ class Crew:
 
     async def _discard(self, handle: ActorHandle) -> None:
         """End a worker for good and give its leases to others."""
+        self._working.pop(handle.name, None)
         await self._runtime.end(handle)
         self._workers.discard(handle)
         await self.ask_queue("lose_worker", worker=handle.name)
@@ -299,8 +271,13 @@ class Crew:
         return await call_patiently(handle, "health", patience), handle
 
     async def _on_reborn(self, watched: Watched, health: Health) -> None:
-        """Tell of an actor that died and came back between two probes."""
+        """Tell of an actor that died and came back between two probes.
+
+        Raises:
+            RunError: it did so more often than it may.
+        """
         name = watched.handle.name
-        watched.restarts += 1
-        self._emit(EventKind.ACTOR_LOST, name, reason=f"{name} answers from another process than before")
+        reason = f"{name} answers from another process than before"
+        self._emit(EventKind.ACTOR_LOST, name, reason=reason)
+        self._count_restart(watched, reason)
         self._emit(EventKind.ACTOR_RESTARTED, name, replaces=name, pid=health.pid)

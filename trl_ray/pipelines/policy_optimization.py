@@ -24,7 +24,7 @@ from trl_ray.config.grpo import GRPOConfig
 from trl_ray.config.load import dump_yaml, load_config
 from trl_ray.config.sections import RuntimeKind
 from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, TrlRayError
-from trl_ray.models.checkpoint import checkpoint_step, latest_checkpoint, prune
+from trl_ray.models.checkpoint import checkpoint_step, latest_checkpoint
 from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report import build_report
 from trl_ray.observe.run_directory import RunDirectory
@@ -230,8 +230,6 @@ class PolicyOptimizationPipeline:
         recorder.report(await crew.drain())
         snapshot: LedgerSnapshot = await crew.ask_queue("snapshot")
         recorder.directory.write_ledger(snapshot.to_json())
-        if self.config.save_total_limit is not None:
-            prune(recorder.directory.checkpoints, keep=self.config.save_total_limit)
         return TrainOutput(
             steps=walk.progress.step,
             run_dir=recorder.directory.path,

@@ -44,7 +44,7 @@ class Recorder:
         self._observer = observer
         self._monitor = StalenessMonitor(bound=staleness_bound)
         self._staleness: dict[str, Metric] = {}
-        self._ended = time.time()
+        self._ended: float | None = None
 
     @property
     def worst_age(self) -> int:
@@ -140,7 +140,7 @@ class Recorder:
 
     def _speed(self, groups: Sequence[RolloutGroup], built: BuiltBatch, times: StepTimes) -> dict[str, float]:
         now = time.time()
-        elapsed, self._ended = now - max(self._ended, times.begin - 60), now
+        elapsed, self._ended = now - (self._ended or times.begin), now
         generated = sum(len(completion.token_ids) for group in groups for completion in group.completions)
         trained = built.batch.num_valid_tokens
         wait, learn = times.taken - times.begin, times.trained - times.taken

@@ -20,7 +20,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_ray.algorithms.batching import BuiltBatch, build_train_batch
-from trl_ray.errors import ActorLostError, DeadlineError, InterruptedRun, LearnerLostError, RewardError, StallError
+from trl_ray.errors import (
+    ActorLostError,
+    DeadlineError,
+    EngineError,
+    InterruptedRun,
+    LearnerLostError,
+    RewardError,
+    StallError,
+)
+from trl_ray.models.checkpoint import prune
 from trl_ray.pipelines.crew import Crew
 from trl_ray.pipelines.preparation import Preparation
 from trl_ray.pipelines.record import Recorder, StepTimes
@@ -237,7 +246,7 @@ class Walk:
         )
         lost = [answer for answer in answers if isinstance(answer, BaseException)]
         for error in lost:
-            if not isinstance(error, (ActorLostError, DeadlineError)):
+            if not isinstance(error, (ActorLostError, DeadlineError, EngineError)):
                 raise error
             self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of the evaluation was lost: {error}")
         done = [item for answer in answers if not isinstance(answer, BaseException) for item in answer]
@@ -258,6 +267,8 @@ class Walk:
             await self._crew.ask_queue("checkpoint", step=self.progress.saved)
         self.progress.saved = step
         self._recorder.checkpoint(path, step=step, seconds=time.time() - begin)
+        if self._config.save_total_limit is not None:
+            prune(path.parent, keep=self._config.save_total_limit)
 
     async def _interrupt(self) -> None:
         if self._pulling is not None:

@@ -1,0 +1,37 @@
+import asyncio
+
+import pytest
+
+from fakes import FakeHandle, in_turn
+from trl_ray.actors import calling
+from trl_ray.actors.calling import Patience, call_patiently
+from trl_ray.errors import ActorLostError, DataError, DeadlineError
+
+LONG = Patience(deadline_s=1, total_s=60)
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(calling, "_PAUSE_S", 0.001)
+
+
+def test_a_call_is_repeated_with_the_same_arguments_while_its_actor_is_away():
+    answers = in_turn(ActorLostError("it died"), DeadlineError("it is silent"), "here")
+    made = FakeHandle(answers={"take": answers})
+    assert asyncio.run(call_patiently(made, "take", LONG, n=8, step=1)) == "here"
+    assert [dict(call.kwargs) for call in made.calls] == [{"n": 8, "step": 1}] * 3
+
+
+def test_an_error_of_the_method_itself_is_not_repeated():
+    made = FakeHandle(answers={"commit": DataError("the group contradicts itself")})
+    with pytest.raises(DataError):
+        asyncio.run(call_patiently(made, "commit", LONG))
+    assert len(made.calls) == 1
+
+
+@pytest.mark.parametrize("error", [ActorLostError("it died"), DeadlineError("it is silent")], ids=["lost", "silent"])
+def test_patience_runs_out_with_the_last_error(error):
+    made = FakeHandle(answers={"take": error})
+    with pytest.raises(type(error), match=str(error)):
+        asyncio.run(call_patiently(made, "take", Patience(deadline_s=1, total_s=0.02)))
+    assert len(made.calls) > 1

@@ -1,0 +1,176 @@
+"""The command line without a run: what it parses, what it prints, and how it ends."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tiny_models import build_tiny_model
+from trl_ray import errors
+from trl_ray.buffer.entry import LedgerSnapshot
+from trl_ray.cli.main import ExitCode, main
+from trl_ray.pipelines.policy_optimization import PolicyOptimizationPipeline, TrainOutput
+
+
+def subclasses(cls):
+    return [cls, *(found for each in cls.__subclasses__() for found in subclasses(each))]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A configuration that loads; its model is not there."""
+    return write_config(tmp_path / "config.yaml", model_name_or_path="none")
+
+
+def write_config(path, **changes):
+    options = {
+        "reward_funcs": ["exact_answer"],
+        "num_generations": 2,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 8,
+        "max_steps": 1,
+        "rollout": {"max_model_len": 64},
+        "runtime": {"kind": "local"},
+    }
+    path.write_text(yaml.safe_dump({**options, **changes}))
+    return str(path)
+
+
+def ends_with(monkeypatch, outcome):
+    """Let `train` end like this instead of running; the configurations it was called with."""
+    seen = []
+
+    def train(self):
+        seen.append(self.config)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(PolicyOptimizationPipeline, "train", train)
+    return seen
+
+
+def output(**ledger):
+    balance = {"issued": 8, "trained": 8, "dropped": {}, "live": {}, **ledger}
+    snapshot = LedgerSnapshot(**balance, fenced=0, reissued=0, step=2, version=2)
+    return TrainOutput(steps=2, run_dir=Path("runs/x"), metrics={}, ledger=snapshot, worst_age=1)
+
+
+EXPECTED = {
+    **dict.fromkeys(subclasses(errors.RunError), ExitCode.FAILED),
+    **dict.fromkeys(subclasses(errors.InputError), ExitCode.WRONG_INPUT),
+    errors.InterruptedRun: ExitCode.INTERRUPTED,
+    KeyboardInterrupt: ExitCode.INTERRUPTED,
+    asyncio.CancelledError: ExitCode.INTERRUPTED,
+}
+
+
+@pytest.mark.parametrize("kind", EXPECTED, ids=lambda kind: kind.__name__)
+def test_every_kind_of_failure_has_its_exit_code_and_one_message(kind, monkeypatch, config, capsys):
+    ends_with(monkeypatch, kind("what went wrong"))
+    assert main(["grpo", "--config", config]) == EXPECTED[kind]
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("trl-ray: ")
+    assert shown.err.count("what went wrong") == (not issubclass(kind, (KeyboardInterrupt, asyncio.CancelledError)))
+
+
+def test_the_exit_codes_are_those_the_manual_promises():
+    assert {code.name: int(code) for code in ExitCode} == {"DONE": 0, "WRONG_INPUT": 2, "FAILED": 3, "INTERRUPTED": 130}
+
+
+def test_a_failed_run_says_how_to_go_on(monkeypatch, config, capsys):
+    ends_with(monkeypatch, errors.StallError("nothing moves"))
+    main(["grpo", "--config", config])
+    assert "trl-ray resume" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_well_prints_its_balance(monkeypatch, config, capsys):
+    ends_with(monkeypatch, output(issued=9, trained=8, dropped={"zero_variance": 1}))
+    assert main(["grpo", "--config", config]) == 0
+    assert "issued 9 = trained 8 + dropped 1 + live 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ledger", [{"issued": 9}, {"issued": 9, "live": {"ready": 1}}], ids=["unbalanced", "live"])
+def test_a_run_with_work_unaccounted_for_never_exits_with_0(ledger, monkeypatch, config, capsys):
+    ends_with(monkeypatch, output(**ledger))
+    assert main(["grpo", "--config", config]) == 3
+    assert "unaccounted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("async-gpro", "async-grpo"), ("resum", "resume"), ("reprot", "report")])
+def test_an_unknown_command_names_the_nearest(typed, meant, capsys):
+    assert main([typed, "--config", "x.yaml"]) == 2
+    assert f"Did you mean {meant!r}?" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_on_both_sides_of_the_file(monkeypatch, config):
+    seen = ends_with(monkeypatch, output())
+    assert main(["grpo", "seed=7", "max_steps=2", "--config", config, "rollout.num_cpus=3", "max_steps=5"]) == 0
+    [made] = seen
+    assert (made.seed, made.rollout.num_cpus) == (7, 3.0)
+    # The last one wins.
+    assert made.max_steps == 5
+
+
+def test_each_pipeline_runs_under_its_own_name(monkeypatch, config):
+    seen = ends_with(monkeypatch, output())
+    main(["grpo", "--config", config])
+    main(["async-grpo", "--config", config, "max_staleness=1"])
+    assert [made.pipeline for made in seen] == ["grpo", "async-grpo"]
+
+
+def test_resume_goes_on_with_the_pipeline_that_the_run_was_started_with(monkeypatch, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    write_config(run / "config.yaml", model_name_or_path="none", pipeline="async-grpo", max_staleness=3)
+    seen = ends_with(monkeypatch, output())
+    assert main(["resume", str(run)]) == 0
+    assert (seen[0].pipeline, seen[0].max_staleness, seen[0].output_dir) == ("async-grpo", 3, str(run))
+
+
+def test_a_run_of_an_unknown_pipeline_is_not_resumed(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "config.yaml").write_text("pipeline: ppo\n")
+    assert main(["resume", str(tmp_path)]) == 2
+    assert "'ppo'" in capsys.readouterr().err
+
+
+def test_env_prints_one_fact_a_line(capsys):
+    assert main(["env"]) == 0
+    facts = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert facts.keys() >= {"python", "torch", "ray", "vllm", "gpu"}
+
+
+def test_a_dry_run_prints_configuration_actors_and_memory_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    model = build_tiny_model(tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "1 + 1 = ", "answer": "2"}\n' * 6)
+    config = write_config(
+        tmp_path / "config.yaml",
+        model_name_or_path=model,
+        dataset_name=str(data),
+        output_dir="run",
+        runtime={"kind": "ray"},
+        rollout={"max_model_len": 64, "num_workers": 3, "kv_cache_memory_gib": 2.0},
+    )
+    assert main(["async-grpo", "--config", config, "--dry-run", "max_staleness=1", "max_steps=9"]) == 0
+    page = capsys.readouterr().out
+    resolved = yaml.safe_load(page.partition("# plan")[0])
+    assert (resolved["max_steps"], resolved["max_staleness"], resolved["pipeline"]) == (9, 1, "async-grpo")
+    plan = page.partition("# plan")[2]
+    # 4 completions a step are 2 groups; (1 + 1) * 2 slots.
+    assert "optimizer steps: 9" in plan
+    assert "prompt groups per step: 2" in plan
+    assert "admission slots: 4" in plan
+    rows = {line.split()[0]: line.split() for line in plan.splitlines() if line.startswith(("learner", "rollout"))}
+    assert rows["rollout"][1:5] == ["3", "1", "0", "2.6"]
+    assert rows["learner"][-2:] == ["a", "checkpoint"]
+    # 0.6 + 0.2 + 3 * 2.6 + 0.2 GiB; the tiny model's few MB vanish.
+    assert "memory expected in all: 8.8 GiB" in plan
+    assert list(work.iterdir()) == []

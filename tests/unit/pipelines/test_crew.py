@@ -1,0 +1,335 @@
+"""The crew on a fake runtime: who is ended, told, started and refitted, and in which order."""
+
+import asyncio
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from fakes import FakeHandle, health, in_turn
+from trl_ray.actors.rollout_worker import PullReport
+from trl_ray.config.grpo import GRPOConfig
+from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, RunError, WeightError
+from trl_ray.pipelines.crew import ActorArguments, Crew
+from trl_ray.runtime.runtime import Role
+from trl_ray.types import ActorReport, Canary, EventKind, WeightVersion
+
+
+def version(number):
+    return WeightVersion(version=number, checksum=f"c{number}")
+
+
+class FakeRuntime:
+    """Hands out fake handles; `script` says how an actor of a name answers, `log` what happened in order."""
+
+    def __init__(self):
+        self.handles, self.log, self.script = {}, [], {}
+        self.published = 0
+
+    async def spawn(self, role, name, cls, /, *, slot=0, **kwargs):
+        self.log.append(f"spawn {name}")
+        made = LoggedHandle(name=name, role=role, runtime=self)
+        made.answers = {"health": health(pid=len(self.handles) + 1), "drain": ActorReport(), **self.defaults(role)}
+        made.answers |= self.script.get(name, {})
+        self.handles[name] = made
+        return made
+
+    def defaults(self, role):
+        if role is Role.LEARNER:
+            return {
+                "publish": lambda: version(self.published),
+                "identity": lambda: version(self.published),
+                "canary": lambda ids: Canary(token_ids=ids, logprobs=np.zeros(2), version=self.published),
+            }
+        if role is Role.ROLLOUT:
+            return {"pull": lambda shared, canary: report(shared, canary)}
+        return {}
+
+    async def kill(self, handle):
+        self.log.append(f"kill {handle.name}")
+
+    async def end(self, handle):
+        self.log.append(f"end {handle.name}")
+
+    def survives(self, role):
+        return role in (Role.QUEUE, Role.REWARD)
+
+    async def close(self):
+        pass
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class LoggedHandle(FakeHandle):
+    """Writes what matters for the order into the runtime's log."""
+
+    runtime: FakeRuntime
+
+    async def call(self, method, /, *args, deadline_s, **kwargs):
+        if method in ("pull", "start"):
+            what = f" {args[0].version}" if method == "pull" else ""
+            self.runtime.log.append(f"{self.name} {method}{what}")
+        if method == "lose_worker":
+            self.runtime.log.append(f"{self.name} lose_worker {kwargs['worker']}")
+        return await FakeHandle.call(self, method, *args, deadline_s=deadline_s, **kwargs)
+
+
+def report(shared, canary):
+    agrees = {"canary_mean": 0.0, "canary_max": 0.0} if canary is not None else {}
+    return PullReport(version=shared.version, checksum=shared.checksum, seconds=0.1, **agrees)
+
+
+class Stage:
+    """A crew, its runtime and its events."""
+
+    def __init__(self, *, workers=1, max_restarts=10, canary_every=1):
+        self.runtime, self.events = FakeRuntime(), []
+        config = GRPOConfig(
+            rollout={"num_workers": workers, "canary_every": canary_every}, runtime={"max_restarts": max_restarts}
+        )
+        arguments = ActorArguments(learner={}, queue={}, rollout={}, reward={})
+        self.crew = Crew(
+            runtime=self.runtime,
+            config=config,
+            arguments=arguments,
+            canary_ids=np.arange(3, dtype=np.int32),
+            emit=self.events.append,
+        )
+
+    async def start(self):
+        await self.crew.start()
+        self.runtime.log.clear()
+        self.events.clear()
+
+    async def lose(self, name, reason="it died"):
+        """What the supervisor does when a probe fails."""
+        [watched] = [each for each in self.crew.supervisor.watched if each.handle.name == name]
+        await self.crew._on_lost(watched, reason)
+
+    def told(self, kind):
+        return [(event.actor, dict(event.detail)) for event in self.events if event.kind is kind]
+
+    def watched(self):
+        return sorted(each.handle.name for each in self.crew.supervisor.watched)
+
+
+def test_workers_begin_only_after_they_have_pulled_what_the_learner_published():
+    stage = Stage(workers=2)
+    asyncio.run(stage.crew.start())
+    assert stage.runtime.log == [
+        *(f"spawn {name}" for name in ("queue", "learner", "reward-0", "rollout-0", "rollout-1")),
+        "rollout-0 pull 0",
+        "rollout-0 start",
+        "rollout-1 pull 0",
+        "rollout-1 start",
+    ]
+    assert stage.watched() == ["learner", "queue", "reward-0", "rollout-0", "rollout-1"]
+    assert [handle.name for handle in stage.crew.working] == ["rollout-0", "rollout-1"]
+
+
+def test_a_lost_worker_is_ended_its_leases_are_returned_and_another_pulls_before_it_starts():
+    async def run():
+        await stage.start()
+        stage.runtime.published = 4
+        await stage.crew.publish(step=4)
+        await stage.lose("rollout-0")
+
+    stage = Stage()
+    asyncio.run(run())
+    assert stage.runtime.log == [
+        "end rollout-0",
+        "queue lose_worker rollout-0",
+        "spawn rollout-0+1",
+        "rollout-0+1 pull 4",
+        "rollout-0+1 start",
+    ]
+    assert stage.told(EventKind.ACTOR_LOST)[0][1]["reason"] == "it died"
+    assert stage.told(EventKind.ACTOR_RESTARTED)[0][1]["replaces"] == "rollout-0"
+    assert [handle.name for handle in stage.crew.working] == ["rollout-0+1"]
+    assert stage.watched() == ["learner", "queue", "reward-0", "rollout-0+1"]
+
+
+def test_names_count_up_from_the_first_so_that_none_is_used_twice():
+    async def run():
+        await stage.start()
+        await stage.lose("rollout-0")
+        await stage.lose("rollout-0+1")
+
+    stage = Stage()
+    asyncio.run(run())
+    assert [line for line in stage.runtime.log if "spawn" in line] == ["spawn rollout-0+1", "spawn rollout-0+2"]
+
+
+def test_weights_published_during_a_refit_are_pulled_before_the_start():
+    async def run():
+        await stage.start()
+
+        async def publishes_meanwhile(shared, canary):
+            if shared.version == 0:
+                stage.runtime.published = 1
+                await stage.crew.publish(step=1)
+            return report(shared, canary)
+
+        stage.runtime.script["rollout-0+1"] = {"pull": publishes_meanwhile}
+        await stage.lose("rollout-0")
+
+    stage = Stage()
+    asyncio.run(run())
+    assert stage.runtime.log[-3:] == ["rollout-0+1 pull 0", "rollout-0+1 pull 1", "rollout-0+1 start"]
+
+
+def test_weights_published_while_a_worker_is_being_started_reach_it_too():
+    async def run():
+        await stage.start()
+
+        async def publishes_meanwhile():
+            stage.runtime.published = 1
+            await stage.crew.publish(step=1)
+            await stage.crew.pull()
+
+        stage.runtime.script["rollout-0+1"] = {"start": publishes_meanwhile}
+        await stage.lose("rollout-0")
+
+    stage = Stage()
+    asyncio.run(run())
+    assert stage.runtime.log[-1] == "rollout-0+1 pull 1"
+
+
+@pytest.mark.parametrize("error", [ActorLostError("gone"), DeadlineError("silent"), EngineError("half loaded")])
+def test_a_worker_lost_while_it_is_refitted_is_tried_again_up_to_its_restarts(error):
+    async def run():
+        await stage.start()
+        stage.runtime.script = {f"rollout-0+{number}": {"pull": error} for number in (1, 2)}
+        await stage.lose("rollout-0")
+        assert [handle.name for handle in stage.crew.working] == ["rollout-0+3"]
+        with pytest.raises(RunError, match=r"3 times \(runtime.max_restarts\).*it died"):
+            await stage.lose("rollout-0+3")
+
+    stage = Stage(max_restarts=3)
+    asyncio.run(run())
+    assert [line for line in stage.runtime.log if "lose_worker" in line] == [
+        f"queue lose_worker {name}" for name in ("rollout-0", "rollout-0+1", "rollout-0+2", "rollout-0+3")
+    ]
+    assert [name for name, _ in stage.told(EventKind.ACTOR_LOST)] == [
+        f"rollout-0{suffix}" for suffix in ("", "+1", "+2", "+3")
+    ]
+
+
+def test_a_fresh_worker_that_disagrees_with_the_learner_ends_the_run():
+    async def run():
+        await stage.start()
+        stage.runtime.script = {"rollout-0+1": {"pull": WeightError("canary")}}
+        with pytest.raises(WeightError, match="canary"):
+            await stage.lose("rollout-0")
+
+    stage = Stage()
+    asyncio.run(run())
+
+
+def test_a_lost_learner_is_not_replaced_here():
+    async def run():
+        await stage.start()
+        with pytest.raises(LearnerLostError, match="it died"):
+            await stage.lose("learner")
+
+    stage = Stage()
+    asyncio.run(run())
+    assert stage.runtime.log == []
+
+
+@pytest.mark.parametrize("method", ["publish", "identity", "canary"])
+def test_a_learner_that_does_not_publish_is_lost(method):
+    async def run():
+        await stage.start()
+        stage.runtime.handles["learner"].answers[method] = DeadlineError(f"learner.{method} must answer")
+        with pytest.raises(LearnerLostError, match=method):
+            await stage.crew.publish(step=1)
+
+    stage = Stage()
+    asyncio.run(run())
+
+
+def test_publishing_tells_version_and_checksum_and_takes_a_canary_when_one_is_due():
+    async def run():
+        await stage.crew.start()
+        learner = stage.runtime.handles["learner"]
+        for step in range(1, 6):
+            stage.runtime.published = step
+            assert await stage.crew.publish(step=step) == version(step)
+            await stage.crew.pull()
+        return len(learner.asked("canary"))
+
+    stage = Stage(canary_every=2)
+    # At the first publication, and after steps 2 and 4.
+    assert asyncio.run(run()) == 3
+    published = [(detail["version"], detail["checksum"]) for _, detail in stage.told(EventKind.WEIGHTS_PUBLISHED)]
+    assert published == [(step, f"c{step}") for step in range(6)]
+    assert [detail["version"] for _, detail in stage.told(EventKind.WEIGHTS_PULLED)] == list(range(6))
+    assert [detail["version"] for _, detail in stage.told(EventKind.CANARY)] == [0, 2, 4]
+
+
+def test_a_worker_that_reports_other_weights_than_were_published_is_replaced():
+    async def run():
+        await stage.start()
+        wrong = PullReport(version=1, checksum="other", seconds=0.1)
+        stage.runtime.handles["rollout-1"].answers["pull"] = wrong
+        stage.runtime.published = 1
+        await stage.crew.publish(step=1)
+        await stage.crew.pull()
+
+    stage = Stage(workers=2)
+    asyncio.run(run())
+    assert {handle.name for handle in stage.crew.working} == {"rollout-0", "rollout-1+1"}
+    [(actor, detail)] = [told for told in stage.told(EventKind.CANARY) if not told[1]["agrees"]]
+    assert (actor, "other" in detail["detail"]) == ("rollout-1", True)
+
+
+def test_a_reward_worker_is_waited_for_and_killed_first_when_it_hangs():
+    async def run():
+        await stage.start()
+        hanging = stage.runtime.handles["reward-0"]
+        hanging.answers["health"] = in_turn(DeadlineError("silent"), health(pid=99))
+        await stage.lose("reward-0", "silent")
+
+    stage = Stage()
+    asyncio.run(run())
+    assert stage.runtime.log == ["kill reward-0"]
+    assert stage.told(EventKind.ACTOR_RESTARTED)[0][1]["pid"] == 99
+    assert "reward-0" in stage.watched()
+
+
+def test_an_actor_that_keeps_coming_back_by_itself_may_do_so_only_as_often_as_others():
+    async def run():
+        await stage.start()
+        [watched] = [each for each in stage.crew.supervisor.watched if each.handle.name == "reward-0"]
+        await stage.crew._on_reborn(watched, health(pid=98))
+        with pytest.raises(RunError, match="max_restarts"):
+            await stage.crew._on_reborn(watched, health(pid=99))
+
+    stage = Stage(max_restarts=1)
+    asyncio.run(run())
+
+
+def test_what_a_lost_actor_had_gathered_is_missed_and_the_rest_is_drained():
+    async def run():
+        await stage.start()
+        gathered = ActorReport(events=["event"], spans=["span"])
+        stage.runtime.handles["queue"].answers["drain"] = ActorLostError("gone")
+        stage.runtime.handles["rollout-0"].answers["drain"] = gathered
+        return await stage.crew.drain()
+
+    stage = Stage()
+    drained = asyncio.run(run())
+    assert (drained.events, drained.spans) == (["event"], ["span"])
+
+
+def test_dismissing_ends_every_actor_replaced_ones_once():
+    async def run():
+        await stage.start()
+        await stage.lose("rollout-0")
+        stage.runtime.log.clear()
+        await stage.crew.dismiss()
+
+    stage = Stage()
+    asyncio.run(run())
+    assert sorted(stage.runtime.log) == ["end learner", "end queue", "end reward-0", "end rollout-0+1"]
+    assert stage.watched() == []
