@@ -55,7 +55,7 @@ class Problem:
 
 
 SHOWN = Problem(question="2 + 5 = ?", answer=7)
-"""One solved problem in every prompt: a small model that never hits a bare number by chance has nothing to learn from."""
+"""A solved problem in every prompt: a small model that never hits a bare number by chance has nothing to learn from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -94,3 +94,21 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+def test_a_driver_that_is_killed_outright_loses_nothing_but_the_steps_since_its_checkpoint(model, tmp_path, ray_tmpdir):
+    run = tmp_path / "run"
+    ray_options = {"kind": "ray", "num_cpus": 4, "health_interval_s": 0.5}
+    config = config_file(tmp_path, model, max_steps=40, save_steps=5, runtime=ray_options)
+    process = command("async-grpo", "--config", str(config), "max_staleness=2")
+    wait_for_steps(run, 12, process)
+    process.kill()
+    process.wait()
+    process = command("resume", str(run))
+    output = process.communicate(timeout=180)[0]
+    assert process.returncode == 0, output
+    resumed = events(run, "run_resumed")[0]["detail"]["step"]
+    assert resumed >= 10
+    assert resumed % 5 == 0
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, 41))
+    assert_balanced(run, trained=160)

@@ -217,12 +217,13 @@ class DurableLedger:
         return self._settle(taken, bool(taken) and not again, "take", count=count, step=step, now=now)
 
     def trained(self, *, step: int, now: float) -> Outcome:
-        """See `Ledger.trained`."""
-        return self._answer(self.ledger.trained(step=step, now=now), "trained", step=step, now=now)
+        """See `Ledger.trained`; durable, so that no checkpoint of a step survives a power cut that its ledger does not."""
+        outcome = self._answer(self.ledger.trained(step=step, now=now), "trained", step=step, now=now)
+        return self._sync_after(outcome)
 
     def skip(self, *, step: int, now: float) -> Outcome:
-        """See `Ledger.skip`."""
-        return self._answer(self.ledger.skip(step=step, now=now), "skip", step=step, now=now)
+        """See `Ledger.skip`; durable like `trained`."""
+        return self._sync_after(self._answer(self.ledger.skip(step=step, now=now), "skip", step=step, now=now))
 
     def release(self, *, step: int, wait_s: float, step_s: float) -> Outcome:
         """See `Ledger.release`; then the controller learns how the step went."""
@@ -351,6 +352,11 @@ class DurableLedger:
         except JournalError as error:
             self.problem = str(error)
             raise
+
+    def _sync_after(self, outcome: Outcome) -> Outcome:
+        if outcome is Outcome.APPLIED and self._replaying is None:
+            self._guard(self.journal.sync)
+        return outcome
 
     def _compact(self) -> None:
         owners = list(self._offsets)

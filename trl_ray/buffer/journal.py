@@ -200,8 +200,15 @@ class Journal:
         _write_all(self._file, data)
 
     def sync(self) -> None:
-        """Wait until everything written survives a power cut."""
-        os.fsync(self._file)
+        """Wait until everything written survives a power cut.
+
+        Raises:
+            JournalError: the disk reports that it could not be written.
+        """
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise JournalError(f"The journal {self.path} must reach its disk, but: {error}. Resume the run.") from error
 
     @property
     def end(self) -> int:

@@ -252,7 +252,7 @@ class RolloutConfig(Section):
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to vLLM as they are."""
     lease_s: Seconds = 300.0
-    """A group that is not finished by then is given to another worker."""
+    """A worker that has not renewed a group's lease for this long loses the group to another."""
     hang_deadline_s: Seconds = 120.0
     """An engine that finishes no step for this long is replaced."""
     canary_every: Natural = 1
@@ -288,7 +288,7 @@ class RuntimeConfig(Section):
     stall_deadline_s: Seconds = 900.0
     """The run stops, naming who it waits for, when nothing has moved for this long."""
     max_restarts: Natural = 10
-    """Of each worker, over the whole run."""
+    """Of each worker and of the queue, until the learner restarts."""
     max_learner_restarts: Natural = 3
     """From the last checkpoint."""
 

@@ -15,6 +15,7 @@ pull     consumes: published weights.    produces: freed slots.  waits for: ever
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -256,9 +257,11 @@ class Walk:
         """Write a checkpoint of the last finished step, then let the journal forget what it no longer needs."""
         step, begin = self.progress.step, time.time()
         path = self._recorder.directory.checkpoint(step)
+        snapshot = await self._crew.ask_queue("snapshot")
+        extra = {"ledger.json": json.dumps(snapshot.to_json()).encode()}
         try:
             await self._crew.learner.call(
-                "save", str(path.parent), step=step, extra={}, deadline_s=self._config.runtime.step_deadline_s
+                "save", str(path.parent), step=step, extra=extra, deadline_s=self._config.runtime.step_deadline_s
             )
         except (ActorLostError, DeadlineError) as error:
             raise LearnerLostError(str(error)) from None

@@ -239,3 +239,19 @@ def test_changes_tell_what_happened_and_replay_tells_nothing_twice(tmp_path: Pat
     assert store.changes == []
     assert store.ledger.state_of(0) is State.ISSUED
     store.close()
+
+
+def test_a_finished_step_is_on_disk_before_it_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    store = start(tmp_path / "j")
+    monkeypatch.setattr(store.journal, "sync", lambda: synced.append(store.journal.end))
+    admit(store, 0, 4)
+    finish(store, 4)
+    store.take(count=2, step=1, now=2.0)
+    assert synced == []
+    store.trained(step=1, now=2.0)
+    assert synced == [store.journal.end]
+    store.trained(step=1, now=2.0)
+    store.take(count=2, step=2, now=2.0)
+    store.skip(step=2, now=2.0)
+    assert synced[1:] == [store.journal.end]
