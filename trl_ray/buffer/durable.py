@@ -217,7 +217,7 @@ class DurableLedger:
         return self._settle(taken, bool(taken) and not again, "take", count=count, step=step, now=now)
 
     def trained(self, *, step: int, now: float) -> Outcome:
-        """See `Ledger.trained`; durable, so that no checkpoint of a step survives a power cut that its ledger does not."""
+        """See `Ledger.trained`; durable, so that a checkpoint never outlives its ledger in a power cut."""
         outcome = self._answer(self.ledger.trained(step=step, now=now), "trained", step=step, now=now)
         return self._sync_after(outcome)
 

@@ -79,6 +79,7 @@ class Preparation:
                 "threads": config.runtime.learner_threads or max(1, int(config.runtime.learner_num_cpus)),
             },
             queue={
+                "name": "queue",
                 "journal_path": journal,
                 "groups_per_step": config.groups_per_step,
                 "max_staleness": config.lag,
@@ -130,7 +131,7 @@ def prepare(config: GRPOConfig, inputs: Inputs) -> Preparation:
         rewards=make_specs(functions, columns=prompts.columns),
         max_model_len=max_model_len,
         total_steps=_total_steps(config, len(prompts)),
-        canary_ids=_canary(prompts),
+        canary_ids=_canary(prompts, max_model_len),
         canary_tolerance=_canary_tolerance(config),
     )
 
@@ -187,11 +188,11 @@ def _total_steps(config: GRPOConfig, rows: int) -> int:
     return max(1, math.ceil(config.num_train_epochs * rows / config.groups_per_step))
 
 
-def _canary(prompts: PromptSource) -> IntArray:
-    """The first prompt, repeated when it is too short to say anything."""
+def _canary(prompts: PromptSource, max_model_len: int) -> IntArray:
+    """The first prompt, repeated when it is too short to say anything, cut to what an engine can score."""
     ids = prompts.prompt(0).token_ids
     repeats = max(1, -(-8 // max(1, len(ids))))
-    return np.tile(ids, repeats)[:_CANARY_TOKENS].astype(np.int32)
+    return np.tile(ids, repeats)[: min(_CANARY_TOKENS, max_model_len)].astype(np.int32)
 
 
 def _canary_tolerance(config: GRPOConfig) -> float:
