@@ -219,7 +219,7 @@ class LossConfig(Section):
 
 
 class RewardConfig(Section):
-    """Reward workers."""
+    """Reward workers; each scores one group at a time, so slow judges want several."""
 
     timeout_s: Seconds = 60.0
     """A reward function that takes longer for one group is killed."""

@@ -41,8 +41,7 @@ class RunDirectory:
         Raises:
             ConfigError: the folder is in use, is no folder, or cannot be written; nothing was changed then.
         """
-        run = cls(Path(path).expanduser().absolute())
-        run._refuse_if_in_use(overwrite=overwrite)
+        run = cls.check_free(path, overwrite=overwrite)
         try:
             run._clear()
             run.completions.mkdir(parents=True)
@@ -54,6 +53,17 @@ class RunDirectory:
                 f"output_dir must be a folder that can be written, got {str(run.path)!r}: {error.strerror or error}. "
                 "Choose another output_dir or fix the permissions."
             ) from error
+        return run
+
+    @classmethod
+    def check_free(cls, path: str | os.PathLike[str], *, overwrite: bool = False) -> RunDirectory:
+        """What `create` would refuse, without making anything.
+
+        Raises:
+            ConfigError: the folder is in use or is no folder.
+        """
+        run = cls(Path(path).expanduser().absolute())
+        run._refuse_if_in_use(overwrite=overwrite)
         return run
 
     @classmethod

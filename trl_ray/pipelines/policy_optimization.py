@@ -8,13 +8,9 @@ prepare -> run directory -> runtime -> [crew -> walk] -> final checkpoint -> rep
 from __future__ import annotations
 
 import asyncio
-import signal
-import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,9 +27,9 @@ from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.pipelines.crew import Crew
 from trl_ray.pipelines.preparation import Inputs, Preparation, RewardFunction, prepare
 from trl_ray.pipelines.record import Recorder
+from trl_ray.pipelines.signals import run_to_end
 from trl_ray.pipelines.walk import Walk
 from trl_ray.runtime.local import LocalRuntime
-from trl_ray.runtime.remote import plan_actors
 from trl_ray.runtime.runtime import Runtime
 from trl_ray.types import EventKind
 
@@ -125,6 +121,8 @@ class PolicyOptimizationPipeline:
         Raises:
             InputError: what is wrong, and what to do.
         """
+        if not self._resume:
+            RunDirectory.check_free(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
         return prepare(self.config, self._inputs)
 
     def train(self) -> TrainOutput:
@@ -136,7 +134,7 @@ class PolicyOptimizationPipeline:
             InterruptedRun: it was interrupted, and a checkpoint was written.
         """
         preparation = self.prepare()
-        return _run(lambda stop: self._train(preparation, stop))
+        return run_to_end(lambda stop: self._train(preparation, stop))
 
     async def _train(self, preparation: Preparation, stop: asyncio.Event) -> TrainOutput:
         runtime = self._open_runtime()
@@ -255,47 +253,9 @@ class PolicyOptimizationPipeline:
         config = self.config
         if config.runtime.kind is RuntimeKind.LOCAL:
             return LocalRuntime()
-        # Imported here so that runtime.kind=local needs no Ray process, and starts without its import.
+        # Imported here so that runtime.kind=local starts without Ray's import.
         from trl_ray.runtime.cluster import RayRuntime
+        from trl_ray.runtime.remote import plan_actors
 
         plans = plan_actors(runtime=config.runtime, rollout=config.rollout, reward=config.reward)
         return RayRuntime(config.runtime, plans)
-
-
-def _run(main: Callable[[asyncio.Event], Coroutine[Any, Any, TrainOutput]]) -> TrainOutput:
-    """Run to the end; in a notebook, whose loop already runs, in a thread of its own."""
-
-    async def guarded() -> TrainOutput:
-        stop, task = asyncio.Event(), asyncio.current_task()
-        assert task is not None
-        with _signals(stop, task):
-            return await main(stop)
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(guarded())
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="trl_ray") as executor:
-        return executor.submit(asyncio.run, guarded()).result()
-
-
-@contextmanager
-def _signals(stop: asyncio.Event, task: asyncio.Task[Any]) -> Iterator[None]:
-    """First signal: finish the step, write a checkpoint, end. Second: end at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop = asyncio.get_running_loop()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            task.cancel()
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)

@@ -94,7 +94,7 @@ class Recorder:
             **bag.reduce(),
             "weights/version": version,
             **self._queue(snapshot, slots),
-            **self._speed(groups, built, times),
+            **self._speed(groups, built, result, times),
         }
         self.last = record
         self._observer.step(step, record)
@@ -138,12 +138,15 @@ class Recorder:
             "ledger/reissued": snapshot.reissued,
         }
 
-    def _speed(self, groups: Sequence[RolloutGroup], built: BuiltBatch, times: StepTimes) -> dict[str, float]:
+    def _speed(
+        self, groups: Sequence[RolloutGroup], built: BuiltBatch, result: StepResult, times: StepTimes
+    ) -> dict[str, float]:
         now = time.time()
         elapsed, self._ended = now - (self._ended or times.begin), now
         generated = sum(len(completion.token_ids) for group in groups for completion in group.completions)
         trained = built.batch.num_valid_tokens
-        wait, learn = times.taken - times.begin, times.trained - times.taken
+        # The learner's own time; what the call adds to it is orchestration.
+        wait, learn = times.taken - times.begin, result.seconds
         return {
             "time/step_s": elapsed,
             "time/wait_s": wait,

@@ -63,11 +63,12 @@ def test_a_step_is_one_line_with_its_ledger_and_its_completions(stage):
     groups = [group(4, version=2), group(5, version=1)]
     built = build_train_batch(groups, step=3, loss=LossConfig(), micro_batch_size=4)
     recorder.check_staleness(3, groups)
-    begin = time.time()
+    begin, metrics = time.time(), {"entropy": Metric(value=0.7)}
+    result = StepResult(version=3, loss=0.5, grad_norm=2.0, lr=1e-3, metrics=metrics, seconds=2.0)
     recorder.step(
         groups=groups,
         built=built,
-        result=StepResult(version=3, loss=0.5, grad_norm=2.0, lr=1e-3, metrics={"entropy": Metric(value=0.7)}),
+        result=result,
         times=StepTimes(begin=begin, taken=begin + 3, trained=begin + 5, published=begin + 6),
         version=3,
         snapshot=SNAPSHOT,
