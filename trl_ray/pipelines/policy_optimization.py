@@ -25,7 +25,7 @@ from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report import build_report
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.pipelines.crew import Crew
-from trl_ray.pipelines.preparation import Inputs, Preparation, RewardFunction, prepare
+from trl_ray.pipelines.preparation import FROM_PYTHON, Inputs, Preparation, RewardFunction, prepare
 from trl_ray.pipelines.record import Recorder
 from trl_ray.pipelines.signals import run_to_end
 from trl_ray.pipelines.walk import Walk
@@ -95,7 +95,7 @@ class PolicyOptimizationPipeline:
         if reward_funcs is not None:
             # Functions given as objects cannot be written to config.yaml; a run of named ones resumes by its folder.
             changes["reward_funcs"] = [
-                function if isinstance(function, str) else f"python:{getattr(function, '__name__', 'reward')}"
+                function if isinstance(function, str) else f"{FROM_PYTHON}{getattr(function, '__name__', 'reward')}"
                 for function in reward_funcs
             ]
         self.config = args.replace(**changes) if changes else args

@@ -29,6 +29,8 @@ from trl_ray.rewards.registry import RewardSpec, make_specs
 from trl_ray.types import IntArray, Prompt
 
 RewardFunction = Callable[..., Any]
+FROM_PYTHON = "python:"
+"""Stands in config.yaml before the name of a reward function that was given as an object."""
 _CANARY_TOKENS = 16
 
 
@@ -117,6 +119,7 @@ def prepare(config: GRPOConfig, inputs: Inputs) -> Preparation:
         InputError: anything that is wrong with the configuration, the model, the data or the reward functions.
     """
     functions = inputs.reward_funcs or config.reward_funcs
+    _check_given(functions)
     _check_weights(config, functions)
     model = config.part(ModelConfig)
     tokenizer = load_tokenizer(model)
@@ -134,6 +137,15 @@ def prepare(config: GRPOConfig, inputs: Inputs) -> Preparation:
         canary_ids=_canary(prompts, max_model_len),
         canary_tolerance=_canary_tolerance(config),
     )
+
+
+def _check_given(functions: Sequence[str | RewardFunction]) -> None:
+    missing = [name for name in functions if isinstance(name, str) and name.startswith(FROM_PYTHON)]
+    if missing:
+        raise ConfigError(
+            f"reward_funcs must name functions that can be found again, got {missing}: they were given as objects, in "
+            "Python. Resume there too: Pipeline.from_run(run_dir, reward_funcs=..., train_dataset=...).train()"
+        )
 
 
 def _check_weights(config: GRPOConfig, functions: Sequence[str | RewardFunction]) -> None:

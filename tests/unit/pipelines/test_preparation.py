@@ -131,3 +131,8 @@ def test_the_plan_in_numbers(model):
         "tokens per sequence": 512,
         "reward functions": "score",
     }
+
+
+def test_a_run_of_functions_given_in_python_says_how_to_resume_it(model):
+    with pytest.raises(ConfigError, match=r"python:judge.*from_run"):
+        prepared(model, reward_funcs=["python:judge"], inputs={"reward_funcs": None})
