@@ -59,7 +59,6 @@ class Crew:
         self._workers: set[ActorHandle] = set()
         self._working: dict[str, ActorHandle] = {}
         self._rewards: list[ActorHandle] = []
-        self._spans: list[Span] = []
         self._learner: ActorHandle | None = None
         self._queue: ActorHandle | None = None
         self.supervisor = Supervisor(
@@ -127,7 +126,7 @@ class Crew:
     async def drain(self) -> ActorReport:
         """Events and spans of all actors since the last call."""
         events: list[Event] = []
-        spans, self._spans = self._spans, []
+        spans: list[Span] = []
         for handle in (self.queue, self.learner, *self._rewards, *self.working):
             try:
                 report: ActorReport = await handle.call("drain", deadline_s=_CONTROL_S)

@@ -120,7 +120,7 @@ class Walk:
                 await self._evaluate()
             if config.save_steps and step % config.save_steps == 0 and step < total:
                 await self.save()
-            if self._stop.is_set():
+            if self._stop.is_set() and step < total:
                 await self._interrupt()
         if self._pulling is not None:
             await self._pulling
