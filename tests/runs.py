@@ -84,7 +84,7 @@ def assert_balanced(run_dir: Path, *, trained: int) -> None:
 
 def comparable(run_dir: Path) -> list[dict[str, Any]]:
     """Metrics without what depends on the clock."""
-    clock = ("time", "throughput/", "staleness/in_queue_s", "queue/", "ledger/reissued")
+    clock = ("time", "throughput/", "staleness/in_queue_s", "queue/", "ledger/reissued", "ledger/issued")
     return [
         {key: value for key, value in line.items() if not key.startswith(clock)}
         for line in lines(run_dir / "metrics.jsonl")

@@ -6,7 +6,7 @@ Walk --> Recorder --> Observer (console, metrics.jsonl, events.jsonl, wandb) and
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ class Recorder:
         self.last: dict[str, float] = {}
         self._observer = observer
         self._monitor = StalenessMonitor(bound=staleness_bound)
-        self._staleness: dict[str, Metric] = {}
         self._ended: float | None = None
 
     @property
@@ -63,13 +62,13 @@ class Recorder:
         """Write down what actors had to tell."""
         self._observer.report(report)
 
-    def check_staleness(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+    def check_staleness(self, step: int, groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
         """Measure the age of every token about to be trained on.
 
         Raises:
             WeightError: a token is older than the bound.
         """
-        self._staleness = self._monitor.observe(groups, learner_version=step - 1, taken_at=time.time())
+        return self._monitor.observe(groups, learner_version=step - 1, taken_at=time.time())
 
     def step(
         self,
@@ -81,10 +80,11 @@ class Recorder:
         version: int,
         snapshot: LedgerSnapshot,
         slots: int,
+        staleness: Mapping[str, Metric],
     ) -> None:
         """Write the line of one optimizer step, its ledger and its completions."""
         bag = MetricBag()
-        for metrics in (built.metrics, result.metrics, self._staleness):
+        for metrics in (built.metrics, result.metrics, staleness):
             bag.add(metrics)
         step = built.batch.step
         record: dict[str, float] = {
@@ -141,8 +141,8 @@ class Recorder:
     def _speed(
         self, groups: Sequence[RolloutGroup], built: BuiltBatch, result: StepResult, times: StepTimes
     ) -> dict[str, float]:
-        now = time.time()
-        elapsed, self._ended = now - (self._ended or times.begin), now
+        # From the end of the step before: a checkpoint or an evaluation between two steps counts to the second.
+        elapsed, self._ended = times.published - (self._ended or times.begin), times.published
         generated = sum(len(completion.token_ids) for group in groups for completion in group.completions)
         trained = built.batch.num_valid_tokens
         # The learner's own time; what the call adds to it is orchestration.

@@ -24,7 +24,6 @@ from trl_ray.algorithms.batching import BuiltBatch, build_train_batch
 from trl_ray.errors import (
     ActorLostError,
     DeadlineError,
-    EngineError,
     InterruptedRun,
     LearnerLostError,
     RewardError,
@@ -32,9 +31,10 @@ from trl_ray.errors import (
 )
 from trl_ray.models.checkpoint import prune
 from trl_ray.pipelines.crew import Crew
+from trl_ray.pipelines.evaluation import evaluate
 from trl_ray.pipelines.preparation import Preparation
 from trl_ray.pipelines.record import Recorder, StepTimes
-from trl_ray.types import Event, EventKind, RolloutGroup, StepResult
+from trl_ray.types import Event, EventKind, Metric, RolloutGroup, StepResult
 
 _POLL_S = 2.0
 _SAY_WAITING_S = 30.0
@@ -60,6 +60,7 @@ class Walk:
         self._crew, self._recorder, self._stop = crew, recorder, stop
         self.progress = Progress(step=start_step, saved=start_step)
         self._pulling: asyncio.Task[None] | None = None
+        self._staleness: dict[str, Metric] = {}
         self._reward_failures = 0
 
     async def run(self) -> None:
@@ -111,7 +112,7 @@ class Walk:
             built, result = await self._optimize(step, groups)
             trained = time.time()
             await self._settle(step, result)
-            version = await self._publish(step, StepWait(wait_s=taken - begin, step_s=trained - begin))
+            version = await self._publish(step, wait_s=taken - begin, step_s=trained - begin)
             published = time.time()
             self.progress.step = step
             times = StepTimes(begin=begin, taken=taken, trained=trained, published=published)
@@ -162,7 +163,7 @@ class Walk:
         return named
 
     async def _optimize(self, step: int, groups: list[RolloutGroup]) -> tuple[BuiltBatch, StepResult]:
-        self._recorder.check_staleness(step, groups)
+        self._staleness = self._recorder.check_staleness(step, groups)
         built = build_train_batch(
             groups, step=step, loss=self._preparation.loss, micro_batch_size=self._config.per_device_train_batch_size
         )
@@ -187,20 +188,20 @@ class Walk:
             detail="loss or gradients were not finite; the step was skipped and its groups dropped",
         )
 
-    async def _publish(self, step: int, waited: StepWait) -> int:
+    async def _publish(self, step: int, *, wait_s: float, step_s: float) -> int:
         """Publish, and pull beside the next step; a pull must have ended before the next one begins."""
         if self._pulling is not None:
             await self._pulling
         identity = await self._crew.publish(step=step)
-        self._pulling = asyncio.create_task(self._pull(step, identity.version, waited), name=f"pull {step}")
+        self._pulling = asyncio.create_task(self._pull(step, identity.version, wait_s, step_s), name=f"pull {step}")
         if self._config.lag == 0:
             await self._pulling
         return identity.version
 
-    async def _pull(self, step: int, version: int, waited: StepWait) -> None:
+    async def _pull(self, step: int, version: int, wait_s: float, step_s: float) -> None:
         await self._crew.pull()
         self._recorder.pulled_version = version
-        await self._crew.ask_queue("release", step=step, wait_s=waited.wait_s, step_s=waited.step_s)
+        await self._crew.ask_queue("release", step=step, wait_s=wait_s, step_s=step_s)
 
     async def _record(
         self, groups: list[RolloutGroup], built: BuiltBatch, result: StepResult, times: StepTimes, version: int
@@ -208,7 +209,14 @@ class Walk:
         await self._drain()
         snapshot, slots = await self._crew.ask_queue("snapshot"), await self._crew.ask_queue("slots")
         self._recorder.step(
-            groups=groups, built=built, result=result, times=times, version=version, snapshot=snapshot, slots=slots
+            groups=groups,
+            built=built,
+            result=result,
+            times=times,
+            version=version,
+            snapshot=snapshot,
+            slots=slots,
+            staleness=self._staleness,
         )
 
     async def _drain(self) -> None:
@@ -229,29 +237,19 @@ class Walk:
             )
 
     async def _evaluate(self) -> None:
-        """Answer the held-out prompts on the rollout workers, split evenly."""
-        prompts, workers = self._preparation.eval_prompts, self._crew.working
-        if not prompts or not workers:
-            return
+        """Answer the held-out prompts, once the workers hold the newest weights."""
         if self._pulling is not None:
             await self._pulling
         begin = time.time()
-        shares = [prompts[index :: len(workers)] for index in range(len(workers))]
-        answers = await asyncio.gather(
-            *(
-                worker.call("evaluate", share, seed=self._config.seed, deadline_s=self._config.runtime.step_deadline_s)
-                for worker, share in zip(workers, shares, strict=True)
-                if share
-            ),
-            return_exceptions=True,
+        evaluation = await evaluate(
+            self._crew.working,
+            self._preparation.eval_prompts,
+            seed=self._config.seed,
+            deadline_s=self._config.runtime.step_deadline_s,
         )
-        lost = [answer for answer in answers if isinstance(answer, BaseException)]
-        for error in lost:
-            if not isinstance(error, (ActorLostError, DeadlineError, EngineError)):
-                raise error
-            self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of the evaluation was lost: {error}")
-        done = [item for answer in answers if not isinstance(answer, BaseException) for item in answer]
-        self._recorder.evaluated(self.progress.step, done, time.time() - begin)
+        for reason in evaluation.lost:
+            self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of the evaluation was lost: {reason}")
+        self._recorder.evaluated(self.progress.step, evaluation.answers, time.time() - begin)
 
     async def save(self) -> None:
         """Write a checkpoint of the last finished step, then let the journal forget what it no longer needs."""
@@ -281,12 +279,3 @@ class Walk:
         raise InterruptedRun(
             f"interrupted after step {self.progress.step}; go on with: trl-ray resume {self._recorder.directory.path}"
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepWait:
-    """What the slot controller learns from a step, in seconds."""
-
-    wait_s: float
-    step_s: float
-    """The wait included."""

@@ -62,7 +62,7 @@ def test_a_step_is_one_line_with_its_ledger_and_its_completions(stage):
     recorder, notes = stage
     groups = [group(4, version=2), group(5, version=1)]
     built = build_train_batch(groups, step=3, loss=LossConfig(), micro_batch_size=4)
-    recorder.check_staleness(3, groups)
+    staleness = recorder.check_staleness(3, groups)
     begin, metrics = time.time(), {"entropy": Metric(value=0.7)}
     result = StepResult(version=3, loss=0.5, grad_norm=2.0, lr=1e-3, metrics=metrics, seconds=2.0)
     recorder.step(
@@ -73,6 +73,7 @@ def test_a_step_is_one_line_with_its_ledger_and_its_completions(stage):
         version=3,
         snapshot=SNAPSHOT,
         slots=4,
+        staleness=staleness,
     )
     [(step, line)] = notes.steps
     assert (step, line["loss"], line["grad_norm"], line["lr"], line["weights/version"]) == (3, 0.5, 2.0, 1e-3, 3)
