@@ -337,7 +337,7 @@ def open_engine(*, model: ModelConfig, rollout: RolloutConfig, max_model_len: in
     """The engine that the options ask for, ready to generate."""
     assert model.model_name_or_path is not None, "the model was checked before any actor was started"
     return create_engine(
-        rollout.engine.value,
+        rollout.engine,
         model=model.model_name_or_path,
         dtype=(rollout.dtype or model.dtype).value,
         max_model_len=max_model_len,

@@ -292,6 +292,11 @@ class RuntimeConfig(Section):
     max_learner_restarts: Natural = 3
     """From the last checkpoint."""
 
+    @property
+    def threads_of_learner(self) -> int:
+        """Compute threads: `learner_threads`, or one for each of its CPUs."""
+        return self.learner_threads or max(1, int(self.learner_num_cpus))
+
 
 class ReportConfig(Section):
     """The run directory and what is shown."""

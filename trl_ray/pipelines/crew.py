@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +28,15 @@ from trl_ray.types import ActorReport, Event, EventKind, Health, IntArray, Span,
 Emit = Callable[[Event], None]
 _CONTROL_S = 60.0
 QUEUE_PATIENCE = Patience(deadline_s=30.0, total_s=120.0)
+
+
+@contextmanager
+def _learner_lost() -> Iterator[None]:
+    """Whatever became of the call, the learner can only go on from a checkpoint."""
+    try:
+        yield
+    except (ActorLostError, DeadlineError) as error:
+        raise LearnerLostError(str(error)) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,10 +121,8 @@ class Crew:
             LearnerLostError: the learner died or hung.
         """
         begin = time.time()
-        try:
+        with _learner_lost():
             identity = (await self._weights.publish(self.learner, step=step)).identity
-        except (ActorLostError, DeadlineError) as error:
-            raise LearnerLostError(str(error)) from None
         seconds = round(time.time() - begin, 4)
         self._emit(EventKind.WEIGHTS_PUBLISHED, "learner", **asdict(identity), seconds=seconds)
         return identity
@@ -140,6 +148,15 @@ class Crew:
     async def ask_queue(self, method: str, /, **kwargs: Any) -> Any:
         """Call the queue, waiting out its restart."""
         return await call_patiently(self.queue, method, QUEUE_PATIENCE, **kwargs)
+
+    async def ask_learner(self, method: str, /, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
+        """Call the learner.
+
+        Raises:
+            LearnerLostError: it died, or did not answer in time.
+        """
+        with _learner_lost():
+            return await self.learner.call(method, *args, deadline_s=deadline_s, **kwargs)
 
     def _emit(self, kind: EventKind, actor: str, /, **detail: Any) -> None:
         self._emit_event(Event(kind=kind, actor=actor, time=time.time(), detail=detail))
@@ -196,10 +213,11 @@ class Crew:
         name, role = watched.handle.name, watched.handle.role
         self.supervisor.forget(name)
         self._working.pop(name, None)
+        if role is Role.LEARNER:
+            # Told once, by the pipeline: a call of its own may have met the loss first.
+            raise LearnerLostError(reason)
         pid = watched.health.pid if watched.health else None
         self._emit(EventKind.ACTOR_LOST, name, reason=reason, pid=pid)
-        if role is Role.LEARNER:
-            raise LearnerLostError(reason)
         begin = time.time()
         if role is Role.ROLLOUT:
             health, handle = await self._replace_worker(watched, reason)

@@ -148,13 +148,14 @@ class PolicyOptimizationPipeline:
         self, preparation: Preparation, runtime: Runtime, directory: RunDirectory, stop: asyncio.Event
     ) -> TrainOutput:
         """One session after the other, each from the last checkpoint, until training ends."""
-        restarts, lost = 0, None
+        restarts = 0
         while True:
-            session = self._open_session(preparation, runtime, directory, lost)
+            session = self._open_session(preparation, runtime, directory, resuming=self._resume or restarts > 0)
             try:
                 output = await self._session(preparation, session, stop)
             except LearnerLostError as error:
-                restarts, lost = restarts + 1, error
+                restarts += 1
+                session.recorder.say(EventKind.ACTOR_LOST, "learner", reason=str(error))
                 if restarts > self.config.runtime.max_learner_restarts:
                     self._end(session.recorder, EventKind.RUN_FAILED, error)
                     raise
@@ -171,11 +172,10 @@ class PolicyOptimizationPipeline:
                 return output
 
     def _open_session(
-        self, preparation: Preparation, runtime: Runtime, directory: RunDirectory, lost: LearnerLostError | None
+        self, preparation: Preparation, runtime: Runtime, directory: RunDirectory, *, resuming: bool
     ) -> _Session:
         """Rewind the run directory to the last good checkpoint, and make the crew that goes on from it."""
         config = self.config
-        resuming = self._resume or lost is not None
         found = latest_checkpoint(directory.checkpoints)
         step = checkpoint_step(found.path) if found.path is not None else 0
         if resuming:
@@ -195,8 +195,6 @@ class PolicyOptimizationPipeline:
         recorder = Recorder(
             directory=directory, observer=observer, staleness_bound=config.staleness_bound, start_step=step
         )
-        if lost is not None:
-            recorder.say(EventKind.ACTOR_LOST, "learner", reason=str(lost))
         for problem in found.problems:
             recorder.say(EventKind.WARNING, "driver", detail=f"a checkpoint cannot be used: {problem}")
         recorder.say(

@@ -20,6 +20,7 @@ from trl_ray.config.sections import (
     LossConfig,
     ModelConfig,
     TrainingConfig,
+    ZeroVariance,
 )
 from trl_ray.data.prompts import PromptSource, load_prompts
 from trl_ray.errors import ConfigError
@@ -78,7 +79,7 @@ class Preparation:
                 "total_steps": self.total_steps,
                 "max_completion_length": config.max_completion_length,
                 "checkpoint": checkpoint,
-                "threads": config.runtime.learner_threads or max(1, int(config.runtime.learner_num_cpus)),
+                "threads": config.runtime.threads_of_learner,
             },
             queue={
                 "name": "queue",
@@ -88,7 +89,7 @@ class Preparation:
                 "window": config.window,
                 "max_attempts": config.max_attempts,
                 "lease_s": config.rollout.lease_s,
-                "drop_zero_variance": config.zero_variance_groups.value == "drop",
+                "drop_zero_variance": config.zero_variance_groups is ZeroVariance.DROP,
                 "mask_truncated": config.mask_truncated_completions,
                 "adaptive_slots": config.adapts_slots,
                 "resume_from_step": resume_from,

@@ -17,15 +17,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from trl_ray.algorithms.batching import BuiltBatch, build_train_batch
 from trl_ray.errors import (
-    ActorLostError,
-    DeadlineError,
     InterruptedRun,
-    LearnerLostError,
     RewardError,
     StallError,
 )
@@ -167,12 +164,9 @@ class Walk:
         built = build_train_batch(
             groups, step=step, loss=self._preparation.loss, micro_batch_size=self._config.per_device_train_batch_size
         )
-        try:
-            result: StepResult = await self._crew.learner.call(
-                "step", built.batch, deadline_s=self._config.runtime.step_deadline_s
-            )
-        except (ActorLostError, DeadlineError) as error:
-            raise LearnerLostError(str(error)) from None
+        result: StepResult = await self._crew.ask_learner(
+            "step", built.batch, deadline_s=self._config.runtime.step_deadline_s
+        )
         return built, result
 
     async def _settle(self, step: int, result: StepResult) -> None:
@@ -225,8 +219,8 @@ class Walk:
         self._recorder.report(report)
         self._count_reward_failures(report.events)
 
-    def _count_reward_failures(self, events: Any) -> None:
-        failed: list[Event] = [event for event in events if event.kind is EventKind.REWARD_FAILED]
+    def _count_reward_failures(self, events: Sequence[Event]) -> None:
+        failed = [event for event in events if event.kind is EventKind.REWARD_FAILED]
         self._reward_failures += len(failed)
         allowed = self._config.reward.max_failures_in_a_row
         if self._reward_failures >= allowed:
@@ -257,12 +251,9 @@ class Walk:
         path = self._recorder.directory.checkpoint(step)
         snapshot = await self._crew.ask_queue("snapshot")
         extra = {"ledger.json": json.dumps(snapshot.to_json()).encode()}
-        try:
-            await self._crew.learner.call(
-                "save", str(path.parent), step=step, extra=extra, deadline_s=self._config.runtime.step_deadline_s
-            )
-        except (ActorLostError, DeadlineError) as error:
-            raise LearnerLostError(str(error)) from None
+        await self._crew.ask_learner(
+            "save", str(path.parent), step=step, extra=extra, deadline_s=self._config.runtime.step_deadline_s
+        )
         # One checkpoint behind, so that a run whose newest checkpoint is damaged can go back to the one before.
         if self.progress.saved not in (0, step):
             await self._crew.ask_queue("checkpoint", step=self.progress.saved)

@@ -68,7 +68,6 @@ class ActorPlan:
 
 def plan_actors(*, runtime: RuntimeConfig, rollout: RolloutConfig, reward: RewardConfig) -> dict[Role, ActorPlan]:
     """The plan for every role of a reinforcement-learning pipeline."""
-    learner_threads = runtime.learner_threads or max(1, int(runtime.learner_num_cpus))
     gpus = rollout.num_gpus or (rollout.tensor_parallel_size if rollout.tensor_parallel_size > 1 else 0.0)
     plans = (
         ActorPlan(
@@ -77,7 +76,7 @@ def plan_actors(*, runtime: RuntimeConfig, rollout: RolloutConfig, reward: Rewar
             num_cpus=runtime.learner_num_cpus,
             num_gpus=runtime.learner_num_gpus,
             max_restarts=0,
-            threads=learner_threads,
+            threads=runtime.threads_of_learner,
             is_async=False,
             environment=_KEEP_FREED_MEMORY,
         ),
