@@ -216,20 +216,44 @@ class TrainingSample:
     """[L] natural log, of the sampling distribution."""
     advantage: float
     min_version: int
+    old_logprobs: FloatArray | None = None
+    """[L] of the learner's weights before the first update on this sample; None: those of the forward pass at hand."""
+    reference_logprobs: FloatArray | None = None
+    """[L] of the reference policy; None: the learner computes them when its loss asks for them."""
+    surrogate_mask: BoolArray | None = None
+    """[L] False where a trained token counts in denominators and in the KL only; None means all True."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SampleScores:
+    """What the learner's weights say about one sample before the first update on it."""
+
+    logprobs: FloatArray
+    """[L] 0 where nothing is trained."""
+    entropy: FloatArray
+    """[L] nats; 0 where nothing is trained."""
+    reference_logprobs: FloatArray | None
+    """[L] None without a reference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainBatch:
-    """Everything one optimizer step consumes."""
+    """Everything one optimizer update consumes, or the part of it that one rank works on."""
 
     step: int
-    """1-based optimizer step this batch is for."""
+    """1-based step this batch is for."""
     micro_batches: tuple[tuple[TrainingSample, ...], ...]
     """Samples of one group stay together in one micro-batch wherever they fit."""
     num_valid_tokens: int
     """Tokens with loss_mask True over the whole optimizer batch and all ranks."""
     num_samples: int
     """Completions over the whole optimizer batch and all ranks."""
+    num_micro_batches: int
+    """Micro-batches over the whole optimizer batch and all ranks, of which these may be a part."""
+    num_surrogate_tokens: int | None = None
+    """Valid tokens that no `surrogate_mask` leaves out, over all ranks; None where samples have no such masks."""
+    is_last_update: bool = True
+    """False when further updates on the same generation batch follow; the version moves on with the last."""
 
 
 class Reduce(enum.StrEnum):

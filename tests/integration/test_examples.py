@@ -71,12 +71,13 @@ def assert_balanced_run(folder: Path, *, steps: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_python_example_trains_with_a_reward_function_of_its_own(
-    tiny: str, tmp_path: Path, short_folder: str
+@pytest.mark.parametrize("example", ["async_grpo.py", "rloo.py"])
+def test_a_python_example_trains_with_a_reward_function_of_its_own(
+    example: str, tiny: str, tmp_path: Path, short_folder: str
 ) -> None:
     command = [
         sys.executable,
-        str(EXAMPLES / "async_grpo.py"),
+        str(EXAMPLES / example),
         "--model",
         tiny,
         "--steps",

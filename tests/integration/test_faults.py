@@ -22,7 +22,7 @@ def model(tmp_path_factory):
 
 def run_disturbed(model: str, run: Path, act, *, steps: int = 30, **changes) -> None:
     """A run of `steps` steps that is disturbed after its third."""
-    config = async_grpo(model, run, max_steps=steps, max_staleness=2, runtime=RAY, **changes)
+    config = async_grpo(model, run, **{"max_steps": steps, "max_staleness": 2, "runtime": RAY, **changes})
     disturbance = Disturbance(run, after_step=3, act=act)
     output = AsyncGRPOPipeline(args=config, train_dataset=PROMPTS).train()
     assert disturbance.done, "the run was over before it could be disturbed"
@@ -71,6 +71,23 @@ def test_a_killed_learner_restarts_from_the_last_checkpoint(ray_local, model, tm
     run = tmp_path / "run"
     run_disturbed(model, run, lambda: os.kill(pid_of(run, "learner"), signal.SIGKILL), steps=12, save_steps=2)
     assert lost(run).count("learner") == 1
+    assert events(run, "run_resumed")
+
+
+def test_a_killed_rank_of_the_learner_takes_the_group_back_to_the_last_checkpoint(ray_local, model, tmp_path):
+    run = tmp_path / "run"
+    two = {**RAY, "num_learners": 2, "learner_num_cpus": 0.5}
+    run_disturbed(
+        model,
+        run,
+        lambda: os.kill(pid_of(run, "learner-1"), signal.SIGKILL),
+        steps=12,
+        save_steps=2,
+        runtime=two,
+        per_device_train_batch_size=4,
+    )
+    assert lost(run).count("learner") == 1
+    assert "learner-1" in events(run, "actor_lost")[0]["detail"]["reason"]
     assert events(run, "run_resumed")
 
 

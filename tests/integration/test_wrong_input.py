@@ -137,6 +137,48 @@ CASES = [
     Case(name="clipping upside down", changes={"epsilon_high": 0.1}, says=["epsilon_high=0.1", "epsilon=0.2"]),
     Case(name="a file of another pipeline", changes={"pipeline": "async-grpo"}, says=["trl-ray async-grpo"]),
     Case(name="staleness without overlap", changes={"max_staleness": 2}, says=["max_staleness"]),
+    Case(name="no baseline, but scaled", changes={"advantage_baseline": "none"}, says=["scale_rewards", "got group"]),
+    Case(
+        name="groups dropped for nothing",
+        arguments=["zero_variance_groups=drop"],
+        command="rloo",
+        says=["kl_placement"],
+    ),
+    Case(name="a cap that is none", changes={"loss_type": "cispo"}, says=["epsilon_high", "cispo"]),
+    Case(name="two-sided clip without clipping", changes={"loss_type": "sapo", "delta": 2.0}, says=["delta", "sapo"]),
+    Case(name="a reference that is not there", changes={"sync_ref_model": True}, says=["sync_ref_model", "beta"]),
+    Case(name="entropy bounds", arguments=["use_adaptive_entropy=true", "entropy_coef_min=2.0"], says=["entropy_coef"]),
+    Case(
+        name="corrected twice",
+        changes={"old_logprobs": "sampler", "vllm_importance_sampling_mode": "token_mask"},
+        says=["vllm_importance_sampling_mode", "old_logprobs"],
+    ),
+    Case(
+        name="a sequence's ratio of a truncated sampler",
+        changes={"top_p": 0.9, "vllm_importance_sampling_mode": "sequence_mask"},
+        says=["top_p", "sequence_mask"],
+    ),
+    Case(
+        name="two heads",
+        changes={"use_liger_kernel": True, "chunk_lm_head_size": 4096},
+        says=["chunk_lm_head_size", "use_liger_kernel"],
+    ),
+    Case(
+        name="slices that do not divide",
+        arguments=["steps_per_generation=3", "gradient_accumulation_steps=2"],
+        says=["steps_per_generation"],
+    ),
+    Case(name="an adapter's option without adapter", changes={"use_dora": True}, says=["use_peft", "use_dora"]),
+    Case(
+        name="no adapter to move",
+        arguments=["use_peft=true", "beta=0.1", "sync_ref_model=true"],
+        says=["sync_ref_model", "use_peft"],
+    ),
+    Case(
+        name="DeepSpeed's own clipping", changes={"deepspeed": {"gradient_clipping": 5.0}}, says=["gradient_clipping"]
+    ),
+    Case(name="DeepSpeed's file not there", changes={"deepspeed": "{tmp}/nope.json"}, says=["deepspeed", "nope.json"]),
+    Case(name="a local run with two ranks", changes={"runtime": {"num_learners": 2}}, says=["num_learners", "local"]),
     Case(name="a local run with two workers", changes={"rollout": {"num_workers": 2}}, says=["num_workers", "local"]),
     # Model
     Case(name="no model", changes={"model_name_or_path": None}, says=["model_name_or_path"]),

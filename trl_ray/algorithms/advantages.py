@@ -1,74 +1,184 @@
-"""Advantages of a group: how much better each completion did than its siblings.
+"""Advantages: how much better each completion did than what one could expect of it.
 
-rewards [groups][G] (None: nothing to score) --> advantages [groups][G] (0 where there was no score)
+sum, then normalise:  rewards [groups][G] --baseline--> --scale--> --(normalize over the step)--> advantages [groups][G]
+normalise, then sum:  parts [groups][G][K] --group mean, group std--> --weighted sum--> --step mean, step std--> (GDPO)
 
-A = (r - mean of the group) / (std + 1e-4)     std: of the group, of the batch, or 1 for `none`
+| method                 | baseline      | scale | normalize | source                           |
+|------------------------|---------------|-------|-----------|----------------------------------|
+| GRPO                   | group_mean    | group | no        | https://arxiv.org/abs/2402.03300 |
+| Dr. GRPO               | group_mean    | none  | no        | https://arxiv.org/abs/2503.20783 |
+| RLOO                   | leave_one_out | none  | optional  | https://arxiv.org/abs/2402.14740 |
+| REINFORCE++            | none          | none  | yes       | https://arxiv.org/abs/2501.03262 |
+| REINFORCE++ (baseline) | group_mean    | none  | yes       | https://arxiv.org/abs/2501.03262 |
+
+An advantage is one number for its whole completion. REINFORCE++ with a KL in the reward differs from its paper in that:
+there a token gets the KL of the tokens after it only, which has the same mean gradient and less noise.
+
+A completion without a score (None) enters no statistic and gets 0. One whose reward is NaN or infinite enters none
+either, but gets NaN, so that the learner meets it, names it and skips the step. Groups without differences get exactly
+0 wherever the baseline is one of the group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trl_ray.config.sections import ScaleRewards
+from trl_ray.config.advantages import AdvantageBaseline, ScaleRewards
 
 EPSILON = 1e-4
-"""Added to the standard deviation, as TRL's GRPO does."""
-Rewards = Sequence[Sequence[float | None]]
+"""Added to every standard deviation, as TRL's GRPO and RLOO do."""
+Rewards: TypeAlias = Sequence[Sequence[float | None]]
+Parts: TypeAlias = Sequence[Sequence[Sequence[float | None]]]
+"""[groups][G][K] rewards of K functions."""
+_Array: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Advantages:
-    """Advantages with the statistics they came from; one array per group because groups may differ in size."""
+    """One array per group because groups may differ in size."""
 
     values: tuple[NDArray[np.float64], ...]
     """[groups][G]"""
-    means: NDArray[np.float64]
-    """[groups] mean reward; NaN where a group has no score at all."""
-    stds: NDArray[np.float64]
-    """[groups] sample standard deviation (ddof 1); 0 where fewer than two completions have a score."""
     flat: NDArray[np.bool_]
-    """[groups] True where all scores are equal, so that every advantage is 0."""
+    """[groups] True where all scores are equal, so that the group itself has nothing to tell."""
 
 
-def group_advantages(rewards: Rewards, *, scale: ScaleRewards) -> Advantages:
-    """Advantages as GRPO defines them, in float64 (https://arxiv.org/abs/2402.03300, section 4.1).
+def group_advantages(
+    rewards: Rewards,
+    *,
+    scale: ScaleRewards,
+    baseline: AdvantageBaseline = AdvantageBaseline.GROUP_MEAN,
+    normalize: bool = False,
+) -> Advantages:
+    """Advantages from total rewards, in float64.
 
-    A reward of None counts in no mean and no standard deviation, and its advantage is 0. `batch` divides by the
-    standard deviation over the rewards of all groups (https://arxiv.org/abs/2508.08221) and `none` leaves the
-    centred rewards alone, as Dr. GRPO does (https://arxiv.org/abs/2503.20783).
+    Args:
+        rewards: [groups][G]; None where there is no score.
+        scale: the standard deviation that divides: of the group, of all rewards of the step
+            (https://arxiv.org/abs/2508.08221), or none.
+        baseline: what is taken from a reward. `leave_one_out` is the mean of the others that have a score; without
+            any other the advantage is 0.
+        normalize: shift and scale to mean 0 and deviation 1 over the step, as the last thing.
+
+    Returns:
+        Advantages [groups][G].
     """
-    arrays = [np.array([np.nan if r is None else r for r in group], dtype=np.float64) for group in rewards]
-    means = np.array([_mean(group) for group in arrays])
-    stds = np.array([_std(group) for group in arrays])
+    arrays = [_known(group) for group in rewards]
     flat = np.array([_is_flat(group) for group in arrays], dtype=np.bool_)
-    if scale is ScaleRewards.GROUP:
-        divisors = stds + EPSILON
-    elif scale is ScaleRewards.BATCH:
-        divisors = np.full(len(arrays), (_std(np.concatenate(arrays)) if arrays else 0.0) + EPSILON)
-    else:
-        divisors = np.ones(len(arrays))
-    values = []
-    for group, mean, divisor, is_flat in zip(arrays, means, divisors, flat, strict=True):
+    divisors = _divisors(arrays, scale)
+    values = [_centred(group, baseline) / divisor for group, divisor in zip(arrays, divisors, strict=True)]
+    if normalize:
+        values = _normalized(values, keep=flat & (baseline is not AdvantageBaseline.NONE))
+    return Advantages(values=_finished(values, [_poisoned(group) for group in rewards]), flat=flat)
+
+
+def objective_advantages(parts: Parts, *, weights: Sequence[float] | None = None) -> Advantages:
+    """Advantages from K rewards, each normalised within its group before they are added up, in float64.
+
+    So no function drowns another by its range (GDPO, https://arxiv.org/abs/2601.05242). The sum is normalised
+    over the step. A function that has no score for a completion adds 0 to it, as does one that scored only one
+    completion of the group.
+
+    Args:
+        parts: [groups][G][K] in the order of the functions; None where a function has no score.
+        weights: [K]; None weighs all 1.
+
+    Returns:
+        Advantages [groups][G].
+    """
+    combined, flat, poisoned = [], [], []
+    for group in parts:
+        columns = [_known([row[k] for row in group]) for k in range(len(group[0]) if group else 0)]
+        factors = [1.0] * len(columns) if weights is None else list(weights)
+        assert len(factors) == len(columns), f"one weight per function, got {len(factors)} for {len(columns)}"
+        scores = [_centred(column, AdvantageBaseline.GROUP_MEAN) / (_std(column) + EPSILON) for column in columns]
+        total = sum((w * np.nan_to_num(z, nan=0.0) for w, z in zip(factors, scores, strict=True)), np.zeros(len(group)))
+        bad = np.array([any(_is_bad(value) for value in row) for row in group], dtype=np.bool_)
+        nobody = np.array([all(value is None for value in row) for row in group], dtype=np.bool_)
+        combined.append(np.where(bad | nobody, np.nan, total))
+        flat.append(all(_is_flat(column) for column in columns))
+        poisoned.append(bad)
+    keep = np.array(flat, dtype=np.bool_)
+    return Advantages(values=_finished(_normalized(combined, keep=keep), poisoned), flat=keep)
+
+
+def group_deviations(rewards: Rewards) -> NDArray[np.float64]:
+    """[groups] sample standard deviations (ddof 1); 0 where fewer than two completions have a score."""
+    return np.array([_std(_known(group)) for group in rewards], dtype=np.float64)
+
+
+def _is_bad(reward: float | None) -> bool:
+    return reward is not None and not np.isfinite(reward)
+
+
+def _poisoned(group: Sequence[float | None]) -> NDArray[np.bool_]:
+    """[G] True where a reward is NaN or infinite."""
+    return np.array([_is_bad(reward) for reward in group], dtype=np.bool_)
+
+
+def _known(group: Sequence[float | None]) -> _Array:
+    """[G] rewards; NaN where there is none that could enter a statistic."""
+    return np.array([np.nan if r is None or _is_bad(r) else r for r in group], dtype=np.float64)
+
+
+def _centred(group: _Array, baseline: AdvantageBaseline) -> _Array:
+    """[G] rewards less their baseline; NaN where there is no reward or no baseline."""
+    scored = group[~np.isnan(group)]
+    if baseline is AdvantageBaseline.NONE or not scored.size:
+        return group
+    if baseline is AdvantageBaseline.LEAVE_ONE_OUT and scored.size == 1:
+        return np.full_like(group, np.nan)
+    if _is_flat(group):
         # A mean of equal floats can miss them by one rounding, which the small divisor would blow up.
-        centred = np.zeros_like(group) if is_flat else group - mean
-        values.append(np.nan_to_num(centred / divisor, nan=0.0))
-    return Advantages(values=tuple(values), means=means, stds=stds, flat=flat)
+        return np.where(np.isnan(group), np.nan, 0.0)
+    if baseline is AdvantageBaseline.LEAVE_ONE_OUT:
+        return np.asarray(group - (scored.sum() - group) / (scored.size - 1))
+    return np.asarray(group - scored.mean())
 
 
-def _is_flat(group: NDArray[np.float64]) -> bool:
+def _divisors(groups: Sequence[_Array], scale: ScaleRewards) -> list[float]:
+    """[groups]"""
+    match scale:
+        case ScaleRewards.GROUP:
+            return [_std(group) + EPSILON for group in groups]
+        case ScaleRewards.BATCH:
+            return [(_std(np.concatenate(groups)) if groups else 0.0) + EPSILON] * len(groups)
+        case ScaleRewards.NONE:
+            return [1.0] * len(groups)
+
+
+def _normalized(groups: Sequence[_Array], *, keep: NDArray[np.bool_]) -> list[_Array]:
+    """Shift and scale to mean 0 and deviation 1 over the step.
+
+    Args:
+        groups: [groups][G]; NaN enters no statistic.
+        keep: [groups] True where all values are 0 and stay it: deviations from a group's own baseline add up to 0, so
+            the mean of the step is 0 too, but for rounding.
+    """
+    pooled = np.concatenate(groups) if groups else np.zeros(0)
+    scored = pooled[~np.isnan(pooled)]
+    if _is_flat(pooled):
+        return [np.where(np.isnan(group), np.nan, 0.0) for group in groups]
+    mean, divisor = scored.mean(), _std(pooled) + EPSILON
+    return [group if still else (group - mean) / divisor for group, still in zip(groups, keep, strict=True)]
+
+
+def _finished(groups: Sequence[_Array], poisoned: Sequence[NDArray[np.bool_]]) -> tuple[_Array, ...]:
+    """[groups][G] with 0 for those without a score and NaN for those whose score is no number."""
+    pairs = zip(groups, poisoned, strict=True)
+    return tuple(np.where(bad, np.nan, np.nan_to_num(group, nan=0.0)) for group, bad in pairs)
+
+
+def _is_flat(group: _Array) -> bool:
     scored = group[~np.isnan(group)]
     return scored.size == 0 or bool(np.all(scored == scored[0]))
 
 
-def _mean(group: NDArray[np.float64]) -> float:
-    scored = group[~np.isnan(group)]
-    return float(scored.mean()) if scored.size else float("nan")
-
-
-def _std(group: NDArray[np.float64]) -> float:
+def _std(group: _Array) -> float:
     scored = group[~np.isnan(group)]
     return float(scored.std(ddof=1)) if scored.size > 1 else 0.0

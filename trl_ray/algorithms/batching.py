@@ -1,85 +1,198 @@
-"""From finished groups to the batch of one optimizer step.
+"""From finished groups to the samples of one step.
 
-    RolloutGroup x P --advantages--> TrainingSample x P*G --micro-batches--> TrainBatch
+    RolloutGroup x P --shape rewards--> --advantages--> TrainingSample x P*G
+                          ^ SampleScores (KL in the reward)
 
-Everything is known before the first forward pass, above all how many tokens the step trains on.
+Everything is known before the first forward pass, above all how many tokens the step trains on. The one exception is a
+KL in the reward: a draft is built without it, the learner scores the draft's samples, and the step is built again.
+`algorithms.micro_batches` cuts the samples for the learner.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trl_ray.algorithms.advantages import Advantages, group_advantages
+from trl_ray.algorithms.advantages import (
+    Advantages,
+    Parts,
+    group_advantages,
+    group_deviations,
+    objective_advantages,
+)
 from trl_ray.algorithms.metrics import token_mean
-from trl_ray.config.sections import LossConfig
-from trl_ray.types import Completion, FinishReason, Metric, Reduce, RolloutGroup, TrainBatch, TrainingSample
+from trl_ray.algorithms.reward_shaping import SequenceKL, clip_reward, overlong_penalty, sequence_kls
+from trl_ray.config.advantages import AdvantageConfig, Aggregation
+from trl_ray.config.grpo import GRPOConfig
+from trl_ray.config.loss import KLEstimator, KLPlacement
+from trl_ray.types import (
+    Completion,
+    FinishReason,
+    Metric,
+    Reduce,
+    RolloutGroup,
+    SampleScores,
+    TrainingSample,
+)
 
-MicroBatch = tuple[TrainingSample, ...]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardRules:
+    """What turns the rewards of a step into advantages, beside `AdvantageConfig`."""
+
+    max_completion_length: int | None = None
+    """Tokens at which the penalty for length is largest; None where there is no such penalty."""
+    reward_weights: tuple[float, ...] | None = None
+    """One per reward function, in their order; None weighs all 1. Totals are weighted already."""
+    beta: float = 0.0
+    """Weight of the KL in the reward; 0 where the KL is in the loss."""
+    kl_estimator: KLEstimator = KLEstimator.K1
+
+    @classmethod
+    def of(cls, config: GRPOConfig) -> RewardRules:
+        """What a configuration says."""
+        return cls(
+            max_completion_length=config.max_completion_length,
+            reward_weights=None if config.reward_weights is None else tuple(config.reward_weights),
+            beta=config.beta if config.kl_placement is KLPlacement.REWARD else 0.0,
+            kl_estimator=config.kl_estimator,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class BuiltBatch:
-    """A batch with what is worth recording of how it came about."""
+class BuiltStep:
+    """What a step trains on, with what is worth recording of how it came about."""
 
-    batch: TrainBatch
+    samples: tuple[TrainingSample, ...]
+    """[groups * G] group by group, each in the order of its completions."""
     advantages: tuple[NDArray[np.float64], ...]
     """[groups][G]"""
     metrics: dict[str, Metric]
 
+    @property
+    def num_valid_tokens(self) -> int:
+        """Trained tokens."""
+        return sum(int(sample.loss_mask.sum()) for sample in self.samples)
 
-def build_train_batch(
-    groups: Sequence[RolloutGroup], *, step: int, loss: LossConfig, micro_batch_size: int
-) -> BuiltBatch:
-    """Score groups against themselves and cut them into micro-batches.
+
+def build_step(
+    groups: Sequence[RolloutGroup],
+    *,
+    config: AdvantageConfig,
+    rules: RewardRules | None = None,
+    scores: Sequence[SampleScores] | None = None,
+) -> BuiltStep:
+    """Score groups against themselves.
 
     Args:
         groups: finished groups, in training order.
-        step: 1-based optimizer step.
-        loss: reads `scale_rewards` and `mask_truncated_completions`.
-        micro_batch_size: completions in one micro-batch, at most.
+        config: how rewards become advantages, and which completions count.
+        rules: None is enough where neither length, nor weights, nor a KL enter the advantages.
+        scores: [groups * G] of `samples` of a draft, with the reference; takes `rules.beta` times the KL from rewards.
 
     Raises:
         AssertionError: a group holds an aborted completion, which must have been generated again.
     """
-    assert micro_batch_size >= 1, "a micro-batch holds at least one completion"
     for group in groups:
         aborted = [i for i, c in enumerate(group.completions) if c.finish_reason is FinishReason.ABORT]
         assert not aborted, f"aborted completions are never trained on: group {group.ticket.group_id}, {aborted}"
         assert len(group.rewards) == len(group.completions), f"one reward each: group {group.ticket.group_id}"
-    advantages = group_advantages(
-        [[reward.total for reward in group.rewards] for group in groups], scale=loss.scale_rewards
+    rules = rules if rules is not None else RewardRules()
+    plain = _samples(groups, mask_truncated=config.mask_truncated_completions)
+    kls = None if scores is None else sequence_kls(plain, scores, rules.kl_estimator)
+    advantages = step_advantages(groups, config=config, rules=rules, kls=kls)
+    values = np.concatenate(advantages.values) if groups else np.zeros(0)
+    samples = tuple(replace(sample, advantage=float(v)) for sample, v in zip(plain, values, strict=True))
+    metrics = batch_metrics(groups, advantages) | _kl_metrics(kls)
+    return BuiltStep(samples=samples, advantages=advantages.values, metrics=metrics)
+
+
+def step_advantages(
+    groups: Sequence[RolloutGroup],
+    *,
+    config: AdvantageConfig,
+    rules: RewardRules,
+    kls: Sequence[SequenceKL] | None = None,
+) -> Advantages:
+    """Advantages [groups][G] of the groups of one step.
+
+    Args:
+        groups: finished groups.
+        config: how.
+        rules: the rest of how.
+        kls: [groups * G] divergences from the reference.
+    """
+    if config.multi_objective_aggregation is Aggregation.NORMALIZE_THEN_SUM:
+        return objective_advantages(reward_parts(groups), weights=rules.reward_weights)
+    return group_advantages(
+        shaped_rewards(groups, config=config, rules=rules, kls=kls),
+        scale=config.scale_rewards,
+        baseline=config.advantage_baseline,
+        normalize=config.normalize_advantages,
     )
-    samples = [
-        [
-            _sample(group, index, advantage=float(value), mask_truncated=loss.mask_truncated_completions)
-            for index, value in enumerate(values)
-        ]
-        for group, values in zip(groups, advantages.values, strict=True)
+
+
+def shaped_rewards(
+    groups: Sequence[RolloutGroup],
+    *,
+    config: AdvantageConfig,
+    rules: RewardRules,
+    kls: Sequence[SequenceKL] | None = None,
+) -> list[list[float | None]]:
+    """Total rewards [groups][G], clipped, less the penalties for length and for leaving the reference."""
+    penalties = iter([rules.beta * kl.total for kl in kls] if kls is not None else [])
+    shaped: list[list[float | None]] = []
+    for group in groups:
+        row: list[float | None] = []
+        for completion, reward in zip(group.completions, group.rewards, strict=True):
+            penalty = next(penalties) if kls is not None else 0.0
+            if reward.total is None:
+                row.append(None)
+                continue
+            overlong = _overlong(completion, config, rules)
+            row.append(clip_reward(reward.total, config.reward_clip_range) + overlong - penalty)
+        shaped.append(row)
+    return shaped
+
+
+def reward_parts(groups: Sequence[RolloutGroup]) -> Parts:
+    """Rewards [groups][G][K] by function, in the functions' order."""
+    names = next((list(reward.parts) for group in groups for reward in group.rewards), [])
+    for group in groups:
+        assert all(reward.parts.keys() == set(names) for reward in group.rewards), f"every reward has the parts {names}"
+    return [[[reward.parts[name] for name in names] for reward in group.rewards] for group in groups]
+
+
+def _overlong(completion: Completion, config: AdvantageConfig, rules: RewardRules) -> float:
+    if not config.overlong_buffer_len:
+        return 0.0
+    assert rules.max_completion_length is not None, "a penalty for length needs the length at which it is largest"
+    return overlong_penalty(
+        len(completion.token_ids),
+        max_length=rules.max_completion_length,
+        buffer=config.overlong_buffer_len,
+        factor=config.overlong_penalty_factor,
+    )
+
+
+def _samples(groups: Sequence[RolloutGroup], *, mask_truncated: bool) -> list[TrainingSample]:
+    """[groups * G] without advantages."""
+    return [
+        TrainingSample(
+            group_id=group.ticket.group_id,
+            prompt_ids=group.ticket.prompt.token_ids,
+            completion_ids=completion.token_ids,
+            loss_mask=_loss_mask(completion, mask_truncated=mask_truncated),
+            sampler_logprobs=completion.logprobs,
+            advantage=0.0,
+            min_version=completion.min_version if completion.versions else group.ticket.admitted_at_version,
+        )
+        for group in groups
+        for completion in group.completions
     ]
-    batch = TrainBatch(
-        step=step,
-        micro_batches=cut_into_micro_batches(samples, size=micro_batch_size),
-        num_valid_tokens=sum(int(sample.loss_mask.sum()) for group in samples for sample in group),
-        num_samples=sum(len(group) for group in samples),
-    )
-    return BuiltBatch(batch=batch, advantages=advantages.values, metrics=batch_metrics(groups, advantages))
-
-
-def _sample(group: RolloutGroup, index: int, *, advantage: float, mask_truncated: bool) -> TrainingSample:
-    completion = group.completions[index]
-    return TrainingSample(
-        group_id=group.ticket.group_id,
-        prompt_ids=group.ticket.prompt.token_ids,
-        completion_ids=completion.token_ids,
-        loss_mask=_loss_mask(completion, mask_truncated=mask_truncated),
-        sampler_logprobs=completion.logprobs,
-        advantage=advantage,
-        min_version=completion.min_version if completion.versions else group.ticket.admitted_at_version,
-    )
 
 
 def _loss_mask(completion: Completion, *, mask_truncated: bool) -> NDArray[np.bool_]:
@@ -91,30 +204,17 @@ def _loss_mask(completion: Completion, *, mask_truncated: bool) -> NDArray[np.bo
     return completion.loss_mask
 
 
-def cut_into_micro_batches(groups: Sequence[Sequence[TrainingSample]], *, size: int) -> tuple[MicroBatch, ...]:
-    """Fill micro-batches of at most `size` samples with whole groups; a larger group is cut into even pieces."""
-    batches: list[list[TrainingSample]] = []
-    for group in groups:
-        pieces = -(-len(group) // size)
-        for chunk in np.array_split(np.arange(len(group)), pieces) if pieces else []:
-            piece = [group[i] for i in chunk]
-            if pieces > 1 or not batches or len(batches[-1]) + len(piece) > size:
-                batches.append(piece)
-            else:
-                batches[-1].extend(piece)
-    return tuple(tuple(batch) for batch in batches)
-
-
 def batch_metrics(groups: Sequence[RolloutGroup], advantages: Advantages) -> dict[str, Metric]:
-    """Rewards (in total and by function), advantages and lengths; None where a function did not answer."""
+    """Rewards as they were given (in total and by function), advantages, lengths; nothing where nobody answered."""
     completions = [completion for group in groups for completion in group.completions]
     rewards = [reward for group in groups for reward in group.rewards]
     lengths = [len(completion.token_ids) for completion in completions]
+    deviations = group_deviations([[reward.total for reward in group.rewards] for group in groups])
     metrics = {
         "reward/mean": _mean([reward.total for reward in rewards]),
         # Spread within a group, which is what there is to learn from; not the spread between easy and hard prompts.
-        "reward/std": _mean(list(advantages.stds)),
-        "advantage/zero_std_fraction": _mean([float(flat) for flat in advantages.flat]),
+        "reward/std": _mean(list(deviations)),
+        **_advantage_metrics(advantages),
         "completion/length_mean": _mean(lengths),
         "completion/length_max": Metric(value=float(max(lengths, default=0)), reduce=Reduce.MAX),
         "completion/truncated_fraction": _mean(
@@ -126,6 +226,23 @@ def batch_metrics(groups: Sequence[RolloutGroup], advantages: Advantages) -> dic
     for name in dict.fromkeys(name for group in groups for name in group.metrics):
         metrics[name] = _mean([group.metrics.get(name) for group in groups])
     return {name: metric for name, metric in metrics.items() if metric.weight > 0}
+
+
+def _advantage_metrics(advantages: Advantages) -> dict[str, Metric]:
+    """Mean and standard deviation over all completions of the step, and how many groups have nothing to tell."""
+    values = [value for group in advantages.values for value in group if np.isfinite(value)]
+    deviation = float(np.std(values)) if values else 0.0
+    return {
+        "advantage/mean": _mean(values),
+        "advantage/std": Metric(value=deviation, weight=len(values)),
+        "advantage/zero_std_fraction": _mean([float(flat) for flat in advantages.flat]),
+    }
+
+
+def _kl_metrics(kls: Sequence[SequenceKL] | None) -> dict[str, Metric]:
+    """The divergence per token, as TRL's RLOO reports it."""
+    tokens = sum(kl.num_tokens for kl in kls or ())
+    return {"kl/ref": token_mean(sum(kl.total for kl in kls), tokens)} if kls and tokens else {}
 
 
 def _mean(values: Sequence[float | None]) -> Metric:

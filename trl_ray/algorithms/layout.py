@@ -1,15 +1,19 @@
 """How samples become model inputs, such that nothing is computed twice and little is padding.
 
-    shared   [ p p p | a a | b b b | c | q q | d d | . ]   rows of whole groups; prompt p once for a, b, c
-    padded   [ p p p a a . ] [ p p p b b b ] [ ... ]       one row per sample
+    segments  [ p p p a a b b b c q q d d ]                 one row, no padding; prompt p once for a, b, c
+    restarts  [ p p p a a | p p p b b b | p p p c | ... ]   one row, no padding; each sample begins anew at position 0
+    shared    [ p p p a a b b b c q q d d . ]               rows of whole groups with a dense mask, evened out
+    padded    [ p p p a a . ] [ p p p b b b ] [ ... ]       one row per sample
 
-In a shared row positions of each completion go on from its prompt, and a token sees its own prompt and its own
-completion only (tree attention of depth one). The last token of a completion predicts nothing that is trained on,
-so it is no input; a completion without a trained token is left out altogether.
+Which of them it can be is a matter of what the model's attention can be told; the first is the fastest by far. Where
+a prompt is shared, positions of each completion go on from it, and a token sees its own prompt and its own completion
+only (tree attention of depth one). The last token of a completion predicts nothing that is trained on, so it is no
+input; a completion without a trained token is left out altogether.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,13 +23,36 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trl_ray.config.sections import SharePrompt
-from trl_ray.types import BoolArray, IntArray, TrainingSample
+from trl_ray.types import IntArray, TrainingSample
 
 ROW_TOKENS = 256
 """Groups share a row up to this length: long enough to even out lengths, short for an attention that is dense."""
 MAX_SHARED_ROW = 4096
 """AUTO shares no prompt in rows longer than this: their masks alone would take T * T bytes each."""
 Ints = NDArray[np.int64]
+
+
+class AttentionKind(enum.StrEnum):
+    """What a model's attention can be told of who sees whom."""
+
+    CAUSAL = "causal"
+    """Nothing: rows are plainly causal and padded at the right."""
+    MASKED = "masked"
+    """A dense mask per row, which costs attention over all pairs of tokens of the row."""
+    RESTARTS = "restarts"
+    """Sequences begin where positions start again at 0 (fused kernels for rows of several sequences)."""
+    SEGMENTS = "segments"
+    """The segments of the row: prompts and their completions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A prompt and the completions that go on from it, as they follow each other in a row."""
+
+    prompt: int
+    """Tokens."""
+    bodies: tuple[int, ...]
+    """Tokens of each completion, all > 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,7 +64,10 @@ class Layout:
     position_ids: Tensor
     """[R, T] int64"""
     mask: Tensor | None
-    """[R, 1, T, T] bool, True where row token i sees token j; None: plain causal (padding is at the right)."""
+    """[R, 1, T, T] bool, True where row token i sees token j; None: plain causal (padding is at the right), or told by
+    segments or positions."""
+    segments: tuple[Segment, ...] | None
+    """What the one row is made of, for attention of kind SEGMENTS."""
     predictors: Tensor
     """[N] int64 index into the R*T hidden states of the token before each trained token, in sample order."""
     targets: Tensor
@@ -49,6 +79,7 @@ class Layout:
             input_ids=self.input_ids.to(device),
             position_ids=self.position_ids.to(device),
             mask=None if self.mask is None else self.mask.to(device),
+            segments=self.segments,
             predictors=self.predictors.to(device),
             targets=self.targets.to(device),
         )
@@ -74,38 +105,51 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def build_layout(
-    samples: Sequence[TrainingSample], *, share: SharePrompt, hidden_size: int, can_share: bool = True
+    samples: Sequence[TrainingSample], *, share: SharePrompt, hidden_size: int, attention: AttentionKind
 ) -> Layout | None:
     """Lay samples out as model inputs.
 
     Args:
-        samples: of one micro-batch; those of one group follow each other.
+        samples: of one micro-batch.
         share: AUTO takes the layout that costs less.
         hidden_size: H of the model, for weighing linear layers against attention.
-        can_share: False for a model whose attention takes no mask of ours.
+        attention: what the model's attention can be told.
 
     Returns:
         None when not a single token is trained on.
     """
-    bodies = [_body(sample.completion_ids, sample.loss_mask) for sample in samples]
+    bodies = [_body(sample) for sample in samples]
     trained = [index for index, body in enumerate(bodies) if body is not None]
     if not trained:
         return None
     for index in trained:
         assert len(samples[index].prompt_ids) > 0, "the first completion token needs a prompt token that predicts it"
     single = [_block(samples, bodies, [index]) for index in trained]
-    rows = [[block] for block in single]
-    if can_share and share is not SharePrompt.NEVER:
-        shared = pack_rows([_block(samples, bodies, group) for group in _by_group(samples, trained)])
-        if share is SharePrompt.ALWAYS or _pays(shared, rows, hidden_size):
-            rows = shared
-    return _assemble(samples, rows)
+    if share is SharePrompt.NEVER or attention in {AttentionKind.CAUSAL, AttentionKind.RESTARTS}:
+        grouped = single
+    else:
+        grouped = [_block(samples, bodies, group) for group in _by_group(samples, trained)]
+    match attention:
+        case AttentionKind.SEGMENTS | AttentionKind.RESTARTS:
+            rows = [grouped]
+        case AttentionKind.CAUSAL | AttentionKind.MASKED:
+            rows = [[block] for block in single]
+            shared = pack_rows(grouped)
+            if grouped is not single and (share is SharePrompt.ALWAYS or _pays(shared, rows, hidden_size)):
+                rows = shared
+    return _assemble(samples, rows, attention)
 
 
-def _body(completion: IntArray, loss_mask: BoolArray) -> IntArray | None:
+def input_length(sample: TrainingSample) -> int | None:
+    """Completion tokens that are model inputs; None where not even the prompt is, as nothing is trained on."""
+    trained = np.flatnonzero(sample.loss_mask)
+    return int(trained[-1]) if trained.size else None
+
+
+def _body(sample: TrainingSample) -> IntArray | None:
     """Completion tokens that must be inputs: those before the last trained one; None without a trained one."""
-    trained = np.flatnonzero(loss_mask)
-    return completion[: trained[-1]] if trained.size else None
+    length = input_length(sample)
+    return None if length is None else sample.completion_ids[:length]
 
 
 def _block(samples: Sequence[TrainingSample], bodies: Sequence[IntArray | None], indices: Sequence[int]) -> _Block:
@@ -150,7 +194,7 @@ def _pays(shared: Sequence[Sequence[_Block]], padded: Sequence[Sequence[_Block]]
     return len(shared) * long * (6 * hidden_size + 2 * long) < len(padded) * short * (6 * hidden_size + short)
 
 
-def _assemble(samples: Sequence[TrainingSample], rows: Sequence[Sequence[_Block]]) -> Layout:
+def _assemble(samples: Sequence[TrainingSample], rows: Sequence[Sequence[_Block]], attention: AttentionKind) -> Layout:
     height, width = len(rows), _length(rows)
     ids = np.zeros((height, width), np.int64)
     # Padding counts on: positions that start again would be taken for the next of several packed sequences.
@@ -174,15 +218,24 @@ def _assemble(samples: Sequence[TrainingSample], rows: Sequence[Sequence[_Block]
                 predictors[sample] = r * width + before[np.flatnonzero(samples[sample].loss_mask)]
                 at += len(body)
             start = end
-    plain = all(len(row) == 1 and len(row[0].bodies) == 1 for row in rows)
+    packed = attention in {AttentionKind.SEGMENTS, AttentionKind.RESTARTS}
+    plain = packed or all(len(row) == 1 and len(row[0].bodies) == 1 for row in rows)
     order = sorted(predictors)
     targets = [samples[index].completion_ids[samples[index].loss_mask] for index in order]
     return Layout(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
         mask=None if plain else _tree_mask(torch.from_numpy(block_of), torch.from_numpy(part_of)),
+        segments=_segments(rows[0]) if attention is AttentionKind.SEGMENTS else None,
         predictors=torch.from_numpy(np.concatenate([predictors[index] for index in order])),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+    )
+
+
+def _segments(row: Sequence[_Block]) -> tuple[Segment, ...]:
+    return tuple(
+        Segment(prompt=len(block.prompt), bodies=tuple(len(body) for body in block.bodies if len(body)))
+        for block in row
     )
 
 

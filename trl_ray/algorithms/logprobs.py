@@ -1,28 +1,53 @@
-"""Log-prob and entropy of chosen tokens from hidden states, a chunk of tokens at a time.
+"""Log-prob and entropy of chosen tokens straight from hidden states; no logits [N, V] are ever made.
 
-    hidden [N,H] --chunk--> logits [C,V] --> logprob [C], entropy [C]       (logits are dropped)
-    backward: the logits of each chunk are computed again; those of the last chunk are still there
+    hidden [N,H], weight [V,H], targets [N] --tiles--> TokenLogprobs [N]
+                                               `-- torch (the reference) or, on CUDA, Triton kernels
 
-At most two [chunk, V] blocks live at once, whatever N is. Rows to be left out are not passed in at all.
+The logsumexp runs online over tiles of the vocabulary inside tiles of tokens; the backward pass computes the tiles
+again. Rows to be left out are not passed in at all.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from enum import StrEnum
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trl_ray.algorithms import logprobs_tiles
+from trl_ray.algorithms.head_problem import ExtraOutputs, HeadProblem, HeadResult, LogitTransform, TileShape, Upstream
+
+__all__ = ["ExtraOutputs", "HeadBackend", "LogitTransform", "TokenLogprobs", "tile_shape", "token_logprobs"]
+
+
+class HeadBackend(StrEnum):
+    """Who computes the tiles."""
+
+    TORCH = "torch"
+    TRITON = "triton"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenLogprobs:
-    """What a language-model head says about N tokens."""
+    """What a language-model head says about N tokens: float32, or float64 where it computes in that."""
 
     logprobs: Tensor
-    """[N] float32 natural log-prob of each target at the given temperature."""
+    """[N] natural log-prob of each target at the given temperature; differentiable."""
     entropy: Tensor
-    """[N] float32 entropy in nats of the distribution each target was drawn from."""
+    """[N] entropy in nats of the distribution each target was drawn from; differentiable."""
+    sum_squared_probs: Tensor | None = None
+    """[N] sum over the vocabulary of the squared probability, in (0, 1]; like what follows only where asked for."""
+    top1: Tensor | None = None
+    """[N] bool: whether the target is the most probable token, the first of them where several are."""
+    top_ids: Tensor | None = None
+    """[N, K] int64 ids of the K most probable tokens, most probable first; equals in any order."""
+    top_logprobs: Tensor | None = None
+    """[N, K] their natural log-probs."""
 
 
 def token_logprobs(
@@ -32,12 +57,16 @@ def token_logprobs(
     *,
     bias: Tensor | None = None,
     temperature: float,
-    chunk_size: int,
+    chunk_size: int | None = None,
     compute_dtype: torch.dtype | None = None,
+    transform: LogitTransform | None = None,
+    extras: ExtraOutputs | None = None,
+    backend: HeadBackend | None = None,
 ) -> TokenLogprobs:
-    """Log-softmax of ``(hidden @ weight.T + bias) / temperature`` at the targets, and its entropy.
+    """Log-softmax of ``transform(hidden @ weight.T + bias) / temperature`` at the targets, its entropy, and extras.
 
-    Matrix products run in `compute_dtype`, everything after them in float32. Both results are differentiable.
+    Products of the forward pass run in `compute_dtype`; everything after them, and all sums of gradients, in float32
+    (float64 where the products do). Online softmax: Milakov & Gimelshein, https://arxiv.org/abs/1805.02867.
 
     Args:
         hidden: [N, H] final hidden states that predict the targets.
@@ -45,122 +74,130 @@ def token_logprobs(
         targets: [N] token ids.
         bias: [V], for heads that have one.
         temperature: > 0.
-        chunk_size: tokens projected onto the vocabulary at a time.
-        compute_dtype: of the matrix products; None keeps the weight's.
+        chunk_size: vocabulary entries in a tile, and no more memory than a few tiles. None lets the device decide, and
+            keeps the logits of few tokens (up to 640 MiB) for the backward pass, which is then a quarter faster.
+        compute_dtype: of the products of the forward pass; None keeps the weight's.
+        transform: the model's scale and soft-capping of logits; None has neither.
+        extras: what else to compute; None is nothing.
+        backend: None chooses Triton on CUDA where it is installed.
     """
     assert hidden.dim() == 2 and hidden.shape[0] == targets.shape[0], "one row of hidden states per target"
-    assert temperature > 0 and chunk_size > 0, "temperature and chunk size must be positive"
-    logprobs, entropy = _ChunkedHead.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, float(temperature), int(chunk_size), compute_dtype or weight.dtype
+    assert temperature > 0 and (chunk_size is None or chunk_size > 0), "temperature and chunk size must be positive"
+    transform, extras = transform or LogitTransform(), extras or ExtraOutputs()
+    assert transform.scale > 0 and (transform.softcap is None or transform.softcap > 0), "scale and cap are positive"
+    settings = _Settings(
+        temperature=float(temperature),
+        transform=transform,
+        compute_dtype=compute_dtype or weight.dtype,
+        tile=tile_shape(hidden.shape[0], weight.shape[0], chunk_size=chunk_size, device=hidden.device),
+        extras=extras,
+        backend=backend or _backend(hidden.device, compute_dtype or weight.dtype),
+        keep=chunk_size is None and torch.is_grad_enabled(),
     )
-    return TokenLogprobs(logprobs=logprobs, entropy=entropy)
+    logprobs, entropy, squares, top1, ids, values = _Head.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, settings
+    )
+    return TokenLogprobs(
+        logprobs=logprobs,
+        entropy=entropy,
+        sum_squared_probs=squares,
+        top1=top1,
+        top_ids=ids,
+        top_logprobs=values,
+    )
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """Logits [C, V] in float32, divided by the temperature."""
-    logits = torch.nn.functional.linear(hidden, weight).float()
-    if bias is not None:
-        logits += bias.float()
-    if temperature != 1.0:
-        logits /= temperature
-    return logits
+def tile_shape(tokens: int, vocab: int, *, chunk_size: int | None, device: torch.device) -> TileShape:
+    """Tokens and vocabulary entries in one tile; both cut evenly, so that no tile is a mere rest.
+
+    On a CPU a tile of 4 to 16 MiB keeps matrix products at full speed while what follows them finds it in the cache; a
+    GPU wants far larger products.
+    """
+    if device.type == "cpu":
+        cells, most_tokens, words = 2**22, 1024, max(4096, 2**20 // max(tokens, 1))
+    else:
+        cells, most_tokens, words = 2**26, 4096, 16384
+    width = min(chunk_size, vocab) if chunk_size else _even(vocab, words, multiple=16)
+    # With a wider tile there are fewer tokens to it, down to where products would become slow.
+    height = min(most_tokens, max(cells // width, most_tokens // 4))
+    return TileShape(tokens=_even(tokens, height, multiple=1), vocab=width)
 
 
-class _ChunkedHead(torch.autograd.Function):
-    """The projection, log-softmax and entropy as one node of the graph that stores no logits."""
+def _even(size: int, longest: int, *, multiple: int) -> int:
+    pieces = max(1, -(-size // longest))
+    length = -(-max(size, 1) // pieces)
+    return -(-length // multiple) * multiple
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        chunk_size: int,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        n = hidden.shape[0]
-        logprobs = torch.empty(n, dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(logprobs)
-        cast_weight, kept = weight.to(dtype), None
-        for start in range(0, n, chunk_size):
-            kept = None  # frees the block before the next one is made
-            rows = slice(start, start + chunk_size)
-            logits = _logits(hidden[rows].to(dtype), cast_weight, bias, temperature)
-            logits -= logits.amax(dim=-1, keepdim=True)
-            chosen = logits.gather(1, targets[rows, None]).squeeze(1)
-            kept = torch.exp(logits)
-            total = kept.sum(dim=-1)
-            # H = log Z - sum p z. The clamp keeps 0 * -inf, for tokens a model rules out, from being NaN.
-            mean_logit = logits.clamp_min_(torch.finfo(torch.float32).min).mul_(kept).sum(dim=-1) / total
-            logprobs[rows] = chosen - total.log()
-            entropy[rows] = total.log() - mean_logit
-            kept /= total[:, None]
-            del logits
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, targets, entropy)
-        ctx.settings = (temperature, chunk_size, dtype)
-        ctx.kept = kept if any(ctx.needs_input_grad[:3]) else None
-        return logprobs, entropy
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, entropy = ctx.saved_tensors
-        temperature, chunk_size, dtype = ctx.settings
-        if grads[0] is None and grads[1] is None:
-            return (None,) * 7
-        cast_weight = weight.to(dtype)
-        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        # Last chunk first: its probabilities are the ones the forward pass left behind.
-        for start in reversed(range(0, hidden.shape[0], chunk_size)):
-            rows = slice(start, start + chunk_size)
-            part = hidden[rows].to(dtype)
-            probs, ctx.kept = ctx.kept, None
-            if probs is None:
-                probs = _logits(part, cast_weight, bias, temperature)
-                probs.sub_(probs.amax(dim=-1, keepdim=True)).exp_()
-                probs /= probs.sum(dim=-1, keepdim=True)
-            dlogits = _grad_logits(probs, targets[rows], entropy[rows], *(g if g is None else g[rows] for g in grads))
-            if grad_bias is not None:
-                grad_bias += dlogits.sum(0) / temperature
-            dlogits = dlogits.to(dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = (dlogits @ cast_weight / temperature).to(grad_hidden.dtype)
-            if grad_weight is not None:
-                _accumulate(grad_weight, dlogits, part, 1.0 / temperature)
-        return (
-            grad_hidden,
-            grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
-            grad_bias if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
+def _backend(device: torch.device, dtype: torch.dtype) -> HeadBackend:
+    """Triton where there is a GPU for it; its kernels compute in float32."""
+    has_triton = device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    return HeadBackend.TRITON if has_triton else HeadBackend.TORCH
+
+
+def _module(backend: HeadBackend) -> ModuleType:
+    if backend is HeadBackend.TORCH:
+        return logprobs_tiles
+    from trl_ray.algorithms import logprobs_triton
+
+    return logprobs_triton
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settings:
+    """What is no tensor."""
+
+    temperature: float
+    transform: LogitTransform
+    compute_dtype: torch.dtype
+    tile: TileShape
+    extras: ExtraOutputs
+    backend: HeadBackend
+    keep: bool
+
+    def problem(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> HeadProblem:
+        return HeadProblem(
+            hidden=hidden,
+            weight=weight,
+            bias=bias,
+            targets=targets,
+            temperature=self.temperature,
+            transform=self.transform,
+            compute_dtype=self.compute_dtype,
+            tile=self.tile,
         )
 
 
-def _grad_logits(
-    probs: Tensor, targets: Tensor, entropy: Tensor, grad_lp: Tensor | None, grad_h: Tensor | None
-) -> Tensor:
-    """Gradient at the tempered logits [C, V]: g_lp (1[target] - p) - g_H p (log p + H). Overwrites `probs`."""
-    if grad_h is None:
-        assert grad_lp is not None, "backward is called with at least one gradient"
-        dlogits = probs.mul_(-grad_lp[:, None])
-    else:
-        plogp = torch.xlogy(probs, probs).mul_(-grad_h[:, None])
-        scale = -grad_h * entropy if grad_lp is None else -grad_h * entropy - grad_lp
-        dlogits = probs.mul_(scale[:, None]).add_(plogp)
-    if grad_lp is not None:
-        dlogits.scatter_add_(1, targets[:, None], grad_lp[:, None])
-    return dlogits
+class _Head(torch.autograd.Function):
+    """The head, log-softmax and entropy as one node of the graph that stores no logits."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
+    ) -> tuple[Tensor | None, ...]:
+        problem = settings.problem(hidden, weight, bias, targets)
+        found: HeadResult = _module(settings.backend).forward(
+            problem, settings.extras, keep=settings.keep and any(ctx.needs_input_grad[:3])
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, targets, found.log_total, found.entropy)
+        ctx.settings, ctx.kept = settings, found.kept
+        extras = (found.sum_squared_probs, found.top1, found.top_ids, found.top_logprobs)
+        ctx.mark_non_differentiable(*(extra for extra in extras if extra is not None))
+        return found.logprobs, found.entropy, *extras
 
-def _accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor, scale: float) -> None:
-    """Add ``scale * dlogits.T @ hidden`` [V, H] to a float32 total, in place where the product is float32 too."""
-    if dlogits.dtype == torch.float32:
-        total.addmm_(dlogits.T, hidden, alpha=scale)
-    else:
-        total.add_((dlogits.T @ hidden).float(), alpha=scale)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, log_total, entropy = ctx.saved_tensors
+        if grads[0] is None and grads[1] is None:
+            return (None,) * 5
+        settings: _Settings = ctx.settings
+        kept, ctx.kept = ctx.kept, {}
+        found = _module(settings.backend).backward(
+            settings.problem(hidden, weight, bias, targets),
+            Upstream(logprobs=grads[0], entropy=grads[1], entropy_value=entropy, log_total=log_total),
+            kept,
+            needs=ctx.needs_input_grad[:3],
+        )
+        return found.hidden, found.weight, found.bias, None, None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ class StepTotals:
     num_valid_tokens: int
     num_samples: int
     num_micro_batches: int
+    num_surrogate_tokens: int | None = None
+    """Tokens that no surrogate mask leaves out; None: there are no such masks."""
 
     @classmethod
     def of(cls, batch: TrainBatch) -> StepTotals:
@@ -34,7 +36,8 @@ class StepTotals:
         return cls(
             num_valid_tokens=batch.num_valid_tokens,
             num_samples=batch.num_samples,
-            num_micro_batches=len(batch.micro_batches),
+            num_micro_batches=batch.num_micro_batches,
+            num_surrogate_tokens=batch.num_surrogate_tokens,
         )
 
 
@@ -50,6 +53,10 @@ class SampleTokens:
     """[N] float32, of the token's sample."""
     counts: Tensor
     """[B] float32 trained tokens of each sample; 0 for a masked one."""
+    old_logprobs: Tensor | None = None
+    """[N] float32 of the weights before the first update on these samples; None: the current ones."""
+    surrogate_mask: Tensor | None = None
+    """[N] bool, False where only denominators and the KL count a token; None: all True."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,7 +69,7 @@ class LossInputs:
     entropy: Tensor
     """[N] float32, with gradient."""
     reference_logprobs: Tensor | None
-    """[N] float32 of the frozen initial policy; None unless the loss asks for them."""
+    """[N] float32 of the reference policy; None unless the loss asks for them."""
     micro_batch_tokens: int
     """Trained tokens of the whole micro-batch, of which these may be a part."""
     totals: StepTotals
@@ -82,7 +89,7 @@ class Loss(Protocol):
 
     @property
     def needs_reference(self) -> bool:
-        """True when log-probs of the frozen initial policy are wanted."""
+        """True when a reference policy must be held, for the training pass or for a first pass before it."""
         ...
 
     def has_gradient(self, sample: TrainingSample) -> bool:
@@ -91,6 +98,25 @@ class Loss(Protocol):
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """The micro-batch's loss and metrics."""
+        ...
+
+    def after_update(self, metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
+        """Adapt to what an update showed.
+
+        Args:
+            metrics: of the whole update, all ranks.
+
+        Returns:
+            Metrics to add.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, float]:
+        """What `after_update` has changed so far; empty where nothing adapts."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from a saved state."""
         ...
 
 
@@ -105,7 +131,18 @@ def sample_tokens(samples: Sequence[TrainingSample], *, device: torch.device | s
         sampler_logprobs=torch.from_numpy(flat.astype(np.float32)).to(device),
         advantages=torch.from_numpy(advantages.astype(np.float32)).to(device),
         counts=torch.from_numpy(counts.astype(np.float32)).to(device),
+        old_logprobs=_stream(samples, [sample.old_logprobs for sample in samples], device),
+        surrogate_mask=_stream(samples, [sample.surrogate_mask for sample in samples], device),
     )
+
+
+def _stream(samples: Sequence[TrainingSample], values: Sequence[Any], device: torch.device | str) -> Tensor | None:
+    """Join per-token values [L] of samples at their trained tokens [N]; all samples have them, or none does."""
+    if all(value is None for value in values):
+        return None
+    assert all(value is not None for value in values), "all samples of a micro-batch carry a stream, or none does"
+    parts = [value[sample.loss_mask] for value, sample in zip(values, samples, strict=True)]
+    return torch.from_numpy(np.concatenate(parts)).to(device)
 
 
 def sum_per_sample(values: Tensor, tokens: SampleTokens) -> Tensor:
@@ -115,8 +152,13 @@ def sum_per_sample(values: Tensor, tokens: SampleTokens) -> Tensor:
 
 def first_non_finite_sample(inputs: LossInputs) -> int | None:
     """Index of the first sample with NaN or infinity in what the loss is made of; None when all is finite."""
-    parts = [inputs.logprobs, inputs.tokens.sampler_logprobs, inputs.tokens.advantages]
-    if inputs.reference_logprobs is not None:
-        parts.append(inputs.reference_logprobs)
-    bad = ~torch.isfinite(torch.stack([part.detach() for part in parts])).all(dim=0)
-    return int(inputs.tokens.sample_index[bad][0]) if bool(bad.any()) else None
+    tokens = inputs.tokens
+    parts = [
+        inputs.logprobs,
+        tokens.sampler_logprobs,
+        tokens.advantages,
+        tokens.old_logprobs,
+        inputs.reference_logprobs,
+    ]
+    bad = ~torch.isfinite(torch.stack([part.detach() for part in parts if part is not None])).all(dim=0)
+    return int(tokens.sample_index[bad][0]) if bool(bad.any()) else None

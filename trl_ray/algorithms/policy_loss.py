@@ -1,142 +1,193 @@
-"""The clipped policy objective of GRPO and its relatives, over the trained tokens of a micro-batch.
+"""The policy objective of GRPO and its relatives, over the trained tokens of a micro-batch.
 
-    L_t = -min(rho A, clip(rho, 1-eps, 1+eps_high) A) * w  +  beta * rho * k3
-    rho = pi / pi_old    w = importance weight pi_old / sampler    k3 = e^(ref-pi) - (ref-pi) - 1
+    L_t = surrogate(rho, A) * w * kept  +  beta * [rho] KL_t               loss = aggregate(L) - coef * mean entropy
 
-Aggregation over tokens t of samples i; T and B count tokens and samples of the whole optimizer step:
-    dapo     sum_t L_t / T                                    https://arxiv.org/abs/2503.14476
-    grpo     (1/B) sum_i mean_t L_t                           https://arxiv.org/abs/2402.03300
-    dr_grpo  sum_t L_t / (B * max_completion_length)          https://arxiv.org/abs/2503.20783
-    bnpo     mean over micro-batches of their token means     depends on how the step is cut, by definition
+    rho   policy / old policy                       importance.py    (of a token, or of a completion: GSPO, RLOO)
+    surrogate                                       surrogates.py    (clipped, cispo, sapo, vespo)
+    w     old policy / sampler, held within bounds  importance.py
+    kept  0 where a completion is too far off-policy (importance.py), or a token is too sure (first_pass.py)
+    KL_t  estimate of KL(policy || reference)       kl.py            (neither masked, clipped nor corrected)
+    aggregate, over the whole update                aggregation.py
+
+Every denominator is a total of the whole optimizer update, over all micro-batches and ranks; but for bnpo, which is
+defined by micro-batches, it does not matter how an update is cut.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from trl_ray.algorithms.loss import LossInputs, LossOutput, sum_per_sample
-from trl_ray.algorithms.metrics import token_mean
-from trl_ray.config.sections import ImportanceMode, LossConfig, LossType, OldLogprobs
+from trl_ray.algorithms import surrogates
+from trl_ray.algorithms.aggregation import aggregate
+from trl_ray.algorithms.entropy import EntropyBonus
+from trl_ray.algorithms.importance import off_policy, old_logprobs, policy_ratio, sampler_correction
+from trl_ray.algorithms.kl import kl_estimate, kl_penalty
+from trl_ray.algorithms.loss import LossInputs, LossOutput
+from trl_ray.algorithms.token_metrics import TokenMetrics
+from trl_ray.config.loss import (
+    CLIPPED,
+    ImportanceLevel,
+    KLEstimator,
+    KLPlacement,
+    LossConfig,
+    LossType,
+)
 from trl_ray.types import Metric, Reduce, TrainingSample
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyLoss:
-    """The clipped surrogate with every option of `LossConfig`; implements the `Loss` protocol."""
+    """The surrogate with every option of `LossConfig`; implements the `Loss` protocol.
 
-    config: LossConfig
-    max_completion_length: int
-    """The fixed length dr_grpo divides by."""
+    *Decoupled PPO*, `old_logprobs=policy`: three policies meet in a token's loss. The sampler drew it, maybe versions
+    ago; the old (proximal) policy is the learner before the first update on it; the policy is the learner now. The
+    ratio policy / old policy is clipped, so that the updates of one step stay near to where the step began; the
+    weight old policy / sampler, without gradient, corrects for who drew the token. When a generation batch gives one
+    update only, the first two are one: the ratio is 1, nothing is clipped, and only its gradient counts. When it
+    gives several, `TrainingSample.old_logprobs` must hold the old policy's log-probs of a first pass
+    (`first_pass.with_scores`). With `old_logprobs=sampler` there is one ratio, policy / sampler, and clipping bounds
+    lag and updates together, as in TRL's asynchronous GRPO.
+
+    Metrics, means over trained tokens unless said otherwise:
+
+    * `entropy`, `kl/sampler`, `importance/mean`, `importance/max`, `importance/ess`; `kl/ref` with a KL in the loss;
+    * `clip/low`, `clip/high`: where the ratio is out of bounds on the side the advantage pushes to; over completions,
+      when the ratio is of completions. cispo has `clip/high` only, sapo and vespo have neither;
+    * `off_policy/masked_fraction`, `entropy/kept_fraction`, `entropy/kept` (mean entropy where the mask keeps tokens);
+    * `vespo/phi_seq_mean` over completions; `entropy_coef` after the update.
+
+    Args:
+        config: the options.
+        max_completion_length: the fixed length dr_grpo divides by, in tokens.
+    """
+
+    def __init__(self, *, config: LossConfig, max_completion_length: int) -> None:
+        self.config = config
+        self.max_completion_length = max_completion_length
+        self._bonus = EntropyBonus(config)
 
     @property
     def needs_reference(self) -> bool:
-        """True while the KL to the initial policy has weight."""
+        """True while the KL to the reference has weight, in the loss or in the reward."""
         return self.config.beta > 0
 
+    @property
+    def _has_kl(self) -> bool:
+        return self.needs_reference and self.config.kl_placement is KLPlacement.LOSS
+
     def has_gradient(self, sample: TrainingSample) -> bool:
-        """A sample of advantage 0 moves nothing unless the KL does."""
-        return self.needs_reference or sample.advantage != 0.0
+        """The KL moves every trained token; advantage and entropy bonus move those that no mask leaves out."""
+        if self._has_kl:
+            return bool(sample.loss_mask.any())
+        # A NaN is not 0: the learner must meet it.
+        if sample.advantage == 0 and self._bonus.applied == 0:
+            return False
+        mask = sample.loss_mask if sample.surrogate_mask is None else sample.loss_mask & sample.surrogate_mask
+        return bool(mask.any())
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """Loss and metrics of one micro-batch."""
         config, tokens = self.config, inputs.tokens
-        current = inputs.logprobs.detach()
-        old = current if config.old_logprobs is OldLogprobs.POLICY else tokens.sampler_logprobs
-        ratio = torch.exp(inputs.logprobs - old)
-        per_token = clipped_surrogate(ratio, tokens.advantages, low=config.epsilon, high=self._epsilon_high)
-        raw_weight, weight = importance_weights(inputs, config)
-        if weight is not None:
-            per_token = per_token * weight
-        metrics = self._metrics(inputs, ratio.detach(), raw_weight)
-        if inputs.reference_logprobs is not None and self.needs_reference:
-            kl = k3(inputs.logprobs, inputs.reference_logprobs)
-            metrics["kl/ref"] = _mean(kl)
-            # The ratio makes the gradient that of the KL itself (https://arxiv.org/abs/2512.02556, section 3.1);
-            # k3 alone would ignore that the tokens were drawn from the policy. Neither clipped nor corrected.
-            per_token = per_token + config.beta * kl * ratio
-        return LossOutput(loss=self.aggregate(per_token, inputs), metrics=metrics)
+        metrics = TokenMetrics(tokens)
+        log_ratio = inputs.logprobs - old_logprobs(inputs, config)
+        ratio = policy_ratio(log_ratio, tokens, config.importance_sampling_level)
+        correction = sampler_correction(inputs, config)
+        per_token = self._surrogate(inputs, log_ratio, ratio, correction.weight, metrics)
+        if config.off_policy_mask_threshold is not None:
+            far = off_policy(inputs, config.off_policy_mask_threshold)
+            per_token = per_token.masked_fill(far, 0.0)
+            metrics.add("off_policy/masked_fraction", far)
+        if tokens.surrogate_mask is not None:
+            per_token = per_token.masked_fill(~tokens.surrogate_mask, 0.0)
+            metrics.add("entropy/kept_fraction", tokens.surrogate_mask)
+            metrics.add("entropy/kept", inputs.entropy, where=tokens.surrogate_mask)
+        # vespo has multiplied it into the ratio of the completion.
+        if correction.weight is not None and config.loss_type is not LossType.VESPO:
+            per_token = per_token * correction.weight
+        if self._has_kl:
+            per_token = per_token + config.beta * self._kl(inputs, ratio, metrics)
+        loss = aggregate(
+            per_token, inputs, loss_type=config.loss_type, max_completion_length=self.max_completion_length
+        )
+        if self._bonus.applied > 0:
+            loss = loss - self._bonus.applied * _entropy_share(inputs)
+        metrics.add("entropy", inputs.entropy)
+        # k3 of tokens drawn from the sampler: the estimate of KL(sampler || policy) that is never negative.
+        sampled = kl_estimate(tokens.sampler_logprobs, inputs.logprobs.detach(), KLEstimator.K3)
+        metrics.add("kl/sampler", sampled)
+        metrics.add_ratio("importance", correction.ratio)
+        return LossOutput(loss=loss, metrics=metrics.metrics())
 
-    @property
-    def _epsilon_high(self) -> float:
-        return self.config.epsilon if self.config.epsilon_high is None else self.config.epsilon_high
+    def _surrogate(
+        self, inputs: LossInputs, log_ratio: Tensor, ratio: Tensor, weight: Tensor | None, metrics: TokenMetrics
+    ) -> Tensor:
+        """Token losses [N] before masks and weights."""
+        config, advantages = self.config, inputs.tokens.advantages
+        if config.loss_type in CLIPPED:
+            low, high = config.epsilon, config.upper_epsilon
+            self._add_clip(metrics, "clip/low", (ratio < 1 - low) & (advantages < 0))
+            self._add_clip(metrics, "clip/high", (ratio > 1 + high) & (advantages > 0))
+            return surrogates.clipped(ratio, advantages, low=low, high=high, delta=config.delta)
+        if config.loss_type is LossType.CISPO:
+            self._add_clip(metrics, "clip/high", (ratio > config.upper_epsilon) & (advantages > 0))
+            return surrogates.cispo(inputs.logprobs, ratio, advantages, cap=config.upper_epsilon)
+        if config.loss_type is LossType.SAPO:
+            return surrogates.sapo(
+                ratio, advantages, positive=config.sapo_temperature_pos, negative=config.sapo_temperature_neg
+            )
+        phi = surrogates.vespo_weights(
+            log_ratio,
+            inputs.tokens,
+            correction=weight,
+            positive=(config.vespo_k_pos, config.vespo_lambda_pos),
+            negative=(config.vespo_k_neg, config.vespo_lambda_neg),
+        )
+        metrics.add_by_sample("vespo/phi_seq_mean", phi)
+        return surrogates.weighed(inputs.logprobs, phi, advantages)
 
-    def aggregate(self, per_token: Tensor, inputs: LossInputs) -> Tensor:
-        """Token losses [N] to this micro-batch's share of the step's loss."""
-        totals = inputs.totals
-        match self.config.loss_type:
-            case LossType.DAPO:
-                return per_token.sum() / max(totals.num_valid_tokens, 1)
-            case LossType.GRPO:
-                means = sum_per_sample(per_token, inputs.tokens) / inputs.tokens.counts.clamp(min=1.0)
-                return means.sum() / max(totals.num_samples, 1)
-            case LossType.DR_GRPO:
-                return per_token.sum() / (max(totals.num_samples, 1) * self.max_completion_length)
-            case LossType.BNPO:
-                return per_token.sum() / max(inputs.micro_batch_tokens, 1) / max(totals.num_micro_batches, 1)
+    def _add_clip(self, metrics: TokenMetrics, name: str, clipped: Tensor) -> None:
+        if self.config.importance_sampling_level is ImportanceLevel.TOKEN:
+            metrics.add(name, clipped)
+        else:
+            metrics.add_by_sample(name, clipped)
 
-    def _metrics(self, inputs: LossInputs, ratio: Tensor, raw_weight: Tensor) -> dict[str, Metric]:
-        advantages = inputs.tokens.advantages
-        low = (ratio < 1 - self.config.epsilon) & (advantages < 0)
-        high = (ratio > 1 + self._epsilon_high) & (advantages > 0)
-        metrics = {
-            "entropy": _mean(inputs.entropy),
-            "clip/low": _mean(low),
-            "clip/high": _mean(high),
-            # k3 of tokens drawn from the sampler: the estimate of KL(sampler || policy) that is never negative.
-            "kl/sampler": _mean(k3(inputs.tokens.sampler_logprobs, inputs.logprobs)),
-        }
-        return metrics | importance_metrics(raw_weight)
+    def _kl(self, inputs: LossInputs, ratio: Tensor, metrics: TokenMetrics) -> Tensor:
+        """Penalties [N]."""
+        assert inputs.reference_logprobs is not None, "a KL in the loss needs log-probs of the reference"
+        kl = kl_estimate(inputs.logprobs, inputs.reference_logprobs, self.config.kl_estimator)
+        metrics.add("kl/ref", kl)
+        return kl_penalty(kl, ratio, self.config.kl_estimator) if self.config.use_bias_correction_kl else kl
 
+    def after_update(self, metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
+        """Adapt the weight of the entropy bonus.
 
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, *, low: float, high: float) -> Tensor:
-    """Token losses [N]: -min(rho A, clip(rho, 1-low, 1+high) A) (https://arxiv.org/abs/1707.06347, eq. 7)."""
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+        Args:
+            metrics: of the whole update, all ranks; `entropy/kept` where a mask leaves tokens out, else `entropy`.
+        """
+        entropy = metrics.get("entropy/kept", metrics.get("entropy"))
+        if not self.config.has_entropy_bonus or entropy is None:
+            return {}
+        self._bonus.adapt(entropy.value)
+        return {"entropy_coef": Metric(value=self._bonus.coefficient, reduce=Reduce.LAST)}
 
+    def state_dict(self) -> dict[str, float]:
+        """The state of the entropy bonus; empty where it is fixed."""
+        return self._bonus.state_dict()
 
-def k3(logprobs: Tensor, other: Tensor) -> Tensor:
-    """Estimate [N] of KL(p || q) from tokens drawn from p: e^x - x - 1 with x = log q - log p, never negative."""
-    difference = other - logprobs
-    return torch.exp(difference) - difference - 1
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from a saved state.
 
-
-def importance_weights(inputs: LossInputs, config: LossConfig) -> tuple[Tensor, Tensor | None]:
-    """How far the sampler was off, and the factor on each token's loss that corrects for it.
-
-    Returns:
-        The plain ratio policy / sampler [N] (of the token, or of its whole sequence), without gradient; and the
-        ratio truncated or masked [N], or None where the loss is not corrected. With `old_logprobs=sampler` the
-        clipped ratio already is policy / sampler, so there is nothing left to correct.
-    """
-    tokens, mode = inputs.tokens, config.vllm_importance_sampling_mode
-    corrects = config.vllm_importance_sampling_correction and config.old_logprobs is OldLogprobs.POLICY
-    log_ratio = inputs.logprobs.detach() - tokens.sampler_logprobs
-    if corrects and mode in {ImportanceMode.SEQUENCE_TRUNCATE, ImportanceMode.SEQUENCE_MASK}:
-        log_ratio = sum_per_sample(log_ratio, tokens)[tokens.sample_index]
-    ratio = torch.exp(log_ratio)
-    if not corrects:
-        return ratio, None
-    low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
-    if mode in {ImportanceMode.TOKEN_TRUNCATE, ImportanceMode.SEQUENCE_TRUNCATE}:
-        return ratio, ratio.clamp(min=low, max=high)
-    outside = (ratio > high) | (ratio < (0.0 if low is None else low))
-    return ratio, ratio.masked_fill(outside, 0.0)
-
-
-def importance_metrics(ratio: Tensor) -> dict[str, Metric]:
-    """Mean, largest and effective sample size (share of the tokens) of importance ratios [N]."""
-    count = ratio.numel()
-    if count == 0:
-        return {}
-    total, squares = float(ratio.sum()), float(ratio.square().sum())
-    return {
-        "importance/mean": token_mean(total, count),
-        "importance/max": Metric(value=float(ratio.max()), reduce=Reduce.MAX),
-        "importance/ess": Metric(value=total**2 / (count * squares) if squares else 0.0, weight=count),
-    }
+        Raises:
+            KeyError: it was saved by a run whose bonus did not adapt.
+        """
+        self._bonus.load_state_dict(state)
 
 
-def _mean(values: Tensor) -> Metric:
-    return token_mean(float(values.detach().float().sum()), values.numel())
+def _entropy_share(inputs: LossInputs) -> Tensor:
+    """What this micro-batch adds to the mean entropy over the tokens of the update that the surrogate trains on."""
+    mask, totals = inputs.tokens.surrogate_mask, inputs.totals
+    if mask is None:
+        return inputs.entropy.sum() / max(totals.num_valid_tokens, 1)
+    assert totals.num_surrogate_tokens is not None, "an update whose samples have surrogate masks counts their tokens"
+    return inputs.entropy.masked_fill(~mask, 0.0).sum() / max(totals.num_surrogate_tokens, 1)

@@ -44,13 +44,15 @@ def expected_memory(preparation: Preparation) -> dict[Role, float]:
     Activations depend on lengths and are not counted.
     """
     config = preparation.config
-    parameters = count_parameters(config.part(ModelConfig))
+    count = count_parameters(config.part(ModelConfig))
+    parameters = count.base
     weight, engine_weight = _BYTES[config.dtype], _BYTES[config.rollout.dtype or config.dtype]
-    reference = parameters * weight if config.beta > 0 else 0
+    # With an adapter the frozen weights are the reference.
+    reference = parameters * weight if config.beta > 0 and not config.use_peft else 0
     process = 0.6 * _GIB
     return {
-        # Weights, gradients, two Adam moments, and the published copy.
-        Role.LEARNER: parameters * weight * 5 + reference + process,
+        # Weights and the published copy; of what is trained also gradients and two Adam moments, which ZeRO splits.
+        Role.LEARNER: parameters * weight * 2 + count.trained * weight * 3 + reference + process,
         Role.QUEUE: 0.2 * _GIB,
         Role.ROLLOUT: parameters * engine_weight + config.rollout.kv_cache_memory_gib * _GIB + process,
         Role.REWARD: 0.2 * _GIB,

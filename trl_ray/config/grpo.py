@@ -1,25 +1,39 @@
-"""The configurations of the `grpo` and `async-grpo` pipelines.
+"""The configurations of the `grpo`, `rloo` and `async-grpo` pipelines.
 
-ModelConfig + DataConfig + TrainingConfig + GenerationConfig + LossConfig + ReportConfig   (flat, TRL's names)
-runtime: RuntimeConfig   rollout: RolloutConfig   reward: RewardConfig                     (nested, ours)
+flat, TRL's names: ModelConfig + DataConfig + TrainingConfig + GenerationConfig + LossConfig + AdvantageConfig
+                   + ReportConfig
+nested, ours:      runtime: RuntimeConfig   rollout: RolloutConfig   reward: RewardConfig
 """
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from trl_ray.config.advantages import (
+    AdvantageBaseline,
+    AdvantageConfig,
+    Aggregation,
+    ScaleRewards,
+    ScaleRewardsOption,
+    ZeroVariance,
+    explain_zero_variance,
+)
+from trl_ray.config.deepspeed import resolve_deepspeed
+from trl_ray.config.fields import FROM_STRING, Natural, Positive
+from trl_ray.config.loss import (
+    ImportanceLevel,
+    KLEstimator,
+    KLPlacement,
+    LossConfig,
+    LossType,
+)
 from trl_ray.config.sections import (
     DataConfig,
     GenerationConfig,
-    ImportanceMode,
     Isolation,
-    LossConfig,
     ModelConfig,
-    Natural,
-    OldLogprobs,
-    Positive,
     ReportConfig,
     RewardConfig,
     RolloutConfig,
@@ -29,10 +43,10 @@ from trl_ray.config.sections import (
 )
 
 
-class GRPOConfig(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, LossConfig, ReportConfig):
+class GRPOConfig(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, LossConfig, AdvantageConfig, ReportConfig):
     """Synchronous GRPO: every step trains on completions of the weights it starts from."""
 
-    pipeline: Literal["grpo", "async-grpo"] = "grpo"
+    pipeline: Literal["grpo", "rloo", "async-grpo"] = "grpo"
     """Which pipeline this configuration is for; written to config.yaml so that a run can be resumed by its folder."""
     reward_funcs: list[str] = Field(default_factory=list)
     """Registered names or dotted paths ``package.module:function``."""
@@ -67,7 +81,17 @@ class GRPOConfig(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Loss
     @property
     def completions_per_step(self) -> int:
         """Completions of one optimizer step over all ranks."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.per_device_train_batch_size * self.micro_batches_per_rank * self.runtime.num_learners
+
+    @property
+    def micro_batches_per_rank(self) -> int:
+        """Micro-batches that one rank makes of one generation batch."""
+        return self.steps_per_generation or self.gradient_accumulation_steps
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates that one generation batch gives: its slices, times `num_iterations`."""
+        return self.micro_batches_per_rank // self.gradient_accumulation_steps * self.num_iterations
 
     @property
     def groups_per_step(self) -> int:
@@ -87,9 +111,15 @@ class GRPOConfig(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Loss
     def _check_batch(self) -> Self:
         if self.completions_per_step % self.num_generations:
             raise ValueError(
-                "per_device_train_batch_size * gradient_accumulation_steps must be a multiple of num_generations, "
-                f"got {self.per_device_train_batch_size} * {self.gradient_accumulation_steps} = "
-                f"{self.completions_per_step} and num_generations={self.num_generations}. Change one of the three."
+                "per_device_train_batch_size * gradient_accumulation_steps (or steps_per_generation) * "
+                "runtime.num_learners must be a multiple of num_generations, got "
+                f"{self.per_device_train_batch_size} * {self.micro_batches_per_rank} * {self.runtime.num_learners} = "
+                f"{self.completions_per_step} and num_generations={self.num_generations}. Change one of them."
+            )
+        if self.micro_batches_per_rank % self.gradient_accumulation_steps:
+            raise ValueError(
+                "steps_per_generation must be a multiple of gradient_accumulation_steps, got "
+                f"{self.steps_per_generation} and {self.gradient_accumulation_steps}. Change one of the two."
             )
         return self
 
@@ -104,42 +134,62 @@ class GRPOConfig(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Loss
         return self
 
     @model_validator(mode="after")
-    def _check_loss(self) -> Self:
-        if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
+    def _check_shaping(self) -> Self:
+        if self.overlong_buffer_len >= self.max_completion_length:
             raise ValueError(
-                f"epsilon_high must be at least epsilon, got epsilon_high={self.epsilon_high} and "
-                f"epsilon={self.epsilon}. Raise epsilon_high or leave it out."
+                "overlong_buffer_len must be less than max_completion_length, got "
+                f"{self.overlong_buffer_len} and {self.max_completion_length}: every completion would be too long. "
+                "Lower it."
             )
-        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        if low is not None and low > high:
-            raise ValueError(
-                "vllm_importance_sampling_clip_min must not exceed vllm_importance_sampling_clip_max, "
-                f"got {low} and {high}. Lower the minimum."
-            )
-        if (
-            self.old_logprobs is OldLogprobs.SAMPLER
-            and self.vllm_importance_sampling_mode is not ImportanceMode.TOKEN_TRUNCATE
-            and self.vllm_importance_sampling_correction
-        ):
-            raise ValueError(
-                "vllm_importance_sampling_mode must be left out with old_logprobs=sampler, got "
-                f"{self.vllm_importance_sampling_mode.value}: that ratio already is policy / sampler, so there is "
-                "nothing left to correct. Remove one of the two."
-            )
+        if self.beta > 0 and self.kl_placement is KLPlacement.REWARD:
+            if self.zero_variance_groups is ZeroVariance.DROP:
+                raise ValueError(explain_zero_variance("kl_placement=reward"))
+            if self.multi_objective_aggregation is Aggregation.NORMALIZE_THEN_SUM:
+                raise ValueError(
+                    "kl_placement must be loss with multi_objective_aggregation=normalize_then_sum, got reward and "
+                    f"beta={self.beta}: there is no total reward to take the KL from. Set kl_placement=loss, or beta=0."
+                )
         return self
 
     @model_validator(mode="after")
     def _check_sampler_distribution(self) -> Self:
+        # An engine's log-probs are those of the distribution it sampled from: with tokens left out, each is too high by
+        # the log of the mass that was kept, and policy / sampler too small by that mass (huggingface/trl#6789). One
+        # token's ratio is off by a bounded factor, which is accepted; over a completion these factors multiply.
         truncated = self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.repetition_penalty != 1
-        masks = self.vllm_importance_sampling_mode in {ImportanceMode.SEQUENCE_MASK, ImportanceMode.SEQUENCE_TRUNCATE}
-        corrected = self.vllm_importance_sampling_correction and self.old_logprobs is OldLogprobs.POLICY
-        if truncated and corrected and masks:
+        culprit = self.sums_sampler_ratios
+        if truncated and culprit is not None:
             raise ValueError(
-                "vllm_importance_sampling_mode must be token_truncate or token_mask when top_p, top_k, min_p or "
-                "repetition_penalty change the sampler's distribution: the product over a sequence of ratios that "
-                f"are each too small is meaningless, got {self.vllm_importance_sampling_mode.value}. "
-                "Sample from the whole distribution, or correct per token."
+                f"{culprit} must not be combined with a sampler that does not draw from the whole distribution, got "
+                f"top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}, repetition_penalty="
+                f"{self.repetition_penalty}: ratios policy / sampler are each too small by the mass it keeps, which "
+                "adds up over a completion. Remove the option, correct token by token, or sample from the whole "
+                "distribution."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_adapter_reference(self) -> Self:
+        if self.sync_ref_model and self.use_peft:
+            raise ValueError(
+                "sync_ref_model must be false with use_peft=true, got true: the reference of an adapter is the frozen "
+                "model beneath it, of which there is no copy to move. Set sync_ref_model=false, or train all weights."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_kernels(self) -> Self:
+        if self.use_liger_kernel and self.chunk_lm_head_size is not None:
+            raise ValueError(
+                "chunk_lm_head_size must be left out with use_liger_kernel=true, got "
+                f"{self.chunk_lm_head_size}: both replace the forward pass of the language-model head. Remove one."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_deepspeed(self) -> Self:
+        if self.deepspeed is not None:
+            resolve_deepspeed(self, num_ranks=self.runtime.num_learners, dtype=self.dtype)
         return self
 
     @model_validator(mode="after")
@@ -149,6 +199,11 @@ class GRPOConfig(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Loss
                 f"rollout.num_workers must be 1 with runtime.kind=local, got {self.rollout.num_workers}: one process "
                 "holds one engine. Use runtime.kind=ray for more."
             )
+        if self.runtime.kind is RuntimeKind.LOCAL and self.runtime.num_learners > 1:
+            raise ValueError(
+                f"runtime.num_learners must be 1 with runtime.kind=local, got {self.runtime.num_learners}: each rank "
+                "needs a process of its own. Use runtime.kind=ray for more."
+            )
         if self.runtime.kind is RuntimeKind.RAY and self.reward.isolation is Isolation.INLINE:
             raise ValueError(
                 "reward.isolation must be process with runtime.kind=ray, got inline: a hanging function would hold "
@@ -157,10 +212,33 @@ class GRPOConfig(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Loss
         return self
 
 
+class RLOOConfig(GRPOConfig):
+    """REINFORCE leave-one-out (Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740), synchronous, as TRL trains it.
+
+    The defaults make the objective that of TRL's RLOOTrainer. A reward is compared with the mean of the others of its
+    group and not scaled; the KL to the reference (k1, summed over the completion) is taken from the reward; one
+    clipped ratio for the whole completion, the product of its tokens' ratios, is averaged over completions
+    (`loss_type=grpo` of a loss that is the same at all tokens of a completion is exactly that mean). Nothing corrects
+    for the sampler: TRL's RLOO has no such correction.
+    """
+
+    pipeline: Literal["grpo", "rloo", "async-grpo"] = "rloo"
+    num_generations: Annotated[int, Field(ge=2)] = 2
+    max_completion_length: Positive = 512
+    advantage_baseline: Annotated[AdvantageBaseline, FROM_STRING] = AdvantageBaseline.LEAVE_ONE_OUT
+    scale_rewards: ScaleRewardsOption = ScaleRewards.NONE
+    loss_type: Annotated[LossType, FROM_STRING] = LossType.GRPO
+    importance_sampling_level: Annotated[ImportanceLevel, FROM_STRING] = ImportanceLevel.SEQUENCE_PRODUCT
+    vllm_importance_sampling_correction: bool = False
+    beta: Annotated[float, Field(ge=0)] = 0.05
+    kl_estimator: Annotated[KLEstimator, FROM_STRING] = KLEstimator.K1
+    kl_placement: Annotated[KLPlacement, FROM_STRING] = KLPlacement.REWARD
+
+
 class AsyncGRPOConfig(GRPOConfig):
     """Asynchronous GRPO: generation, rewards and training overlap, at most `max_staleness` steps apart."""
 
-    pipeline: Literal["grpo", "async-grpo"] = "async-grpo"
+    pipeline: Literal["grpo", "rloo", "async-grpo"] = "async-grpo"
     max_staleness: Natural = 4
     """Optimizer steps S between the weights that sampled a token and the weights that train on it."""
     max_look_ahead: Positive = 1

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from trl_ray.config.base import Section
-
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-# Strict models take no string for an enum; YAML has nothing else.
-_FROM_STRING = Field(strict=False)
+from trl_ray.config.deepspeed import read_deepspeed
+from trl_ray.config.fields import FROM_STRING, Fraction, Natural, Positive, Seconds
 
 
 class Dtype(enum.StrEnum):
@@ -22,6 +17,13 @@ class Dtype(enum.StrEnum):
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+
+
+class QuantType(enum.StrEnum):
+    """Number format of 4-bit weights."""
+
+    FP4 = "fp4"
+    NF4 = "nf4"
 
 
 class Schedule(enum.StrEnum):
@@ -38,49 +40,6 @@ class NonFinite(enum.StrEnum):
 
     SKIP = "skip"
     STOP = "stop"
-
-
-class LossType(enum.StrEnum):
-    """How token losses become one number; see `trl_ray.algorithms.policy_loss`."""
-
-    GRPO = "grpo"
-    DAPO = "dapo"
-    DR_GRPO = "dr_grpo"
-    BNPO = "bnpo"
-
-
-class ScaleRewards(enum.StrEnum):
-    """Which standard deviation divides the centred rewards."""
-
-    GROUP = "group"
-    BATCH = "batch"
-    NONE = "none"
-
-
-class OldLogprobs(enum.StrEnum):
-    """Which policy the probability ratio is taken against."""
-
-    POLICY = "policy"
-    """The learner's weights at the start of the step; the sampler's lag is left to the importance correction."""
-    SAMPLER = "sampler"
-    """The policy that sampled the token: the ratio carries the lag, and clipping bounds it."""
-
-
-class ImportanceMode(enum.StrEnum):
-    """How the ratio old policy / sampler corrects for their mismatch."""
-
-    TOKEN_TRUNCATE = "token_truncate"
-    TOKEN_MASK = "token_mask"
-    SEQUENCE_TRUNCATE = "sequence_truncate"
-    SEQUENCE_MASK = "sequence_mask"
-
-
-class ZeroVariance(enum.StrEnum):
-    """What becomes of a group whose rewards are all equal (its advantages are all 0)."""
-
-    KEEP = "keep"
-    DROP = "drop"
-    """Drop it and wait for another, as DAPO's dynamic sampling does."""
 
 
 class SharePrompt(enum.StrEnum):
@@ -124,7 +83,7 @@ class ModelConfig(Section):
     """Hub name or local folder."""
     model_revision: str = "main"
     trust_remote_code: bool = False
-    dtype: Annotated[Dtype, _FROM_STRING] = Dtype.FLOAT32
+    dtype: Annotated[Dtype, FROM_STRING] = Dtype.FLOAT32
     """Of the weights the optimizer updates."""
     bf16: bool = False
     """Compute forward and backward under bfloat16 autocast."""
@@ -133,6 +92,44 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     chat_template: str | None = None
     """Path of a jinja file that replaces the tokenizer's template."""
+    use_liger_kernel: bool = False
+    """Liger's kernels in the model's layers (GPUs only)."""
+
+    use_peft: bool = False
+    """Train an adapter (LoRA) beside frozen weights; a folder with adapter_config.json goes on with its adapter."""
+    lora_r: Positive = 16
+    lora_alpha: Positive = 32
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    lora_target_modules: list[str] | str | None = None
+    """Names of the linear layers that get an adapter, ``all-linear``, or None for what PEFT knows of the model."""
+    lora_modules_to_save: list[str] | None = None
+    """Layers trained in full beside the adapter, by the end of their names: ``norm`` means every norm."""
+    lora_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of PEFT's LoraConfig: alpha_pattern, exclude_modules, init_lora_weights, ..."""
+    use_rslora: bool = False
+    use_dora: bool = False
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    """Quantise the frozen weights (QLoRA); needs bitsandbytes."""
+    bnb_4bit_quant_type: Annotated[QuantType, FROM_STRING] = QuantType.NF4
+    use_bnb_nested_quant: bool = False
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> Self:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit must not both be true. Choose one.")
+        asked = {
+            "load_in_4bit": self.load_in_4bit,
+            "load_in_8bit": self.load_in_8bit,
+            "use_dora": self.use_dora,
+            "use_rslora": self.use_rslora,
+            "lora_modules_to_save": bool(self.lora_modules_to_save),
+            "lora_kwargs": bool(self.lora_kwargs),
+        }
+        names = [name for name, wanted in asked.items() if wanted]
+        if names and not self.use_peft:
+            raise ValueError(f"use_peft must be true with {' and '.join(names)}, got false. Set use_peft=true.")
+        return self
 
 
 class DataConfig(Section):
@@ -163,7 +160,7 @@ class TrainingConfig(Section):
     """Optimizer steps; -1 trains for `num_train_epochs`."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
-    lr_scheduler_type: Annotated[Schedule, _FROM_STRING] = Schedule.LINEAR
+    lr_scheduler_type: Annotated[Schedule, FROM_STRING] = Schedule.LINEAR
     warmup_steps: Natural = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -174,12 +171,19 @@ class TrainingConfig(Section):
     per_device_train_batch_size: Positive = 8
     """Completions in one micro-batch of one rank."""
     gradient_accumulation_steps: Positive = 1
-    """Micro-batches in one optimizer step."""
+    """Micro-batches in one optimizer step of one rank."""
+    steps_per_generation: Positive | None = None
+    """Micro-batches of one rank in one generation batch: a multiple of `gradient_accumulation_steps`, and None that."""
+    max_tokens_per_micro_batch: Positive | None = None
+    """Cut micro-batches by tokens (prompts included) instead of completions: even work, bounded memory."""
+    deepspeed: Annotated[dict[str, Any] | None, BeforeValidator(read_deepspeed)] = None
+    """DeepSpeed's configuration or the path of its JSON file, where ``"auto"`` takes the value from here; None trains
+    with plain torch."""
     disable_dropout: bool = True
-    share_prompt: Annotated[SharePrompt, _FROM_STRING] = SharePrompt.AUTO
-    chunk_lm_head_size: Positive = 1024
-    """Completion tokens projected onto the vocabulary at a time."""
-    on_non_finite: Annotated[NonFinite, _FROM_STRING] = NonFinite.SKIP
+    share_prompt: Annotated[SharePrompt, FROM_STRING] = SharePrompt.AUTO
+    chunk_lm_head_size: Positive | None = None
+    """Vocabulary entries in one tile of the language-model head; None lets the device decide. Excludes Liger."""
+    on_non_finite: Annotated[NonFinite, FROM_STRING] = NonFinite.SKIP
     max_skipped_steps: Natural = 3
     """Consecutive skipped steps after which the run stops."""
 
@@ -199,25 +203,6 @@ class GenerationConfig(Section):
     stop: list[str] = Field(default_factory=list)
 
 
-class LossConfig(Section):
-    """The policy objective."""
-
-    loss_type: Annotated[LossType, _FROM_STRING] = LossType.DAPO
-    beta: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL to the initial policy; 0 loads no reference model."""
-    epsilon: Annotated[float, Field(ge=0)] = 0.2
-    epsilon_high: Annotated[float, Field(ge=0)] | None = None
-    """Upper clipping range; None uses `epsilon`."""
-    scale_rewards: Annotated[ScaleRewards, _FROM_STRING] = ScaleRewards.GROUP
-    old_logprobs: Annotated[OldLogprobs, _FROM_STRING] = OldLogprobs.POLICY
-    vllm_importance_sampling_correction: bool = True
-    vllm_importance_sampling_mode: Annotated[ImportanceMode, _FROM_STRING] = ImportanceMode.TOKEN_TRUNCATE
-    vllm_importance_sampling_clip_max: Annotated[float, Field(gt=0)] = 3.0
-    vllm_importance_sampling_clip_min: Annotated[float, Field(ge=0)] | None = None
-    mask_truncated_completions: bool = False
-    zero_variance_groups: Annotated[ZeroVariance, _FROM_STRING] = ZeroVariance.KEEP
-
-
 class RewardConfig(Section):
     """Reward workers; each scores one group at a time, so slow judges want several."""
 
@@ -226,7 +211,7 @@ class RewardConfig(Section):
     num_workers: Positive = 1
     num_cpus: Annotated[float, Field(ge=0)] = 0.0
     """CPUs that Ray sets aside for each reward worker."""
-    isolation: Annotated[Isolation, _FROM_STRING] = Isolation.PROCESS
+    isolation: Annotated[Isolation, FROM_STRING] = Isolation.PROCESS
     max_failures_in_a_row: Positive = 20
     """Groups in a row whose rewards failed, after which the run stops."""
 
@@ -234,8 +219,8 @@ class RewardConfig(Section):
 class RolloutConfig(Section):
     """Rollout workers and their engines."""
 
-    engine: Annotated[EngineChoice, _FROM_STRING] = EngineChoice.AUTO
-    dtype: Annotated[Dtype, _FROM_STRING] | None = None
+    engine: Annotated[EngineChoice, FROM_STRING] = EngineChoice.AUTO
+    dtype: Annotated[Dtype, FROM_STRING] | None = None
     """None uses the policy's."""
     num_workers: Positive = 1
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
@@ -264,20 +249,24 @@ class RolloutConfig(Section):
 class RuntimeConfig(Section):
     """Ray, resources, supervision."""
 
-    kind: Annotated[RuntimeKind, _FROM_STRING] = RuntimeKind.RAY
+    kind: Annotated[RuntimeKind, FROM_STRING] = RuntimeKind.RAY
     address: str | None = None
     """``host:port`` of a running cluster or ``auto``; None starts Ray on this machine (inside a Ray job: joins it)."""
     num_cpus: Positive | None = None
     """CPUs of a cluster started here; None counts the machine's."""
+    num_learners: Positive = 1
+    """Ranks of the learner, one actor each; the batch options are per rank."""
     learner_num_cpus: Annotated[float, Field(ge=0)] = 1.0
     learner_num_gpus: Annotated[float, Field(ge=0)] = 0.0
     learner_threads: Positive | None = None
-    """Compute threads of the learner; None uses its CPUs."""
+    """Compute threads of each learner rank; None uses its CPUs."""
     placement_strategy: Annotated[str, Field(pattern="^(PACK|SPREAD|STRICT_PACK|STRICT_SPREAD)$")] = "PACK"
     placement_timeout_s: Seconds = 60.0
     connect_timeout_s: Seconds = 10.0
     start_deadline_s: Seconds = 600.0
     """For an actor to load its model."""
+    collective_timeout_s: Seconds = 1800.0
+    """For one exchange between the ranks of the learner."""
     step_deadline_s: Seconds = 3600.0
     """For one optimizer step."""
     pull_deadline_s: Seconds = 600.0

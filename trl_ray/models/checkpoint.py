@@ -1,8 +1,11 @@
 """Checkpoint directories that are either whole or told apart from whole ones.
 
-    step-N.tmp/  config.json *.safetensors tokenizer*  trainer_state.pt  extra files  manifest.json
-         '--- every file synced to disk, then renamed ---> step-N/
+    begin   step-N.tmp/                                                      one rank makes it
+            step-N.tmp/...             what every rank keeps for itself      all ranks, then a barrier
+    finish  step-N.tmp/  config.json *.safetensors tokenizer*  trainer_state.pt  extra files  manifest.json
+                 '--- every file synced to disk, then renamed ---> step-N/   the same one
 
+A policy with an adapter leaves adapter_config.json and adapter_model.safetensors instead of a whole model.
 The manifest holds the size and SHA-256 of every other file. A directory without a manifest was never finished.
 """
 
@@ -20,9 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_ray.errors import CheckpointError
+from trl_ray.models.adapters import has_adapter, save_adapter
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.pt"
@@ -51,12 +57,76 @@ def checkpoint_step(path: str | Path) -> int:
     return int(match[1])
 
 
+def partial_path(directory: str | Path, step: int) -> Path:
+    """The folder that a checkpoint is written to before it is published: the same on every rank."""
+    return Path(directory) / f"step-{step}.tmp"
+
+
+def begin_checkpoint(directory: str | Path, *, step: int) -> Path:
+    """Make the empty folder that all ranks write to; one rank calls it, the others wait for it.
+
+    Returns:
+        `partial_path`.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    partial = partial_path(directory, step)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise _unwritable(directory, step, error) from error
+    return partial
+
+
+def finish_checkpoint(
+    directory: str | Path,
+    *,
+    step: int,
+    model: PreTrainedModel,
+    trainer_state: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    extra: Mapping[str, bytes] | None = None,
+) -> str:
+    """Add model and trainer state to what all ranks have written, and publish the checkpoint.
+
+    The rank that called `begin_checkpoint` calls it, when all others are done. The arguments are those of
+    `save_checkpoint`.
+
+    Raises:
+        CheckpointError: the disk is full or the directory cannot be written; the unfinished folder is gone.
+    """
+    partial, final = partial_path(directory, step), Path(directory) / f"step-{step}"
+    assert partial.is_dir(), f"begin_checkpoint must be called before step {step} is finished"
+    try:
+        _write_model(model, partial, weights)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        torch.save(dict(trainer_state), partial / TRAINER_STATE)
+        for name, content in (extra or {}).items():
+            (partial / name).write_bytes(content)
+        _write_manifest(partial, step)
+        _publish(partial, final)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+        abandon_checkpoint(directory, step=step)
+        raise _unwritable(directory, step, error) from error
+    return str(final)
+
+
+def abandon_checkpoint(directory: str | Path, *, step: int) -> None:
+    """Remove what was begun: some rank could not write its part."""
+    shutil.rmtree(partial_path(directory, step), ignore_errors=True)
+
+
 def save_checkpoint(
     directory: str | Path,
     *,
     step: int,
     model: PreTrainedModel,
     trainer_state: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     extra: Mapping[str, bytes] | None = None,
 ) -> str:
@@ -65,34 +135,40 @@ def save_checkpoint(
     Args:
         directory: made when missing.
         step: optimizer steps done.
-        model: saved in the dtype it has, so that loading gives the same bits.
+        model: saved in the dtype it has, so that loading gives the same bits; of one with an adapter only the adapter.
         trainer_state: tensors and plain values, in nested dicts and lists.
+        weights: whole parameters by the model's own names (all of them, or all that are trained where there is an
+            adapter), when the model's are split over ranks; tied ones once.
         tokenizer: saved beside the model.
         extra: contents of further files by name.
 
     Raises:
         CheckpointError: the disk is full or the directory cannot be written.
     """
-    final = Path(directory) / f"step-{step}"
-    partial = final.with_name(final.name + ".tmp")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        torch.save(dict(trainer_state), partial / TRAINER_STATE)
-        for name, content in (extra or {}).items():
-            (partial / name).write_bytes(content)
-        _write_manifest(partial, step)
-        _publish(partial, final)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as a RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint of step {step} must be written to {final}, but: {error}. Free space or check permissions; "
-            "earlier checkpoints are untouched."
-        ) from error
-    return str(final)
+    begin_checkpoint(directory, step=step)
+    return finish_checkpoint(
+        directory,
+        step=step,
+        model=model,
+        trainer_state=trainer_state,
+        weights=weights,
+        tokenizer=tokenizer,
+        extra=extra,
+    )
+
+
+def _write_model(model: PreTrainedModel, directory: Path, weights: Mapping[str, Tensor] | None) -> None:
+    if has_adapter(model):
+        save_adapter(model, directory, weights)
+    else:
+        model.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
+
+
+def _unwritable(directory: str | Path, step: int, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint of step {step} must be written to {Path(directory) / f'step-{step}'}, but: {error}. Free "
+        "space or check permissions; earlier checkpoints are untouched."
+    )
 
 
 def _write_manifest(directory: Path, step: int) -> None:

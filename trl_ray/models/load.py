@@ -1,21 +1,24 @@
 """Loading policies and tokenizers, and saying plainly why one cannot be used.
 
-ModelConfig --> load_policy --> model with a checked head --> lm_head_of, hidden_states
-            --> load_tokenizer
+ModelConfig --find_source--> frozen or trained base model [+ adapter, models.adapters] --check_head--> policy
+            --load_tokenizer--> tokenizer
 """
 
 from __future__ import annotations
 
+import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,6 +26,9 @@ from transformers import (
 
 from trl_ray.config.sections import Dtype, ModelConfig
 from trl_ray.errors import ModelError
+from trl_ray.models.adapter_config import adapter_size, base_of_adapter, is_adapter_folder
+from trl_ray.models.adapters import REFERENCE, attach_adapter, load_adapter
+from trl_ray.models.head import check_head
 
 Policy: TypeAlias = PreTrainedModel
 _DTYPES = {Dtype.FLOAT32: torch.float32, Dtype.BFLOAT16: torch.bfloat16}
@@ -58,6 +64,60 @@ def check_model_path(name: str | None) -> str:
     return str(path)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """Where a policy's weights come from."""
+
+    base: str
+    """Folder or hub name of the whole model: what tokenizers, engines and configurations are read from."""
+    revision: str | None
+    """Of a hub name; None for a folder."""
+    adapter: str | None = None
+    """Folder of the adapter to go on with; None for a new one, or none."""
+    initial_adapter: str | None = None
+    """Folder of the adapter that training started from, which is part of the reference; None where it was new."""
+
+
+def find_source(model: ModelConfig, *, path: str | None = None) -> ModelSource:
+    """Tell whole models from adapters and check what can be checked without loading.
+
+    Args:
+        model: names a whole model, or an adapter's folder; then its base model is what the adapter says.
+        path: a checkpoint that takes the place of the model's own weights or adapter.
+
+    Raises:
+        ModelError: a folder is missing or incomplete, or holds an adapter where there must be none, or the reverse.
+    """
+    name = model.model_name_or_path if model.model_name_or_path is not None else path
+    initial = str(Path(name).expanduser()) if name is not None and is_adapter_folder(name) else None
+    found = path if path is not None else name
+    adapter = str(Path(found).expanduser()) if found is not None and is_adapter_folder(found) else None
+    if adapter is not None and not model.use_peft:
+        raise ModelError(
+            f"use_peft must be true for {adapter}, which holds an adapter, got false. Set use_peft=true to train it "
+            "on, or merge it first (trl_ray.models.merging.export_merged)."
+        )
+    if path is not None and adapter is None and model.use_peft:
+        raise ModelError(
+            f"use_peft must be false for {path}, which holds a whole model, got true. Resume with the configuration of "
+            "the run that wrote it."
+        )
+    if initial is not None:
+        base, revision = base_of_adapter(initial)
+        try:
+            base = check_model_path(base)
+        except ModelError as error:
+            raise ModelError(f"the adapter in {initial} must name its base model, but: {error}") from error
+    else:
+        base, revision = check_model_path(path if adapter is None and path is not None else name), model.model_revision
+    return ModelSource(
+        base=base,
+        revision=None if Path(base).is_dir() else revision or "main",
+        adapter=adapter,
+        initial_adapter=initial,
+    )
+
+
 def load_policy(
     model: ModelConfig,
     *,
@@ -65,27 +125,60 @@ def load_policy(
     device: torch.device | str = "cpu",
     disable_dropout: bool = True,
     trainable: bool = True,
+    seed: int = 0,
+    with_reference: bool = False,
 ) -> Policy:
     """Load a causal language model in the dtype whose weights are updated.
 
     Args:
-        model: name or folder, revision, dtype, attention implementation, gradient checkpointing.
-        path: a checkpoint to read the weights from instead of the model's own folder.
+        model: name or folder, revision, dtype, attention implementation, gradient checkpointing, adapter.
+        path: a checkpoint to read weights or adapter from instead of the model's own folder.
         device: where its weights live.
-        disable_dropout: set every dropout probability to 0.
+        disable_dropout: set every dropout probability to 0, the adapter's too.
         trainable: False for a reference: frozen, and in evaluation mode.
+        seed: of a new adapter's weights; the same on all ranks.
+        with_reference: where training started from an adapter, hold it a second time, frozen (`as_reference`).
 
     Raises:
         ModelError: it cannot be loaded, lacks weights, or has a head this package cannot compute log-probs from.
     """
-    name = check_model_path(path or model.model_name_or_path)
+    source = find_source(model, path=path)
+    policy = _load_base(model, source, device=device)
+    if model.use_liger_kernel:
+        _apply_liger(policy, device=torch.device(device))
+    if not model.use_peft:
+        policy.requires_grad_(trainable)
+    elif source.adapter is None:
+        attach_adapter(policy, model, seed=seed)
+    else:
+        load_adapter(policy, source.adapter)
+    if with_reference and source.initial_adapter is not None:
+        load_adapter(policy, source.initial_adapter, name=REFERENCE, trainable=False)
+    if not trainable:
+        policy.requires_grad_(False)
+    if disable_dropout:
+        switch_off_dropout(policy)
+    if model.gradient_checkpointing:
+        # Reentrant checkpointing would lose gradients: the embeddings are the first to have one, or frozen.
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not _is_quantised(model):
+        nn.Module.to(policy, device)
+    policy.train(trainable)
+    check_head(policy)
+    return policy
+
+
+def _load_base(model: ModelConfig, source: ModelSource, *, device: torch.device | str) -> Policy:
+    name = source.base
     if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in _WEIGHTS):
         raise ModelError(f"a model directory must hold weights (*.safetensors), but {name} has none. Save it again.")
     options: dict[str, Any] = {"dtype": torch_dtype(model.dtype), "trust_remote_code": model.trust_remote_code}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
-    if not Path(name).is_dir():
-        options["revision"] = model.model_revision
+    if source.revision is not None:
+        options["revision"] = source.revision
+    if _is_quantised(model):
+        options |= {"quantization_config": quantization(model, torch.device(device)), "device_map": {"": device}}
     try:
         loaded = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     except _LOAD_ERRORS as error:
@@ -98,16 +191,56 @@ def load_policy(
             "would be random. Save the model again or give another."
         )
     policy.config.use_cache = False
-    if disable_dropout:
-        switch_off_dropout(policy)
-    if model.gradient_checkpointing:
-        # Reentrant checkpointing would lose gradients, as the embeddings are the first to have one.
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    nn.Module.to(policy, device)
-    policy.train(trainable)
-    policy.requires_grad_(trainable)
-    check_head(policy)
     return policy
+
+
+def _is_quantised(model: ModelConfig) -> bool:
+    return model.load_in_4bit or model.load_in_8bit
+
+
+def quantization(model: ModelConfig, device: torch.device) -> BitsAndBytesConfig:
+    """How bitsandbytes stores the frozen weights (QLoRA, https://arxiv.org/abs/2305.14314).
+
+    Raises:
+        ModelError: bitsandbytes is not installed, or there is no GPU.
+    """
+    option = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+    if device.type == "cpu":
+        # bitsandbytes 0.50 has kernels for CPUs, but its 4-bit ones give no gradients, without an error.
+        raise ModelError(f"{option}=true needs a GPU, but the model is on {device.type}. Set {option}=false.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"{option}=true needs the package bitsandbytes, which is not installed. pip install bitsandbytes, or set "
+            f"{option}=false."
+        )
+    if model.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if model.bf16 else torch_dtype(model.dtype),
+        bnb_4bit_quant_type=model.bnb_4bit_quant_type.value,
+        bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
+    )
+
+
+def _apply_liger(policy: Policy, *, device: torch.device) -> None:
+    """Liger's kernels for norms, rotary embeddings and MLPs; head and loss stay this package's."""
+    if device.type != "cuda":
+        raise ModelError(f"use_liger_kernel=true needs a GPU, but the model is on {device.type}. Set it to false.")
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ModelError(
+            "use_liger_kernel=true needs the package liger-kernel, which is not installed. pip install liger-kernel, "
+            "or set it to false."
+        )
+    from transformers.integrations.liger import apply_liger_kernel
+
+    try:
+        kernels = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+        apply_liger_kernel(policy, kernels)  # type: ignore[no-untyped-call]
+    except (ImportError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"Liger must know {type(policy).__name__}, but: {error}. Set use_liger_kernel=false."
+        ) from error
 
 
 def _why_not(name: str, error: BaseException) -> str:
@@ -131,70 +264,15 @@ def switch_off_dropout(model: nn.Module) -> None:
             setattr(module, "attention_dropout", 0.0)  # noqa: B010  (modules declare no such attribute)
 
 
-def lm_head_of(model: Policy) -> tuple[Tensor, Tensor | None]:
-    """Weight [V, H] and bias [V] (or None) of the language-model head.
-
-    Raises:
-        ModelError: the model has no linear head.
-    """
-    head: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if not isinstance(head, nn.Linear):
-        raise ModelError(
-            f"the model must end in a linear head, but {type(model).__name__} ends in {type(head).__name__}. "
-            "Use a causal language model."
-        )
-    return head.weight, head.bias
-
-
-def hidden_states(model: Policy, **inputs: Tensor | None) -> Tensor:
-    """Final hidden states [R, T, H], after the last norm and before the head."""
-    states: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
-    return states
-
-
-@torch.no_grad()
-def check_head(model: Policy) -> None:
-    """Prove on two tokens that head(hidden states) are the model's logits.
-
-    Some models scale or cap their logits after the head; log-probs computed from the head alone would be wrong.
-
-    Raises:
-        ModelError: they differ.
-    """
-    weight, bias = lm_head_of(model)
-    training = model.training
-    model.train(False)
-    ids = torch.tensor([[1, 2]], device=weight.device)
-    expected = model(input_ids=ids, use_cache=False).logits
-    actual = torch.nn.functional.linear(hidden_states(model, input_ids=ids), weight, bias)
-    model.train(training)
-    if not torch.allclose(expected.float(), actual.float(), rtol=1e-2, atol=1e-3):
-        raise ModelError(
-            f"logits must be the head times the hidden states, but {type(model).__name__} changes them afterwards "
-            "(soft-capping or a logit scale). Use a model without it."
-        )
-
-
-def has_plain_attention(model: Policy) -> bool:
-    """True when every layer is full causal attention that takes a mask of ours."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return (
-        config._attn_implementation in {"sdpa", "eager"}
-        and all(kind == "full_attention" for kind in kinds)
-        and (window is None or hasattr(config, "layer_types"))
-    )
-
-
 def load_model_config(model: ModelConfig) -> PretrainedConfig:
     """The model's own configuration, without its weights.
 
     Raises:
         ModelError: it cannot be loaded.
     """
-    name = check_model_path(model.model_name_or_path)
-    options = {} if Path(name).is_dir() else {"revision": model.model_revision}
+    source = find_source(model)
+    name = source.base
+    options = {} if source.revision is None else {"revision": source.revision}
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             name, trust_remote_code=model.trust_remote_code, **options
@@ -214,17 +292,40 @@ def max_positions(model: ModelConfig) -> int | None:
     return int(value) if value else None
 
 
-def count_parameters(model: ModelConfig) -> int:
-    """Parameters of the model, counted without allocating them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterCount:
+    """Numbers of parameters of a policy."""
+
+    base: int
+    """Of the model itself."""
+    adapter: int
+    """Of the adapter and of layers trained in full beside it; 0 without one."""
+
+    @property
+    def trained(self) -> int:
+        """Those that have gradients and optimizer state."""
+        return self.adapter or self.base
+
+
+def count_parameters(model: ModelConfig) -> ParameterCount:
+    """Parameters of the policy, counted without allocating them.
 
     Raises:
-        ModelError: its configuration cannot be loaded.
+        ModelError: its configuration cannot be loaded, or its adapter does not fit.
     """
+    source, config = find_source(model), load_model_config(model)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            load_model_config(model), trust_remote_code=model.trust_remote_code
+            config, trust_remote_code=model.trust_remote_code
         )
-    return sum(parameter.numel() for parameter in empty.parameters())
+        base = sum(parameter.numel() for parameter in empty.parameters())
+        if not model.use_peft:
+            return ParameterCount(base=base, adapter=0)
+        if source.adapter is None:
+            attach_adapter(empty, model, seed=0)
+    if source.adapter is not None:
+        return ParameterCount(base=base, adapter=adapter_size(source.adapter))
+    return ParameterCount(base=base, adapter=sum(p.numel() for p in empty.parameters() if p.requires_grad))
 
 
 def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrainedTokenizerBase:
@@ -233,8 +334,11 @@ def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrained
     Raises:
         ModelError: it cannot be loaded, has no end-of-sequence token, or the template file cannot be read.
     """
-    name = check_model_path(path or model.model_name_or_path)
-    options = {} if Path(name).is_dir() else {"revision": model.model_revision}
+    source = find_source(model, path=path)
+    # An adapter's folder has a tokenizer only if whoever saved it put one there.
+    own = source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file()
+    name = cast(str, source.adapter) if own else source.base
+    options = {} if own or source.revision is None else {"revision": source.revision}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, trust_remote_code=model.trust_remote_code, **options

@@ -55,23 +55,31 @@ def checksum(manifest: Sequence[TensorEntry], buffer: NDArray[np.uint8]) -> str:
     return digest.hexdigest()
 
 
-def export_weights(tensors: Sequence[tuple[str, torch.Tensor]], *, version: int) -> WeightPayload:
+def export_weights(
+    tensors: Iterable[tuple[str, torch.Tensor]], *, version: int, manifest: Sequence[TensorEntry] | None = None
+) -> WeightPayload:
     """Copy tensors into one flat read-only buffer.
 
     Args:
-        tensors: (Hugging Face name, tensor of any shape) pairs; tied tensors appear once.
+        tensors: (Hugging Face name, tensor of any shape) pairs; tied tensors appear once. Each is used before the next
+            is asked for,
+            unless the manifest has to be made from them.
         version: the number this set of weights is published under.
+        manifest: of just these tensors (`build_manifest`).
     """
-    manifest = build_manifest(tensors)
+    if manifest is None:
+        tensors = list(tensors)
+        manifest = build_manifest(tensors)
     size = manifest[-1].offset + manifest[-1].num_bytes if manifest else 0
     buffer = np.zeros(size, dtype=np.uint8)
     flat = torch.from_numpy(buffer)
-    for entry, (_, tensor) in zip(manifest, tensors, strict=True):
+    for entry, (name, tensor) in zip(manifest, tensors, strict=True):
+        assert (entry.name, entry.shape) == (name, tuple(tensor.shape)), f"{name} is not where {entry} lies"
         source = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
         flat[entry.offset : entry.offset + entry.num_bytes].copy_(source)
     buffer.flags.writeable = False
     identity = WeightVersion(version=version, checksum=checksum(manifest, buffer))
-    return WeightPayload(identity=identity, manifest=manifest, buffer=buffer)
+    return WeightPayload(identity=identity, manifest=tuple(manifest), buffer=buffer)
 
 
 class _Borrowed:

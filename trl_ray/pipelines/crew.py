@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trl_ray.actors.calling import Patience, call_patiently
-from trl_ray.actors.policy_learner import PolicyLearner
 from trl_ray.actors.reward_worker import RewardWorker
 from trl_ray.actors.rollout_queue import RolloutQueue
 from trl_ray.actors.rollout_worker import RolloutWorker
 from trl_ray.config.grpo import GRPOConfig
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, RunError, WeightError
+from trl_ray.pipelines.learner_group import LearnerGroup, ranks_of, spawn_learner
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime
 from trl_ray.runtime.supervision import Supervisor, Watched
 from trl_ray.runtime.weights import Published, WeightTransport
@@ -67,8 +67,7 @@ class Crew:
             deadline_s=config.runtime.pull_deadline_s,
         )
         self._workers: set[ActorHandle] = set()
-        self._working: dict[str, ActorHandle] = {}
-        self._rewards: list[ActorHandle] = []
+        self._working, self._rewards = dict[str, ActorHandle](), list[ActorHandle]()
         self._learner: ActorHandle | None = None
         self._queue: ActorHandle | None = None
         self.supervisor = Supervisor(
@@ -98,7 +97,7 @@ class Crew:
     async def start(self) -> None:
         """Start every actor side by side, publish the learner's weights, and let the workers begin."""
         self._queue = await self._runtime.spawn(Role.QUEUE, "queue", RolloutQueue, **self._arguments.queue)
-        self._learner = await self._runtime.spawn(Role.LEARNER, "learner", PolicyLearner, **self._arguments.learner)
+        self._learner = await spawn_learner(self._runtime, self._config, self._arguments.learner)
         for slot in range(self._config.reward.num_workers):
             name = f"reward-{slot}"
             arguments = {**self._arguments.reward, "name": name}
@@ -106,8 +105,10 @@ class Crew:
         workers = [
             await self._spawn_worker(f"rollout-{slot}", slot) for slot in range(self._config.rollout.num_workers)
         ]
-        actors = [self._queue, self._learner, *self._rewards]
-        await asyncio.gather(*(self._greet(handle) for handle in actors))
+        if isinstance(self._learner, LearnerGroup):
+            await self._learner.join(deadline_s=self._config.runtime.start_deadline_s)
+            await asyncio.gather(*(self._greet(rank, watch=False) for rank in self._learner.members))
+        await asyncio.gather(*(self._greet(handle) for handle in (self._queue, self._learner, *self._rewards)))
         healths = await asyncio.gather(*(self._greet(handle, watch=False) for handle in workers))
         await self.publish(step=0)
         for slot, (handle, health) in enumerate(zip(workers, healths, strict=True)):
@@ -259,8 +260,8 @@ class Crew:
         """End all actors for good, before a session begins anew from a checkpoint."""
         for watched in self.supervisor.watched:
             self.supervisor.forget(watched.handle.name)
-        known = [self._queue, self._learner, *self._rewards, *self._workers]
-        await asyncio.gather(*(self._runtime.end(handle) for handle in known if handle is not None))
+        known = (*ranks_of(self._learner), *self._rewards, *self._workers)
+        await asyncio.gather(*(self._runtime.end(handle) for handle in (self.queue, *known)))
 
     async def _discard(self, handle: ActorHandle) -> None:
         """End a worker for good and give its leases to others."""

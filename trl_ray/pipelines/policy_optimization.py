@@ -20,6 +20,7 @@ from trl_ray.config.grpo import GRPOConfig
 from trl_ray.config.load import dump_yaml, load_config
 from trl_ray.config.sections import RuntimeKind
 from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, TrlRayError
+from trl_ray.models.adapter_config import adapter_options
 from trl_ray.models.checkpoint import checkpoint_step, latest_checkpoint
 from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report import build_report
@@ -80,11 +81,13 @@ class PolicyOptimizationPipeline:
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        peft_config: object | None = None,
     ) -> None:
         """Take what TRL's trainer takes; what is None comes from `args`.
 
         Raises:
             ConfigError: `args` is of another pipeline.
+            ModelError: `peft_config` is no `peft.LoraConfig`, or asks for what engines cannot be given.
         """
         args = args if args is not None else self.config_class()
         if type(args) is not self.config_class:
@@ -92,6 +95,8 @@ class PolicyOptimizationPipeline:
         if isinstance(reward_funcs, str) or callable(reward_funcs):
             reward_funcs = [reward_funcs]
         changes: dict[str, Any] = {"model_name_or_path": model} if model is not None else {}
+        if peft_config is not None:
+            changes |= adapter_options(peft_config)
         if reward_funcs is not None:
             # Functions given as objects cannot be written to config.yaml; a run of named ones resumes by its folder.
             changes["reward_funcs"] = [

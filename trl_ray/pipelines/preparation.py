@@ -12,19 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from trl_ray.algorithms.micro_batches import CutRules
+from trl_ray.config.advantages import ZeroVariance
 from trl_ray.config.grpo import GRPOConfig
-from trl_ray.config.sections import (
-    DataConfig,
-    Dtype,
-    GenerationConfig,
-    LossConfig,
-    ModelConfig,
-    TrainingConfig,
-    ZeroVariance,
-)
+from trl_ray.config.loss import LossConfig
+from trl_ray.config.sections import DataConfig, Dtype, GenerationConfig, ModelConfig, TrainingConfig
 from trl_ray.data.prompts import PromptSource, load_prompts
 from trl_ray.errors import ConfigError
-from trl_ray.models.load import load_tokenizer, max_positions
+from trl_ray.models.load import load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.crew import ActorArguments
 from trl_ray.rewards.registry import RewardSpec, make_specs
 from trl_ray.types import IntArray, Prompt
@@ -59,6 +54,8 @@ class Preparation:
     """[T] a prompt of the training set, fixed for the whole run."""
     canary_tolerance: float
     """Nats."""
+    cut: CutRules
+    """How the samples of an update become micro-batches."""
 
     @property
     def loss(self) -> LossConfig:
@@ -76,7 +73,7 @@ class Preparation:
                 "training": config.part(TrainingConfig),
                 "loss": self.loss,
                 "temperature": config.temperature,
-                "total_steps": self.total_steps,
+                "total_updates": self.total_steps * config.updates_per_step,
                 "max_completion_length": config.max_completion_length,
                 "checkpoint": checkpoint,
                 "threads": config.runtime.threads_of_learner,
@@ -137,6 +134,20 @@ def prepare(config: GRPOConfig, inputs: Inputs) -> Preparation:
         total_steps=_total_steps(config, len(prompts)),
         canary_ids=_canary(prompts, max_model_len),
         canary_tolerance=_canary_tolerance(config),
+        cut=_cut(config),
+    )
+
+
+def _cut(config: GRPOConfig) -> CutRules:
+    shape = load_model_config(config.part(ModelConfig)).get_text_config()
+    by_tokens = config.max_tokens_per_micro_batch is not None
+    return CutRules(
+        max_samples=None if by_tokens else config.per_device_train_batch_size,
+        max_tokens=config.max_tokens_per_micro_batch,
+        ranks=config.runtime.num_learners,
+        share=config.share_prompt,
+        hidden_size=shape.hidden_size,
+        head_share=shape.vocab_size / (9 * shape.hidden_size * shape.num_hidden_layers),
     )
 
 
@@ -220,6 +231,8 @@ def describe(preparation: Preparation) -> Mapping[str, Any]:
     config = preparation.config
     return {
         "optimizer steps": preparation.total_steps,
+        "updates per step": config.updates_per_step,
+        "learner ranks": config.runtime.num_learners,
         "prompt groups per step": config.groups_per_step,
         "completions per step": config.completions_per_step,
         "training prompts": len(preparation.prompts),

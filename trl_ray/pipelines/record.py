@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ray.actors.rollout_worker import EvaluatedPrompt, mean_reward
-from trl_ray.algorithms.batching import BuiltBatch
+from trl_ray.algorithms.batching import BuiltStep
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.observe.metrics import MetricBag
 from trl_ray.observe.run_directory import RunDirectory
@@ -72,9 +72,10 @@ class Recorder:
 
     def step(
         self,
+        step: int,
         *,
         groups: Sequence[RolloutGroup],
-        built: BuiltBatch,
+        built: BuiltStep,
         result: StepResult,
         times: StepTimes,
         version: int,
@@ -86,7 +87,6 @@ class Recorder:
         bag = MetricBag()
         for metrics in (built.metrics, result.metrics, staleness):
             bag.add(metrics)
-        step = built.batch.step
         record: dict[str, float] = {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
@@ -139,12 +139,12 @@ class Recorder:
         }
 
     def _speed(
-        self, groups: Sequence[RolloutGroup], built: BuiltBatch, result: StepResult, times: StepTimes
+        self, groups: Sequence[RolloutGroup], built: BuiltStep, result: StepResult, times: StepTimes
     ) -> dict[str, float]:
         # From the end of the step before: a checkpoint or an evaluation between two steps counts to the second.
         elapsed, self._ended = times.published - (self._ended or times.begin), times.published
         generated = sum(len(completion.token_ids) for group in groups for completion in group.completions)
-        trained = built.batch.num_valid_tokens
+        trained = built.num_valid_tokens
         # The learner's own time; what the call adds to it is orchestration.
         wait, learn = times.taken - times.begin, result.seconds
         return {

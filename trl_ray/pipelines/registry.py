@@ -5,7 +5,8 @@ from __future__ import annotations
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
 from trl_ray.pipelines.grpo import GRPOPipeline
 from trl_ray.pipelines.policy_optimization import PolicyOptimizationPipeline
+from trl_ray.pipelines.rloo import RLOOPipeline
 
 PIPELINES: dict[str, type[PolicyOptimizationPipeline]] = {
-    pipeline.name: pipeline for pipeline in (AsyncGRPOPipeline, GRPOPipeline)
+    pipeline.name: pipeline for pipeline in (AsyncGRPOPipeline, GRPOPipeline, RLOOPipeline)
 }

@@ -20,7 +20,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trl_ray.algorithms.batching import BuiltBatch, build_train_batch
 from trl_ray.errors import (
     InterruptedRun,
     RewardError,
@@ -31,6 +30,7 @@ from trl_ray.pipelines.crew import Crew
 from trl_ray.pipelines.evaluation import evaluate
 from trl_ray.pipelines.preparation import Preparation
 from trl_ray.pipelines.record import Recorder, StepTimes
+from trl_ray.pipelines.updates import Updated, train_on
 from trl_ray.types import Event, EventKind, Metric, RolloutGroup, StepResult
 
 _POLL_S = 2.0
@@ -106,14 +106,14 @@ class Walk:
             step, begin = self.progress.step + 1, time.time()
             groups = await self._take(step)
             taken = time.time()
-            built, result = await self._optimize(step, groups)
+            updated = await self._optimize(step, groups)
             trained = time.time()
-            await self._settle(step, result)
+            await self._settle(step, updated.result)
             version = await self._publish(step, wait_s=taken - begin, step_s=trained - begin)
             published = time.time()
             self.progress.step = step
             times = StepTimes(begin=begin, taken=taken, trained=trained, published=published)
-            await self._record(groups, built, result, times, version)
+            await self._record(step, groups, updated, times, version)
             if config.eval_steps and step % config.eval_steps == 0:
                 await self._evaluate()
             if config.save_steps and step % config.save_steps == 0 and step < total:
@@ -159,15 +159,15 @@ class Walk:
         named: str = await self._crew.ask_queue("describe_wait", n=self._config.groups_per_step)
         return named
 
-    async def _optimize(self, step: int, groups: list[RolloutGroup]) -> tuple[BuiltBatch, StepResult]:
+    async def _optimize(self, step: int, groups: list[RolloutGroup]) -> Updated:
         self._staleness = self._recorder.check_staleness(step, groups)
-        built = build_train_batch(
-            groups, step=step, loss=self._preparation.loss, micro_batch_size=self._config.per_device_train_batch_size
+        return await train_on(
+            groups,
+            step=step,
+            config=self._config,
+            cut=self._preparation.cut,
+            ask_learner=self._crew.ask_learner,
         )
-        result: StepResult = await self._crew.ask_learner(
-            "step", built.batch, deadline_s=self._config.runtime.step_deadline_s
-        )
-        return built, result
 
     async def _settle(self, step: int, result: StepResult) -> None:
         """Tell the ledger what became of the groups of this step."""
@@ -198,14 +198,15 @@ class Walk:
         await self._crew.ask_queue("release", step=step, wait_s=wait_s, step_s=step_s)
 
     async def _record(
-        self, groups: list[RolloutGroup], built: BuiltBatch, result: StepResult, times: StepTimes, version: int
+        self, step: int, groups: list[RolloutGroup], updated: Updated, times: StepTimes, version: int
     ) -> None:
         await self._drain()
         snapshot, slots = await self._crew.ask_queue("snapshot"), await self._crew.ask_queue("slots")
         self._recorder.step(
+            step,
             groups=groups,
-            built=built,
-            result=result,
+            built=updated.built,
+            result=updated.result,
             times=times,
             version=version,
             snapshot=snapshot,

@@ -2,8 +2,8 @@
 
 | role    | resources                  | restarts by Ray            | concurrency                                   |
 |---------|----------------------------|----------------------------|-----------------------------------------------|
-| learner | runtime.learner_num_*      | 0: as a whole, by the      | one call at a time; probes have a thread      |
-|         |                            | pipeline, from a checkpoint | of their own                                 |
+| learner | runtime.learner_num_* for  | 0: as a whole, by the      | one call at a time; probes have a thread      |
+|         | each of num_learners ranks | pipeline, from a checkpoint | of their own                                 |
 | queue   | none, beside the driver    | unbounded: its constructor | one event loop                                |
 |         |                            | rebuilds it from the journal |                                             |
 | rollout | rollout.num_*              | 0: by the supervisor, which | one event loop; the engine has a thread      |
@@ -72,7 +72,7 @@ def plan_actors(*, runtime: RuntimeConfig, rollout: RolloutConfig, reward: Rewar
     plans = (
         ActorPlan(
             role=Role.LEARNER,
-            count=1,
+            count=runtime.num_learners,
             num_cpus=runtime.learner_num_cpus,
             num_gpus=runtime.learner_num_gpus,
             max_restarts=0,

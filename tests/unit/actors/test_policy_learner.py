@@ -14,7 +14,10 @@ import torch
 
 from tiny_models import build_tiny_model
 from trl_ray.actors.policy_learner import PolicyLearner
-from trl_ray.config.sections import LossConfig, LossType, ModelConfig, NonFinite, SharePrompt, TrainingConfig
+from trl_ray.algorithms.loss import LossInputs, LossOutput
+from trl_ray.algorithms.policy_loss import PolicyLoss
+from trl_ray.config.loss import LossConfig, LossType
+from trl_ray.config.sections import ModelConfig, NonFinite, SharePrompt, TrainingConfig
 from trl_ray.errors import CheckpointError, NumericsError
 from trl_ray.models.weights import named_tensors, verify_checksum
 from trl_ray.types import TrainBatch, TrainingSample, WeightPayload
@@ -35,7 +38,7 @@ def _learner(
         training=TrainingConfig(**defaults | (training or {})),
         loss=LossConfig(**(loss or {})),
         temperature=0.9,
-        total_steps=10,
+        total_updates=10,
         max_completion_length=6,
         **options,
     )
@@ -70,6 +73,7 @@ def _batch(step: int, samples: Sequence[TrainingSample] | None = None, *, size: 
         micro_batches=tuple(tuple(chosen[i : i + size]) for i in range(0, len(chosen), size)),
         num_valid_tokens=sum(int(sample.loss_mask.sum()) for sample in chosen),
         num_samples=len(chosen),
+        num_micro_batches=-(-len(chosen) // size),
     )
 
 
@@ -175,10 +179,66 @@ def test_a_step_that_is_not_finite_is_skipped_and_says_where(tiny: str) -> None:
     assert not torch.equal(_weights(learner.publish()), _weights(after))
 
 
+class _Treacherous(PolicyLoss):
+    """Finite everywhere, but its gradient is not a number for completions of advantage 7."""
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        output = super().__call__(inputs)
+        zero = (inputs.logprobs[inputs.tokens.advantages == 7.0] * 0.0).sum()
+        return replace(output, loss=output.loss + (zero.sqrt() if bool((inputs.tokens.advantages == 7.0).any()) else 0))
+
+
+def test_a_gradient_that_is_not_finite_is_traced_to_its_sample(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl_ray.actors.policy_learner.PolicyLoss", _Treacherous)
+    learner = _learner(tiny)
+    before = _weights(learner.publish())
+    samples = _samples(1)
+    samples[6] = replace(samples[6], advantage=7.0)
+    result = learner.step(_batch(1, samples))
+    assert result.skipped and math.isnan(result.grad_norm) and torch.equal(_weights(learner.publish()), before)
+    (event,) = learner.drain().events
+    assert event.detail["quantity"] == "gradients"
+    assert (event.detail["rank"], event.detail["micro_batch"], event.detail["sample"]) == (0, 1, 2)
+    assert not learner.step(_batch(2)).skipped
+
+
+def test_several_updates_are_one_version(tiny: str) -> None:
+    learner = _learner(tiny)
+    first = learner.step(replace(_batch(1), is_last_update=False))
+    before = _weights(learner.publish())
+    second = learner.step(_batch(1))
+    assert (first.version, second.version, learner.version) == (0, 1, 1)
+    assert not torch.equal(before, _weights(learner.publish()))
+
+
+def test_a_synchronised_reference_follows_and_is_in_the_checkpoint(tiny: str, tmp_path: Path) -> None:
+    loss = {"beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
+    learner = _learner(tiny, loss=loss)
+    for step in (1, 2):
+        learner.step(_batch(step))
+    path = learner.save(str(tmp_path), step=2, extra={})
+    resumed = _learner(tiny, loss=loss, checkpoint=path)
+    frozen = _learner(tiny, loss={"beta": 0.5}, checkpoint=path)
+    scores = [one.score(_batch(3))[0].reference_logprobs for one in (learner, resumed, frozen)]
+    assert np.array_equal(scores[0], scores[1])
+    assert not np.allclose(scores[0], scores[2])
+    results = [one.step(_batch(3)) for one in (learner, resumed)]
+    assert results[0].loss == results[1].loss
+    assert torch.equal(_weights(learner.publish()), _weights(resumed.publish()))
+
+
+def test_the_adaptive_entropy_bonus_is_in_the_checkpoint(tiny: str, tmp_path: Path) -> None:
+    loss = {"entropy_coef": 0.01, "use_adaptive_entropy": True, "entropy_target": 9.0}
+    learner = _learner(tiny, loss=loss)
+    assert learner.step(_batch(1)).metrics["entropy_coef"].value == pytest.approx(0.015)
+    resumed = _learner(tiny, loss=loss, checkpoint=learner.save(str(tmp_path), step=1, extra={}))
+    assert resumed.step(_batch(2)).metrics["entropy_coef"].value == pytest.approx(0.02)
+
+
 def test_stop_raises_and_leaves_weights_and_version_as_they_were(tiny: str) -> None:
     learner = _learner(tiny, training={"on_non_finite": NonFinite.STOP})
     before = _weights(learner.publish())
-    with pytest.raises(NumericsError, match="step 1, micro-batch 1, group 1, sample 1"):
+    with pytest.raises(NumericsError, match="step 1, rank 0, micro-batch 1, group 1, sample 1"):
         learner.step(_poisoned(1))
     assert learner.version == 0 and torch.equal(_weights(learner.publish()), before)
     assert not learner.step(_batch(1)).skipped

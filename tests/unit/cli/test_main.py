@@ -118,7 +118,8 @@ def test_each_pipeline_runs_under_its_own_name(monkeypatch, config):
     seen = ends_with(monkeypatch, output())
     main(["grpo", "--config", config])
     main(["async-grpo", "--config", config, "max_staleness=1"])
-    assert [made.pipeline for made in seen] == ["grpo", "async-grpo"]
+    main(["rloo", "--config", config, "normalize_advantages=true"])
+    assert [made.pipeline for made in seen] == ["grpo", "async-grpo", "rloo"]
 
 
 def test_resume_goes_on_with_the_pipeline_that_the_run_was_started_with(monkeypatch, tmp_path):

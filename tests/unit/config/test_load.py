@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from trl_ray.config.grpo import AsyncGRPOConfig
 from trl_ray.config.load import apply_overrides, build, dump_yaml, load_config, parse_yaml, read_yaml
-from trl_ray.config.sections import EngineChoice, LossType, RuntimeConfig
+from trl_ray.config.loss import LossType
+from trl_ray.config.sections import EngineChoice, RuntimeConfig
 from trl_ray.errors import ConfigError, InputError
 
 
@@ -68,7 +69,10 @@ def test_all_wrong_values_are_told_at_once() -> None:
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number, got nan."),
         ({"beta": float("inf")}, "beta must be a finite number, got inf."),
         ({"reward_funcs": "arithmetic"}, "reward_funcs must be a valid list, got 'arithmetic'."),
-        ({"loss_type": "ppo"}, "loss_type must be 'grpo', 'dapo', 'dr_grpo' or 'bnpo', got 'ppo'."),
+        (
+            {"loss_type": "ppo"},
+            "loss_type must be 'grpo', 'dapo', 'dr_grpo', 'bnpo', 'cispo', 'sapo', 'luspo' or 'vespo', got 'ppo'.",
+        ),
         ({"report_to": ["tensorboard"]}, "report_to.0 must be one of wandb, got 'tensorboard'."),
         ({"runtime": {"num_cpus": "4"}}, "runtime.num_cpus must be a valid integer, got '4'."),
         ({"rollout": {"dtype": "float16"}}, "rollout.dtype must be 'float32' or 'bfloat16', got 'float16'."),
@@ -225,7 +229,8 @@ def test_an_override_cannot_descend_into_a_value() -> None:
             "learning_rate": st.floats(1e-12, 1.0),
             "system_prompt": st.none() | st.text(st.characters(exclude_categories=["Cs"])),
             "stop": st.lists(st.text("ab\n: #'\"-", max_size=5)),
-            "loss_type": st.sampled_from([*LossType]).map(str),
+            # cispo has no default for its cap.
+            "loss_type": st.sampled_from([*LossType]).map(str).filter(lambda kind: kind != "cispo"),
             "old_logprobs": st.sampled_from(["policy", "sampler"]),
             "max_staleness": st.integers(0, 9),
             "rollout": st.fixed_dictionaries({}, optional={"max_model_len": st.none() | st.integers(1, 9)}),

@@ -7,20 +7,21 @@ from pathlib import Path
 import pytest
 
 from trl_ray.config.base import Section
-from trl_ray.config.grpo import AsyncGRPOConfig, GRPOConfig
+from trl_ray.config.grpo import AsyncGRPOConfig, GRPOConfig, RLOOConfig
 from trl_ray.config.load import build, dump_yaml, load_config, parse_yaml
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "configs").rglob("*.y*ml"))
-CONFIGS: dict[str, type[Section]] = {"grpo": GRPOConfig, "async-grpo": AsyncGRPOConfig}
+CONFIGS: dict[str, type[Section]] = {"grpo": GRPOConfig, "rloo": RLOOConfig, "async-grpo": AsyncGRPOConfig}
 
 
 def load_shipped(path: Path) -> Section:
     return load_config(CONFIGS[path.parent.name], path)
 
 
-def test_the_quickstart_is_shipped() -> None:
-    assert ROOT / "configs/async-grpo/quickstart.yaml" in FILES
+@pytest.mark.parametrize("pipeline", CONFIGS)
+def test_every_pipeline_ships_a_quickstart(pipeline: str) -> None:
+    assert ROOT / "configs" / pipeline / "quickstart.yaml" in FILES
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -46,3 +47,10 @@ def test_the_synchronous_quickstart_differs_from_the_asynchronous_one_only_in_st
     asynchronous = load_config(AsyncGRPOConfig, ROOT / "configs/async-grpo/quickstart.yaml").model_dump()
     different = {key for key in asynchronous if key not in sync or sync[key] != asynchronous[key]}
     assert different == {"pipeline", "output_dir", "max_staleness", "max_look_ahead", "adaptive_slots"}
+
+
+def test_the_quickstart_of_rloo_takes_as_many_completions_of_the_same_prompts_as_that_of_grpo() -> None:
+    grpo, rloo = (load_config(CONFIGS[name], ROOT / "configs" / name / "quickstart.yaml") for name in ("grpo", "rloo"))
+    shared = ("completions_per_step", "dataset_kwargs", "reward_funcs", "max_steps", "learning_rate", "rollout", "seed")
+    assert [getattr(rloo, name) for name in shared] == [getattr(grpo, name) for name in shared]
+    assert (rloo.groups_per_step, rloo.num_generations) == (16, 4)  # type: ignore[attr-defined]

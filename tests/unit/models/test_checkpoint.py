@@ -8,15 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny_models import random_model
+from tiny_models import build_tiny_model, random_model
+from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import CheckpointError
 from trl_ray.models.checkpoint import (
+    abandon_checkpoint,
+    begin_checkpoint,
+    finish_checkpoint,
     latest_checkpoint,
     load_trainer_state,
+    partial_path,
     prune,
     save_checkpoint,
     verify_checkpoint,
 )
+from trl_ray.models.load import Policy, load_policy
 
 
 def _save(directory: Path, step: int) -> Path:
@@ -102,3 +108,80 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_others_alone(tmp_path: P
     blocked.write_text("")
     with pytest.raises(CheckpointError, match="step 1"):
         _save(blocked, 1)
+
+
+def test_what_every_rank_has_written_is_part_of_the_checkpoint(tmp_path: Path) -> None:
+    model = random_model()
+    partial = begin_checkpoint(tmp_path, step=2)
+    assert partial == partial_path(tmp_path, 2) and not list(partial.iterdir())
+    for rank in range(2):
+        (partial / "shards").mkdir(exist_ok=True)
+        (partial / "shards" / f"rank-{rank}.pt").write_bytes(bytes([rank]) * 10)
+    assert latest_checkpoint(tmp_path).path is None
+    path = Path(finish_checkpoint(tmp_path, step=2, model=model, trainer_state={"version": 2}))
+    verify_checkpoint(path)
+    assert latest_checkpoint(tmp_path).path == str(path)
+    _flip(path / "shards" / "rank-1.pt")
+    with pytest.raises(CheckpointError, match=r"rank-1\.pt.*checksum"):
+        verify_checkpoint(path)
+
+
+def test_a_checkpoint_begun_again_or_abandoned_keeps_nothing_of_the_first_try(tmp_path: Path) -> None:
+    (begin_checkpoint(tmp_path, step=2) / "stale").write_text("")
+    assert not list(begin_checkpoint(tmp_path, step=2).iterdir())
+    abandon_checkpoint(tmp_path, step=2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gathered_weights_are_saved_instead_of_the_models_own(tmp_path: Path, tied: bool) -> None:
+    model = random_model(tied=tied)
+    weights = {name: parameter.detach() + 1 for name, parameter in model.named_parameters()}
+    path = save_checkpoint(tmp_path, step=1, model=model, trainer_state={}, weights=weights)
+    reloaded, info = type(model).from_pretrained(path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in reloaded.named_parameters())
+
+
+def test_gathered_weights_of_an_adapter_are_saved_instead_of_the_models_own(tmp_path: Path) -> None:
+    model = ModelConfig(model_name_or_path=build_tiny_model(tmp_path / "tiny"), use_peft=True)
+    policy = load_policy(model)
+    weights = {name: parameter.detach() + 1 for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    path = save_checkpoint(tmp_path / "run", step=1, model=policy, trainer_state={}, weights=weights)
+    reloaded = load_policy(model, path=path)
+    assert all(torch.equal(reloaded.get_parameter(name), weight) for name, weight in weights.items())
+
+
+def _train(policy: Policy, optimizer: torch.optim.Optimizer, step: int) -> None:
+    ids = torch.tensor([[5, 6, 7, 8 + step]])
+    (-policy(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).mean()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _adam(policy: Policy) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
+
+
+def test_training_an_adapter_goes_on_bit_for_bit_from_its_checkpoint(tmp_path: Path) -> None:
+    tiny = build_tiny_model(tmp_path / "tiny")
+    model = ModelConfig(model_name_or_path=tiny, use_peft=True, use_dora=True, lora_modules_to_save=["norm"])
+    policy = load_policy(model)
+    optimizer = _adam(policy)
+    _train(policy, optimizer, 1)
+    state = {"optimizer": optimizer.state_dict()}
+    path = save_checkpoint(tmp_path / "run", step=1, model=policy, trainer_state=state)
+    assert latest_checkpoint(tmp_path / "run").path == path
+    assert {file.name for file in Path(path).iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+        "trainer_state.pt",
+    }
+    _train(policy, optimizer, 2)
+    resumed = load_policy(model, path=path)
+    optimizer = _adam(resumed)
+    optimizer.load_state_dict(load_trainer_state(path)["optimizer"])
+    _train(resumed, optimizer, 2)
+    for (name, got), want in zip(resumed.named_parameters(), policy.parameters(), strict=True):
+        assert torch.equal(got, want) and got.requires_grad == want.requires_grad, name

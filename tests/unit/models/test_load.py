@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from tiny_models import build_tiny_model, random_model
-from trl_ray.config.sections import ModelConfig
+from trl_ray.config.sections import Dtype, ModelConfig
 from trl_ray.errors import ModelError
-from trl_ray.models.load import check_head, load_policy, load_tokenizer, max_positions
+from trl_ray.models.adapters import save_adapter
+from trl_ray.models.head import check_head
+from trl_ray.models.load import find_source, load_policy, load_tokenizer, max_positions, quantization
 
 
 @pytest.fixture
@@ -90,3 +92,77 @@ def test_a_tokenizer_gets_a_padding_token_and_the_configured_template(tiny: Path
 
 def test_max_positions_come_from_the_config(tiny: Path) -> None:
     assert max_positions(ModelConfig(model_name_or_path=str(tiny))) == 512
+
+
+@pytest.fixture
+def adapter(tiny: Path, tmp_path: Path) -> Path:
+    """The folder of an adapter for the tiny model."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_adapter(load_policy(ModelConfig(model_name_or_path=str(tiny), use_peft=True)), folder)
+    return folder
+
+
+def test_an_adapter_folder_stands_for_its_base_model_and_the_adapter(tiny: Path, adapter: Path) -> None:
+    model = ModelConfig(model_name_or_path=str(adapter), use_peft=True)
+    source = find_source(model)
+    assert (source.base, source.revision) == (str(tiny), None)
+    assert source.adapter == source.initial_adapter == str(adapter)
+    assert max_positions(model) == 512 and load_tokenizer(model).pad_token == "<|pad|>"
+    policy = load_policy(model)
+    assert policy.name_or_path == str(tiny) and any(p.requires_grad for p in policy.parameters())
+    assert not any(p.requires_grad for p in load_policy(model, trainable=False).parameters())
+
+
+def test_a_checkpoint_of_an_adapter_takes_its_base_from_the_configuration(tiny: Path, adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/moved/away"}))
+    source = find_source(ModelConfig(model_name_or_path=str(tiny), use_peft=True), path=str(adapter))
+    assert (source.base, source.adapter, source.initial_adapter) == (str(tiny), str(adapter), None)
+    with pytest.raises(ModelError, match=r"must name its base model.*/moved/away"):
+        find_source(ModelConfig(model_name_or_path=str(adapter), use_peft=True))
+
+
+def test_the_tokenizer_beside_an_adapter_is_preferred_to_its_base_models(tiny: Path, adapter: Path) -> None:
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(tiny)))
+    tokenizer.chat_template = "mine"
+    tokenizer.save_pretrained(adapter)
+    assert load_tokenizer(ModelConfig(model_name_or_path=str(adapter), use_peft=True)).chat_template == "mine"
+
+
+def test_adapters_and_whole_models_are_not_taken_for_each_other(tiny: Path, adapter: Path) -> None:
+    with pytest.raises(ModelError, match="use_peft must be true"):
+        load_policy(ModelConfig(model_name_or_path=str(adapter)))
+    with pytest.raises(ModelError, match="use_peft must be false"):
+        load_policy(ModelConfig(model_name_or_path=str(tiny), use_peft=True), path=str(tiny))
+
+
+@pytest.mark.parametrize("option", ["load_in_4bit", "load_in_8bit"])
+def test_quantised_weights_need_a_gpu_and_bitsandbytes(
+    tiny: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelConfig(model_name_or_path=str(tiny), use_peft=True, **{option: True})
+    with pytest.raises(ModelError, match=f"{option}=true needs a GPU"):
+        load_policy(model)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=f"{option}=true needs the package bitsandbytes"):
+        load_policy(model, device="cuda")
+
+
+def test_quantised_weights_are_computed_with_in_the_models_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    gpu = torch.device("cuda")
+    model = ModelConfig(use_peft=True, load_in_4bit=True, use_bnb_nested_quant=True, dtype=Dtype.BFLOAT16)
+    config = quantization(model, gpu)
+    assert config.load_in_4bit and config.bnb_4bit_use_double_quant and config.bnb_4bit_quant_type == "nf4"
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+    assert quantization(ModelConfig(use_peft=True, load_in_8bit=True), gpu).load_in_8bit
+
+
+def test_ligers_kernels_need_a_gpu_and_the_library(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(model_name_or_path=str(tiny), use_liger_kernel=True)
+    with pytest.raises(ModelError, match="needs a GPU, but the model is on cpu"):
+        load_policy(model)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install liger-kernel"):
+        load_policy(model, device="cuda")

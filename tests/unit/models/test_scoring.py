@@ -12,7 +12,7 @@ from tiny_models import build_tiny_model, random_model
 from trl_ray.config.sections import ModelConfig, SharePrompt
 from trl_ray.errors import ModelError
 from trl_ray.models.load import load_policy
-from trl_ray.models.scoring import SampleScorer
+from trl_ray.models.scoring import SampleScorer, ScoringModule
 from trl_ray.types import TrainingSample
 
 
@@ -59,7 +59,7 @@ def test_shared_and_padded_rows_give_the_logprobs_and_gradients_of_single_sequen
     expected = _by_hand(model, samples, 0.8)
     wanted = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
     for share in (SharePrompt.ALWAYS, SharePrompt.NEVER, SharePrompt.AUTO):
-        scorer = SampleScorer(model, share_prompt=share, temperature=0.8, chunk_size=4)
+        scorer = SampleScorer(ScoringModule(model, chunk_size=4), share_prompt=share, temperature=0.8)
         assert scorer.can_share is (share is not SharePrompt.NEVER)
         scores = scorer.score(samples)
         assert scores is not None
@@ -72,7 +72,7 @@ def test_shared_and_padded_rows_give_the_logprobs_and_gradients_of_single_sequen
 def test_sequence_logprobs_are_at_temperature_1_and_leave_the_mode_alone() -> None:
     model = random_model().train()
     ids = np.array([5, 80, 3, 9], dtype=np.int32)
-    scorer = SampleScorer(model, share_prompt=SharePrompt.AUTO, temperature=0.1, chunk_size=2)
+    scorer = SampleScorer(ScoringModule(model, chunk_size=2), share_prompt=SharePrompt.AUTO, temperature=0.1)
     logp = torch.log_softmax(model(input_ids=torch.from_numpy(ids).long()[None]).logits[0], dim=-1)
     expected = [logp[i, ids[i + 1]].item() for i in range(3)]
     np.testing.assert_allclose(scorer.sequence_logprobs(ids), expected, rtol=1e-5)
@@ -84,7 +84,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None
     gradients = []
     for checkpointing in (False, True):
         model = load_policy(ModelConfig(model_name_or_path=path, gradient_checkpointing=checkpointing))
-        scorer = SampleScorer(model, share_prompt=SharePrompt.ALWAYS, temperature=1.0, chunk_size=64)
+        scorer = SampleScorer(ScoringModule(model, chunk_size=64), share_prompt=SharePrompt.ALWAYS, temperature=1.0)
         scores = scorer.score(_samples())
         assert scores is not None
         scores.logprobs.sum().backward()
@@ -96,7 +96,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None
 def test_bfloat16_autocast_is_close_to_float32() -> None:
     model, samples = random_model(), _samples()
     scores = [
-        SampleScorer(model, share_prompt=SharePrompt.ALWAYS, temperature=1.0, chunk_size=64, bf16=bf16).score(samples)
+        SampleScorer(
+            ScoringModule(model, chunk_size=64, bf16=bf16), share_prompt=SharePrompt.ALWAYS, temperature=1.0
+        ).score(samples)
         for bf16 in (False, True)
     ]
     assert scores[0] is not None and scores[1] is not None
@@ -106,7 +108,7 @@ def test_bfloat16_autocast_is_close_to_float32() -> None:
 def test_a_sliding_window_is_never_shared_and_always_is_refused() -> None:
     model = random_model(family="qwen3")
     model.config.layer_types = ["full_attention", "sliding_attention"]
-    auto = SampleScorer(model, share_prompt=SharePrompt.AUTO, temperature=1.0, chunk_size=8)
+    auto = SampleScorer(ScoringModule(model, chunk_size=8), share_prompt=SharePrompt.AUTO, temperature=1.0)
     assert auto.can_share is False
     with pytest.raises(ModelError, match="share_prompt"):
-        SampleScorer(model, share_prompt=SharePrompt.ALWAYS, temperature=1.0, chunk_size=8)
+        SampleScorer(ScoringModule(model, chunk_size=8), share_prompt=SharePrompt.ALWAYS, temperature=1.0)

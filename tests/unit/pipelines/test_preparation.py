@@ -123,6 +123,8 @@ def test_the_plan_in_numbers(model):
     plan = describe(prepared(model, kind=AsyncGRPOConfig, max_staleness=2))
     assert json.loads(json.dumps(plan)) == {
         "optimizer steps": 3,
+        "updates per step": 1,
+        "learner ranks": 1,
         "prompt groups per step": 4,
         "completions per step": 8,
         "training prompts": 10,

@@ -7,9 +7,9 @@ import pytest
 
 from fakes import completion, group, prompt, reward
 from trl_ray.actors.rollout_worker import EvaluatedPrompt
-from trl_ray.algorithms.batching import build_train_batch
+from trl_ray.algorithms.batching import build_step
 from trl_ray.buffer.entry import LedgerSnapshot
-from trl_ray.config.sections import LossConfig
+from trl_ray.config.advantages import AdvantageConfig
 from trl_ray.errors import WeightError
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.pipelines.record import Recorder, StepTimes
@@ -61,11 +61,12 @@ def stage(tmp_path):
 def test_a_step_is_one_line_with_its_ledger_and_its_completions(stage):
     recorder, notes = stage
     groups = [group(4, version=2), group(5, version=1)]
-    built = build_train_batch(groups, step=3, loss=LossConfig(), micro_batch_size=4)
+    built = build_step(groups, config=AdvantageConfig())
     staleness = recorder.check_staleness(3, groups)
     begin, metrics = time.time(), {"entropy": Metric(value=0.7)}
     result = StepResult(version=3, loss=0.5, grad_norm=2.0, lr=1e-3, metrics=metrics, seconds=2.0)
     recorder.step(
+        3,
         groups=groups,
         built=built,
         result=result,

@@ -1,0 +1,100 @@
+"""The language-model head and the hidden states it is applied to, and the proof that both give the model's logits.
+
+hidden states [R,T,H] --head_module--> [R,T,V] --logit_transform: scale, soft-capping--> the model's logits [R,T,V]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trl_ray.algorithms.head_problem import LogitTransform
+from trl_ray.errors import ModelError
+
+_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+"""Names in model configurations of what logits are multiplied by: Cohere, Muse Glimmer, Falcon-H1."""
+_DIVISORS = ("logits_scaling",)
+"""Of what they are divided by: Granite, MiniCPM3."""
+_MULTIPLYING_TYPES = frozenset({"hyperclovax"})
+"""Model types that multiply by what others of that name divide by."""
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Of the soft cap: Gemma, RecurrentGemma, xLSTM."""
+
+
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """The causal language model itself, without a PeftModel around it; its layers hold the adapters all the same."""
+    unwrap = getattr(model, "get_base_model", None)
+    inner = unwrap() if callable(unwrap) else model
+    assert isinstance(inner, PreTrainedModel), f"a policy is a transformers model, got {type(inner).__name__}"
+    return inner
+
+
+def head_module(model: nn.Module) -> nn.Linear:
+    """The language-model head: weight [V, H], bias [V] or None.
+
+    Raises:
+        ModelError: the model has no linear head.
+    """
+    inner = causal_model(model)
+    head: object = inner.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(head, nn.Linear):
+        raise ModelError(
+            f"the model must end in a linear head, but {type(inner).__name__} ends in {type(head).__name__}. "
+            "Use a causal language model."
+        )
+    return head
+
+
+def logit_transform(model: nn.Module) -> LogitTransform:
+    """What the model's configuration says it does to the output of its head; `check_head` proves it.
+
+    Raises:
+        ModelError: a scale or a cap is not positive.
+    """
+    config = causal_model(model).config.get_text_config()
+    values: dict[str, float] = {}
+    for name in (*_MULTIPLIERS, *_DIVISORS, *_CAPS):
+        value = getattr(config, name, None)
+        if isinstance(value, int | float):
+            if value <= 0:
+                raise ModelError(f"{name} of the model's configuration must be positive, got {value}. Correct it.")
+            values[name] = float(value)
+    scale = 1.0
+    for name in _MULTIPLIERS:
+        scale *= values.get(name, 1.0)
+    for name in _DIVISORS:
+        divisor = values.get(name, 1.0)
+        scale *= divisor if config.model_type in _MULTIPLYING_TYPES else 1.0 / divisor
+    return LogitTransform(scale=scale, softcap=next((values[name] for name in _CAPS if name in values), None))
+
+
+def hidden_states(model: nn.Module, **inputs: Tensor | None) -> Tensor:
+    """Final hidden states [R, T, H], after the last norm and before the head."""
+    states: Tensor = causal_model(model).base_model(**inputs, use_cache=False).last_hidden_state
+    return states
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Prove on two tokens that head, scale and soft-capping make the model's logits of its hidden states.
+
+    Raises:
+        ModelError: they do not; log-probs computed from the head would be wrong.
+    """
+    head, transform = head_module(model), logit_transform(model)
+    training = model.training
+    model.train(False)
+    ids = torch.tensor([[1, 2]], device=head.weight.device)
+    expected = model(input_ids=ids, use_cache=False).logits
+    actual = torch.nn.functional.linear(hidden_states(model, input_ids=ids), head.weight, head.bias).float()
+    model.train(training)
+    actual = actual * transform.scale
+    if transform.softcap is not None:
+        actual = transform.softcap * torch.tanh(actual / transform.softcap)
+    if not torch.allclose(expected.float(), actual, rtol=1e-2, atol=1e-3):
+        raise ModelError(
+            f"logits must be the head times the hidden states, scaled by {transform.scale:g} and soft-capped at "
+            f"{transform.softcap} as its configuration says, but {type(causal_model(model)).__name__} changes them "
+            "otherwise (a soft-capping or logit scale of another name, for instance). Use another model."
+        )

@@ -1,0 +1,145 @@
+"""Several ranks of one learner behind the face of a single actor.
+
+    step(batch) --shard--> rank 0 .. rank R-1, side by side --> the answer of rank 0, which knows the totals of all
+    publish, canary, save: on every rank, because they gather weights together; rank 0 answers
+
+A rank that is lost takes the group with it: the others would wait for it in their next exchange.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
+
+from trl_ray.actors.policy_learner import PolicyLearner
+from trl_ray.algorithms.micro_batches import shard
+from trl_ray.config.grpo import GRPOConfig
+from trl_ray.runtime.runtime import ActorHandle, Role, Runtime
+from trl_ray.types import ActorReport, Health, SampleScores, TrainBatch
+
+
+class LearnerGroup:
+    """The ranks, called together; see `trl_ray.runtime.runtime.ActorHandle`.
+
+    Args:
+        members: one handle per rank, in order.
+        equal_passes: give every rank equally many micro-batches, for back ends that exchange data in each pass.
+    """
+
+    def __init__(self, members: Sequence[ActorHandle], *, equal_passes: bool) -> None:
+        assert members, "a group has at least one rank"
+        self.members = tuple(members)
+        self._equal_passes = equal_passes
+
+    @property
+    def name(self) -> str:
+        """The group is the learner."""
+        return "learner"
+
+    @property
+    def role(self) -> Role:
+        """What it does."""
+        return Role.LEARNER
+
+    async def join(self, *, deadline_s: float) -> None:
+        """Have the ranks meet and load the model, side by side.
+
+        Raises:
+            ActorLostError, DeadlineError: of the first rank that fails.
+        """
+        address: str = await self.members[0].call("address", deadline_s=deadline_s)
+        await _together([member.call("join", address, deadline_s=deadline_s) for member in self.members])
+
+    async def call(self, method: str, /, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
+        """Call a method of the learner on the ranks it concerns; see `trl_ray.types.Handle`."""
+        if method == "identity":
+            return await self.members[0].call(method, *args, deadline_s=deadline_s, **kwargs)
+        if method in {"step", "score"}:
+            (batch,) = args
+            return await self._shards(method, batch, deadline_s)
+        answers = await _together(
+            [member.call(method, *args, deadline_s=deadline_s, **kwargs) for member in self.members]
+        )
+        if method == "health":
+            return _merge_health(answers)
+        return _merge_reports(answers) if method == "drain" else answers[0]
+
+    async def call_shared(self, method: str, /, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
+        """The answer of rank 0, left where it was made."""
+        first, *others = self.members
+        answers = await _together(
+            [
+                first.call_shared(method, *args, deadline_s=deadline_s, **kwargs),
+                *(member.call(method, *args, deadline_s=deadline_s, **kwargs) for member in others),
+            ]
+        )
+        return answers[0]
+
+    async def _shards(self, method: str, batch: TrainBatch, deadline_s: float) -> Any:
+        shards = shard(batch, ranks=len(self.members), equal=self._equal_passes)
+        answers = await _together(
+            [
+                member.call(method, part, deadline_s=deadline_s)
+                for member, part in zip(self.members, shards, strict=True)
+            ]
+        )
+        return answers[0] if method == "step" else _in_order(batch, shards, answers)
+
+
+async def spawn_learner(runtime: Runtime, config: GRPOConfig, arguments: Mapping[str, Any]) -> ActorHandle:
+    """Start one actor, or one for each rank; a group has yet to `join`."""
+    count = config.runtime.num_learners
+    if count == 1:
+        return await runtime.spawn(Role.LEARNER, "learner", PolicyLearner, **arguments)
+    every = {**arguments, "num_ranks": count, "collective_timeout_s": config.runtime.collective_timeout_s}
+    members = [
+        await runtime.spawn(Role.LEARNER, f"learner-{rank}", PolicyLearner, slot=rank, rank=rank, **every)
+        for rank in range(count)
+    ]
+    return LearnerGroup(members, equal_passes=config.deepspeed is not None)
+
+
+def ranks_of(learner: ActorHandle | None) -> tuple[ActorHandle, ...]:
+    """The actors behind a learner's handle."""
+    if learner is None:
+        return ()
+    return learner.members if isinstance(learner, LearnerGroup) else (learner,)
+
+
+async def _together(calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """All answers, or the first error: a rank that waits for a lost one is not waited for."""
+    return list(await asyncio.gather(*calls))
+
+
+def _in_order(
+    batch: TrainBatch, shards: Sequence[TrainBatch], answers: Sequence[Sequence[SampleScores]]
+) -> list[SampleScores]:
+    """Scores of all samples as the whole batch holds them."""
+    found: dict[int, SampleScores] = {}
+    for part, scores in zip(shards, answers, strict=True):
+        samples = [sample for micro_batch in part.micro_batches for sample in micro_batch]
+        found |= {id(sample): score for sample, score in zip(samples, scores, strict=True)}
+    return [found[id(sample)] for micro_batch in batch.micro_batches for sample in micro_batch]
+
+
+def _merge_health(answers: Sequence[Health]) -> Health:
+    """Progress of all together; busy since the first that is."""
+    first = answers[0]
+    busy = [health.busy_since for health in answers if health.busy_since is not None]
+    problems = [health.problem for health in answers if health.problem is not None]
+    return Health(
+        pid=first.pid,
+        progress=sum(health.progress for health in answers),
+        busy_since=min(busy, default=None),
+        version=first.version,
+        checksum=first.checksum,
+        problem="; ".join(problems) or None,
+    )
+
+
+def _merge_reports(reports: Sequence[ActorReport]) -> ActorReport:
+    return ActorReport(
+        events=tuple(event for report in reports for event in report.events),
+        spans=tuple(span for report in reports for span in report.spans),
+    )

@@ -1,0 +1,15 @@
+"""REINFORCE leave-one-out: the walk of synchronous GRPO with another baseline, ratio and place of the KL."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from trl_ray.config.grpo import GRPOConfig, RLOOConfig
+from trl_ray.pipelines.policy_optimization import PolicyOptimizationPipeline
+
+
+class RLOOPipeline(PolicyOptimizationPipeline):
+    """Compares each completion with the mean of its siblings (Ahmadian et al. 2024, arXiv 2402.14740)."""
+
+    config_class: ClassVar[type[GRPOConfig]] = RLOOConfig
+    name: ClassVar[str] = "rloo"
