@@ -1,0 +1,26 @@
+"""The options of reward and process-reward modelling's losses, under TRL's argument names where TRL has the option."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+from pydantic import Field
+
+from trl_ray.config.base import Section
+
+
+class StepAggregation(enum.StrEnum):
+    """How the rewards of a trajectory's steps become one."""
+
+    MIN = "min"
+    PRODUCT = "product"
+    MEAN = "mean"
+    LAST = "last"
+
+
+class RewardLossConfig(Section):
+    """The loss of a reward model; the name is that of TRL's RewardConfig."""
+
+    center_rewards_coefficient: Annotated[float, Field(gt=0)] | None = None
+    """Weight of the squared sum of a pair's rewards, which draws rewards to mean 0; 0.01 is usual, None is none."""
