@@ -44,12 +44,12 @@ def check_prompt(value: object, *, where: str) -> str | tuple[Message, ...]:
     if isinstance(value, str):
         if not value.strip():
             raise DataError(f"{where} must not be empty, got {value!r}. Fill it or remove the row.")
-        return _check_unicode(value, where)
+        return check_unicode(value, where)
     if not isinstance(value, (list, tuple)):
-        raise DataError(f"{where} must be text or a list of messages, got {_show(value)}. Mend or remove the row.")
+        raise DataError(f"{where} must be text or a list of messages, got {show(value)}. Mend or remove the row.")
     if not value:
         raise DataError(f"{where} must have at least one message, got []. Fill it or remove the row.")
-    messages = tuple(_check_message(message, f"{where}, message {i}") for i, message in enumerate(value))
+    messages = tuple(check_message(message, f"{where}, message {i}") for i, message in enumerate(value))
     if messages[-1]["role"] not in CONTINUED_ROLES:
         raise DataError(
             f"{where} must end with one of the roles {', '.join(CONTINUED_ROLES)}, got "
@@ -58,9 +58,14 @@ def check_prompt(value: object, *, where: str) -> str | tuple[Message, ...]:
     return messages
 
 
-def _check_message(message: object, where: str) -> Message:
+def check_message(message: object, where: str) -> Message:
+    """One message with a known role and text, without the keys that Arrow filled with None.
+
+    Raises:
+        DataError: not an object, no role or content, an unknown role, content that is no text or is blank.
+    """
     if not isinstance(message, Mapping):
-        raise DataError(f"{where} must be an object with role and content, got {_show(message)}.")
+        raise DataError(f"{where} must be an object with role and content, got {show(message)}.")
     # Arrow fills the keys that other rows have with None.
     clean = {str(key): value for key, value in message.items() if value is not None or key in ("role", "content")}
     for key in ("role", "content"):
@@ -74,14 +79,19 @@ def _check_message(message: object, where: str) -> Message:
     if content is None and clean.get("tool_calls"):
         return clean
     if not isinstance(content, str):
-        raise DataError(f"{where} must have text as content, got {_show(content)}. Mend or remove the row.")
+        raise DataError(f"{where} must have text as content, got {show(content)}. Mend or remove the row.")
     if not content.strip() and role in ("user", "tool"):
         raise DataError(f"{where} must not be empty, got {content!r}. Fill it or remove the row.")
-    _check_unicode(content, where)
+    check_unicode(content, where)
     return clean
 
 
-def _check_unicode(text: str, where: str) -> str:
+def check_unicode(text: str, where: str) -> str:
+    """The text itself.
+
+    Raises:
+        DataError: it holds half of a surrogate pair.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair; no tokenizer takes it
@@ -138,11 +148,12 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     raise DataError(
-        f"{where} must be text, a number, a list or an object, got {_show(value)}. Remove or convert the column."
+        f"{where} must be text, a number, a list or an object, got {show(value)}. Remove or convert the column."
     )
 
 
-def _show(value: object) -> str:
+def show(value: object) -> str:
+    """A value as a message quotes it: short, with its type where that is not plain from the looks."""
     if value is None or isinstance(value, (list, dict, tuple)):
         return repr(value)[:80]
     return f"{type(value).__name__} {repr(value)[:80]}"

@@ -1,0 +1,177 @@
+"""Which of TRL's dataset formats a dataset has, told from its columns and its first row, never guessed.
+
+    columns ─► types whose columns are all there ─► the largest of them ─► the accepted one ─► DatasetFormat
+    first row ─► text or messages? ──────────────────────────────────────────────────────────────────┘
+
+    language_modeling       text or messages             preference             prompt, chosen, rejected
+    prompt_only             prompt                       implicit_preference    chosen, rejected
+    prompt_completion       prompt, completion           unpaired_preference    prompt, completion, label
+                                                         stepwise_supervision   prompt, completions, labels
+
+All other columns go along. `tools` describes functions, and only conversations may have it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trl_ray.config.messages import nearest
+from trl_ray.data.validation import show
+from trl_ray.errors import DataError
+
+
+class DatasetType(enum.StrEnum):
+    """What a row is there for."""
+
+    LANGUAGE_MODELING = "language_modeling"
+    PROMPT_ONLY = "prompt_only"
+    PROMPT_COMPLETION = "prompt_completion"
+    PREFERENCE = "preference"
+    IMPLICIT_PREFERENCE = "implicit_preference"
+    """The prompt is the shared beginning of `chosen` and `rejected`."""
+    UNPAIRED_PREFERENCE = "unpaired_preference"
+    STEPWISE_SUPERVISION = "stepwise_supervision"
+
+
+class Form(enum.StrEnum):
+    """How a row writes what is said."""
+
+    STANDARD = "standard"
+    """As text."""
+    CONVERSATIONAL = "conversational"
+    """As a list of messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetFormat:
+    """A type in one of its two forms, and the columns it is read from."""
+
+    type: DatasetType
+    form: Form
+    columns: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.form} {self.type}"
+
+
+_COLUMNS: tuple[tuple[DatasetType, tuple[str, ...]], ...] = (
+    (DatasetType.LANGUAGE_MODELING, ("text",)),
+    (DatasetType.LANGUAGE_MODELING, ("messages",)),
+    (DatasetType.PROMPT_ONLY, ("prompt",)),
+    (DatasetType.PROMPT_COMPLETION, ("prompt", "completion")),
+    (DatasetType.PREFERENCE, ("prompt", "chosen", "rejected")),
+    (DatasetType.IMPLICIT_PREFERENCE, ("chosen", "rejected")),
+    (DatasetType.UNPAIRED_PREFERENCE, ("prompt", "completion", "label")),
+    (DatasetType.STEPWISE_SUPERVISION, ("prompt", "completions", "labels")),
+)
+_KNOWN = frozenset(column for _, fields in _COLUMNS for column in fields)
+# Whoever has one of these without its partners has mistyped or lost a column.
+_PARTNERED = ("completion", "chosen", "rejected", "completions")
+ALL_TYPES = frozenset(DatasetType)
+
+
+def detect(
+    columns: Iterable[str], row: Mapping[str, Any], *, name: str, accept: Collection[DatasetType] = ALL_TYPES
+) -> DatasetFormat:
+    """The format of a dataset from its columns and its first row; `accept` holds what the caller can use.
+
+    A text prompt beside conversational `chosen` and `rejected` repeats what these start with, so that such a dataset is
+    an implicit preference, TRL's rule. Whether the prompt really is in there is checked row by row.
+
+    Raises:
+        DataError: columns are missing, several formats fit, or the one that fits is not accepted.
+    """
+    kind, fields = _type_of(tuple(columns), name, accept)
+    form = form_of(row.get(fields[0]))
+    if kind is DatasetType.PREFERENCE and form is Form.STANDARD:
+        sides = {form_of(row.get(side)) for side in ("chosen", "rejected")}
+        if sides == {Form.CONVERSATIONAL}:
+            if DatasetType.IMPLICIT_PREFERENCE not in accept:
+                raise _not_accepted(name, [DatasetType.IMPLICIT_PREFERENCE], accept)
+            kind, form = DatasetType.IMPLICIT_PREFERENCE, Form.CONVERSATIONAL
+    return DatasetFormat(type=kind, form=form or Form.STANDARD, columns=fields)
+
+
+def form_of(value: object) -> Form | None:
+    """Text is standard, a list conversational, anything else neither."""
+    if isinstance(value, str):
+        return Form.STANDARD
+    return Form.CONVERSATIONAL if isinstance(value, (list, tuple)) else None
+
+
+def _type_of(
+    columns: tuple[str, ...], name: str, accept: Collection[DatasetType]
+) -> tuple[DatasetType, tuple[str, ...]]:
+    present = [(kind, fields) for kind, fields in _COLUMNS if set(fields) <= set(columns)]
+    largest = [(kind, fields) for kind, fields in present if not any(set(fields) < set(other) for _, other in present)]
+    used = {field for _, fields in largest for field in fields}
+    lone = [column for column in _PARTNERED if column in columns and column not in used]
+    usable = [(kind, fields) for kind, fields in largest if kind in accept]
+    if not usable or lone:
+        # Who only wants prompts takes them from a dataset of any kind.
+        prompts = [(kind, fields) for kind, fields in present if kind is DatasetType.PROMPT_ONLY]
+        if set(accept) == {DatasetType.PROMPT_ONLY} and prompts:
+            return prompts[0]
+        if not largest or lone:
+            raise _missing(name, columns, accept)
+        raise _not_accepted(name, [kind for kind, _ in largest], accept)
+    if len(usable) > 1:
+        readings = " or ".join(f"{kind} ({', '.join(fields)})" for kind, fields in usable)
+        raise DataError(
+            f"The columns of {name} must mean one thing, they can be read as {readings}. Remove or rename the "
+            "columns that are not meant."
+        )
+    return usable[0]
+
+
+def _not_accepted(name: str, found: Collection[DatasetType], accept: Collection[DatasetType]) -> DataError:
+    return DataError(
+        f"{name} must have one of the formats {', '.join(_in_order(accept))}, its columns make it "
+        f"{' and '.join(found)}. Take another dataset, or remove the columns that make it so."
+    )
+
+
+def _missing(name: str, columns: tuple[str, ...], accept: Collection[DatasetType]) -> DataError:
+    wanted = [fields for kind, fields in _COLUMNS if kind in accept]
+    # The format of which most columns are there, then the one with the fewest missing.
+    closest = max(wanted, key=lambda fields: _closeness(fields, columns))
+    missing = [field for field in closest if field not in columns]
+    guesses = {field: nearest(field, [column for column in columns if column not in _KNOWN]) for field in missing}
+    hint = " ".join(f"Is {guess!r} meant to be {field!r}?" for field, guess in guesses.items() if guess)
+    begun = len(missing) < len(closest) or hint
+    lack = f"; {', '.join(closest)} lacks {', '.join(map(repr, missing))}" if begun else ""
+    formats = "; ".join(f"{kind} ({', '.join(fields)})" for kind, fields in _COLUMNS if kind in accept)
+    return DataError(
+        f"{name} must have the columns of a format: {formats}; or of a foreign one: conversations (ShareGPT), "
+        f"instruction, input, output (Alpaca). Its columns are {', '.join(columns) or 'none'}{lack}. "
+        f"{hint or 'Rename the columns that hold them.'}"
+    )
+
+
+def _closeness(fields: tuple[str, ...], columns: tuple[str, ...]) -> tuple[int, int]:
+    there = sum(field in columns for field in fields)
+    others = [column for column in columns if column not in _KNOWN]
+    almost = sum(field not in columns and nearest(field, others) is not None for field in fields)
+    return there + almost, there - len(fields)
+
+
+def _in_order(kinds: Collection[DatasetType]) -> list[DatasetType]:
+    return [kind for kind in DatasetType if kind in kinds]
+
+
+def check_form(value: object, form: Form, *, where: str) -> None:
+    """Check that a field is text or messages as the first row's was.
+
+    Raises:
+        DataError: it is the other, or neither.
+    """
+    if form_of(value) is form:
+        return
+    wanted = {Form.STANDARD: "text", Form.CONVERSATIONAL: "a list of messages"}[form]
+    raise DataError(
+        f"{where} must be {wanted}, as this dataset is {form}, got {show(value)}. Use one form for all rows, or "
+        "remove the row."
+    )
