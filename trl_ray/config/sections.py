@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from trl_ray.config.base import Section
-from trl_ray.config.deepspeed import read_deepspeed
+from trl_ray.config.deepspeed_file import read_deepspeed
 from trl_ray.config.fields import FROM_STRING, Fraction, Natural, Positive, Seconds
 
 
