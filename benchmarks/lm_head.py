@@ -35,6 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MARK = "measurement:"
 FULL, TRL, OURS = "full", "trl", "trl_ray"
 TRL_CHUNK = 32_768
+FULL_BYTES = 20
+"""What full logits take at their peak, for each token and word: five float32 copies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +217,20 @@ def compare(base: Settings, systems: Sequence[str], full_tokens: int, repeats: i
     return {system: best(values) for system, values in found.items()}
 
 
+def affordable_tokens(base: Settings) -> int:
+    """As many of the tokens as full logits may have without filling more than two thirds of the free memory."""
+    if base.device == "cuda":
+        import torch
+
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    tokens = base.tokens
+    while tokens > 1 and tokens * base.vocab * FULL_BYTES > free * 2 / 3:
+        tokens //= 2
+    return tokens
+
+
 def figures(base: Settings, full_tokens: int, found: dict[str, Measurement]) -> dict[str, float]:
     """What is printed last. Full logits measured for fewer tokens count in proportion: all they hold is [tokens, V]."""
     grown = base.tokens / full_tokens
@@ -233,6 +249,8 @@ def figures(base: Settings, full_tokens: int, found: dict[str, Measurement]) -> 
                 values[f"ratio_time_vs_{name}"] = values[f"{name}_seconds"] / ours.seconds
                 values[f"ratio_cpu_time_vs_{name}"] = values[f"{name}_cpu_seconds"] / ours.cpu_seconds
                 values[f"ratio_memory_vs_{name}"] = peaks[name] / peaks[OURS]
+    if "ratio_memory_vs_full" in values:
+        values["ratio"] = values["ratio_memory_vs_full"]
     return values
 
 
@@ -241,7 +259,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument(
-        "--full-tokens", type=int, help="fewer for full logits, where memory is short; default: --tokens"
+        "--full-tokens", type=int, help="fewer for full logits, where memory is short; default: as many as fit"
     )
     parser.add_argument("--hidden", type=int, default=896)
     parser.add_argument("--vocab", type=int, default=151_936)
@@ -276,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         entropy=args.entropy,
         threads=args.threads,
     )
-    full_tokens = args.full_tokens or args.tokens
+    full_tokens = args.full_tokens or affordable_tokens(base)
     found = compare(base, args.only, full_tokens, args.repeats)
     for name, value in figures(base, full_tokens, found).items():
         print(f"{name}: {value:.2f}" if value < 1000 else f"{name}: {value:.0f}")
