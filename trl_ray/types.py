@@ -255,6 +255,11 @@ class TrainBatch:
     is_last_update: bool = True
     """False when further updates on the same generation batch follow; the version moves on with the last."""
 
+    @property
+    def samples(self) -> tuple[TrainingSample, ...]:
+        """All samples at hand, micro-batch by micro-batch."""
+        return tuple(sample for micro_batch in self.micro_batches for sample in micro_batch)
+
 
 class Reduce(enum.StrEnum):
     """How values of one metric from several micro-batches, ranks or groups become one."""

@@ -300,6 +300,8 @@ class PolicyLearner:
     def publish(self) -> WeightPayload | None:
         """Copy the weights out as engines know them: adapters merged, tied ones once. None from all ranks but 0."""
         with self._busy("publish"):
+            if not (self._ranks.is_first or self._backend.splits_weights):
+                return None
             if self._manifest is None:
                 self._manifest = build_manifest(self._plain_weights())
             if not self._ranks.is_first:

@@ -27,7 +27,7 @@ from trl_ray.algorithms.metrics import token_mean
 from trl_ray.algorithms.reward_shaping import SequenceKL, clip_reward, overlong_penalty, sequence_kls
 from trl_ray.config.advantages import AdvantageConfig, Aggregation
 from trl_ray.config.grpo import GRPOConfig
-from trl_ray.config.loss import KLEstimator, KLPlacement
+from trl_ray.config.loss import KLEstimator
 from trl_ray.types import (
     Completion,
     FinishReason,
@@ -57,7 +57,7 @@ class RewardRules:
         return cls(
             max_completion_length=config.max_completion_length,
             reward_weights=None if config.reward_weights is None else tuple(config.reward_weights),
-            beta=config.beta if config.kl_placement is KLPlacement.REWARD else 0.0,
+            beta=config.beta if config.kl_in_reward else 0.0,
             kl_estimator=config.kl_estimator,
         )
 

@@ -9,12 +9,12 @@ however the batch is cut into updates, micro-batches and ranks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from trl_ray.config.loss import KLPlacement, LossConfig, OldLogprobs
-from trl_ray.types import BoolArray, SampleScores, TrainingSample
+from trl_ray.config.loss import LossConfig, OldLogprobs
+from trl_ray.types import BoolArray, SampleScores, TrainBatch, TrainingSample
 
 
 def needs_first_pass(loss: LossConfig, *, updates_per_step: int) -> bool:
@@ -23,8 +23,7 @@ def needs_first_pass(loss: LossConfig, *, updates_per_step: int) -> bool:
     So it is for the ratio to the old policy, when several updates are made on one generation batch; for the mask of
     high entropy; and for a KL that is taken from rewards.
     """
-    from_reward = loss.beta > 0 and loss.kl_placement is KLPlacement.REWARD
-    return _keeps_old(loss, updates_per_step) or loss.top_entropy_quantile < 1 or from_reward
+    return _keeps_old(loss, updates_per_step) or loss.top_entropy_quantile < 1 or loss.kl_in_reward
 
 
 def with_scores(
@@ -53,6 +52,19 @@ def with_scores(
         )
         for sample, score, mask in zip(samples, scores, masks, strict=True)
     ]
+
+
+def in_order(
+    samples: Sequence[TrainingSample], scored: Iterable[tuple[TrainBatch, Sequence[SampleScores]]]
+) -> list[SampleScores]:
+    """The scores of samples, however these were cut into batches, ranks and micro-batches.
+
+    Args:
+        samples: the same objects that the batches hold.
+        scored: batches that hold them all together, each with its scores in its own order.
+    """
+    found = {id(s): score for batch, scores in scored for s, score in zip(batch.samples, scores, strict=True)}
+    return [found[id(sample)] for sample in samples]
 
 
 def high_entropy_masks(

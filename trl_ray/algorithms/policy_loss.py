@@ -30,7 +30,6 @@ from trl_ray.config.loss import (
     CLIPPED,
     ImportanceLevel,
     KLEstimator,
-    KLPlacement,
     LossConfig,
     LossType,
 )
@@ -72,13 +71,9 @@ class PolicyLoss:
         """True while the KL to the reference has weight, in the loss or in the reward."""
         return self.config.beta > 0
 
-    @property
-    def _has_kl(self) -> bool:
-        return self.needs_reference and self.config.kl_placement is KLPlacement.LOSS
-
     def has_gradient(self, sample: TrainingSample) -> bool:
         """The KL moves every trained token; advantage and entropy bonus move those that no mask leaves out."""
-        if self._has_kl:
+        if self.config.kl_in_loss:
             return bool(sample.loss_mask.any())
         # A NaN is not 0: the learner must meet it.
         if sample.advantage == 0 and self._bonus.applied == 0:
@@ -105,7 +100,7 @@ class PolicyLoss:
         # vespo has multiplied it into the ratio of the completion.
         if correction.weight is not None and config.loss_type is not LossType.VESPO:
             per_token = per_token * correction.weight
-        if self._has_kl:
+        if config.kl_in_loss:
             per_token = per_token + config.beta * self._kl(inputs, ratio, metrics)
         loss = aggregate(
             per_token, inputs, loss_type=config.loss_type, max_completion_length=self.max_completion_length

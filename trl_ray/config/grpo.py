@@ -89,9 +89,14 @@ class GRPOConfig(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Loss
         return self.steps_per_generation or self.gradient_accumulation_steps
 
     @property
+    def slices_per_step(self) -> int:
+        """Parts of one generation batch that are each an optimizer update of their own."""
+        return self.micro_batches_per_rank // self.gradient_accumulation_steps
+
+    @property
     def updates_per_step(self) -> int:
-        """Optimizer updates that one generation batch gives: its slices, times `num_iterations`."""
-        return self.micro_batches_per_rank // self.gradient_accumulation_steps * self.num_iterations
+        """Optimizer updates that one generation batch gives."""
+        return self.slices_per_step * self.num_iterations
 
     @property
     def groups_per_step(self) -> int:
@@ -141,7 +146,7 @@ class GRPOConfig(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Loss
                 f"{self.overlong_buffer_len} and {self.max_completion_length}: every completion would be too long. "
                 "Lower it."
             )
-        if self.beta > 0 and self.kl_placement is KLPlacement.REWARD:
+        if self.kl_in_reward:
             if self.zero_variance_groups is ZeroVariance.DROP:
                 raise ValueError(explain_zero_variance("kl_placement=reward"))
             if self.multi_objective_aggregation is Aggregation.NORMALIZE_THEN_SUM:

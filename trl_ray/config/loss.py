@@ -178,6 +178,16 @@ class LossConfig(Section):
         return None
 
     @property
+    def kl_in_loss(self) -> bool:
+        """Whether the divergence from the reference is added to each token's loss."""
+        return self.beta > 0 and self.kl_placement is KLPlacement.LOSS
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the divergence from the reference is taken from rewards."""
+        return self.beta > 0 and self.kl_placement is KLPlacement.REWARD
+
+    @property
     def upper_epsilon(self) -> float:
         """`epsilon_high`, or `epsilon` where it is left out."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
@@ -277,7 +287,7 @@ class LossConfig(Section):
                 "sync_ref_model must be false with beta=0, got true: without a KL there is no reference. Set beta, or "
                 "remove sync_ref_model."
             )
-        in_loss = self.beta > 0 and self.kl_placement is KLPlacement.LOSS
+        in_loss = self.kl_in_loss
         if in_loss and self.kl_estimator is KLEstimator.K1 and not self.use_bias_correction_kl:
             raise ValueError(
                 "use_bias_correction_kl must be true with kl_estimator=k1 and kl_placement=loss, got false: the mean "

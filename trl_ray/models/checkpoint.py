@@ -92,8 +92,21 @@ def finish_checkpoint(
 ) -> str:
     """Add model and trainer state to what all ranks have written, and publish the checkpoint.
 
-    The rank that called `begin_checkpoint` calls it, when all others are done. The arguments are those of
-    `save_checkpoint`.
+    The rank that called `begin_checkpoint` calls it, when all others are done. The checkpoint appears whole or not at
+    all; an existing one is replaced.
+
+    Args:
+        directory: as given to `begin_checkpoint`.
+        step: optimizer steps done.
+        model: saved in the dtype it has, so that loading gives the same bits; of one with an adapter only the adapter.
+        trainer_state: tensors and plain values, in nested dicts and lists.
+        weights: whole parameters by the model's own names (all of them, or all that are trained where there is an
+            adapter), when the model's are split over ranks; tied ones once.
+        tokenizer: saved beside the model.
+        extra: contents of further files by name.
+
+    Returns:
+        The path of ``directory/step-N``.
 
     Raises:
         CheckpointError: the disk is full or the directory cannot be written; the unfinished folder is gone.
@@ -118,43 +131,6 @@ def finish_checkpoint(
 def abandon_checkpoint(directory: str | Path, *, step: int) -> None:
     """Remove what was begun: some rank could not write its part."""
     shutil.rmtree(partial_path(directory, step), ignore_errors=True)
-
-
-def save_checkpoint(
-    directory: str | Path,
-    *,
-    step: int,
-    model: PreTrainedModel,
-    trainer_state: Mapping[str, Any],
-    weights: Mapping[str, Tensor] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    extra: Mapping[str, bytes] | None = None,
-) -> str:
-    """Write ``directory/step-N`` so that it appears whole or not at all; an existing one is replaced.
-
-    Args:
-        directory: made when missing.
-        step: optimizer steps done.
-        model: saved in the dtype it has, so that loading gives the same bits; of one with an adapter only the adapter.
-        trainer_state: tensors and plain values, in nested dicts and lists.
-        weights: whole parameters by the model's own names (all of them, or all that are trained where there is an
-            adapter), when the model's are split over ranks; tied ones once.
-        tokenizer: saved beside the model.
-        extra: contents of further files by name.
-
-    Raises:
-        CheckpointError: the disk is full or the directory cannot be written.
-    """
-    begin_checkpoint(directory, step=step)
-    return finish_checkpoint(
-        directory,
-        step=step,
-        model=model,
-        trainer_state=trainer_state,
-        weights=weights,
-        tokenizer=tokenizer,
-        extra=extra,
-    )
 
 
 def _write_model(model: PreTrainedModel, directory: Path, weights: Mapping[str, Tensor] | None) -> None:

@@ -13,10 +13,11 @@ from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 from trl_ray.actors.policy_learner import PolicyLearner
+from trl_ray.algorithms.first_pass import in_order
 from trl_ray.algorithms.micro_batches import shard
 from trl_ray.config.grpo import GRPOConfig
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime
-from trl_ray.types import ActorReport, Health, SampleScores, TrainBatch
+from trl_ray.types import ActorReport, Health, TrainBatch
 
 
 class LearnerGroup:
@@ -84,7 +85,7 @@ class LearnerGroup:
                 for member, part in zip(self.members, shards, strict=True)
             ]
         )
-        return answers[0] if method == "step" else _in_order(batch, shards, answers)
+        return answers[0] if method == "step" else in_order(batch.samples, zip(shards, answers, strict=True))
 
 
 async def spawn_learner(runtime: Runtime, config: GRPOConfig, arguments: Mapping[str, Any]) -> ActorHandle:
@@ -110,17 +111,6 @@ def ranks_of(learner: ActorHandle | None) -> tuple[ActorHandle, ...]:
 async def _together(calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     """All answers, or the first error: a rank that waits for a lost one is not waited for."""
     return list(await asyncio.gather(*calls))
-
-
-def _in_order(
-    batch: TrainBatch, shards: Sequence[TrainBatch], answers: Sequence[Sequence[SampleScores]]
-) -> list[SampleScores]:
-    """Scores of all samples as the whole batch holds them."""
-    found: dict[int, SampleScores] = {}
-    for part, scores in zip(shards, answers, strict=True):
-        samples = [sample for micro_batch in part.micro_batches for sample in micro_batch]
-        found |= {id(sample): score for sample, score in zip(samples, scores, strict=True)}
-    return [found[id(sample)] for micro_batch in batch.micro_batches for sample in micro_batch]
 
 
 def _merge_health(answers: Sequence[Health]) -> Health:

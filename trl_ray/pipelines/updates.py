@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 from trl_ray.algorithms.batching import BuiltStep, RewardRules, build_step
-from trl_ray.algorithms.first_pass import needs_first_pass, with_scores
+from trl_ray.algorithms.first_pass import in_order, needs_first_pass, with_scores
 from trl_ray.algorithms.metrics import merge_metrics
 from trl_ray.algorithms.micro_batches import CutRules, split_updates, train_batch
 from trl_ray.config.advantages import AdvantageConfig
 from trl_ray.config.grpo import GRPOConfig
-from trl_ray.config.loss import KLPlacement, LossConfig
-from trl_ray.types import RolloutGroup, SampleScores, StepResult, TrainBatch, TrainingSample
+from trl_ray.config.loss import LossConfig
+from trl_ray.types import RolloutGroup, StepResult, TrainingSample
 
 AskLearner = Callable[..., Awaitable[Any]]
 
@@ -55,34 +55,20 @@ async def train_on(
     if needs_first_pass(loss, updates_per_step=config.updates_per_step):
         draft = train_batch(samples, step=step, rules=cut)
         scored = await ask_learner("score", draft, deadline_s=deadline_s)
-        scores = _in_order(samples, draft, scored)
-        if rewards_carry_kl(config):
+        scores = in_order(samples, [(draft, scored)])
+        if config.kl_in_reward:
             built = build(scores=scores)
         samples = with_scores(built.samples, scores, loss=loss, updates_per_step=config.updates_per_step)
     batches = split_updates(
         samples,
         step=step,
-        updates=config.updates_per_step // config.num_iterations,
+        updates=config.slices_per_step,
         iterations=config.num_iterations,
         seed=config.seed,
         rules=cut,
     )
     results = [await ask_learner("step", batch, deadline_s=deadline_s) for batch in batches]
     return Updated(built=built, result=merge_results(results))
-
-
-def rewards_carry_kl(config: GRPOConfig) -> bool:
-    """Whether the divergence from the reference is taken from the rewards."""
-    return config.beta > 0 and config.kl_placement is KLPlacement.REWARD
-
-
-def _in_order(
-    samples: Sequence[TrainingSample], batch: TrainBatch, scores: Sequence[SampleScores]
-) -> list[SampleScores]:
-    """Scores as the samples stand, not as the batch was cut."""
-    cut = [sample for micro_batch in batch.micro_batches for sample in micro_batch]
-    found = {id(sample): score for sample, score in zip(cut, scores, strict=True)}
-    return [found[id(sample)] for sample in samples]
 
 
 def merge_results(results: Sequence[StepResult]) -> StepResult:

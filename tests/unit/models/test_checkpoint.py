@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,15 @@ from trl_ray.models.checkpoint import (
     load_trainer_state,
     partial_path,
     prune,
-    save_checkpoint,
     verify_checkpoint,
 )
 from trl_ray.models.load import Policy, load_policy
+
+
+def save_checkpoint(directory: Path, *, step: int, **contents: Any) -> str:
+    """One rank alone."""
+    begin_checkpoint(directory, step=step)
+    return finish_checkpoint(directory, step=step, **contents)
 
 
 def _save(directory: Path, step: int) -> Path:
