@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from tiny_models import build_tokenizer
+from trl_ray.config.examples import TruncationMode
 from trl_ray.data.packing import pack
-from trl_ray.data.supervised import SupervisedRules, TruncationMode, tokenize_records
+from trl_ray.data.supervised import SupervisedRules, tokenize_records
 from trl_ray.data.training_templates import template_source
 
 pytestmark = [

@@ -123,7 +123,11 @@ class Loss(Protocol):
 def sample_tokens(samples: Sequence[TrainingSample], *, device: torch.device | str = "cpu") -> SampleTokens:
     """Concatenate the trained tokens of samples, in order."""
     counts = np.array([int(sample.loss_mask.sum()) for sample in samples], dtype=np.int64)
-    logprobs = [sample.sampler_logprobs[sample.loss_mask] for sample in samples]
+    logprobs = [
+        # What a dataset gives was sampled by nobody; its objectives do not look.
+        np.zeros(count) if sample.sampler_logprobs is None else sample.sampler_logprobs[sample.loss_mask]
+        for sample, count in zip(samples, counts, strict=True)
+    ]
     flat = np.concatenate(logprobs) if logprobs else np.zeros(0)
     advantages = np.repeat(np.array([sample.advantage for sample in samples], dtype=np.float64), counts)
     return SampleTokens(

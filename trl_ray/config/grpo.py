@@ -1,8 +1,7 @@
 """The configurations of the `grpo`, `rloo` and `async-grpo` pipelines.
 
-flat, TRL's names: ModelConfig + DataConfig + TrainingConfig + GenerationConfig + LossConfig + AdvantageConfig
-                   + ReportConfig
-nested, ours:      runtime: RuntimeConfig   rollout: RolloutConfig   reward: RewardConfig
+flat, TRL's names: RunConfig + PromptConfig + GenerationConfig + LossConfig + AdvantageConfig
+nested, ours:      rollout: RolloutConfig   reward: RewardConfig
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from trl_ray.config.advantages import (
     ZeroVariance,
     explain_zero_variance,
 )
-from trl_ray.config.deepspeed import resolve_deepspeed
 from trl_ray.config.fields import FROM_STRING, Natural, Positive
 from trl_ray.config.loss import (
     ImportanceLevel,
@@ -29,21 +27,18 @@ from trl_ray.config.loss import (
     LossConfig,
     LossType,
 )
+from trl_ray.config.run import RunConfig
 from trl_ray.config.sections import (
-    DataConfig,
     GenerationConfig,
     Isolation,
-    ModelConfig,
-    ReportConfig,
+    PromptConfig,
     RewardConfig,
     RolloutConfig,
-    RuntimeConfig,
     RuntimeKind,
-    TrainingConfig,
 )
 
 
-class GRPOConfig(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, LossConfig, AdvantageConfig, ReportConfig):
+class GRPOConfig(RunConfig, PromptConfig, GenerationConfig, LossConfig, AdvantageConfig):
     """Synchronous GRPO: every step trains on completions of the weights it starts from."""
 
     pipeline: Literal["grpo", "rloo", "async-grpo"] = "grpo"
@@ -54,7 +49,6 @@ class GRPOConfig(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Loss
     """One per reward function; None weighs all 1."""
     max_attempts: Positive = 3
     """Times a group is issued before it is dropped."""
-    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
 
@@ -102,15 +96,6 @@ class GRPOConfig(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Loss
     def groups_per_step(self) -> int:
         """Prompt groups P of one optimizer step."""
         return self.completions_per_step // self.num_generations
-
-    @model_validator(mode="after")
-    def _check_pipeline(self) -> Self:
-        own = type(self).model_fields["pipeline"].default
-        if self.pipeline != own:
-            raise ValueError(
-                f"pipeline must be {own} here, got {self.pipeline}. Run it with: trl-ray {self.pipeline} --config FILE"
-            )
-        return self
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
@@ -183,31 +168,11 @@ class GRPOConfig(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Loss
         return self
 
     @model_validator(mode="after")
-    def _check_kernels(self) -> Self:
-        if self.use_liger_kernel and self.chunk_lm_head_size is not None:
-            raise ValueError(
-                "chunk_lm_head_size must be left out with use_liger_kernel=true, got "
-                f"{self.chunk_lm_head_size}: both replace the forward pass of the language-model head. Remove one."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_deepspeed(self) -> Self:
-        if self.deepspeed is not None:
-            resolve_deepspeed(self, num_ranks=self.runtime.num_learners, dtype=self.dtype)
-        return self
-
-    @model_validator(mode="after")
     def _check_runtime(self) -> Self:
         if self.runtime.kind is RuntimeKind.LOCAL and self.rollout.num_workers > 1:
             raise ValueError(
                 f"rollout.num_workers must be 1 with runtime.kind=local, got {self.rollout.num_workers}: one process "
                 "holds one engine. Use runtime.kind=ray for more."
-            )
-        if self.runtime.kind is RuntimeKind.LOCAL and self.runtime.num_learners > 1:
-            raise ValueError(
-                f"runtime.num_learners must be 1 with runtime.kind=local, got {self.runtime.num_learners}: each rank "
-                "needs a process of its own. Use runtime.kind=ray for more."
             )
         if self.runtime.kind is RuntimeKind.RAY and self.reward.isolation is Isolation.INLINE:
             raise ValueError(

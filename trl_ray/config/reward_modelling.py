@@ -24,3 +24,7 @@ class RewardLossConfig(Section):
 
     center_rewards_coefficient: Annotated[float, Field(gt=0)] | None = None
     """Weight of the squared sum of a pair's rewards, which draws rewards to mean 0; 0.01 is usual, None is none."""
+
+
+class StepLossConfig(Section):
+    """The loss of a process reward model, which has no options: the cross-entropy of right against wrong steps."""

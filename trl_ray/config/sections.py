@@ -132,22 +132,58 @@ class ModelConfig(Section):
         return self
 
 
+class MixtureStopping(enum.StrEnum):
+    """When a mixture of datasets ends; the names are those of the library `datasets`."""
+
+    FIRST_EXHAUSTED = "first_exhausted"
+    """With the first dataset that has no row left: nothing is repeated."""
+    ALL_EXHAUSTED = "all_exhausted"
+    """When every row was there at least once: shorter datasets begin again."""
+    ALL_EXHAUSTED_WITHOUT_REPLACEMENT = "all_exhausted_without_replacement"
+    """When every row was there exactly once: the weights say how early."""
+
+
+class DatasetConfig(Section):
+    """One dataset of a mixture, under the names of TRL's `datasets` option."""
+
+    path: str
+    """As `dataset_name`."""
+    name: str | None = None
+    """As `dataset_config`."""
+    split: str | None = None
+    """None takes `dataset_train_split`, or `dataset_test_split` for evaluation."""
+    columns: list[str] | None = None
+    """Columns to keep; None keeps all."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share among the datasets, relative to their other weights."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """As `dataset_kwargs`."""
+
+
 class DataConfig(Section):
-    """Where prompts come from."""
+    """Where rows come from."""
 
     dataset_name: str | None = None
-    """Hub name, a local .json/.jsonl/.csv/.parquet file, or ``reasoning_gym/<task>``."""
+    """Hub name, a local .json/.jsonl/.csv/.parquet/.arrow file, a folder, or ``reasoning_gym/<task>``."""
     dataset_config: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str | None = None
     """Held-out split for evaluation; for generated tasks, another seed stands in for it."""
     dataset_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Options of a generated task, e.g. its size and the range of its numbers."""
+    datasets: list[DatasetConfig] = Field(default_factory=list)
+    """A mixture instead of `dataset_name`."""
+    mixture_stopping: Annotated[MixtureStopping, FROM_STRING] = MixtureStopping.FIRST_EXHAUSTED
+    shuffle_dataset: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class PromptConfig(DataConfig):
+    """Where prompts come from."""
+
     dataset_prompt_column: str = "prompt"
     system_prompt: str | None = None
     """Put before every conversational prompt that has no system message."""
-    shuffle_dataset: bool = True
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     eval_num_prompts: Positive = 32
     """How many held-out prompts one evaluation uses."""
 
@@ -172,8 +208,6 @@ class TrainingConfig(Section):
     """Completions in one micro-batch of one rank."""
     gradient_accumulation_steps: Positive = 1
     """Micro-batches in one optimizer step of one rank."""
-    steps_per_generation: Positive | None = None
-    """Micro-batches of one rank in one generation batch: a multiple of `gradient_accumulation_steps`, and None that."""
     max_tokens_per_micro_batch: Positive | None = None
     """Cut micro-batches by tokens (prompts included) instead of completions: even work, bounded memory."""
     deepspeed: Annotated[dict[str, Any] | None, BeforeValidator(read_deepspeed)] = None
@@ -193,6 +227,8 @@ class GenerationConfig(Section):
 
     num_generations: Annotated[int, Field(ge=2)] = 8
     """Completions per prompt: the group size G."""
+    steps_per_generation: Positive | None = None
+    """Micro-batches of one rank in one generation batch: a multiple of `gradient_accumulation_steps`, and None that."""
     max_completion_length: Positive = 256
     """Tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0

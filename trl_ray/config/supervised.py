@@ -25,6 +25,9 @@ class SupervisedLossConfig(Section):
     loss_type: Annotated[SupervisedLossType, FROM_STRING] = SupervisedLossType.NLL
     label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of each label that is spread evenly over the vocabulary; nll only."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Noise on embeddings in training, uniform within alpha / sqrt(tokens * hidden size)
+    (https://arxiv.org/abs/2310.05914); None is none."""
 
     @property
     def needs_mean_logprobs(self) -> bool:

@@ -8,7 +8,6 @@ the dataset that it came from. Streams have no places: mix them with `datasets.i
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,19 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trl_ray.config.sections import MixtureStopping
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
-
-
-class StoppingStrategy(enum.StrEnum):
-    """When a mixture ends; the names are those of the library `datasets`."""
-
-    FIRST_EXHAUSTED = "first_exhausted"
-    """With the first source that has no row left: nothing is repeated."""
-    ALL_EXHAUSTED = "all_exhausted"
-    """When every row was there at least once: shorter sources begin again."""
-    ALL_EXHAUSTED_WITHOUT_REPLACEMENT = "all_exhausted_without_replacement"
-    """When every row was there exactly once: the weights say how early."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +63,7 @@ class Mixture:
 
 
 def mix(
-    sources: Sequence[Source], *, seed: int, stopping: StoppingStrategy = StoppingStrategy.FIRST_EXHAUSTED
+    sources: Sequence[Source], *, seed: int, stopping: MixtureStopping = MixtureStopping.FIRST_EXHAUSTED
 ) -> Mixture:
     """Draw the source of every place with probabilities proportional to the weights; rows keep their order.
 

@@ -13,7 +13,6 @@ never a target. What a cut costs is therefore context, not correctness.
 
 from __future__ import annotations
 
-import enum
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -23,21 +22,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from trl_ray.config.examples import PackingStrategy
 from trl_ray.errors import ConfigError
 from trl_ray.types import IntArray
 
 Scalar = TypeVar("Scalar", bound=np.generic)
-
-
-class PackingStrategy(enum.StrEnum):
-    """How examples share rows; the values are TRL's `packing_strategy`."""
-
-    BFD = "bfd"
-    """Best fit decreasing: examples stay whole, what exceeds `max_length` is cut off."""
-    BFD_SPLIT = "bfd_split"
-    """Best fit decreasing; an example that exceeds `max_length` is split into pieces, no token is lost."""
-    WRAPPED = "wrapped"
-    """The examples in their order, cut where a row is full: every row but the last is full, no token is lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """A dataset as an endless, repeatable sequence of prompts that can be entered at any ordinal.
 
-    DataConfig -- load_rows --> Rows -- check, template, tokenise --> PromptSource
+    PromptConfig -- load_rows --> Rows -- check, template, tokenise --> PromptSource
     PromptSource.prompt(ordinal):  ordinal -> (epoch, place) -> row = permutation(seed, epoch)[place] -> Prompt
 
 Nothing is remembered between calls, so a resumed run asks for the next ordinal and gets what it would have got.
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trl_ray.config.sections import DataConfig
+from trl_ray.config.sections import PromptConfig
 from trl_ray.data.loading import Rows, load_rows
 from trl_ray.data.templates import Tokenizer, render, require_chat_template, with_system_prompt
 from trl_ray.data.validation import check_kind, check_length, check_prompt, count_longer, plain_columns, require_column
@@ -99,7 +99,7 @@ class PromptSource:
 
 
 def load_prompts(
-    config: DataConfig,
+    config: PromptConfig,
     tokenizer: Tokenizer,
     *,
     seed: int,
@@ -145,7 +145,7 @@ def _where(rows: Rows, index: int) -> str:
     return f"Row {index} of {rows.name}"
 
 
-def _checked_prompts(rows: Rows, config: DataConfig) -> list[str | tuple[Message, ...]]:
+def _checked_prompts(rows: Rows, config: PromptConfig) -> list[str | tuple[Message, ...]]:
     """Every row's prompt, all text or all conversations, the system prompt inserted."""
     column = config.dataset_prompt_column
     prompts: list[str | tuple[Message, ...]] = []
@@ -164,7 +164,7 @@ def _checked_prompts(rows: Rows, config: DataConfig) -> list[str | tuple[Message
     return prompts
 
 
-def _as_text(prompt: str | tuple[Message, ...], tokenizer: Tokenizer, config: DataConfig, where: str) -> str:
+def _as_text(prompt: str | tuple[Message, ...], tokenizer: Tokenizer, config: PromptConfig, where: str) -> str:
     if isinstance(prompt, str):
         return prompt
     require_chat_template(tokenizer, where=where)

@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from trl_ray.config.examples import TruncationMode
 from trl_ray.data.chat_rendering import ChatFormat, ChatTokenizer, EncodedChat, encode_chat, own_template, render_chat
 from trl_ray.data.records import Document, PromptCompletion
 from trl_ray.errors import ConfigError, DataError, ModelError
@@ -43,13 +44,6 @@ class SupervisedTokenizer(ChatTokenizer, Protocol):
     def eos_token(self) -> Any:
         """The text of the end-of-sequence token, or None."""
         ...
-
-
-class TruncationMode(enum.StrEnum):
-    """Which end of an example beyond `max_length` is kept."""
-
-    KEEP_START = "keep_start"
-    KEEP_END = "keep_end"
 
 
 class Untrained(enum.StrEnum):

@@ -16,7 +16,7 @@ from trl_ray.algorithms.micro_batches import CutRules
 from trl_ray.config.advantages import ZeroVariance
 from trl_ray.config.grpo import GRPOConfig
 from trl_ray.config.loss import LossConfig
-from trl_ray.config.sections import DataConfig, Dtype, GenerationConfig, ModelConfig, TrainingConfig
+from trl_ray.config.sections import Dtype, GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
 from trl_ray.data.prompts import PromptSource, load_prompts
 from trl_ray.errors import ConfigError
 from trl_ray.models.load import load_model_config, load_tokenizer, max_positions
@@ -122,7 +122,7 @@ def prepare(config: GRPOConfig, inputs: Inputs) -> Preparation:
     model = config.part(ModelConfig)
     tokenizer = load_tokenizer(model)
     max_model_len = _max_model_len(config, max_positions(model))
-    data, limit = config.part(DataConfig), max_model_len - config.max_completion_length
+    data, limit = config.part(PromptConfig), max_model_len - config.max_completion_length
     prompts = load_prompts(data, tokenizer, seed=config.seed, max_prompt_tokens=limit, dataset=inputs.train_dataset)
     eval_prompts = _eval_prompts(config, inputs, tokenizer, limit) if config.eval_steps else ()
     return Preparation(
@@ -194,7 +194,7 @@ def _eval_prompts(config: GRPOConfig, inputs: Inputs, tokenizer: Any, limit: int
             "dataset with dataset_test_split, or set eval_steps=0."
         )
     source = load_prompts(
-        config.part(DataConfig),
+        config.part(PromptConfig),
         tokenizer,
         seed=config.seed,
         max_prompt_tokens=limit,

@@ -1,7 +1,8 @@
 import datasets
 import pytest
 
-from trl_ray.data.mixtures import MixedRow, Source, StoppingStrategy, mix
+from trl_ray.config.sections import MixtureStopping
+from trl_ray.data.mixtures import MixedRow, Source, mix
 from trl_ray.errors import DataError
 
 SHORT = Source(name="short", rows=[{"prompt": f"s{i}"} for i in range(3)], weight=1.0)
@@ -13,7 +14,7 @@ def places(mixture):
     return [(mixed.source, mixed.number) for mixed in mixture]
 
 
-@pytest.mark.parametrize("stopping", StoppingStrategy)
+@pytest.mark.parametrize("stopping", MixtureStopping)
 def test_the_order_is_that_of_interleave_datasets(stopping):
     columns = [
         datasets.Dataset.from_list([{"place": f"{s.name}{i}"} for i in range(len(s.rows))]) for s in (SHORT, LONG)
@@ -25,7 +26,7 @@ def test_the_order_is_that_of_interleave_datasets(stopping):
 
 
 def test_a_row_comes_as_it_was_with_its_number_in_its_source():
-    mixture = mix([SHORT, LONG], seed=0, stopping=StoppingStrategy.ALL_EXHAUSTED_WITHOUT_REPLACEMENT)
+    mixture = mix([SHORT, LONG], seed=0, stopping=MixtureStopping.ALL_EXHAUSTED_WITHOUT_REPLACEMENT)
     assert sorted(places(mixture)) == sorted([*(("short", i) for i in range(3)), *(("long", i) for i in range(40))])
     for mixed in mixture:
         source = {"short": SHORT, "long": LONG}[mixed.source]
@@ -33,7 +34,7 @@ def test_a_row_comes_as_it_was_with_its_number_in_its_source():
 
 
 def test_the_stopping_rules_end_with_the_first_source_or_with_the_last():
-    first, every = (mix([SHORT, LONG], seed=2, stopping=rule) for rule in list(StoppingStrategy)[:2])
+    first, every = (mix([SHORT, LONG], seed=2, stopping=rule) for rule in list(MixtureStopping)[:2])
     assert len(first) < 43
     assert {number for name, number in places(every) if name == "long"} == set(range(40))
     assert len(every) > 43  # the short one began again
@@ -41,7 +42,7 @@ def test_the_stopping_rules_end_with_the_first_source_or_with_the_last():
 
 def test_the_same_seed_gives_the_same_order_and_another_seed_another():
     assert places(mix([SHORT, LONG], seed=1)) == places(mix([SHORT, LONG], seed=1))
-    every = StoppingStrategy.ALL_EXHAUSTED
+    every = MixtureStopping.ALL_EXHAUSTED
     assert places(mix([SHORT, LONG], seed=1, stopping=every)) != places(mix([SHORT, LONG], seed=2, stopping=every))
 
 

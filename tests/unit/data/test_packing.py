@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_ray.data.packing import PackedRow, Packing, PackingStrategy, Piece, pack
+from trl_ray.config.examples import PackingStrategy
+from trl_ray.data.packing import PackedRow, Packing, Piece, pack
 from trl_ray.errors import ConfigError
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from trl_ray.config.sections import DataConfig
+from trl_ray.config.sections import PromptConfig
 from trl_ray.data.prompts import PromptSource, load_prompts
 from trl_ray.errors import DataError, ModelError
 
@@ -25,7 +25,7 @@ class CharTokenizer:
 
 def load(rows, tokenizer=None, *, limit=None, seed=0, evaluation=False, **options):
     return load_prompts(
-        DataConfig(**options),
+        PromptConfig(**options),
         tokenizer or CharTokenizer(),
         seed=seed,
         max_prompt_tokens=limit,

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tiny_models import build_tokenizer
+from trl_ray.config.examples import TruncationMode
 from trl_ray.data.packing import pack
 from trl_ray.data.records import Document, PromptCompletion
 from trl_ray.data.supervised import (
     SupervisedRules,
     SupervisedSample,
-    TruncationMode,
     Untrained,
     common_prefix_length,
     tokenize_record,

@@ -1,0 +1,95 @@
+"""The options of datasets that are trained on directly, under TRL's argument names where TRL has the option.
+
+ExampleConfig            every supervised pipeline: reading, length, streaming, evaluation
+SupervisedExampleConfig  SFT: what is trained, packing
+SteppedExampleConfig     PRM: separators, which steps
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+from pydantic import Field
+
+from trl_ray.config.base import Section
+from trl_ray.config.fields import FROM_STRING, Positive
+
+
+class TruncationMode(enum.StrEnum):
+    """Which end of an example beyond `max_length` is kept."""
+
+    KEEP_START = "keep_start"
+    KEEP_END = "keep_end"
+
+
+class PackingStrategy(enum.StrEnum):
+    """How examples share rows; the values are TRL's `packing_strategy`."""
+
+    BFD = "bfd"
+    """Best fit decreasing: examples stay whole, what exceeds `max_length` is cut off."""
+    BFD_SPLIT = "bfd_split"
+    """Best fit decreasing; an example that exceeds `max_length` is split into pieces, no token is lost."""
+    WRAPPED = "wrapped"
+    """The examples in their order, cut where a row is full: every row but the last is full, no token is lost."""
+
+
+class ExampleConfig(Section):
+    """How rows become examples, and how held-out ones are used."""
+
+    max_length: Annotated[int, Field(ge=2)] | None = 1024
+    """Tokens of an example, or of a packed row; None keeps all."""
+    truncation_mode: Annotated[TruncationMode, FROM_STRING] = TruncationMode.KEEP_START
+    """Which end of an example beyond `max_length` is kept."""
+    dataset_text_format: str | None = None
+    """How texts are written (chatml, llama2, ...); None recognises it, ``plain`` takes them as they are."""
+    dataset_streaming: bool = False
+    """Read and tokenise rows while training goes on, instead of before it; needs `max_steps`."""
+    stream_window: Positive = 1000
+    """Rows that are tokenised, packed and shuffled together when streaming."""
+    per_device_eval_batch_size: Positive = 8
+    """Examples in one micro-batch of one rank in evaluations."""
+    metric_for_best_model: str = "loss"
+    """Held-out metric that decides about stopping early, without its ``eval/``."""
+    greater_is_better: bool | None = None
+    """None: true unless the metric is named a loss."""
+    early_stopping_patience: Positive | None = None
+    """Evaluations in a row without a better metric after which the run ends; None never."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """By how much the metric must be better to count."""
+
+    @property
+    def wants_greater(self) -> bool:
+        """Whether a greater value of `metric_for_best_model` is a better one."""
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return not self.metric_for_best_model.endswith(("loss", "nll"))
+
+
+class SupervisedExampleConfig(ExampleConfig):
+    """What SFT trains of a row."""
+
+    completion_only_loss: bool | None = None
+    """Train only what follows the prompt; None: where a row has a prompt."""
+    assistant_only_loss: bool = False
+    """Train only what the assistant says; needs conversations."""
+    dataset_text_field: str = "text"
+    """The column of rows that are plain text."""
+    packing: bool = False
+    """Fill rows of `max_length` tokens with examples, which do not see each other."""
+    packing_strategy: Annotated[PackingStrategy, FROM_STRING] = PackingStrategy.BFD
+    eval_packing: bool | None = None
+    """Pack held-out examples as well; None does as `packing`."""
+
+
+class SteppedExampleConfig(ExampleConfig):
+    """What a process reward model is trained on."""
+
+    step_separator: str = "\n"
+    """Ends every step; its last token carries the step's label."""
+    train_on_last_step_only: bool = False
+    """Only the last step's label counts in training; evaluation looks at all."""
+    max_prompt_length: Positive | None = None
+    """Tokens of the prompt, the last ones are kept; None keeps all."""
+    max_completion_length: Positive | None = None
+    """Tokens of all steps together; None keeps all."""

@@ -1,0 +1,61 @@
+"""What the configurations of all pipelines have in common.
+
+flat, TRL's names: ModelConfig + DataConfig + TrainingConfig + ReportConfig        nested, ours: runtime: RuntimeConfig
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from trl_ray.config.deepspeed import resolve_deepspeed
+from trl_ray.config.sections import (
+    DataConfig,
+    ModelConfig,
+    ReportConfig,
+    RuntimeConfig,
+    RuntimeKind,
+    TrainingConfig,
+)
+
+
+class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig):
+    """A run of any pipeline: a model, rows, an optimizer, a run directory, actors."""
+
+    pipeline: str
+    """Which pipeline this configuration is for; written to config.yaml so that a run can be resumed by its folder."""
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+
+    @model_validator(mode="after")
+    def _check_pipeline(self) -> Self:
+        own = type(self).model_fields["pipeline"].default
+        if self.pipeline != own:
+            raise ValueError(
+                f"pipeline must be {own} here, got {self.pipeline}. Run it with: trl-ray {self.pipeline} --config FILE"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_kernels(self) -> Self:
+        if self.use_liger_kernel and self.chunk_lm_head_size is not None:
+            raise ValueError(
+                "chunk_lm_head_size must be left out with use_liger_kernel=true, got "
+                f"{self.chunk_lm_head_size}: both replace the forward pass of the language-model head. Remove one."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_deepspeed(self) -> Self:
+        if self.deepspeed is not None:
+            resolve_deepspeed(self, num_ranks=self.runtime.num_learners, dtype=self.dtype)
+        return self
+
+    @model_validator(mode="after")
+    def _check_learners(self) -> Self:
+        if self.runtime.kind is RuntimeKind.LOCAL and self.runtime.num_learners > 1:
+            raise ValueError(
+                f"runtime.num_learners must be 1 with runtime.kind=local, got {self.runtime.num_learners}: each rank "
+                "needs a process of its own. Use runtime.kind=ray for more."
+            )
+        return self
