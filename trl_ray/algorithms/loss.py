@@ -9,6 +9,7 @@ whole step itself, so that how a step is cut into micro-batches (or ranks) chang
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,6 +19,38 @@ import torch
 from torch import Tensor
 
 from trl_ray.types import Metric, TrainBatch, TrainingSample
+
+
+class HeadKind(enum.Enum):
+    """What stands on top of the model."""
+
+    LANGUAGE = "language"
+    """The language-model head: log-probs of the next token."""
+    SEQUENCE = "sequence"
+    """One number for what has been read so far: a reward model."""
+    STEPS = "steps"
+    """Two logits, of wrong and right, for what has been read so far: a process reward model."""
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs C of a classifying head."""
+        assert self is not HeadKind.LANGUAGE, "a language-model head has no labels"
+        return 1 if self is HeadKind.SEQUENCE else 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossNeeds:
+    """What a loss asks of the model, so that nothing else is computed or held."""
+
+    head: HeadKind = HeadKind.LANGUAGE
+    reference: bool = False
+    """A reference policy must be held, for the training pass or for a first pass before it."""
+    sum_squared_probs: bool = False
+    top1: bool = False
+    mean_logprobs: bool = False
+    """The mean log-prob over the vocabulary at each trained token."""
+    embedding_noise: float | None = None
+    """NEFTune's alpha: noise on embeddings in training passes; None is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
