@@ -15,13 +15,13 @@ import enum
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from trl_ray.config.load import load_config, read_yaml
 from trl_ray.config.messages import nearest
 from trl_ray.errors import ConfigError, InputError, InterruptedRun, TrlRayError
 from trl_ray.observe.run_directory import RunDirectory
-from trl_ray.pipelines.policy_optimization import PolicyOptimizationPipeline, TrainOutput
+from trl_ray.pipelines.pipeline import Pipeline, TrainOutput
 from trl_ray.pipelines.registry import PIPELINES
 
 
@@ -111,7 +111,7 @@ def _dispatch(args: argparse.Namespace) -> int:
         return ExitCode.DONE
     if args.command == "resume":
         return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir).train())
-    pipeline_class = PIPELINES[args.command]
+    pipeline_class: Any = PIPELINES[args.command]
     pipeline = pipeline_class(args=load_config(pipeline_class.config_class, args.config, args.overrides))
     if args.dry_run:
         from trl_ray.cli.dry_run import describe_run
@@ -121,7 +121,7 @@ def _dispatch(args: argparse.Namespace) -> int:
     return _finish(pipeline.train())
 
 
-def _pipeline_of(run_dir: str | Path) -> type[PolicyOptimizationPipeline]:
+def _pipeline_of(run_dir: str | Path) -> type[Pipeline[Any, Any]]:
     path = RunDirectory.open_existing(run_dir).config
     name = str(read_yaml(path).get("pipeline"))
     if name not in PIPELINES:
@@ -134,7 +134,8 @@ def _finish(output: TrainOutput) -> int:
     balance = (
         f"issued {ledger.issued} = trained {ledger.trained} + dropped {ledger.dropped_total} + live {ledger.live_total}"
     )
-    print(f"{output.steps} steps; ledger: {balance}; oldest token trained on: {output.worst_age} steps")
+    age = "" if output.worst_age is None else f"; oldest token trained on: {output.worst_age} steps"
+    print(f"{output.steps} steps; ledger: {balance}{age}")
     print(f"report: {output.run_dir / 'report.html'}")
     if not ledger.balanced or ledger.live_total:
         return _say(ExitCode.FAILED, f"trl-ray: the run ended with work unaccounted for: {balance}")

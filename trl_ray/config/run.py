@@ -23,7 +23,7 @@ from trl_ray.config.sections import (
 class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig):
     """A run of any pipeline: a model, rows, an optimizer, a run directory, actors."""
 
-    pipeline: str
+    pipeline: str = ""
     """Which pipeline this configuration is for; written to config.yaml so that a run can be resumed by its folder."""
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,10 +19,15 @@ from trl_ray.config.loss import LossConfig
 from trl_ray.config.sections import Dtype, GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
 from trl_ray.data.prompts import PromptSource, load_prompts
 from trl_ray.errors import ConfigError
-from trl_ray.models.load import load_model_config, load_tokenizer, max_positions
+from trl_ray.models.load import count_parameters, load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.crew import ActorArguments
+from trl_ray.pipelines.memory import GIB, PROCESS, dtype_bytes, learner_memory
 from trl_ray.rewards.registry import RewardSpec, make_specs
+from trl_ray.runtime.runtime import Role
 from trl_ray.types import IntArray, Prompt
+
+if TYPE_CHECKING:
+    from trl_ray.runtime.remote import ActorPlan
 
 RewardFunction = Callable[..., Any]
 FROM_PYTHON = "python:"
@@ -108,6 +113,42 @@ class Preparation:
                 "isolation": config.reward.isolation,
             },
         )
+
+    def actors(self) -> dict[Role, ActorPlan]:
+        """See `trl_ray.pipelines.pipeline.Plan`."""
+        # Imported here so that runtime.kind=local starts without Ray's import.
+        from trl_ray.runtime.remote import plan_actors
+
+        config = self.config
+        return plan_actors(runtime=config.runtime, rollout=config.rollout, reward=config.reward)
+
+    def describe(self) -> Mapping[str, Any]:
+        """The plan in numbers, for the dry run."""
+        config = self.config
+        return {
+            "optimizer steps": self.total_steps,
+            "updates per step": config.updates_per_step,
+            "learner ranks": config.runtime.num_learners,
+            "prompt groups per step": config.groups_per_step,
+            "completions per step": config.completions_per_step,
+            "training prompts": len(self.prompts),
+            "staleness bound (steps)": config.staleness_bound,
+            "admission slots": (config.lag + 1) * config.groups_per_step,
+            "tokens per sequence": self.max_model_len,
+            "reward functions": ", ".join(spec.name for spec in self.rewards),
+        }
+
+    def expected_memory(self) -> Mapping[Role, float]:
+        """Bytes that one actor of each role is expected to hold: weights, optimizer, caches, and its Python."""
+        config, model = self.config, self.config.part(ModelConfig)
+        parameters = count_parameters(model).base
+        engine = parameters * dtype_bytes(config.rollout.dtype or config.dtype)
+        return {
+            Role.LEARNER: learner_memory(model, has_reference=config.beta > 0),
+            Role.QUEUE: 0.2 * GIB,
+            Role.ROLLOUT: engine + config.rollout.kv_cache_memory_gib * GIB + PROCESS,
+            Role.REWARD: 0.2 * GIB,
+        }
 
 
 def prepare(config: GRPOConfig, inputs: Inputs) -> Preparation:
@@ -224,20 +265,3 @@ def _canary_tolerance(config: GRPOConfig) -> float:
         return config.rollout.canary_tolerance
     exact = config.dtype is Dtype.FLOAT32 and config.rollout.dtype in (None, Dtype.FLOAT32) and not config.bf16
     return 1e-3 if exact else 0.2
-
-
-def describe(preparation: Preparation) -> Mapping[str, Any]:
-    """The plan in numbers, for the dry run."""
-    config = preparation.config
-    return {
-        "optimizer steps": preparation.total_steps,
-        "updates per step": config.updates_per_step,
-        "learner ranks": config.runtime.num_learners,
-        "prompt groups per step": config.groups_per_step,
-        "completions per step": config.completions_per_step,
-        "training prompts": len(preparation.prompts),
-        "staleness bound (steps)": config.staleness_bound,
-        "admission slots": (config.lag + 1) * config.groups_per_step,
-        "tokens per sequence": preparation.max_model_len,
-        "reward functions": ", ".join(spec.name for spec in preparation.rewards),
-    }

@@ -31,24 +31,14 @@ class StepTimes:
     published: float
 
 
-class Recorder:
-    """Everything a run leaves behind, except its checkpoints and its journal.
+class RunRecorder:
+    """What every run leaves behind, except its checkpoints: events, spans, metrics, the ledger."""
 
-    `pulled_version` is the version that every working rollout worker has pulled; tickets carry it.
-    """
-
-    def __init__(self, *, directory: RunDirectory, observer: Observer, staleness_bound: int, start_step: int) -> None:
+    def __init__(self, *, directory: RunDirectory, observer: Observer) -> None:
         self.directory = directory
-        self.pulled_version = start_step
         self.last: dict[str, float] = {}
         self._observer = observer
-        self._monitor = StalenessMonitor(bound=staleness_bound)
         self._ended: float | None = None
-
-    @property
-    def worst_age(self) -> int:
-        """The oldest token that was trained on, in optimizer steps."""
-        return self._monitor.worst
 
     def emit(self, event: Event) -> None:
         """Write down one event."""
@@ -61,6 +51,43 @@ class Recorder:
     def report(self, report: ActorReport) -> None:
         """Write down what actors had to tell."""
         self._observer.report(report)
+
+    def checkpoint(self, path: Path, *, step: int, seconds: float) -> None:
+        """Write down a checkpoint."""
+        self.say(EventKind.CHECKPOINT, "learner", step=step, path=path.name, seconds=round(seconds, 3))
+
+    def close(self) -> None:
+        """Flush and close all sinks."""
+        self._observer.close()
+
+    def _write_step(self, step: int, record: Mapping[str, float], ledger: LedgerSnapshot) -> None:
+        """The line of one optimizer step, and the ledger after it."""
+        self.last = dict(record)
+        self._observer.step(step, record)
+        self.directory.write_ledger(ledger.to_json())
+
+    def _elapsed(self, begin: float, end: float) -> float:
+        """Seconds from the end of the step before to the end of this one."""
+        # A checkpoint or an evaluation between two steps counts to the second.
+        elapsed, self._ended = end - (self._ended or begin), end
+        return elapsed
+
+
+class Recorder(RunRecorder):
+    """Everything a run of policy optimisation leaves behind, except its checkpoints and its journal.
+
+    `pulled_version` is the version that every working rollout worker has pulled; tickets carry it.
+    """
+
+    def __init__(self, *, directory: RunDirectory, observer: Observer, staleness_bound: int, start_step: int) -> None:
+        super().__init__(directory=directory, observer=observer)
+        self.pulled_version = start_step
+        self._monitor = StalenessMonitor(bound=staleness_bound)
+
+    @property
+    def worst_age(self) -> int:
+        """The oldest token that was trained on, in optimizer steps."""
+        return self._monitor.worst
 
     def check_staleness(self, step: int, groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
         """Measure the age of every token about to be trained on.
@@ -96,9 +123,7 @@ class Recorder:
             **self._queue(snapshot, slots),
             **self._speed(groups, built, result, times),
         }
-        self.last = record
-        self._observer.step(step, record)
-        self.directory.write_ledger(snapshot.to_json())
+        self._write_step(step, record, snapshot)
         self._observer.completions(
             TrainedGroups(step=step, groups=groups, advantages=built.advantages, learner_version=step - 1)
         )
@@ -117,14 +142,6 @@ class Recorder:
             seconds=round(seconds, 3),
         )
 
-    def checkpoint(self, path: Path, *, step: int, seconds: float) -> None:
-        """Write down a checkpoint."""
-        self.say(EventKind.CHECKPOINT, "learner", step=step, path=path.name, seconds=round(seconds, 3))
-
-    def close(self) -> None:
-        """Flush and close all sinks."""
-        self._observer.close()
-
     def _queue(self, snapshot: LedgerSnapshot, slots: int) -> dict[str, float]:
         live = snapshot.live
         ready = live.get("ready", 0)
@@ -141,8 +158,7 @@ class Recorder:
     def _speed(
         self, groups: Sequence[RolloutGroup], built: BuiltStep, result: StepResult, times: StepTimes
     ) -> dict[str, float]:
-        # From the end of the step before: a checkpoint or an evaluation between two steps counts to the second.
-        elapsed, self._ended = times.published - (self._ended or times.begin), times.published
+        elapsed = self._elapsed(times.begin, times.published)
         generated = sum(len(completion.token_ids) for group in groups for completion in group.completions)
         trained = built.num_valid_tokens
         # The learner's own time; what the call adds to it is orchestration.

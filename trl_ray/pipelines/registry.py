@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
 from trl_ray.pipelines.grpo import GRPOPipeline
-from trl_ray.pipelines.policy_optimization import PolicyOptimizationPipeline
+from trl_ray.pipelines.pipeline import Pipeline
 from trl_ray.pipelines.rloo import RLOOPipeline
 
-PIPELINES: dict[str, type[PolicyOptimizationPipeline]] = {
+PIPELINES: dict[str, type[Pipeline[Any, Any]]] = {
     pipeline.name: pipeline for pipeline in (AsyncGRPOPipeline, GRPOPipeline, RLOOPipeline)
 }

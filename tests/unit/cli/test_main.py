@@ -10,7 +10,7 @@ from tiny_models import build_tiny_model
 from trl_ray import errors
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.cli.main import ExitCode, main
-from trl_ray.pipelines.policy_optimization import PolicyOptimizationPipeline, TrainOutput
+from trl_ray.pipelines.pipeline import Pipeline, TrainOutput
 
 
 def subclasses(cls):
@@ -47,7 +47,7 @@ def ends_with(monkeypatch, outcome):
             raise outcome
         return outcome
 
-    monkeypatch.setattr(PolicyOptimizationPipeline, "train", train)
+    monkeypatch.setattr(Pipeline, "train", train)
     return seen
 
 

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import MAX_POSITIONS, build_tiny_model
 from trl_ray.config.grpo import AsyncGRPOConfig, GRPOConfig
 from trl_ray.errors import ConfigError, DataError
-from trl_ray.pipelines.preparation import Inputs, describe, prepare
+from trl_ray.pipelines.preparation import Inputs, prepare
 
 ROWS = [{"prompt": f"count to {number}: "} for number in range(1, 11)]
 
@@ -120,7 +120,7 @@ def test_the_queue_learns_how_far_generation_may_run_ahead(model):
 
 
 def test_the_plan_in_numbers(model):
-    plan = describe(prepared(model, kind=AsyncGRPOConfig, max_staleness=2))
+    plan = prepared(model, kind=AsyncGRPOConfig, max_staleness=2).describe()
     assert json.loads(json.dumps(plan)) == {
         "optimizer steps": 3,
         "updates per step": 1,
