@@ -1,8 +1,9 @@
-"""Splitting, unpairing and renaming of rows, and what a row is, against TRL's data functions and chat templates."""
+"""Splitting and renaming of rows, and what a row is, against TRL's data functions and chat templates."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from trl_ray.data.foreign_formats import to_messages
 from trl_ray.data.formats import Form
-from trl_ray.data.preferences import extract_prompt, unpair
+from trl_ray.data.preferences import shared_prompt
 from trl_ray.data.reading import read_records, reader_for
 from trl_ray.data.transcripts import TextFormat, read_transcript, recognise
 
@@ -39,37 +40,14 @@ def test_the_prompt_that_texts_share_is_trls(shared: str, chosen: str, rejected:
     row = {"chosen": shared + chosen, "rejected": shared + rejected}
     # Where nothing is shared, TRL's answer depends on the last character.
     assume(row["chosen"][:1] == row["rejected"][:1] != "")
-    assert extract_prompt(row) == trl.extract_prompt(row)
+    assert dataclasses.asdict(shared_prompt(**row)) == trl.extract_prompt(row)
 
 
 @given(shared=TALK, chosen=TALK, rejected=TALK)
 def test_the_prompt_that_conversations_share_is_trls(shared: list[Row], chosen: list[Row], rejected: list[Row]) -> None:
     row = {"chosen": shared + chosen, "rejected": shared + rejected}
     assume(row["chosen"][:1] == row["rejected"][:1] != [])
-    assert extract_prompt(row) == trl.extract_prompt(row)
-
-
-MAYBE: list[Row] = [
-    {"prompt": "p", "chosen": "pa", "rejected": "pb"},
-    {"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
-    {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
-    {"text": "t"},
-]
-
-
-@pytest.mark.parametrize("row", MAYBE)
-def test_whether_a_prompt_is_extracted_is_decided_as_trl_does(row: Row) -> None:
-    assert extract_prompt(row) == trl.maybe_extract_prompt(copy.deepcopy(row))
-
-
-def test_unpaired_rows_are_trls() -> None:
-    rows = [
-        {"prompt": f"p{i}", "chosen": f"a{i}", "rejected": f"b{i}", "id": i, "tools": [{"name": "f"}]} for i in range(3)
-    ]
-    theirs = trl.unpair_preference_dataset(Dataset.from_list(rows)).to_list()
-    order = [(row["id"], not row["label"]) for row in theirs]
-    assert sorted(order) == [(i, second) for i in range(3) for second in (False, True)]
-    assert list(unpair(rows)) == sorted(theirs, key=lambda row: (row["id"], not row["label"]))
+    assert dataclasses.asdict(shared_prompt(**row)) == trl.extract_prompt(row)
 
 
 SHAREGPT: list[Row] = [

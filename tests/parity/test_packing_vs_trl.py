@@ -16,8 +16,11 @@ import pytest
 from tiny_models import build_tokenizer
 from trl_ray.config.examples import TruncationMode
 from trl_ray.data.packing import pack
-from trl_ray.data.supervised import SupervisedRules, tokenize_records
+from trl_ray.data.reading import read_records
+from trl_ray.data.records import Document, PromptCompletion
+from trl_ray.data.supervised import SupervisedData, SupervisedRules, tokenize_records
 from trl_ray.data.training_templates import template_source
+from trl_ray.data.transcripts import TextFormat
 
 pytestmark = [
     pytest.mark.parity,
@@ -82,8 +85,14 @@ def without_first(labels: list[int]) -> list[int]:
     return [-100, *labels[1:]]
 
 
+def our_data(records: list[dict[str, Any]], rules: SupervisedRules) -> SupervisedData:
+    read = read_records(records, name="train", text_format=TextFormat.PLAIN)
+    kept = [record for record in read if isinstance(record, Document | PromptCompletion)]
+    return tokenize_records(kept, TOKENIZER, rules, name="train")
+
+
 def our_rows(rules: SupervisedRules, records: list[dict[str, Any]]) -> list[dict[str, list[int]]]:
-    data = tokenize_records(records, TOKENIZER, rules, name="train")
+    data = our_data(records, rules)
     return [{"input_ids": found.token_ids.tolist(), "labels": found.labels().tolist()} for found in data.samples]
 
 
@@ -157,7 +166,7 @@ def test_positions_and_labels_of_a_packed_row_equal_those_of_trls_padding_free_c
 
     rules = SupervisedRules()
     records = [*PAIRS, {"prompt": "one", "completion": " more"}]
-    data = tokenize_records(records, TOKENIZER, rules, name="train")
+    data = our_data(records, rules)
     ids, masks = [found.token_ids for found in data.samples], [found.loss_mask for found in data.samples]
     row = pack([len(found) for found in ids], max_length=100, strategy="bfd").rows[0]
     whole = [

@@ -93,9 +93,10 @@ def render_chat(
     chat: ChatFormat,
     *,
     add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
     where: str = "a conversation",
 ) -> RenderedChat:
-    """Render `messages`, with the header of a new assistant turn at the end if asked for.
+    """Render `messages`, with the header of a new assistant turn at the end, or without the last turn's end.
 
     Raises:
         ModelError: the template refuses the conversation; names `where`.
@@ -114,6 +115,7 @@ def render_chat(
                 # Where a template has no markers, asking for them only makes transformers warn.
                 return_assistant_tokens_mask=marked,
                 add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
                 **values,
             )
     except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
@@ -139,8 +141,14 @@ def encode_chat(tokenizer: ChatTokenizer, rendered: RenderedChat) -> EncodedChat
             "assistant_only_loss needs a tokenizer that knows which characters a token stands for, and this one does "
             "not: it is not a fast tokenizer. Load it with use_fast=True, or set assistant_only_loss to False."
         ) from error
-    offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    mask = np.zeros(len(offsets), dtype=np.bool_)
-    for start, stop in rendered.spans:
-        mask |= (offsets[:, 0] < stop) & (offsets[:, 1] > start) & (offsets[:, 0] < offsets[:, 1])
+    mask = assistant_mask(encoded["offset_mapping"], rendered.spans)
     return EncodedChat(token_ids=np.asarray(encoded["input_ids"], dtype=np.int32), assistant_mask=mask)
+
+
+def assistant_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> BoolArray:
+    """Which of the tokens, given by the characters ``[start, stop)`` each stands for, hold a character of a span."""
+    places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    mask = np.zeros(len(places), dtype=np.bool_)
+    for start, stop in spans:
+        mask |= (places[:, 0] < stop) & (places[:, 1] > start) & (places[:, 0] < places[:, 1])
+    return mask

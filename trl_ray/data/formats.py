@@ -117,7 +117,7 @@ def _type_of(
             return prompts[0]
         if not largest or lone:
             raise _missing(name, columns, accept)
-        raise _not_accepted(name, [kind for kind, _ in largest], accept)
+        raise _not_accepted(name, [kind for kind, _ in largest], accept, columns)
     if len(usable) > 1:
         readings = " or ".join(f"{kind} ({', '.join(fields)})" for kind, fields in usable)
         raise DataError(
@@ -127,28 +127,44 @@ def _type_of(
     return usable[0]
 
 
-def _not_accepted(name: str, found: Collection[DatasetType], accept: Collection[DatasetType]) -> DataError:
+def _not_accepted(
+    name: str, found: Collection[DatasetType], accept: Collection[DatasetType], columns: tuple[str, ...] = ()
+) -> DataError:
+    lack = _lack(columns, accept)
+    remedy = lack.hint or "Take another dataset, or add or remove the columns that make it so."
     return DataError(
         f"{name} must have one of the formats {', '.join(_in_order(accept))}, its columns make it "
-        f"{' and '.join(found)}. Take another dataset, or remove the columns that make it so."
+        f"{' and '.join(found)}{lack.text}. {remedy}"
     )
 
 
 def _missing(name: str, columns: tuple[str, ...], accept: Collection[DatasetType]) -> DataError:
+    lack = _lack(columns, accept)
+    formats = "; ".join(f"{kind} ({', '.join(fields)})" for kind, fields in _COLUMNS if kind in accept)
+    return DataError(
+        f"{name} must have the columns of a format: {formats}; or of a foreign one: conversations (ShareGPT), "
+        f"instruction, input, output (Alpaca). Its columns are {', '.join(columns) or 'none'}{lack.text}. "
+        f"{lack.hint or 'Rename the columns that hold them.'}"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lack:
+    """What is missing of the format that the columns come closest to; blank where they do not come close to any."""
+
+    text: str
+    hint: str
+
+
+def _lack(columns: tuple[str, ...], accept: Collection[DatasetType]) -> _Lack:
     wanted = [fields for kind, fields in _COLUMNS if kind in accept]
     # The format of which most columns are there, then the one with the fewest missing.
     closest = max(wanted, key=lambda fields: _closeness(fields, columns))
     missing = [field for field in closest if field not in columns]
     guesses = {field: nearest(field, [column for column in columns if column not in _KNOWN]) for field in missing}
     hint = " ".join(f"Is {guess!r} meant to be {field!r}?" for field, guess in guesses.items() if guess)
-    begun = len(missing) < len(closest) or hint
-    lack = f"; {', '.join(closest)} lacks {', '.join(map(repr, missing))}" if begun else ""
-    formats = "; ".join(f"{kind} ({', '.join(fields)})" for kind, fields in _COLUMNS if kind in accept)
-    return DataError(
-        f"{name} must have the columns of a format: {formats}; or of a foreign one: conversations (ShareGPT), "
-        f"instruction, input, output (Alpaca). Its columns are {', '.join(columns) or 'none'}{lack}. "
-        f"{hint or 'Rename the columns that hold them.'}"
-    )
+    begun = missing and (len(missing) < len(closest) or hint)
+    return _Lack(text=f"; {', '.join(closest)} lacks {', '.join(map(repr, missing))}" if begun else "", hint=hint)
 
 
 def _closeness(fields: tuple[str, ...], columns: tuple[str, ...]) -> tuple[int, int]:

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trl_ray.config.sections import PromptConfig
+from trl_ray.data.chat_rendering import ChatFormat, ChatTokenizer, own_template, render_chat
 from trl_ray.data.loading import Rows, load_rows
-from trl_ray.data.templates import Tokenizer, render, require_chat_template, with_system_prompt
 from trl_ray.data.validation import check_kind, check_length, check_prompt, count_longer, plain_columns, require_column
 from trl_ray.errors import DataError
 from trl_ray.types import IntArray, Message, Prompt
@@ -100,7 +100,7 @@ class PromptSource:
 
 def load_prompts(
     config: PromptConfig,
-    tokenizer: Tokenizer,
+    tokenizer: ChatTokenizer,
     *,
     seed: int,
     max_prompt_tokens: int | None,
@@ -122,9 +122,10 @@ def load_prompts(
         ModelError: conversational prompts and no chat template, or one that refuses a row.
     """
     rows = load_rows(config, seed=seed, dataset=dataset, evaluation=evaluation)
-    require_column(rows, config.dataset_prompt_column)
+    for source in rows.sources or (rows,):
+        require_column(source.columns, config.dataset_prompt_column, name=source.name)
     prompts = _checked_prompts(rows, config)
-    texts = [_as_text(prompt, tokenizer, config, _where(rows, i)) for i, prompt in enumerate(prompts)]
+    texts = [_as_text(prompt, tokenizer, config, rows.where(i)) for i, prompt in enumerate(prompts)]
     # A rendered template writes its special tokens itself.
     standard = isinstance(prompts[0], str)
     token_ids = [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=standard)["input_ids"]]
@@ -134,15 +135,11 @@ def load_prompts(
             token_ids=ids,
             messages=None if isinstance(prompt, str) else prompt,
             text=prompt if isinstance(prompt, str) else None,
-            columns=plain_columns(row, config.dataset_prompt_column, where=_where(rows, i)),
+            columns=plain_columns(row, config.dataset_prompt_column, where=rows.where(i)),
         )
         for i, (row, prompt, ids) in enumerate(zip(rows.rows, prompts, token_ids, strict=True))
     ]
     return PromptSource(name=rows.name, rows=ready, seed=seed, shuffle=config.shuffle_dataset and not evaluation)
-
-
-def _where(rows: Rows, index: int) -> str:
-    return f"Row {index} of {rows.name}"
 
 
 def _checked_prompts(rows: Rows, config: PromptConfig) -> list[str | tuple[Message, ...]]:
@@ -150,7 +147,7 @@ def _checked_prompts(rows: Rows, config: PromptConfig) -> list[str | tuple[Messa
     column = config.dataset_prompt_column
     prompts: list[str | tuple[Message, ...]] = []
     for index, row in enumerate(rows.rows):
-        where = f"{_where(rows, index)}, field {column!r}"
+        where = f"{rows.where(index)}, field {column!r}"
         prompt = check_prompt(row.get(column), where=where)
         check_kind(prompt, prompts[0] if prompts else prompt, where=where)
         if not isinstance(prompt, str):
@@ -164,17 +161,32 @@ def _checked_prompts(rows: Rows, config: PromptConfig) -> list[str | tuple[Messa
     return prompts
 
 
-def _as_text(prompt: str | tuple[Message, ...], tokenizer: Tokenizer, config: PromptConfig, where: str) -> str:
+def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> tuple[Message, ...]:
+    """Put `system_prompt` first unless the conversation brings a system or developer message of its own."""
+    if system_prompt is None or messages[0]["role"] in {"system", "developer"}:
+        return tuple(messages)
+    return ({"role": "system", "content": system_prompt}, *messages)
+
+
+def _as_text(prompt: str | tuple[Message, ...], tokenizer: ChatTokenizer, config: PromptConfig, where: str) -> str:
+    """A text, ready to be continued: by a new turn, or where the assistant's last one stops (TRL's rule)."""
     if isinstance(prompt, str):
         return prompt
-    require_chat_template(tokenizer, where=where)
-    return render(tokenizer, prompt, template_kwargs=config.chat_template_kwargs, where=where)
+    unfinished = prompt[-1]["role"] == "assistant"
+    return render_chat(
+        tokenizer,
+        prompt,
+        ChatFormat(template=own_template(tokenizer), template_kwargs=config.chat_template_kwargs),
+        add_generation_prompt=not unfinished,
+        continue_final_message=unfinished,
+        where=where,
+    ).text
 
 
 def _check_lengths(rows: Rows, token_ids: Sequence[IntArray], limit: int | None) -> None:
     lengths = [len(ids) for ids in token_ids]
     for index, length in enumerate(lengths):
         if length == 0:
-            raise DataError(f"{_where(rows, index)} must have at least one token after tokenisation, it has none.")
+            raise DataError(f"{rows.where(index)} must have at least one token after tokenisation, it has none.")
         if limit is not None and length > limit:
-            check_length(length, limit, where=_where(rows, index), longer=count_longer(lengths, limit))
+            check_length(length, limit, where=rows.where(index), longer=count_longer(lengths, limit))

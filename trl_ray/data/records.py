@@ -22,6 +22,7 @@ from trl_ray.data.validation import check_unicode, show
 from trl_ray.errors import DataError
 from trl_ray.types import Message
 
+_WORDS = {"true": True, "false": False, "1": True, "0": False}
 Said: TypeAlias = str | tuple[Message, ...]
 
 
@@ -84,15 +85,6 @@ class SteppedSolution(Carried):
 
 
 Record: TypeAlias = Document | PromptOnly | PromptCompletion | PreferencePair | UnpairedPreference | SteppedSolution
-
-
-def unpaired(pair: PreferencePair) -> tuple[UnpairedPreference, UnpairedPreference]:
-    """A pair as two labelled answers, the wanted one first; tools and columns go to both."""
-    wanted, other = (
-        UnpairedPreference(prompt=pair.prompt, completion=answer, label=label, tools=pair.tools, columns=pair.columns)
-        for answer, label in ((pair.chosen, True), (pair.rejected, False))
-    )
-    return wanted, other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,4 +245,6 @@ def _text(value: object, *, where: str) -> str:
 def _label(value: object, *, where: str) -> bool:
     if isinstance(value, (bool, np.bool_)) or (isinstance(value, (int, np.integer)) and value in (0, 1)):
         return bool(value)
+    if isinstance(value, str) and value.strip().lower() in _WORDS:  # all that a table of text can hold
+        return _WORDS[value.strip().lower()]
     raise DataError(f"{where} must be true or false (or 1 or 0), got {show(value)}. Map or remove the row.")

@@ -1,6 +1,6 @@
 """Checks every row before anything starts, and names the row, the field, the value and the remedy.
 
-Rows -- require_column --> check_prompt per row --> text or messages;  plain_columns --> JSON values
+columns -- require_column --> check_prompt per row --> text or messages;  plain_columns --> JSON values
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from trl_ray.config.messages import nearest
-from trl_ray.data.loading import Rows
 from trl_ray.errors import DataError
 from trl_ray.types import Message
 
@@ -20,19 +19,17 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 CONTINUED_ROLES = ("user", "tool", "assistant")
 
 
-def require_column(rows: Rows, column: str) -> None:
+def require_column(columns: Sequence[str], column: str, *, name: str) -> None:
     """Check that the prompt column exists.
 
     Raises:
         DataError: lists the columns there are and offers the nearest.
     """
-    if column in rows.columns:
+    if column in columns:
         return
-    guess = nearest(column, rows.columns)
+    guess = nearest(column, columns)
     fix = f"Did you mean dataset_prompt_column={guess}?" if guess else "Set dataset_prompt_column to one of them."
-    raise DataError(
-        f"{rows.name} must have the prompt column {column!r}; its columns are {', '.join(rows.columns)}. {fix}"
-    )
+    raise DataError(f"{name} must have the prompt column {column!r}; its columns are {', '.join(columns)}. {fix}")
 
 
 def check_prompt(value: object, *, where: str) -> str | tuple[Message, ...]:

@@ -11,7 +11,6 @@ from trl_ray.data.records import (
     PromptOnly,
     SteppedSolution,
     UnpairedPreference,
-    unpaired,
 )
 from trl_ray.data.transcripts import TextFormat
 from trl_ray.errors import DataError
@@ -109,13 +108,10 @@ def test_extra_columns_and_tools_go_along():
     assert record == PromptOnly(prompt=tuple(Q), tools=(TOOL,), columns={"answer": 4})
 
 
-def test_a_pair_is_two_labelled_answers_with_the_same_tools_and_columns():
-    (pair,) = read({**PAIR, "tools": [TOOL], "id": 3})
-    common = {"prompt": tuple(Q), "tools": (TOOL,), "columns": {"id": 3}}
-    assert unpaired(pair) == (
-        UnpairedPreference(completion=tuple(A), label=True, **common),
-        UnpairedPreference(completion=tuple(B), label=False, **common),
-    )
+def test_a_table_of_text_writes_its_labels_as_words_or_digits():
+    labels = ["true", "False", "1", "0"]
+    records = read(*({"prompt": "q", "completion": "a", "label": label} for label in labels))
+    assert [record.label for record in records] == [True, False, True, False]
 
 
 def test_rows_are_read_one_by_one_so_that_a_stream_without_end_will_do():

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_ray.data.conversations import check_completion, check_messages, check_order
-from trl_ray.data.preferences import extract_prompt, shared_prompt, unpair
+from trl_ray.data.preferences import shared_prompt
 from trl_ray.data.tool_schemas import check_tools
 from trl_ray.errors import DataError
 
@@ -156,24 +156,3 @@ def test_a_conversation_that_goes_on_keeps_the_answer_on_both_sides():
     short, long = said("user", "assistant"), said("user", "assistant", "user", "assistant")
     split = shared_prompt(short, long)
     assert (split.prompt, split.chosen, split.rejected) == (long[:1], short[1:], long[1:])
-
-
-def test_a_prompt_is_extracted_only_where_it_is_not_there_already():
-    explicit = {"prompt": "p", "chosen": "xa", "rejected": "xb", "id": 1}
-    assert extract_prompt(explicit) == explicit
-    assert extract_prompt({"chosen": "xa", "rejected": "xb", "id": 1}) == {
-        "prompt": "x",
-        "chosen": "a",
-        "rejected": "b",
-        "id": 1,
-    }
-    assert extract_prompt({"text": "t"}) == {"text": "t"}
-
-
-def test_a_pair_becomes_two_labelled_rows_and_unpaired_rows_pass():
-    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "id": 1}, {"prompt": "p", "completion": "c", "label": True}]
-    assert list(unpair(rows)) == [
-        {"prompt": "p", "completion": "a", "label": True, "id": 1},
-        {"prompt": "p", "completion": "b", "label": False, "id": 1},
-        rows[1],
-    ]

@@ -25,7 +25,9 @@ def test_every_file_type_gives_the_same_rows(tmp_path):
     write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, ROWS)) + "\n\n")
     write(tmp_path / "a.csv", "prompt,answer\na,1\nb,2\n")
     datasets.Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
-    for suffix in ("json", "jsonl", "csv", "parquet"):
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(tmp_path / "a.arrow")
+    for suffix in ("json", "jsonl", "csv", "parquet", "arrow"):
         found = rows_of(tmp_path / f"a.{suffix}")
         assert (list(found.rows), found.columns) == (ROWS, ("prompt", "answer")), suffix
 
@@ -69,7 +71,7 @@ def test_an_unusable_file_says_why(tmp_path, name, content, message):
 
 def test_bytes_that_are_no_text_are_located(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(DataError, match=r"must be UTF-8 text: invalid start byte"):
+    with pytest.raises(DataError, match=r"must be UTF-8 text: line 1 has 0xff at byte 12 of the line, invalid start"):
         rows_of(tmp_path / "a.jsonl")
 
 
@@ -107,3 +109,65 @@ def test_a_stream_and_a_string_are_no_datasets():
         load_rows(DataConfig(), seed=1, dataset=iter(ROWS))
     with pytest.raises(DataError, match=r"must be a name, a datasets\.Dataset or a list of dicts, got int"):
         load_rows(DataConfig(), seed=1, dataset=3)
+
+
+def mixture(tmp_path, *sources, **options):
+    for name, rows in (("one", ROWS), ("two", [{"prompt": f"x{i}"} for i in range(4)])):
+        write(tmp_path / f"{name}.jsonl", "\n".join(map(json.dumps, rows)))
+    given = [{**source, "path": str(tmp_path / source["path"])} for source in sources]
+    return DataConfig(datasets=given, mixture_stopping="all_exhausted_without_replacement", **options)
+
+
+def test_a_mixture_draws_all_rows_and_names_each_by_its_place_in_its_source(tmp_path):
+    config = mixture(tmp_path, {"path": "one.jsonl"}, {"path": "two.jsonl", "weight": 3.0})
+    found = load_rows(config, seed=3)
+    assert sorted(row["prompt"] for row in found.rows) == ["a", "b", "x0", "x1", "x2", "x3"]
+    for index, row in enumerate(found.rows):
+        origin = found.origin(index)
+        assert found.where(index) == f"Row {origin.number} of {origin.name}"
+        source = next(source for source in found.sources if source.name == origin.name)
+        assert source.rows[origin.number] == row
+    assert found.columns == ("prompt", "answer")
+    orders = {tuple(row["prompt"] for row in load_rows(config, seed=seed).rows) for seed in range(5)}
+    assert len(orders) > 1
+    assert [row["prompt"] for row in load_rows(config, seed=3).rows] == [row["prompt"] for row in found.rows]
+
+
+def test_a_mixture_keeps_the_columns_that_are_named(tmp_path):
+    found = load_rows(mixture(tmp_path, {"path": "one.jsonl", "columns": ["prompt"]}, {"path": "two.jsonl"}), seed=0)
+    assert all(set(row) == {"prompt"} for row in found.rows)
+    with pytest.raises(DataError, match=r"must have the column 'anser', .* Did you mean 'answer'"):
+        load_rows(mixture(tmp_path, {"path": "one.jsonl", "columns": ["anser"]}), seed=0)
+
+
+def test_a_dataset_may_be_in_a_mixture_twice(tmp_path):
+    found = load_rows(mixture(tmp_path, {"path": "one.jsonl"}, {"path": "one.jsonl"}), seed=0)
+    assert len(found.rows) == 4
+    assert len({source.name for source in found.sources}) == 2
+
+
+def test_a_mixture_is_held_out_by_a_split_of_its_own(tmp_path):
+    config = mixture(tmp_path, {"path": "one.jsonl", "split": "train"})
+    with pytest.raises(DataError, match="Evaluation needs held-out rows"):
+        load_rows(config, seed=0, evaluation=True)
+    with pytest.raises(DataError, match="dataset_name must be left out where datasets are named"):
+        load_rows(mixture(tmp_path, {"path": "one.jsonl"}, dataset_name="x"), seed=0)
+
+
+def test_prompts_come_from_mixtures_too(tmp_path):
+    from trl_ray.config.sections import PromptConfig
+    from trl_ray.data.prompts import load_prompts
+
+    class Letters:
+        chat_template = None
+
+        def __call__(self, texts, *, add_special_tokens):
+            return {"input_ids": [list(map(ord, text)) for text in texts]}
+
+    given = mixture(tmp_path, {"path": "one.jsonl"}, {"path": "two.jsonl"}).model_dump()
+    source = load_prompts(PromptConfig(**given), Letters(), seed=0, max_prompt_tokens=None)
+    assert sorted(source.prompt(i).text for i in range(6)) == ["a", "b", "x0", "x1", "x2", "x3"]
+    with pytest.raises(DataError, match=r"Row 0 of .*two.jsonl must have at most 1 tokens"):
+        load_prompts(PromptConfig(**given), Letters(), seed=0, max_prompt_tokens=1)
+    with pytest.raises(DataError, match=r"two.jsonl must have the prompt column 'answer'"):
+        load_prompts(PromptConfig(**given, dataset_prompt_column="answer"), Letters(), seed=0, max_prompt_tokens=None)

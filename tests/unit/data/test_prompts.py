@@ -6,21 +6,22 @@ from trl_ray.config.sections import PromptConfig
 from trl_ray.data.prompts import PromptSource, load_prompts
 from trl_ray.errors import DataError, ModelError
 
+TEMPLATE = (
+    "{% if refuse %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}{{ suffix }}"
+)
+
 
 class CharTokenizer:
     """One token per character; a template that writes ``<role>content`` and opens the assistant's turn."""
 
-    def __init__(self, chat_template="chatml-like"):
+    def __init__(self, chat_template=TEMPLATE):
         self.chat_template = chat_template
+        self.special_tokens_map = {}
 
     def __call__(self, text, *, add_special_tokens):
         return {"input_ids": [([1] if add_special_tokens else []) + [ord(c) for c in t] for t in text]}
-
-    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt, continue_final_message, **kwargs):
-        if kwargs.get("refuse"):
-            raise ValueError("roles must alternate")
-        text = "".join(f"<{m['role']}>{m['content']}" for m in conversation)
-        return text + ("<assistant>" if add_generation_prompt else "") + kwargs.get("suffix", "")
 
 
 def load(rows, tokenizer=None, *, limit=None, seed=0, evaluation=False, **options):

@@ -11,16 +11,21 @@ import pytest
 from tiny_models import build_tokenizer
 from trl_ray.config.examples import TruncationMode
 from trl_ray.data.packing import pack
+from trl_ray.data.reading import reader_for
 from trl_ray.data.records import Document, PromptCompletion
 from trl_ray.data.supervised import (
+    SupervisedData,
+    SupervisedRecord,
     SupervisedRules,
     SupervisedSample,
-    Untrained,
-    common_prefix_length,
+    as_training_sample,
     tokenize_record,
     tokenize_records,
 )
+from trl_ray.data.texts import common_prefix_length
 from trl_ray.data.training_templates import template_source, training_template
+from trl_ray.data.transcripts import TextFormat
+from trl_ray.data.untrained import Untrained
 from trl_ray.errors import ConfigError, DataError, ModelError
 
 TOKENIZER = build_tokenizer()
@@ -32,8 +37,25 @@ ANSWER: dict[str, Any] = {"role": "assistant", "content": "a"}
 CALL: dict[str, Any] = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
+def read(columns: dict[str, Any], number: int = 7, text_field: str = "text") -> SupervisedRecord:
+    """A row as the record that reading makes of it."""
+    told = TextFormat.PLAIN  # or a text that ends with <|im_end|> would be taken for a transcript
+    reader = reader_for(columns, name="data.jsonl", text_field=text_field, text_format=told)
+    record = reader.read(number, columns)
+    assert isinstance(record, (Document, PromptCompletion))
+    return record
+
+
+def tokenize(columns: dict[str, Any], rules: SupervisedRules) -> SupervisedSample | Untrained:
+    return tokenize_record(read(columns), TOKENIZER, rules, row=7, name="data.jsonl")
+
+
+def tokenize_all(rows: list[dict[str, Any]], rules: SupervisedRules = RULES) -> SupervisedData:
+    return tokenize_records([read(row, i) for i, row in enumerate(rows)], TOKENIZER, rules, name="d")
+
+
 def sample(record: dict[str, Any], rules: SupervisedRules = RULES) -> SupervisedSample:
-    found = tokenize_record(record, TOKENIZER, rules, row=7, name="data.jsonl")
+    found = tokenize(record, rules)
     assert isinstance(found, SupervisedSample)
     return found
 
@@ -59,7 +81,10 @@ def test_an_end_token_that_is_there_is_not_added_again() -> None:
 
 
 def test_another_text_column_is_read_when_it_is_named() -> None:
-    assert text(sample({"body": "abc"}, replace(RULES, text_field="body"))) == "abc<|im_end|>"
+    for row in ({"body": "abc"}, {"body": "abc", "text": "not this"}):
+        assert read(row, text_field="body") == Document(content="abc")
+    with pytest.raises(DataError, match=r"Row 7 of data.jsonl, field 'body' must not be empty"):
+        read({"body": " "}, text_field="body")
 
 
 def test_of_prompt_and_completion_only_the_completion_is_trained_unless_told_otherwise() -> None:
@@ -107,23 +132,6 @@ def test_tools_and_template_values_of_a_row_reach_the_template() -> None:
     assert text(sample(as_text, rules)) == "add-glad-q"
 
 
-@pytest.mark.parametrize(
-    ("record", "columns"),
-    [
-        (Document(content="abc"), {"text": "abc"}),
-        (Document(content=(USER, ANSWER)), {"messages": [USER, ANSWER]}),
-        (PromptCompletion(prompt="ab", completion="c"), {"prompt": "ab", "completion": "c"}),
-        (PromptCompletion(prompt=(USER,), completion=(ANSWER,)), {"prompt": [USER], "completion": [ANSWER]}),
-    ],
-)
-def test_a_checked_record_is_tokenised_as_its_columns_are(
-    record: Document | PromptCompletion, columns: dict[str, Any]
-) -> None:
-    found, wanted = tokenize_record(record, TOKENIZER, RULES, row=7, name="data.jsonl"), sample(columns)
-    assert isinstance(found, SupervisedSample)
-    assert (text(found), trained(found)) == (text(wanted), trained(wanted))
-
-
 def test_tools_and_template_values_of_a_checked_record_reach_the_template() -> None:
     rules = replace(RULES, chat_template="{{ tools[0].name }}-{{ mood }}-{{ messages[0].content }}")
     record = Document(content=(USER,), tools=({"name": "add"},), columns={"chat_template_kwargs": {"mood": "glad"}})
@@ -146,34 +154,32 @@ def test_rows_with_nothing_to_train_are_left_out_and_told_by_number_and_reason()
         {"prompt": "ab", "completion": "c"},
         {"prompt": "abcd", "completion": "e"},
         {"messages": [USER]},
-        {"text": ""},
+        {"text": "<|im_end|>"},
         {"prompt": "abc", "completion": "defg"},
     ]
-    data = tokenize_records(records[:2] + records[4:], TOKENIZER, replace(RULES, max_length=4), name="d")
+    data = tokenize_all(records[:2] + records[4:], replace(RULES, max_length=4))
     assert [found.row for found in data.samples] == [0, 2]
     assert data.untrained == {1: Untrained.TRUNCATED}
     assert data.report() == (
         "1 of 3 rows of d have none within max_length and are left out (row 1): raise max_length.",
         "1 of 3 rows of d are longer than max_length and cut (row 2).",
     )
-    empty = tokenize_records([records[3], {"text": "ab"}, records[3]], TOKENIZER, RULES, name="d")
+    empty = tokenize_all([records[3], {"text": "ab"}, records[3]])
     assert empty.untrained == {0: Untrained.NO_TARGET, 2: Untrained.NO_TARGET}
     assert empty.report() == (
         "2 of 3 rows of d have no token to train and are left out (rows 0, 2): fill them or remove them.",
     )
-    silent = tokenize_records([records[2]], TOKENIZER, ASSISTANT, name="d")
+    silent = tokenize_all([records[2]], ASSISTANT)
     assert silent.untrained == {0: Untrained.NO_TARGET}
-    with pytest.raises(DataError, match=r"At least one row of d must have a token to train, and none has\. 1 of 1"):
-        silent.require_samples()
 
 
 def test_a_long_list_of_rows_is_cut_short_in_the_report() -> None:
-    data = tokenize_records([{"text": ""}] * 12, TOKENIZER, RULES, name="d")
+    data = tokenize_all([{"text": "<|im_end|>"}] * 12)
     assert "(rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more)" in data.report()[0]
 
 
 def test_samples_pack_into_rows_whose_targets_have_a_context() -> None:
-    data = tokenize_records([{"text": "abcd"}, {"text": "e"}, {"text": "fg"}], TOKENIZER, RULES, name="d")
+    data = tokenize_all([{"text": "abcd"}, {"text": "e"}, {"text": "fg"}])
     lengths = [len(found.token_ids) for found in data.samples]
     packing = pack(lengths, max_length=5, strategy="bfd_split")
     assert lengths == [5, 2, 3]
@@ -191,41 +197,39 @@ def test_a_tokenizers_own_template_serves_with_the_training_template_found_for_i
 @pytest.mark.parametrize(
     ("record", "rules", "message"),
     [
+        ({"messages": [{**USER, "content": "\udc80"}]}, RULES, r"Row 7 of data.jsonl, field 'messages', message 0"),
+        ({"text": "a"}, ASSISTANT, r"assistant_only_loss needs conversations, and row 7 of data.jsonl is text: 'a'"),
+        ({"messages": [USER], "tools": "[{"}, RULES, r"Row 7 of data.jsonl, field 'tools' must be a list of tools"),
         (
-            {"Text": "a"},
+            {"messages": [USER], "chat_template_kwargs": "mood"},
             RULES,
-            r"row 7 of data.jsonl must have the columns prompt and completion, or messages, or text",
+            r"row 7 of data.jsonl, field 'chat_template_kwargs', must be an object",
         ),
-        ({}, RULES, r"it has none"),
-        ({"text": None}, RULES, r"row 7 of data.jsonl, column text, must be text, got NoneType"),
-        ({"prompt": "a", "completion": 4}, RULES, r"column completion, must be text, got int '4'"),
         (
-            {"prompt": [USER], "completion": []},
-            RULES,
-            r"column completion, must be a list of messages with at least one",
-        ),
-        ({"messages": None}, RULES, r"column messages, must be a list of messages"),
-        ({"messages": [USER, "a"]}, RULES, r"column messages, message 1 must be an object with a role, got str 'a'"),
-        ({"messages": [USER], "tools": "[{"}, RULES, r"column tools, .* the text is broken at character"),
-        ({"messages": [USER], "tools": {"a": 1}}, RULES, r"column tools, must be a list of JSON schemas, got a dict"),
-        ({"text": "ab\ud800"}, RULES, r"row 7 of data.jsonl must be text .* character 2 of it, '.+', cannot"),
-        ({"messages": [{**USER, "content": "\udc80"}]}, RULES, r"must be text that can be written as UTF-8"),
-        (
-            {"text": "a"},
-            ASSISTANT,
-            r"assistant_only_loss needs conversations, and row 7 of data.jsonl, column text, is str",
+            {"messages": [USER], "chat_template_kwargs": {"mood": "\udc80"}},
+            replace(RULES, chat_template="{{ mood }}{{ messages[0].content }}"),
+            r"row 7 of data.jsonl must be text that can be written as UTF-8, and character 0",
         ),
     ],
 )
-def test_a_bad_record_is_named_by_row_and_column(record: dict[str, Any], rules: SupervisedRules, message: str) -> None:
+def test_a_bad_record_is_named_by_row_and_field(record: dict[str, Any], rules: SupervisedRules, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        tokenize_record(record, TOKENIZER, rules, row=7, name="data.jsonl")
+        tokenize(record, rules)
+
+
+def test_a_sample_begins_its_completion_at_the_first_target() -> None:
+    found = sample({"prompt": "2+2=", "completion": "4"})
+    made = as_training_sample(found.token_ids, found.loss_mask, group_id=3)
+    assert (TOKENIZER.decode(made.prompt_ids), TOKENIZER.decode(made.completion_ids)) == ("2+2=", "4<|im_end|>")
+    assert (made.group_id, made.loss_mask.tolist()) == (3, [True, True])
+    assert np.shares_memory(made.completion_ids, found.token_ids)
 
 
 def test_a_record_the_template_refuses_is_named() -> None:
     rules = replace(RULES, chat_template=template_source("mistral"))
+    result = {"role": "tool", "name": "add", "content": "2"}
     with pytest.raises(ModelError, match=r"refused row 7 of data.jsonl with TemplateError: User and assistant must"):
-        tokenize_record({"messages": [ANSWER]}, TOKENIZER, rules, row=7, name="data.jsonl")
+        tokenize({"messages": [USER, {**ANSWER, "tool_calls": [CALL]}, result, ANSWER]}, rules)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_tools_and_calls_that_the_template_leaves_out_are_told(
 ) -> None:
     rules = replace(RULES, chat_template=template_source(family))
     with pytest.raises(ModelError, match=left_out):
-        tokenize_record(record, TOKENIZER, rules, row=7, name="data.jsonl")
+        tokenize(record, rules)
 
 
 def test_tools_and_calls_that_the_template_renders_are_taken() -> None:
@@ -259,6 +263,19 @@ def test_tools_and_calls_that_the_template_renders_are_taken() -> None:
     found = sample({"messages": [USER, {**ANSWER, "tool_calls": [CALL, CALL]}], "tools": [tool]}, rules)
     call = '\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     assert trained(found) == f"a{call}{call}<|im_end|>\n"
+
+
+def test_a_start_token_is_added_to_texts_and_not_to_what_a_template_has_written() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    starting = build_tokenizer()
+    starting.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)]
+    )
+    for row, starts in (({"text": "ab"}, True), ({"messages": [USER, ANSWER]}, False)):
+        found = tokenize_record(read(row), starting, RULES, row=7, name="d")
+        assert isinstance(found, SupervisedSample)
+        assert bool(found.token_ids[0] == 256) is starts
 
 
 def test_a_length_without_room_for_a_target_is_refused() -> None:
