@@ -93,7 +93,7 @@ def build(
         reference=lambda samples: None,
         loss=PolicyLoss(config=LossConfig(entropy_coef=0.01), max_completion_length=9),
         backend=backend,
-        rank=ranks.rank,
+        ranks=ranks,
         device=torch.device("cpu"),
         on_progress=lambda: None,
     )
@@ -140,7 +140,7 @@ def train_with_scores(learner: Learner) -> Outcome:
     """Three updates with unequal shares, one of them empty, and passes without gradient before each."""
     outcome = Outcome()
     for step, size in zip(STEPS, (3, 8, 3), strict=True):
-        learner.passes.score(share(step, learner.ranks, size=3), with_reference=False)
+        learner.passes.score(share(step, learner.ranks, size=3))
         learner.scorer.sequence_logprobs(np.array([5, 6, 7], dtype=np.int32))
         update(learner, step, outcome, size=size)
     return finish(learner, outcome)
@@ -153,10 +153,10 @@ def skip(learner: Learner) -> Outcome:
     for poison, reduced in ((False, True), (True, True), (False, False)):
         before, bits = flat(backend), state_bits(backend)
         learner.passes.train(share(2, ranks, size=1))
-        scores = learner.scorer.score(samples(2)[:1])
-        assert scores is not None
+        logprobs = learner.scorer.logprobs(samples(2)[:1])
+        assert logprobs is not None
         factor = float("nan") if poison and ranks.rank == 1 else 1.0
-        backend.backward(factor * scores.logprobs.sum(), is_last=reduced)
+        backend.backward(factor * logprobs.sum(), is_last=reduced)
         if reduced:
             outcome.skipped_norms.append(ranks.gather(backend.reduce()))
         backend.discard()

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from trl_ray.algorithms.batching import BuiltStep, RewardRules, build_step
+from trl_ray.algorithms.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import LossInputs, StepTotals, sample_tokens
 from trl_ray.algorithms.policy_loss import PolicyLoss
 from trl_ray.config.advantages import AdvantageConfig
@@ -311,8 +312,7 @@ def test_the_loss_of_the_defaults_of_rloo_and_its_gradient(shift: float) -> None
     flat = policy.detach()[kept].requires_grad_()
     inputs = LossInputs(
         tokens=sample_tokens(samples),
-        logprobs=flat,
-        entropy=torch.zeros_like(flat),
+        scores=TokenLogprobs(logprobs=flat, entropy=torch.zeros_like(flat)),
         reference_logprobs=None,
         micro_batch_tokens=int(kept.sum()),
         totals=StepTotals(num_valid_tokens=2 * int(kept.sum()), num_samples=2 * ROWS, num_micro_batches=2),

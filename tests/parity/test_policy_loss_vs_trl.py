@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from trl_ray.algorithms.importance import sampler_correction
+from trl_ray.algorithms.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import LossInputs, SampleTokens, StepTotals
 from trl_ray.algorithms.policy_loss import PolicyLoss
 from trl_ray.config.loss import CLIPPED, LossConfig, LossType
@@ -247,12 +248,11 @@ def our_inputs(data: Rows, config: LossConfig, totals: StepTotals | None = None)
             sample_index=torch.repeat_interleave(torch.arange(len(counts)), counts),
             sampler_logprobs=data.sampler[kept],
             advantages=torch.repeat_interleave(data.advantages, counts),
-            counts=counts.double(),
+            num_sequences=len(counts),
             old_logprobs=data.old[kept],
             surrogate_mask=surrogate_mask,
         ),
-        logprobs=data.policy[kept].requires_grad_(),
-        entropy=data.entropy[kept].requires_grad_(),
+        scores=TokenLogprobs(logprobs=data.policy[kept].requires_grad_(), entropy=data.entropy[kept].requires_grad_()),
         reference_logprobs=data.reference[kept],
         micro_batch_tokens=int(counts.sum()),
         totals=totals

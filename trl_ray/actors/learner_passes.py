@@ -1,23 +1,29 @@
-"""The passes of one rank over its micro-batches: scores without gradient, or losses with their gradients.
+"""The passes of one rank over its micro-batches: losses with their gradients or without, or scores.
 
-samples --score--> logprobs, entropy [N] --Loss--> scalar --backward--> gradients in the back end
+    samples --score--> what the head says [N] --Loss--> scalar --backward--> gradients in the back end
+
+Where ranks exchange data in each pass, all of them make equally many, of the same kind: one that has nothing to pass
+makes idle ones, with samples that stand for any.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trl_ray.algorithms.labels import precomputed_references, trained_tokens
 from trl_ray.algorithms.logprobs import TokenLogprobs
-from trl_ray.algorithms.loss import Loss, LossInputs, StepTotals, first_non_finite_sample, sample_tokens
+from trl_ray.algorithms.loss import Loss, LossInputs, LossOutput, StepTotals, first_non_finite_sample, sample_tokens
 from trl_ray.models.backend import Backend
-from trl_ray.models.scoring import SampleScorer
-from trl_ray.types import FloatArray, Metric, SampleScores, TrainBatch, TrainingSample
+from trl_ray.models.ranks import Ranks
+from trl_ray.models.scoring import ClassScores, SampleScorer
+from trl_ray.types import FloatArray, Metric, SampleLabel, SampleScores, TrainBatch, TrainingSample
 
 Samples = Sequence[TrainingSample]
 ReferenceLogprobs = Callable[[Samples], Tensor | None]
@@ -71,7 +77,7 @@ class Passes:
         reference: log-probs [N] of the reference policy; None where there is none.
         loss: what is minimised.
         backend: takes the gradients.
-        rank: named in what is told of NaN and infinity.
+        ranks: this one is named in what is told of NaN and infinity.
         device: of the tensors.
         on_progress: called after each pass.
     """
@@ -83,12 +89,13 @@ class Passes:
         reference: ReferenceLogprobs,
         loss: Loss,
         backend: Backend,
-        rank: int,
+        ranks: Ranks,
         device: torch.device,
         on_progress: Callable[[], None],
     ) -> None:
         self._scorer, self._reference, self._loss, self._backend = scorer, reference, loss, backend
-        self._rank, self._device, self._on_progress = rank, device, on_progress
+        self._ranks, self._device, self._on_progress = ranks, device, on_progress
+        self._needs = loss.needs
 
     def train(self, batch: TrainBatch) -> Passed:
         """Add up the gradients of all micro-batches.
@@ -96,13 +103,14 @@ class Passes:
         Where ranks exchange nothing in between, it stops at the first number that is not finite.
         """
         totals, loss = StepTotals.of(batch), 0.0
+        asks_reference = self._asks_reference(batch)
         metrics: list[Mapping[str, Metric]] = []
         problem: NonFinite | None = None
         for number, samples in enumerate(batch.micro_batches):
-            tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
+            tokens = trained_tokens(samples)
             is_last = number == len(batch.micro_batches) - 1
             for part in self._parts(samples):
-                inputs = self._inputs(part, totals, tokens)
+                inputs = self._inputs(part, totals, tokens, asks_reference=asks_reference)
                 if inputs is None:
                     continue
                 output = self._loss(inputs)
@@ -116,8 +124,39 @@ class Passes:
                 metrics.append(output.metrics)
                 self._on_progress()
             if self._backend.in_step and not tokens:
-                self._pass_idly(totals, is_last=is_last)
+                # The same loss as theirs, because sharded weights are gathered in the order in which gradients flow.
+                idle = self._idle(totals, with_gradient=True, asks_reference=asks_reference)
+                self._backend.backward(0.0 * idle.loss, is_last=is_last)
         return Passed(loss=loss, metrics=tuple(metrics), problem=problem)
+
+    @torch.no_grad()
+    def evaluate(self, batch: TrainBatch) -> Passed:
+        """The losses of all micro-batches, and nothing else; what is not finite is not looked for."""
+        totals, loss = StepTotals.of(batch), 0.0
+        asks_reference = self._asks_reference(batch)
+        metrics: list[Mapping[str, Metric]] = []
+        for samples in batch.micro_batches:
+            part, tokens = _Part(samples=samples, with_gradient=False), trained_tokens(samples)
+            inputs = self._inputs(part, totals, tokens, asks_reference=asks_reference)
+            if inputs is not None:
+                output = self._loss(inputs)
+                loss += float(output.loss)
+                metrics.append(output.metrics)
+            elif self._backend.in_step:
+                self._idle(totals, with_gradient=False, asks_reference=asks_reference)
+            self._on_progress()
+        return Passed(loss=loss, metrics=tuple(metrics))
+
+    def _asks_reference(self, batch: TrainBatch) -> bool:
+        """Whether passes over the reference are made: not where all samples know already what it says.
+
+        Where ranks exchange data in each pass, those of all ranks; collective then.
+        """
+        if not self._needs.reference:
+            return False
+        known = all(sample.reference_logprobs is not None for sample in batch.samples)
+        known = known or precomputed_references(batch.samples) is not None
+        return not all(self._ranks.gather(known) if self._backend.in_step else [known])
 
     def _parts(self, samples: Samples) -> Iterator[_Part]:
         """Samples without gradient still count in the metrics, at a third of the work."""
@@ -129,27 +168,33 @@ class Passes:
         yield _Part(samples=moving, with_gradient=True)
         yield _Part(samples=still, with_gradient=False)
 
-    def _inputs(self, part: _Part, totals: StepTotals, tokens: int) -> LossInputs | None:
+    def _inputs(self, part: _Part, totals: StepTotals, tokens: int, *, asks_reference: bool) -> LossInputs | None:
         """Everything the loss wants to know of some samples; None when none of their tokens is trained on."""
         with torch.set_grad_enabled(part.with_gradient):
             scores = self._scorer.score(part.samples)
         if scores is None:
             return None
         return LossInputs(
+            samples=part.samples,
             tokens=sample_tokens(part.samples, device=self._device),
-            logprobs=scores.logprobs,
-            entropy=scores.entropy,
-            reference_logprobs=self._reference_logprobs(part.samples) if self._loss.needs_reference else None,
+            scores=scores if isinstance(scores, TokenLogprobs) else None,
+            class_logits=scores.logits if isinstance(scores, ClassScores) else None,
+            reference_logprobs=self._reference(part.samples) if asks_reference else self._known(part.samples),
             micro_batch_tokens=tokens,
             totals=totals,
         )
 
-    def _reference_logprobs(self, samples: Samples) -> Tensor | None:
-        """[N] from the first pass where there was one, else now."""
+    def _known(self, samples: Samples) -> Tensor | None:
+        """What a first pass found the reference to say [N]; None where there was none."""
         known = [s.reference_logprobs[s.loss_mask] for s in samples if s.reference_logprobs is not None]
-        if len(known) == len(samples):
-            return torch.from_numpy(np.concatenate(known)).to(self._device)
-        return self._reference(samples)
+        return torch.from_numpy(np.concatenate(known)).to(self._device) if len(known) == len(samples) else None
+
+    def _idle(self, totals: StepTotals, *, with_gradient: bool, asks_reference: bool) -> LossOutput:
+        """A pass that stands for none: the other ranks wait for this one in every pass."""
+        part = _Part(samples=_STAND_INS, with_gradient=with_gradient)
+        inputs = self._inputs(part, totals, len(_STAND_INS), asks_reference=asks_reference)
+        assert inputs is not None, "the stand-ins have trained tokens"
+        return self._loss(inputs)
 
     def _check(
         self, step: int, micro_batch: int, samples: Samples, part: _Part, inputs: LossInputs, loss: float
@@ -165,53 +210,69 @@ class Passes:
     ) -> NonFinite:
         """Name the sample by its place in the micro-batch."""
         if sample is None:
-            return NonFinite(step=step, quantity=quantity, rank=self._rank, micro_batch=micro_batch)
+            return NonFinite(step=step, quantity=quantity, rank=self._ranks.rank, micro_batch=micro_batch)
         return NonFinite(
             step=step,
             quantity=quantity,
-            rank=self._rank,
+            rank=self._ranks.rank,
             micro_batch=micro_batch,
             group_id=sample.group_id,
             sample=next(index for index, candidate in enumerate(samples) if candidate is sample),
         )
 
-    def _pass_idly(self, totals: StepTotals, *, is_last: bool) -> None:
-        """A pass that adds nothing: the other ranks wait for this one in every pass.
-
-        It takes the same loss as theirs, because sharded weights are gathered in the order in which gradients flow.
-        """
-        inputs = self._inputs(_Part(samples=[_PLACEHOLDER], with_gradient=True), totals, 1)
-        assert inputs is not None, "the placeholder has a trained token"
-        self._backend.backward(0.0 * self._loss(inputs).loss, is_last=is_last)
-
     def blame_gradient(self, batch: TrainBatch) -> NonFinite | None:
-        """Find the sample whose gradient is not finite, by computing them one by one; None where none of them is."""
-        totals = StepTotals.of(batch)
+        """Find the sample whose gradient is not finite, by computing them one by one; None where none of them is.
+
+        Where a loss compares the samples of a group it is the group that is found.
+        """
+        totals, asks_reference = StepTotals.of(batch), self._asks_reference(batch)
         parameters = [p for p in self._backend.module.parameters() if p.requires_grad]
         for number, samples in enumerate(batch.micro_batches):
-            tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
-            for sample in samples:
-                inputs = self._inputs(_Part(samples=[sample], with_gradient=True), totals, tokens)
-                if inputs is None or not self._loss.has_gradient(sample):
+            tokens = trained_tokens(samples)
+            for unit in self._units(samples):
+                part = _Part(samples=unit, with_gradient=True)
+                inputs = self._inputs(part, totals, tokens, asks_reference=asks_reference)
+                if inputs is None or not any(self._loss.has_gradient(sample) for sample in unit):
                     continue
                 grads = torch.autograd.grad(self._loss(inputs).loss, parameters, allow_unused=True)
                 if not all(bool(torch.isfinite(grad).all()) for grad in grads if grad is not None):
-                    return self._blame(batch.step, "gradients", number, samples, sample)
+                    found = self._blame(batch.step, "gradients", number, samples, unit[0])
+                    return found if len(unit) == 1 else replace(found, sample=None)
         return None
 
+    def _units(self, samples: Samples) -> list[Samples]:
+        """The fewest samples that the loss can be asked about."""
+        if not self._needs.whole_groups:
+            return [[sample] for sample in samples]
+        return [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.group_id)]
+
     @torch.no_grad()
-    def score(self, batch: TrainBatch, *, with_reference: bool) -> list[SampleScores]:
+    def score(self, batch: TrainBatch) -> list[SampleScores]:
         """Scores of every sample under the weights as they are, in the order of the batch."""
         answers: list[SampleScores] = []
         for samples in batch.micro_batches:
-            scores = self._scorer.score(samples)
-            # Where ranks exchange data in each pass, this one must make as many as the others.
-            passed = [_PLACEHOLDER] if scores is None and self._backend.in_step else samples
-            idle = passed is not samples and self._scorer.score(passed) is not None
-            reference = self._reference(passed) if with_reference else None
-            answers += _by_sample(samples, scores, None if idle else reference)
+            passed = self._passed(samples)
+            scores = self._scorer.score(passed)
+            assert not isinstance(scores, ClassScores), "a classifier has no log-probs of tokens"
+            reference = self._reference(passed) if self._needs.reference else None
+            answers += _by_sample(samples, scores, reference) if passed is samples else _by_sample(samples, None, None)
             self._on_progress()
         return answers
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: TrainBatch, *, reference: ReferenceLogprobs) -> list[FloatArray]:
+        """Log-probs [L] of every sample under a reference, 0 where nothing is trained, in the order of the batch."""
+        answers: list[FloatArray] = []
+        for samples in batch.micro_batches:
+            passed = self._passed(samples)
+            found = reference(passed)
+            answers += _spread(samples, found if passed is samples else None)
+            self._on_progress()
+        return answers
+
+    def _passed(self, samples: Samples) -> Samples:
+        """What a micro-batch passes: stand-ins where it has nothing to pass and other ranks wait."""
+        return _STAND_INS if self._backend.in_step and not trained_tokens(samples) else samples
 
 
 def _by_sample(samples: Samples, scores: TokenLogprobs | None, reference: Tensor | None) -> list[SampleScores]:
@@ -238,12 +299,17 @@ def _spread(samples: Samples, values: Tensor | None) -> list[FloatArray]:
     return arrays
 
 
-_PLACEHOLDER = TrainingSample(
-    group_id=-1,
-    prompt_ids=np.array([1], dtype=np.int32),
-    completion_ids=np.array([1], dtype=np.int32),
-    loss_mask=np.ones(1, dtype=np.bool_),
-    sampler_logprobs=np.zeros(1, dtype=np.float32),
-    advantage=0.0,
-    min_version=0,
-)
+def _stand_in() -> TrainingSample:
+    return TrainingSample(
+        group_id=-1,
+        prompt_ids=np.array([1], dtype=np.int32),
+        completion_ids=np.array([1], dtype=np.int32),
+        loss_mask=np.ones(1, dtype=np.bool_),
+        sampler_logprobs=np.zeros(1, dtype=np.float32),
+        reference_logprobs=np.zeros(1, dtype=np.float32),
+        label=SampleLabel(desirable=True, steps=np.ones(1, dtype=np.bool_)),
+    )
+
+
+_STAND_INS = (_stand_in(), _stand_in())
+"""Samples that every loss can take: two of one group, with whatever labels there are."""

@@ -1,6 +1,7 @@
 """PolicyLearner: holds the weights that are trained and turns batches into optimizer updates; one rank of several.
 
     TrainBatch --> Passes: score, loss, backward --> back end: sum over ranks, clip, AdamW --> StepResult
+    evaluate(batch) --> Evaluation     score(batch), reference_logprobs(batch) --> what a first pass tells
     publish() --> WeightPayload        canary() --> Canary        save() --> step-N/
 
 step:
@@ -9,8 +10,9 @@ step:
     waits for: the other ranks, where there are any
     unblocked by: their calls of the same method
 
-It knows no algorithm: a `Loss` says what is minimised. With several ranks every method but `health`, `drain` and
-`identity` is called on all of them, with each one's share of the batch; the answers of rank 0 count.
+It knows no algorithm: a `Loss` says what is minimised, and what head the model has. With several ranks every method but
+`health`, `drain` and `identity` is called on all of them, with each one's share of the batch; the answers of rank 0
+count.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from typing import Any
 import torch
 
 from trl_ray.actors.learner_passes import NonFinite, Passed, Passes
-from trl_ray.algorithms.loss import Loss
+from trl_ray.actors.random_state import keep_random_state, random_state, set_random_state
+from trl_ray.algorithms.loss import HeadKind, Loss
+from trl_ray.algorithms.losses import LossOptions, build_loss
 from trl_ray.algorithms.metrics import merge_metrics
-from trl_ray.algorithms.policy_loss import PolicyLoss
-from trl_ray.config.loss import LossConfig
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.config.sections import NonFinite as OnNonFinite
 from trl_ray.errors import CheckpointError, NumericsError
@@ -43,17 +45,21 @@ from trl_ray.models.checkpoint import (
     partial_path,
     verify_checkpoint,
 )
+from trl_ray.models.classifier import ClassifierModule, load_classifier, load_classifier_tokenizer
 from trl_ray.models.load import load_policy, load_tokenizer
 from trl_ray.models.merging import merged_weights
 from trl_ray.models.ranks import SOLO, Ranks, free_address, join_ranks, leave_ranks
-from trl_ray.models.reference import build_reference
+from trl_ray.models.reference import ReferenceKind, build_reference, initial_reference
 from trl_ray.models.scoring import SampleScorer, ScoringModule
+from trl_ray.models.scoring_module import PredictorModule
 from trl_ray.models.weights import build_manifest, export_weights
 from trl_ray.types import (
     ActorReport,
     Canary,
+    Evaluation,
     Event,
     EventKind,
+    FloatArray,
     Health,
     IntArray,
     Metric,
@@ -79,10 +85,11 @@ class PolicyLearner:
     Args:
         model: what to load.
         training: optimizer, schedule, micro-batches, layout, back end.
-        loss: the objective; with beta > 0 a reference is held too.
+        loss: the options of the objective. It decides on the head: of a language model, or of a reward model. Where it
+            asks for one, a reference is held too.
         temperature: of sampling; log-probs are those of logits divided by it.
         total_updates: where the schedule ends.
-        max_completion_length: the fixed length of dr_grpo.
+        max_completion_length: the fixed length of dr_grpo; nothing else reads it.
         checkpoint: a ``step-N`` directory to go on from.
         threads: compute threads; None leaves torch's setting.
         rank, num_ranks: its place among those that train together; they must `join` before anything else.
@@ -98,10 +105,10 @@ class PolicyLearner:
         *,
         model: ModelConfig,
         training: TrainingConfig,
-        loss: LossConfig,
-        temperature: float,
+        loss: LossOptions,
+        temperature: float = 1.0,
         total_updates: int,
-        max_completion_length: int,
+        max_completion_length: int | None = None,
         checkpoint: str | None = None,
         threads: int | None = None,
         rank: int = 0,
@@ -114,8 +121,8 @@ class PolicyLearner:
             verify_checkpoint(checkpoint)
         self.name = "learner" if num_ranks == 1 else f"learner-{rank}"
         self._model_config, self._training, self._temperature = model, training, temperature
-        self._loss_config = loss
-        self._loss: Loss = PolicyLoss(config=loss, max_completion_length=max_completion_length)
+        self._loss_options = loss
+        self._loss: Loss = build_loss(loss, max_completion_length=max_completion_length)
         self._total_updates, self._checkpoint = total_updates, checkpoint
         self._ranks = SOLO
         self._place, self._timeout_s = Ranks(rank=rank, size=num_ranks), collective_timeout_s
@@ -161,27 +168,19 @@ class PolicyLearner:
     def _build(self) -> None:
         training, model = self._training, self._model_config
         torch.manual_seed(training.seed + self._ranks.rank)
-        self._tokenizer = load_tokenizer(model)
-        self._model = load_policy(
-            model,
-            path=self._checkpoint,
-            device=self._device,
-            disable_dropout=training.disable_dropout,
-            seed=training.seed,
-            with_reference=self._loss.needs_reference,
-        )
-        module = ScoringModule(self._model, chunk_size=training.chunk_lm_head_size, bf16=model.bf16)
+        module = self._load()
         self._backend = self._make_backend(module)
         self._scorer = SampleScorer(
             module,
             share_prompt=training.share_prompt,
             temperature=self._temperature,
             forward=self._backend.module,
+            needs=self._loss.needs,
         )
         self._reference = build_reference(
             model=model,
             training=training,
-            loss=self._loss_config,
+            loss=self._loss_options,
             temperature=self._temperature,
             device=self._device,
             policy=self._model,
@@ -192,14 +191,31 @@ class PolicyLearner:
             reference=self._reference.logprobs,
             loss=self._loss,
             backend=self._backend,
-            rank=self._ranks.rank,
+            ranks=self._ranks,
             device=self._device,
             on_progress=self._count_progress,
         )
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
 
-    def _make_backend(self, module: ScoringModule) -> Backend:
+    def _load(self) -> PredictorModule:
+        """The model with the head that the loss asks for, and its tokenizer."""
+        training, model, needs = self._training, self._model_config, self._loss.needs
+        options: dict[str, Any] = {
+            "path": self._checkpoint,
+            "device": self._device,
+            "disable_dropout": training.disable_dropout,
+            "seed": training.seed,
+        }
+        if needs.head is HeadKind.LANGUAGE:
+            self._tokenizer = load_tokenizer(model)
+            self._model = load_policy(model, with_reference=needs.reference, **options)
+            return ScoringModule(self._model, chunk_size=training.chunk_lm_head_size, bf16=model.bf16)
+        self._model = load_classifier(model, num_labels=needs.head.num_labels, **options)
+        self._tokenizer = load_classifier_tokenizer(model, path=self._checkpoint)
+        return ClassifierModule(self._model, bf16=model.bf16)
+
+    def _make_backend(self, module: PredictorModule) -> Backend:
         options: dict[str, Any] = {"total_updates": self._total_updates, "ranks": self._ranks}
         if self._training.deepspeed is None:
             return TorchBackend(module, self._training, **options)
@@ -218,8 +234,56 @@ class PolicyLearner:
 
     def score(self, batch: TrainBatch) -> list[SampleScores]:
         """The first pass: what the weights, and the reference if there is one, say about a batch before any update."""
+        self._require_language_head("score")
         with self._busy("score"):
-            return self._passes.score(batch, with_reference=self._loss.needs_reference)
+            return self._passes.score(batch)
+
+    def reference_logprobs(self, batch: TrainBatch) -> list[FloatArray]:
+        """What the reference says [L] of every sample, in the order of the batch; 0 where nothing is trained.
+
+        Without a reference of its own the policy is asked, which is one until the first update: so references can be
+        precomputed with one model in memory.
+        """
+        self._require_language_head("reference_logprobs")
+        reference = self._reference
+        if reference.kind in {ReferenceKind.NONE, ReferenceKind.PRECOMPUTED}:
+            assert self._version == 0, (
+                "without a reference the learner must have its initial weights to stand for one, but has version "
+                f"{self._version}. Start one without a checkpoint for it."
+            )
+            reference = initial_reference(self._model, self._scorer)
+        with self._busy("reference_logprobs"), self._undisturbed():
+            return self._passes.reference_logprobs(batch, reference=reference.logprobs)
+
+    def evaluate(self, batch: TrainBatch) -> Evaluation:
+        """Loss and metrics of held-out examples, without dropout and noise; nothing of the learner changes.
+
+        Args:
+            batch: with the totals of all that is evaluated; its step is not looked at.
+        """
+        started = time.perf_counter()
+        with self._busy("evaluate"), self._undisturbed():
+            every = self._ranks.gather(self._passes.evaluate(batch))
+        metrics = merge_metrics(part for passed in every for part in passed.metrics)
+        return Evaluation(
+            loss=sum(passed.loss for passed in every),
+            metrics={**metrics, **self._loss.joined(metrics)},
+            seconds=time.perf_counter() - started,
+        )
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """The model computes as it does outside of training, and the random state stays as it is."""
+        training = self._model.training
+        self._model.train(False)
+        try:
+            with keep_random_state():
+                yield
+        finally:
+            self._model.train(training)
+
+    def _require_language_head(self, method: str) -> None:
+        assert self._loss.needs.head is HeadKind.LANGUAGE, f"{method} needs a language-model head"
 
     def step(self, batch: TrainBatch) -> StepResult:
         """Do one optimizer update.
@@ -278,6 +342,7 @@ class PolicyLearner:
         """Of all ranks, with what the loss adapted to them."""
         metrics = merge_metrics(part for passed in every for part in passed.metrics)
         if problem is None:
+            metrics |= self._loss.joined(metrics)
             metrics |= self._loss.after_update(metrics)
         trained = 0.0 if problem else float(batch.num_valid_tokens)
         metrics["tokens/trained"] = Metric(value=trained, reduce=Reduce.SUM)
@@ -299,6 +364,7 @@ class PolicyLearner:
 
     def publish(self) -> WeightPayload | None:
         """Copy the weights out as engines know them: adapters merged, tied ones once. None from all ranks but 0."""
+        self._require_language_head("publish")
         with self._busy("publish"):
             if not (self._ranks.is_first or self._backend.splits_weights):
                 return None
@@ -323,6 +389,7 @@ class PolicyLearner:
 
     def canary(self, token_ids: IntArray) -> Canary:
         """Log-probs of a fixed sequence [T] at temperature 1, for engines to be held against."""
+        self._require_language_head("canary")
         with self._busy("canary"):
             logprobs = self._scorer.sequence_logprobs(token_ids)
         return Canary(token_ids=token_ids, logprobs=logprobs, version=self._version)
@@ -343,7 +410,7 @@ class PolicyLearner:
                 "version": self._version,
                 "skipped_in_a_row": self._skipped_in_a_row,
                 "loss": self._loss.state_dict(),
-                "ranks": self._ranks.gather(_random_state()),
+                "ranks": self._ranks.gather(random_state()),
                 **self._backend.save_state(partial),
             }
             weights = self._whole_weights() if self._backend.splits_weights else None
@@ -384,7 +451,7 @@ class PolicyLearner:
             self._version, self._skipped_in_a_row = int(state["version"]), int(state["skipped_in_a_row"])
             self._loss.load_state_dict(state["loss"])
             if self._ranks.rank < len(state["ranks"]):
-                _set_random_state(state["ranks"][self._ranks.rank])
+                set_random_state(state["ranks"][self._ranks.rank])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
                 f"the trainer state in {checkpoint} must fit this model and optimizer, but: {error}. "
@@ -420,14 +487,3 @@ class PolicyLearner:
             self._busy_since = None
             self._progress += 1
             self._spans.append(Span(actor=self.name, name=name, start=start, end=time.time()))
-
-
-def _random_state() -> dict[str, Any]:
-    """Of this process's generators."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

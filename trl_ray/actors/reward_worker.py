@@ -1,7 +1,8 @@
-"""Scores groups in a sandbox, one after the other, and answers probes meanwhile.
+"""Scores groups in a sandbox, one after the other, has reward models score them too, and answers probes meanwhile.
 
-    score(prompt, completions) --> queue of one thread --> Sandbox (child process) --> ScoredGroup
-                                   isolation=inline: in the caller's own event loop, for a debugger
+    score(prompt, completions) -┬-> queue of one thread --> Sandbox (child process) -┬-> joined --> ScoredGroup
+                                |   isolation=inline: in the caller's own event loop |
+                                └-> the copy of each reward model with least to do --┘
 
 It never retries: a failed group is the ledger's business.
 """
@@ -14,16 +15,44 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
+from trl_ray.actors.calling import Patience, call_patiently
 from trl_ray.config.sections import Isolation
+from trl_ray.errors import ActorLostError, DeadlineError
 from trl_ray.rewards.registry import RewardSpec, load_function
 from trl_ray.rewards.sandbox import Sandbox
-from trl_ray.rewards.scoring import GroupInput, score_group, weighted
-from trl_ray.types import ActorReport, Completion, Event, EventKind, Health, Prompt, RewardFailure, ScoredGroup, Span
+from trl_ray.rewards.scoring import GroupInput, join_scores, score_group, weighted
+from trl_ray.types import (
+    ActorReport,
+    Completion,
+    Event,
+    EventKind,
+    Handle,
+    Health,
+    Prompt,
+    RewardErrorKind,
+    RewardFailure,
+    ScoredGroup,
+    Span,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringModel:
+    """A reward model as reward workers know it."""
+
+    name: str
+    """Of its part of the reward."""
+    weight: float
+    handles: tuple[Handle, ...]
+    """Its copies."""
+    deadline_s: float
+    """For one group: waiting for others, and for a copy that is being restarted, included."""
 
 
 class RewardWorker:
-    """Rewards of whole groups by the functions of a run.
+    """Rewards of whole groups by the functions and reward models of a run.
 
     Calls to `score` may overlap: they queue, and each has its own `timeout_s` from when its turn comes.
     """
@@ -36,38 +65,44 @@ class RewardWorker:
         timeout_s: float,
         isolation: Isolation,
         name: str,
+        models: Sequence[ScoringModel] = (),
     ) -> None:
         self.name = name
         self._functions = tuple(functions)
-        self._weights = weights
+        names = [spec.name for spec in self._functions]
+        self._weights = dict(zip(names, [1.0] * len(names) if weights is None else weights, strict=True))
+        self._weights |= {model.name: model.weight for model in models}
+        self._models = tuple(_ModelCalls(model) for model in models)
         self._progress = 0
         self._busy: dict[int, float] = {}
         self._calls = itertools.count()
         self._events: list[Event] = []
         self._spans: list[Span] = []
         self._inline = isolation is Isolation.INLINE
-        self._sandbox = Sandbox(functions=functions, weights=weights, timeout_s=timeout_s)
+        self._sandbox = Sandbox(
+            functions=functions, weights=weights, timeout_s=timeout_s, may_abstain=bool(self._models)
+        )
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         if self._inline:
             loaded = [load_function(spec) for spec in self._functions]
-            self._loaded = weighted([spec.name for spec in self._functions], loaded, weights)
-        else:
+            self._loaded = weighted(names, loaded, weights)
+        elif self._functions:
             # The first group finds the child up; should it fail, that group says why.
             self._thread.submit(self._sandbox.start)
 
     async def score(self, group_prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
         """Rewards of the G completions of one prompt, or the failure that explains why there are none.
 
-        consumes: one group; produces: one ScoredGroup; waits for: the groups before it and the functions;
-        unblocked by: their return, or their deadline.
+        consumes: one group; produces: one ScoredGroup; waits for: the groups before it, the functions and the reward
+        models; unblocked by: their return, or their deadline.
         """
-        group = GroupInput.of(group_prompt, completions)
-        if self._inline:
-            start, scored = time.time(), await self._score_inline(group)
-        else:
-            start, scored = await asyncio.wrap_future(
-                self._thread.submit(self._score_in_sandbox, group, len(completions))
-            )
+        start = time.time()
+        rated = asyncio.gather(*(model.score(group_prompt, completions) for model in self._models))
+        scores = []
+        if self._functions:
+            start, by_functions = await self._score_by_functions(group_prompt, completions)
+            scores.append(by_functions)
+        scored = join_scores([*scores, *await rated], weights=self._weights)
         self._spans.append(Span(actor=self.name, name="score", start=start, end=time.time()))
         self._progress += 1
         if scored.failure is not None:
@@ -89,6 +124,13 @@ class RewardWorker:
         self._sandbox.close()
         self._thread.shutdown(wait=False)
 
+    async def _score_by_functions(self, prompt: Prompt, completions: Sequence[Completion]) -> tuple[float, ScoredGroup]:
+        """When the group's turn came, and what the functions say."""
+        group = GroupInput.of(prompt, completions)
+        if self._inline:
+            return time.time(), await self._score_inline(group)
+        return await asyncio.wrap_future(self._thread.submit(self._score_in_sandbox, group, len(completions)))
+
     def _score_in_sandbox(self, group: GroupInput, size: int) -> tuple[float, ScoredGroup]:
         call, start = next(self._calls), time.time()
         self._busy[call] = start
@@ -101,7 +143,7 @@ class RewardWorker:
         call = next(self._calls)
         self._busy[call] = time.time()
         try:
-            return await score_group(self._loaded, group)
+            return await score_group(self._loaded, group, may_abstain=bool(self._models))
         finally:
             del self._busy[call]
 
@@ -113,3 +155,39 @@ class RewardWorker:
             "prompt_id": prompt.prompt_id,
         }
         self._events.append(Event(kind=EventKind.REWARD_FAILED, actor=self.name, time=time.time(), detail=detail))
+
+
+class _ModelCalls:
+    """The copies of one reward model, and how many groups each has at hand."""
+
+    def __init__(self, model: ScoringModel) -> None:
+        self._model = model
+        self._scoring = [0] * len(model.handles)
+
+    async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
+        """Rewards by the copy with the least to do, waiting out its restart if need be.
+
+        consumes: one group; produces: its rewards or a failure; waits for: the copy; unblocked by: its answer, or the
+        deadline.
+        """
+        model = self._model
+        index = min(range(len(model.handles)), key=self._scoring.__getitem__)
+        handle = model.handles[index]
+        self._scoring[index] += 1
+        patience = Patience(deadline_s=model.deadline_s, total_s=model.deadline_s)
+        try:
+            scored: ScoredGroup = await call_patiently(
+                handle, "score", patience, group_prompt=prompt, completions=tuple(completions)
+            )
+        except DeadlineError:
+            detail = f"{model.name} must rate a group within {model.deadline_s:g} s, {handle.name} did not."
+            scored = self._failed(RewardErrorKind.TIMEOUT, detail)
+        except ActorLostError as error:
+            detail = f"{model.name} must come back within {model.deadline_s:g} s, it did not: {error}"
+            scored = self._failed(RewardErrorKind.CRASH, detail)
+        finally:
+            self._scoring[index] -= 1
+        return scored
+
+    def _failed(self, kind: RewardErrorKind, detail: str) -> ScoredGroup:
+        return ScoredGroup(failure=RewardFailure(function=self._model.name, kind=kind, detail=detail))

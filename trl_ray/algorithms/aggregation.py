@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trl_ray.algorithms.loss import LossInputs, sum_per_sample
+from trl_ray.algorithms.loss import LossInputs
 from trl_ray.config.loss import LossType
 
 
-def aggregate(per_token: Tensor, inputs: LossInputs, *, loss_type: LossType, max_completion_length: int) -> Tensor:
+def aggregate(
+    per_token: Tensor, inputs: LossInputs, *, loss_type: LossType, max_completion_length: int | None
+) -> Tensor:
     """Token losses [N] of a micro-batch to its share of the update's loss."""
     totals = inputs.totals
     samples = max(totals.num_samples, 1)
@@ -25,9 +27,9 @@ def aggregate(per_token: Tensor, inputs: LossInputs, *, loss_type: LossType, max
         case LossType.DAPO | LossType.CISPO | LossType.VESPO:
             return per_token.sum() / max(totals.num_valid_tokens, 1)
         case LossType.GRPO | LossType.SAPO:
-            means = sum_per_sample(per_token, inputs.tokens) / inputs.tokens.counts.clamp(min=1.0)
-            return means.sum() / samples
+            return inputs.tokens.means(per_token).sum() / samples
         case LossType.DR_GRPO:
+            assert max_completion_length is not None, "dr_grpo divides by the longest possible completion"
             return per_token.sum() / (samples * max_completion_length)
         case LossType.LUSPO:
             return per_token.sum() / samples

@@ -46,7 +46,7 @@ class RewardRules:
     max_completion_length: int | None = None
     """Tokens at which the penalty for length is largest; None where there is no such penalty."""
     reward_weights: tuple[float, ...] | None = None
-    """One per reward function, in their order; None weighs all 1. Totals are weighted already."""
+    """One per part of the reward, in their order; None weighs all 1. Totals are weighted already."""
     beta: float = 0.0
     """Weight of the KL in the reward; 0 where the KL is in the loss."""
     kl_estimator: KLEstimator = KLEstimator.K1
@@ -56,7 +56,7 @@ class RewardRules:
         """What a configuration says."""
         return cls(
             max_completion_length=config.max_completion_length,
-            reward_weights=None if config.reward_weights is None else tuple(config.reward_weights),
+            reward_weights=None if config.part_weights is None else tuple(config.part_weights),
             beta=config.beta if config.kl_in_reward else 0.0,
             kl_estimator=config.kl_estimator,
         )

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from trl_ray.config.loss import LossConfig, OldLogprobs
 from trl_ray.types import BoolArray, SampleScores, TrainBatch, TrainingSample
+
+ScoreT = TypeVar("ScoreT")
 
 
 def needs_first_pass(loss: LossConfig, *, updates_per_step: int) -> bool:
@@ -54,10 +57,8 @@ def with_scores(
     ]
 
 
-def in_order(
-    samples: Sequence[TrainingSample], scored: Iterable[tuple[TrainBatch, Sequence[SampleScores]]]
-) -> list[SampleScores]:
-    """The scores of samples, however these were cut into batches, ranks and micro-batches.
+def in_order(samples: Sequence[TrainingSample], scored: Iterable[tuple[TrainBatch, Sequence[ScoreT]]]) -> list[ScoreT]:
+    """The scores of samples, or other answers by sample, however these were cut into batches, ranks and micro-batches.
 
     Args:
         samples: the same objects that the batches hold.

@@ -5,6 +5,8 @@ gradient at logits [C,T] --> hidden [C,H] += · weight [T,H]     weight [T,H] +=
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -81,8 +83,15 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def with_gradient(upstream: Upstream, rows: slice) -> slice | Tensor | None:
     """Which tokens of a tile have a gradient: all of it, some indices, or None of them."""
-    present = [grad != 0 for grad in (upstream.logprobs, upstream.entropy) if grad is not None]
-    active = present[0] if len(present) == 1 else present[0] | present[1]
+    grads = (upstream.logprobs, upstream.entropy, upstream.mean_logprobs)
+    found = [grad != 0 for grad in grads if grad is not None]
+    if upstream.support is not None:
+        found.append((upstream.support != 0).any(dim=-1))
+    return active_rows(reduce(torch.logical_or, found), rows)
+
+
+def active_rows(active: Tensor, rows: slice) -> slice | Tensor | None:
+    """The tokens of a tile that are True in `active` [C]: all of it, some indices, or None of them."""
     indices = active.nonzero().squeeze(1)
     if len(indices) == len(active):
         return rows

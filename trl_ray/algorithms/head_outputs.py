@@ -50,5 +50,7 @@ def joined(parts: Sequence[HeadResult], kept: dict[tuple[int, int], KeptTile]) -
         top1=wanted([part.top1 for part in parts]),
         top_ids=wanted([part.top_ids for part in parts]),
         top_logprobs=wanted([part.top_logprobs for part in parts]),
+        mean_logprobs=wanted([part.mean_logprobs for part in parts]),
+        support_logprobs=wanted([part.support_logprobs for part in parts]),
         kept=kept,
     )

@@ -25,12 +25,16 @@ class LogitTransform:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtraOutputs:
-    """What is computed besides log-probs and entropy; none of it is differentiable."""
+    """What is computed besides log-probs and entropy; not differentiable where nothing else is said."""
 
     sum_squared_probs: bool = False
     top1: bool = False
     top_k: int = 0
     """How many of the most probable tokens to report; 0 reports none."""
+    top_gradient: bool = False
+    """Whether the log-probs of those are differentiable."""
+    mean_logprobs: bool = False
+    """The mean log-prob over the vocabulary; differentiable."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +62,8 @@ class HeadProblem:
     compute_dtype: torch.dtype
     """Of the products hidden · weight in the forward pass."""
     tile: TileShape
+    support: Tensor | None = None
+    """[N, K] int64 further token ids whose log-probs are asked for; those outside the vocabulary stand for none."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,6 +131,10 @@ class HeadResult:
     """[N, K] int64, most probable first."""
     top_logprobs: Tensor | None = None
     """[N, K] nats"""
+    mean_logprobs: Tensor | None = None
+    """[N] nats"""
+    support_logprobs: Tensor | None = None
+    """[N, K] nats; -inf where an id stands for no token."""
     kept: dict[tuple[int, int], KeptTile] = field(default_factory=dict)
     """By token tile and vocabulary tile."""
 
@@ -146,6 +156,11 @@ class Upstream:
     entropy: Tensor | None
     entropy_value: Tensor
     log_total: Tensor
+    mean_logprobs: Tensor | None = None
+    support: Tensor | None = None
+    """[N, K] gradients that reach the log-probs of further tokens; 0 where an id stands for none."""
+    support_ids: Tensor | None = None
+    """[N, K] int64"""
 
     def select(self, rows: slice | Tensor) -> Upstream:
         """Those of some tokens."""
@@ -154,6 +169,9 @@ class Upstream:
             entropy=None if self.entropy is None else self.entropy[rows],
             entropy_value=self.entropy_value[rows],
             log_total=self.log_total[rows],
+            mean_logprobs=None if self.mean_logprobs is None else self.mean_logprobs[rows],
+            support=None if self.support is None else self.support[rows],
+            support_ids=None if self.support_ids is None else self.support_ids[rows],
         )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.loss import LossInputs, SampleTokens, sum_per_sample
+from trl_ray.algorithms.loss import LossInputs, SampleTokens
 from trl_ray.config.loss import MASK_MODES, SEQUENCE_MODES, ImportanceLevel, LossConfig, OldLogprobs
 
 
@@ -34,7 +34,7 @@ class SamplerCorrection:
 def old_logprobs(inputs: LossInputs, config: LossConfig) -> Tensor:
     """Log-probs [N] of the old policy, without gradient."""
     if config.old_logprobs is OldLogprobs.SAMPLER:
-        return inputs.tokens.sampler_logprobs
+        return inputs.sampler_logprobs
     known = inputs.tokens.old_logprobs
     return inputs.logprobs.detach() if known is None else known
 
@@ -46,10 +46,8 @@ def policy_ratio(log_ratio: Tensor, tokens: SampleTokens, level: ImportanceLevel
     """
     if level is ImportanceLevel.TOKEN:
         return torch.exp(log_ratio)
-    summed = sum_per_sample(log_ratio, tokens)
-    if level is ImportanceLevel.SEQUENCE:
-        summed = summed / tokens.counts.clamp(min=1.0)
-    return torch.exp(summed)[tokens.sample_index]
+    joined = tokens.means(log_ratio) if level is ImportanceLevel.SEQUENCE else tokens.sums(log_ratio)
+    return torch.exp(joined)[tokens.sample_index]
 
 
 def sampler_correction(inputs: LossInputs, config: LossConfig) -> SamplerCorrection:
@@ -60,10 +58,10 @@ def sampler_correction(inputs: LossInputs, config: LossConfig) -> SamplerCorrect
     """
     tokens, mode = inputs.tokens, config.vllm_importance_sampling_mode
     if not config.corrects_for_sampler:
-        return SamplerCorrection(ratio=torch.exp(inputs.logprobs.detach() - tokens.sampler_logprobs), weight=None)
-    log_ratio = old_logprobs(inputs, config) - tokens.sampler_logprobs
+        return SamplerCorrection(ratio=torch.exp(inputs.logprobs.detach() - inputs.sampler_logprobs), weight=None)
+    log_ratio = old_logprobs(inputs, config) - inputs.sampler_logprobs
     if mode in SEQUENCE_MODES:
-        log_ratio = sum_per_sample(log_ratio, tokens)[tokens.sample_index]
+        log_ratio = tokens.sums(log_ratio)[tokens.sample_index]
     ratio = torch.exp(log_ratio)
     low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
     if mode not in MASK_MODES:
@@ -83,5 +81,5 @@ def off_policy(inputs: LossInputs, threshold: float) -> Tensor:
     nats per token (https://arxiv.org/abs/2512.02556, eq. 9). What was worth imitating stays, however it was sampled.
     """
     tokens = inputs.tokens
-    means = sum_per_sample(tokens.sampler_logprobs - inputs.logprobs.detach(), tokens) / tokens.counts.clamp(min=1.0)
+    means = tokens.means(inputs.sampler_logprobs - inputs.logprobs.detach())
     return (means > threshold)[tokens.sample_index] & (tokens.advantages < 0)

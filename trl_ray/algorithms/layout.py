@@ -72,6 +72,9 @@ class Layout:
     """[N] int64 index into the R*T hidden states of the token before each trained token, in sample order."""
     targets: Tensor
     """[N] int64 ids of the trained tokens."""
+    lengths: Tensor
+    """[R, T] float32 tokens of the sequence a token belongs to, prompt and whole completion; of several that share it,
+    their mean; 1 for padding."""
 
     def to(self, device: torch.device | str) -> Layout:
         """The same on another device."""
@@ -82,6 +85,7 @@ class Layout:
             segments=self.segments,
             predictors=self.predictors.to(device),
             targets=self.targets.to(device),
+            lengths=self.lengths.to(device),
         )
 
 
@@ -201,6 +205,7 @@ def _assemble(samples: Sequence[TrainingSample], rows: Sequence[Sequence[_Block]
     positions = np.tile(np.arange(width), (height, 1))
     # Which prompt a token belongs to (-1 for padding), and which completion of it (0 for the prompt itself).
     block_of, part_of = np.full((height, width), -1, np.int64), np.zeros((height, width), np.int64)
+    lengths = np.ones((height, width), np.float32)
     predictors: dict[int, Ints] = {}
     for r, row in enumerate(rows):
         start = 0
@@ -211,8 +216,11 @@ def _assemble(samples: Sequence[TrainingSample], rows: Sequence[Sequence[_Block]
             last_of_prompt = start + len(block.prompt) - 1
             positions[r, start : last_of_prompt + 1] = np.arange(len(block.prompt))
             at = last_of_prompt + 1
+            whole = [len(block.prompt) + len(samples[sample].completion_ids) for sample in block.samples]
+            lengths[r, start:at] = np.mean(whole)
             for part, (sample, body) in enumerate(zip(block.samples, block.bodies, strict=True), start=1):
                 part_of[r, at : at + len(body)] = part
+                lengths[r, at : at + len(body)] = whole[part - 1]
                 positions[r, at : at + len(body)] = len(block.prompt) + np.arange(len(body))
                 before = np.concatenate([[last_of_prompt], np.arange(at, at + len(body))])
                 predictors[sample] = r * width + before[np.flatnonzero(samples[sample].loss_mask)]
@@ -229,6 +237,7 @@ def _assemble(samples: Sequence[TrainingSample], rows: Sequence[Sequence[_Block]
         segments=_segments(rows[0]) if attention is AttentionKind.SEGMENTS else None,
         predictors=torch.from_numpy(np.concatenate([predictors[index] for index in order])),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        lengths=torch.from_numpy(lengths),
     )
 
 

@@ -47,7 +47,11 @@ class TokenLogprobs:
     top_ids: Tensor | None = None
     """[N, K] int64 ids of the K most probable tokens, most probable first; equals in any order."""
     top_logprobs: Tensor | None = None
-    """[N, K] their natural log-probs."""
+    """[N, K] their natural log-probs; differentiable where that was asked for."""
+    mean_logprobs: Tensor | None = None
+    """[N] mean over the vocabulary of the natural log-probs; differentiable."""
+    support_logprobs: Tensor | None = None
+    """[N, K] natural log-probs of the further tokens that were named; differentiable."""
 
 
 def token_logprobs(
@@ -55,6 +59,7 @@ def token_logprobs(
     weight: Tensor,
     targets: Tensor,
     *,
+    support: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float,
     chunk_size: int | None = None,
@@ -72,6 +77,8 @@ def token_logprobs(
         hidden: [N, H] final hidden states that predict the targets.
         weight: [V, H] of the language-model head.
         targets: [N] token ids.
+        support: [N, K] further token ids, whose log-probs are given too. One outside the vocabulary stands for no
+            token: its log-prob is -inf, and its gradient must be 0. Ids may be repeated.
         bias: [V], for heads that have one.
         temperature: > 0.
         chunk_size: vocabulary entries in a tile, and no more memory than a few tiles. None lets the device decide, and
@@ -79,12 +86,17 @@ def token_logprobs(
         compute_dtype: of the products of the forward pass; None keeps the weight's.
         transform: the model's scale and soft-capping of logits; None has neither.
         extras: what else to compute; None is nothing.
-        backend: None chooses Triton on CUDA where it is installed.
+        backend: None chooses Triton on CUDA where it is installed; mean log-probs over the vocabulary are torch's.
     """
     assert hidden.dim() == 2 and hidden.shape[0] == targets.shape[0], "one row of hidden states per target"
     assert temperature > 0 and (chunk_size is None or chunk_size > 0), "temperature and chunk size must be positive"
     transform, extras = transform or LogitTransform(), extras or ExtraOutputs()
     assert transform.scale > 0 and (transform.softcap is None or transform.softcap > 0), "scale and cap are positive"
+    assert support is None or support.shape[0] == hidden.shape[0], "one row of further ids per target"
+    assert extras.top_k or not extras.top_gradient, "a gradient of the most probable tokens needs their number"
+    if extras.mean_logprobs:
+        assert backend is not HeadBackend.TRITON, "the Triton kernels compute no mean log-probs over the vocabulary"
+        backend = HeadBackend.TORCH
     settings = _Settings(
         temperature=float(temperature),
         transform=transform,
@@ -94,8 +106,8 @@ def token_logprobs(
         backend=backend or _backend(hidden.device, compute_dtype or weight.dtype),
         keep=chunk_size is None and torch.is_grad_enabled(),
     )
-    logprobs, entropy, squares, top1, ids, values = _Head.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, settings
+    logprobs, entropy, mean, further, values, squares, top1, ids = _Head.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, support, settings
     )
     return TokenLogprobs(
         logprobs=logprobs,
@@ -104,6 +116,8 @@ def token_logprobs(
         top1=top1,
         top_ids=ids,
         top_logprobs=values,
+        mean_logprobs=mean,
+        support_logprobs=further,
     )
 
 
@@ -155,7 +169,9 @@ class _Settings:
     backend: HeadBackend
     keep: bool
 
-    def problem(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> HeadProblem:
+    def problem(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, support: Tensor | None
+    ) -> HeadProblem:
         return HeadProblem(
             hidden=hidden,
             weight=weight,
@@ -165,6 +181,7 @@ class _Settings:
             transform=self.transform,
             compute_dtype=self.compute_dtype,
             tile=self.tile,
+            support=support,
         )
 
 
@@ -173,31 +190,50 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        support: Tensor | None,
+        settings: _Settings,
     ) -> tuple[Tensor | None, ...]:
-        problem = settings.problem(hidden, weight, bias, targets)
+        problem = settings.problem(hidden, weight, bias, targets, support)
         found: HeadResult = _module(settings.backend).forward(
             problem, settings.extras, keep=settings.keep and any(ctx.needs_input_grad[:3])
         )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, targets, found.log_total, found.entropy)
+        top_ids = found.top_ids if settings.extras.top_gradient else None
+        ctx.save_for_backward(hidden, weight, bias, targets, support, top_ids, found.log_total, found.entropy)
         ctx.settings, ctx.kept = settings, found.kept
-        extras = (found.sum_squared_probs, found.top1, found.top_ids, found.top_logprobs)
-        ctx.mark_non_differentiable(*(extra for extra in extras if extra is not None))
-        return found.logprobs, found.entropy, *extras
+        fixed = [found.sum_squared_probs, found.top1, found.top_ids]
+        if not settings.extras.top_gradient:
+            fixed.append(found.top_logprobs)
+        ctx.mark_non_differentiable(*(extra for extra in fixed if extra is not None))
+        differentiable = (found.logprobs, found.entropy, found.mean_logprobs, found.support_logprobs)
+        return *differentiable, found.top_logprobs, *fixed[:3]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, log_total, entropy = ctx.saved_tensors
-        if grads[0] is None and grads[1] is None:
-            return (None,) * 5
+        hidden, weight, bias, targets, support, top_ids, log_total, entropy = ctx.saved_tensors
+        if all(grad is None for grad in grads[:5]):
+            return (None,) * 6
         settings: _Settings = ctx.settings
+        further = [(ids, grad) for ids, grad in ((support, grads[3]), (top_ids, grads[4])) if grad is not None]
         kept, ctx.kept = ctx.kept, {}
         found = _module(settings.backend).backward(
-            settings.problem(hidden, weight, bias, targets),
-            Upstream(logprobs=grads[0], entropy=grads[1], entropy_value=entropy, log_total=log_total),
+            settings.problem(hidden, weight, bias, targets, support),
+            Upstream(
+                logprobs=grads[0],
+                entropy=grads[1],
+                mean_logprobs=grads[2],
+                support=torch.cat([grad for _, grad in further], dim=1) if further else None,
+                support_ids=torch.cat([ids for ids, _ in further], dim=1) if further else None,
+                entropy_value=entropy,
+                log_total=log_total,
+            ),
             kept,
             needs=ctx.needs_input_grad[:3],
         )
-        return found.hidden, found.weight, found.bias, None, None
+        return found.hidden, found.weight, found.bias, None, None, None

@@ -45,13 +45,13 @@ def forward(problem: HeadProblem, extras: ExtraOutputs, *, keep: bool) -> HeadRe
         extras: what else to compute.
         keep: leave logits to the backward pass where that pays.
     """
-    room = _kept_tiles(problem) if keep else 0
+    room = kept_tiles(problem) if keep else 0
     kept: dict[tuple[int, int], KeptTile] = {}
     shared, scratch = problem.buffer(), problem.buffer()
-    parts = [] if len(problem.targets) else [_Statistics(problem, problem.targets, extras).result()]
+    parts = [] if len(problem.targets) else [_Statistics(problem, slice(0, 0), extras).result()]
     for row, rows in enumerate(problem.token_tiles()):
         prepared = prepare(problem, problem.hidden[rows])
-        state = _Statistics(problem, problem.targets[rows], extras)
+        state = _Statistics(problem, rows, extras)
         for column, columns in enumerate(problem.vocab_tiles()):
             is_kept = len(kept) < room
             tile = tile_view(problem.buffer() if is_kept else shared, rows, columns)
@@ -88,15 +88,16 @@ def backward(
         totals.begin(chosen, hidden.to(problem.dtype) * factors[:, None], factors)
         for column, columns in enumerate(problem.vocab_tiles()):
             left = kept.pop((row, column), None)
-            tile = tile_view(shared, hidden, columns) if left is None else _left_rows(left.logits, rows, chosen)
-            shift = None if left is None else _left_rows(left.shift, rows, chosen)
+            tile = tile_view(shared, hidden, columns) if left is None else left_rows(left.logits, rows, chosen)
+            shift = None if left is None else left_rows(left.shift, rows, chosen)
             if left is None:
                 project(problem, prepared, columns, out=tile)
             curve = None
             if slopes is not None:
-                curve = _slope_of_cap(problem, tile, shift, out=tile_view(slopes, hidden, columns))
+                curve = slope_of_cap(problem, tile, shift, out=tile_view(slopes, hidden, columns))
             tile.sub_((part.log_total if shift is None else part.log_total - shift)[:, None])
-            grad = gradient_at_logits(tile, tile_view(scratch, hidden, columns), targets - columns.start, part)
+            room = tile_view(scratch, hidden, columns)
+            grad = gradient_at_logits(tile, room, targets, part, first=columns.start, vocab=problem.weight.shape[0])
             totals.add(grad if curve is None else grad.mul_(curve), columns)
         totals.end()
     return totals.result()
@@ -122,46 +123,73 @@ def project(problem: HeadProblem, prepared: Tensor, columns: slice, *, out: Tens
 
 def row_factors(problem: HeadProblem, upstream: Upstream) -> Tensor:
     """[C] what the rows of `gradient_at_logits` are yet to be multiplied by."""
-    if upstream.entropy is None:
+    if upstream.entropy is None and upstream.mean_logprobs is None and upstream.support is None:
         assert upstream.logprobs is not None, "tokens without a gradient are left out"
         return upstream.logprobs * -problem.slope
-    return torch.full_like(upstream.entropy, problem.slope)
+    return torch.full_like(upstream.log_total, problem.slope)
 
 
-def gradient_at_logits(tile: Tensor, scratch: Tensor, local: Tensor, upstream: Upstream) -> Tensor:
-    """Gradient at the logits [C, T], but for `row_factors`: p - 1[target], or g_lp (1[target] - p) - g_H p (ln p + H).
+def gradient_at_logits(
+    tile: Tensor, scratch: Tensor, targets: Tensor, upstream: Upstream, *, first: int, vocab: int
+) -> Tensor:
+    """Gradient at the logits [C, T], but for `row_factors`.
+
+    p - 1[target] where only log-probs of targets have one, else the sum of g_lp (1[target] - p), -g_H p (ln p + H),
+    g_mean (1 / V - p) and g_k (1[id k] - p) for each further token k.
 
     Args:
         tile: [C, T] log2 of the probabilities; overwritten.
         scratch: [C, T] room.
-        local: [C] the targets' positions in this tile, which may lie outside.
+        targets: [C] ids, which may lie outside this tile.
         upstream: of these tokens.
+        first: id of the first token of the tile.
+        vocab: V.
     """
-    grad_h = upstream.entropy
-    if grad_h is None:
-        value = torch.full_like(upstream.log_total, -1.0)
-        torch.exp2(tile, out=tile)
-    else:
-        value = torch.zeros_like(grad_h) if upstream.logprobs is None else upstream.logprobs
+    grad_h, grad_mean, grad_support = upstream.entropy, upstream.mean_logprobs, upstream.support
+    value = torch.zeros_like(upstream.log_total) if upstream.logprobs is None else upstream.logprobs
+    spread = value if grad_mean is None else value + grad_mean
+    if grad_support is not None:
+        spread = spread + grad_support.sum(dim=-1)
+    if grad_h is not None:
         torch.exp2(tile, out=scratch)
         # The floor keeps 0 * -inf, for tokens a model rules out, from being NaN.
         tile.clamp_min_(FLOOR).mul_((grad_h * -LN2)[:, None])
-        tile.sub_((value + grad_h * upstream.entropy_value)[:, None]).mul_(scratch)
+        tile.sub_((spread + grad_h * upstream.entropy_value)[:, None]).mul_(scratch)
+    elif grad_mean is not None or grad_support is not None:
+        torch.exp2(tile, out=tile).mul_(-spread[:, None])
+    else:
+        value = torch.full_like(upstream.log_total, -1.0)
+        torch.exp2(tile, out=tile)
+    if grad_mean is not None:
+        tile.add_((grad_mean / vocab)[:, None])
+    local = targets - first
     inside = ((local >= 0) & (local < tile.shape[1])).nonzero().squeeze(1)
     tile.index_put_((inside, local[inside]), value[inside], accumulate=True)
+    if grad_support is not None:
+        assert upstream.support_ids is not None, "gradients of further tokens come with their ids"
+        places = upstream.support_ids - first
+        rows, which = ((places >= 0) & (places < tile.shape[1])).nonzero(as_tuple=True)
+        tile.index_put_((rows, places[rows, which]), grad_support[rows, which], accumulate=True)
     return tile
 
 
 def target_logits(tile: Tensor, local: Tensor, default: Tensor) -> Tensor:
     """[C] the targets' logits where they lie in this tile [C, T], elsewhere `default` [C]."""
-    value = tile.gather(1, local.clamp(0, tile.shape[1] - 1)[:, None]).squeeze(1)
+    return support_logits(tile, local[:, None], default[:, None]).squeeze(1)
+
+
+def support_logits(tile: Tensor, local: Tensor, default: Tensor) -> Tensor:
+    """[C, K] logits at positions [C, K] of this tile [C, T], and `default` [C, K] at those that lie outside."""
+    value = tile.gather(1, local.clamp(0, tile.shape[1] - 1))
     return torch.where((local >= 0) & (local < tile.shape[1]), value, default)
 
 
 class _Statistics:
     """Running sums of C tokens over vocabulary tiles, relative to the largest logit so far."""
 
-    def __init__(self, problem: HeadProblem, targets: Tensor, extras: ExtraOutputs) -> None:
+    def __init__(self, problem: HeadProblem, rows: slice, extras: ExtraOutputs) -> None:
+        targets = problem.targets[rows]
+
         def filled(value: float) -> Tensor:
             return torch.full((len(targets),), value, dtype=problem.dtype, device=targets.device)
 
@@ -173,6 +201,12 @@ class _Statistics:
         self._squares = filled(0.0) if extras.sum_squared_probs else None
         self._best = (filled(-math.inf), torch.zeros_like(targets)) if extras.top1 else None
         self._top = TopTokens(problem, extras.top_k) if extras.top_k else None
+        self._sum = filled(0.0) if extras.mean_logprobs else None
+        self._support: Tensor | None = None
+        self._support_ids = None if problem.support is None else problem.support[rows]
+        if self._support_ids is not None:
+            self._support = torch.full_like(self._support_ids, -math.inf, dtype=problem.dtype)
+        self._vocab = problem.weight.shape[0]
 
     def fold(self, tile: Tensor, scratch: Tensor, columns: slice) -> None:
         """Take in the logits [C, T] of one vocabulary tile, and leave them less the largest so far."""
@@ -187,6 +221,10 @@ class _Statistics:
             )
         if self._top is not None:
             self._top.fold(tile, columns)
+        if self._sum is not None:
+            self._sum.add_(tile.sum(dim=-1))
+        if self._support is not None and self._support_ids is not None:
+            self._support = support_logits(tile, self._support_ids - columns.start, self._support)
         peak = torch.maximum(self.peak, tile.clamp_min_(FLOOR).amax(dim=-1))
         tile.sub_(peak[:, None])
         torch.exp2(tile, out=scratch)
@@ -210,10 +248,12 @@ class _Statistics:
             top1=None if self._best is None else self._best[1] == self._targets,
             top_ids=None if top is None else top.ids,
             top_logprobs=None if top is None or top.logits is None else (top.logits - log_total[:, None]).mul_(LN2),
+            mean_logprobs=None if self._sum is None else (self._sum / self._vocab - log_total).mul_(LN2),
+            support_logprobs=None if self._support is None else (self._support - log_total[:, None]).mul_(LN2),
         )
 
 
-def _slope_of_cap(problem: HeadProblem, tile: Tensor, shift: Tensor | None, *, out: Tensor) -> Tensor:
+def slope_of_cap(problem: HeadProblem, tile: Tensor, shift: Tensor | None, *, out: Tensor) -> Tensor:
     """Derivative [C, T] of the capped logits by the uncapped: 1 - tanh²."""
     assert problem.cap is not None, "only capped logits have one"
     if shift is None:
@@ -223,13 +263,14 @@ def _slope_of_cap(problem: HeadProblem, tile: Tensor, shift: Tensor | None, *, o
     return out.square_().neg_().add_(1.0)
 
 
-def _left_rows(left: Tensor, rows: slice, chosen: slice | Tensor) -> Tensor:
+def left_rows(left: Tensor, rows: slice, chosen: slice | Tensor) -> Tensor:
+    """What was kept of a token tile, of its chosen tokens only."""
     return left if isinstance(chosen, slice) else left[chosen - rows.start]
 
 
-def _kept_tiles(problem: HeadProblem) -> int:
-    """How many tiles of logits may be kept."""
-    size = problem.dtype.itemsize
+def kept_tiles(problem: HeadProblem, *, sides: int = 1) -> int:
+    """How many tiles of logits may be kept, each of so many heads."""
+    size = problem.dtype.itemsize * sides
     whole = problem.hidden.shape[0] * problem.weight.shape[0] * size
     if whole * _WORTH_KEEPING > _KEPT_BYTES:
         return 0

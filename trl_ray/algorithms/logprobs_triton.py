@@ -47,10 +47,10 @@ def forward(problem: HeadProblem, extras: ExtraOutputs, *, keep: bool) -> HeadRe
     """As `logprobs_tiles.forward`; no logits are kept."""
     del keep
     buffer = _buffer(problem)
-    parts = [] if len(problem.targets) else [_Statistics(problem, problem.targets, extras).result(problem)]
+    parts = [] if len(problem.targets) else [_Statistics(problem, slice(0, 0), extras).result(problem)]
     for rows in problem.token_tiles():
         hidden = problem.hidden[rows].to(problem.compute_dtype)
-        state = _Statistics(problem, problem.targets[rows], extras)
+        state = _Statistics(problem, rows, extras)
         for columns in problem.vocab_tiles():
             tile = _project(problem, hidden, columns, out=tile_view(buffer, rows, columns))
             state.fold(problem, tile, columns)
@@ -96,7 +96,9 @@ def _bias(problem: HeadProblem, columns: slice) -> Tensor | None:
 class _Statistics:
     """Running sums of C tokens over vocabulary tiles."""
 
-    def __init__(self, problem: HeadProblem, targets: Tensor, extras: ExtraOutputs) -> None:
+    def __init__(self, problem: HeadProblem, rows: slice, extras: ExtraOutputs) -> None:
+        targets = problem.targets[rows]
+
         def filled(value: float) -> Tensor:
             return torch.full((len(targets),), value, dtype=torch.float32, device=targets.device)
 
@@ -111,12 +113,21 @@ class _Statistics:
         self._chosen = filled(-float("inf"))
         self._best, self._best_id = filled(-float("inf")), torch.full_like(self._targets, -1)
         self._top = TopTokens(problem, extras.top_k) if extras.top_k else None
+        self._support: Tensor | None = None
+        self._support_ids = None if problem.support is None else problem.support[rows]
+        if self._support_ids is not None:
+            self._support = torch.full_like(self._support_ids, -float("inf"), dtype=torch.float32)
 
     def fold(self, problem: HeadProblem, tile: Tensor, columns: slice) -> None:
         """Take in one tile [C, T]."""
         bias = _bias(problem, columns)
         if self._top is not None:
             self._top.fold(tile.float() if bias is None else tile + bias, columns)
+        if self._support is not None and self._support_ids is not None:
+            local = self._support_ids - columns.start
+            inside = (local >= 0) & (local < tile.shape[1])
+            output = _outputs(tile, bias, local.clamp(0, tile.shape[1] - 1))
+            self._support = torch.where(inside, _base2(problem, output), self._support)
         _fold_kernel[(tile.shape[0],)](
             tile,
             tile.stride(0),
@@ -146,9 +157,7 @@ class _Statistics:
         top = self._top
         values = None
         if top is not None and top.logits is not None:
-            values = top.logits * problem.factor
-            values = values if problem.cap is None else values.tanh() * problem.cap
-            values = (values - log_total[:, None]) * LN2
+            values = (_base2(problem, top.logits) - log_total[:, None]) * LN2
         return HeadResult(
             logprobs=(self._chosen - log_total) * LN2,
             entropy=(self._total.log2() - self._moment / self._total) * LN2,
@@ -157,13 +166,33 @@ class _Statistics:
             top1=self._best_id == self._targets if self._extras.top1 else None,
             top_ids=None if top is None else top.ids,
             top_logprobs=values,
+            support_logprobs=None if self._support is None else (self._support - log_total[:, None]) * LN2,
         )
+
+
+def _outputs(tile: Tensor, bias: Tensor | None, places: Tensor) -> Tensor:
+    """The head's outputs [C, K] at places [C, K] of a tile [C, T], with the bias [T]."""
+    found = tile.gather(1, places).float()
+    return found if bias is None else found + bias[places]
+
+
+def _base2(problem: HeadProblem, output: Tensor) -> Tensor:
+    """Logits in base 2 from the head's outputs with bias."""
+    logits = output * problem.factor
+    return logits if problem.cap is None else logits.tanh() * problem.cap
 
 
 def _gradient(problem: HeadProblem, tile: Tensor, targets: Tensor, upstream: Upstream, columns: slice) -> None:
     """Overwrite the head's output [C, T] with the gradient at it."""
     bias = _bias(problem, columns)
     grad_lp = None if upstream.logprobs is None else upstream.logprobs.contiguous()
+    at_ids: tuple[tuple[Tensor, Tensor], Tensor] | None = None
+    if upstream.support is not None:
+        # The kernel does what all of them share, -p times their sum; each one's own part is added at its id.
+        at_ids = _gradient_at_ids(problem, tile, bias, targets, upstream, columns)
+        targets = torch.full_like(targets, -1)
+        shared = upstream.support.sum(dim=-1)
+        grad_lp = (shared if grad_lp is None else shared + grad_lp).contiguous()
     grad_h = None if upstream.entropy is None else upstream.entropy.contiguous()
     log_total = upstream.log_total.contiguous()
     _gradient_kernel[(tile.shape[0], triton.cdiv(tile.shape[1], _BLOCK))](
@@ -187,6 +216,25 @@ def _gradient(problem: HeadProblem, tile: Tensor, targets: Tensor, upstream: Ups
         FLOOR=FLOOR,
         BLOCK=_BLOCK,
     )
+    if at_ids is not None:
+        tile.index_put_(at_ids[0], at_ids[1].to(tile.dtype), accumulate=True)
+
+
+def _gradient_at_ids(
+    problem: HeadProblem, tile: Tensor, bias: Tensor | None, targets: Tensor, upstream: Upstream, columns: slice
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Places in the tile of targets and further tokens, and what is to be added there to the gradient."""
+    assert upstream.support is not None and upstream.support_ids is not None, "gradients come with their ids"
+    at_target = torch.zeros_like(upstream.log_total) if upstream.logprobs is None else upstream.logprobs
+    grads = torch.cat((at_target[:, None], upstream.support), dim=1)
+    local = torch.cat((targets[:, None], upstream.support_ids), dim=1) - columns.start
+    inside = (local >= 0) & (local < tile.shape[1])
+    grads = grads * problem.slope
+    if problem.cap is not None:
+        curve = (_outputs(tile, bias, local.clamp(0, tile.shape[1] - 1)) * problem.factor).tanh()
+        grads = grads * (1.0 - curve.square())
+    rows, which = inside.nonzero(as_tuple=True)
+    return (rows, local[rows, which]), grads[rows, which]
 
 
 @_jit

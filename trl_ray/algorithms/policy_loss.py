@@ -15,7 +15,7 @@ defined by micro-batches, it does not matter how an update is cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from trl_ray.algorithms.aggregation import aggregate
 from trl_ray.algorithms.entropy import EntropyBonus
 from trl_ray.algorithms.importance import off_policy, old_logprobs, policy_ratio, sampler_correction
 from trl_ray.algorithms.kl import kl_estimate, kl_penalty
-from trl_ray.algorithms.loss import LossInputs, LossOutput
+from trl_ray.algorithms.loss import LossInputs, LossNeeds, LossOutput
 from trl_ray.algorithms.token_metrics import TokenMetrics
 from trl_ray.config.loss import (
     CLIPPED,
@@ -58,18 +58,23 @@ class PolicyLoss:
 
     Args:
         config: the options.
-        max_completion_length: the fixed length dr_grpo divides by, in tokens.
+        max_completion_length: the fixed length dr_grpo divides by, in tokens; the others do without.
     """
 
-    def __init__(self, *, config: LossConfig, max_completion_length: int) -> None:
+    def __init__(self, *, config: LossConfig, max_completion_length: int | None = None) -> None:
         self.config = config
         self.max_completion_length = max_completion_length
         self._bonus = EntropyBonus(config)
 
     @property
-    def needs_reference(self) -> bool:
-        """True while the KL to the reference has weight, in the loss or in the reward."""
-        return self.config.beta > 0
+    def needs(self) -> LossNeeds:
+        """A reference while the KL has weight, in the loss or in the reward."""
+        return LossNeeds(reference=self.config.beta > 0)
+
+    def totals(self, samples: Sequence[TrainingSample]) -> Mapping[str, float]:
+        """See `Loss`; those that every batch has are enough."""
+        del samples
+        return {}
 
     def has_gradient(self, sample: TrainingSample) -> bool:
         """The KL moves every trained token; advantage and entropy bonus move those that no mask leaves out."""
@@ -109,7 +114,7 @@ class PolicyLoss:
             loss = loss - self._bonus.applied * _entropy_share(inputs)
         metrics.add("entropy", inputs.entropy)
         # k3 of tokens drawn from the sampler: the estimate of KL(sampler || policy) that is never negative.
-        sampled = kl_estimate(tokens.sampler_logprobs, inputs.logprobs.detach(), KLEstimator.K3)
+        sampled = kl_estimate(inputs.sampler_logprobs, inputs.logprobs.detach(), KLEstimator.K3)
         metrics.add("kl/sampler", sampled)
         metrics.add_ratio("importance", correction.ratio)
         return LossOutput(loss=loss, metrics=metrics.metrics())
@@ -153,6 +158,11 @@ class PolicyLoss:
         kl = kl_estimate(inputs.logprobs, inputs.reference_logprobs, self.config.kl_estimator)
         metrics.add("kl/ref", kl)
         return kl_penalty(kl, ratio, self.config.kl_estimator) if self.config.use_bias_correction_kl else kl
+
+    def joined(self, metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
+        """See `Loss`; nothing."""
+        del metrics
+        return {}
 
     def after_update(self, metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
         """Adapt the weight of the entropy bonus.

@@ -14,15 +14,17 @@ which sort the pairs of a micro-batch, it does not matter how an update is cut.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from trl_ray.algorithms.loss import LossOutput
+from trl_ray.algorithms.labels import completion_lengths, pairs_of, reference_logprobs, trained_tokens
+from trl_ray.algorithms.loss import FixedLoss, LossInputs, LossNeeds, LossOutput
 from trl_ray.algorithms.preference_terms import PAIR_LOSSES, PairScores, f_score
-from trl_ray.algorithms.sequences import TokenSequences, means_of
+from trl_ray.algorithms.sequences import TokenSequences, means_of, sequence_logprobs
 from trl_ray.config.preference import PreferenceLossConfig, PreferenceLossType
+from trl_ray.types import TrainingSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,22 +58,47 @@ class PairInputs:
     totals: PairTotals
 
 
-def sequence_logprobs(logprobs: Tensor, tokens: TokenSequences, *, ld_alpha: float | None) -> Tensor:
-    """Log-probs [2P] of completions from those of tokens [N].
+class PreferenceLoss(FixedLoss):
+    """`preference_loss` as the learner calls it; implements the `Loss` protocol.
 
-    With `ld_alpha`, tokens beyond the length of the pair's shorter completion count that much (LD-DPO,
-    https://arxiv.org/abs/2409.06411), lengths being numbers of trained tokens.
-
-    Args:
-        logprobs: [N]
-        tokens: of pairs, chosen and rejected in turn.
-        ld_alpha: from 0 to 1; None: all tokens count alike.
+    Samples are chosen and rejected completions in turn. Totals: `pairs`; `chosen_tokens`, the trained tokens of chosen
+    completions.
     """
-    if ld_alpha is None:
-        return tokens.sums(logprobs)
-    shared = tokens.counts().view(-1, 2).amin(dim=1).repeat_interleave(2)
-    in_tail = tokens.positions() >= shared[tokens.sample_index]
-    return tokens.sums(torch.where(in_tail, ld_alpha * logprobs, logprobs))
+
+    def __init__(self, config: PreferenceLossConfig) -> None:
+        self.config = config
+
+    @property
+    def needs(self) -> LossNeeds:
+        """See `Loss`; precomputed references stand in the labels."""
+        config = self.config
+        return LossNeeds(
+            reference=config.needs_reference and not config.precompute_ref_log_probs,
+            sum_squared_probs=config.use_weighting,
+            top1=True,
+            whole_groups=True,
+        )
+
+    def totals(self, samples: Sequence[TrainingSample]) -> Mapping[str, float]:
+        """See `Loss`."""
+        chosen = [pair[0] for pair in pairs_of(samples)]
+        return {"pairs": len(chosen), "chosen_tokens": trained_tokens(chosen)}
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """See `preference_loss`."""
+        config, scores, totals = self.config, inputs.language, inputs.totals
+        pairs_of(inputs.samples)
+        given = PairInputs(
+            tokens=inputs.tokens,
+            logprobs=scores.logprobs,
+            lengths=completion_lengths(inputs),
+            reference=reference_logprobs(inputs, ld_alpha=config.ld_alpha) if config.needs_reference else None,
+            sum_squared_probs=scores.sum_squared_probs,
+            entropy=scores.entropy,
+            top1=scores.top1,
+            totals=PairTotals(num_pairs=totals.count("pairs"), num_chosen_tokens=totals.count("chosen_tokens")),
+        )
+        return preference_loss(given, config)
 
 
 def preference_loss(inputs: PairInputs, config: PreferenceLossConfig) -> LossOutput:

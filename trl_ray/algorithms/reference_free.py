@@ -19,16 +19,18 @@ Means are over the pairs and the tokens of the whole optimizer update, so that i
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from trl_ray.algorithms.loss import LossOutput
+from trl_ray.algorithms.labels import pairs_of, trained_tokens
+from trl_ray.algorithms.loss import FixedLoss, LossInputs, LossNeeds, LossOutput
 from trl_ray.algorithms.sequences import TokenSequences, means_of
 from trl_ray.config.preference import CPOLossConfig, CPOLossType, ORPOLossConfig
-from trl_ray.types import Metric
+from trl_ray.types import Metric, TrainingSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,97 @@ class ReferenceFreeInputs:
     """[M] of the policy, with gradient: the prompts' tokens but for each one's first, every pair's prompt once; only
     ORPO asks for it."""
     totals: ReferenceFreeTotals
+
+
+class CPOLoss(FixedLoss):
+    """`cpo_loss` as the learner calls it; implements the `Loss` protocol.
+
+    Samples are chosen and rejected completions in turn. Totals: `pairs`; `likelihood_tokens`, the trained tokens of
+    chosen completions.
+    """
+
+    def __init__(self, config: CPOLossConfig) -> None:
+        self.config = config
+
+    @property
+    def needs(self) -> LossNeeds:
+        """See `Loss`."""
+        return LossNeeds(whole_groups=True)
+
+    def totals(self, samples: Sequence[TrainingSample]) -> Mapping[str, float]:
+        """See `Loss`."""
+        chosen = [pair[0] for pair in pairs_of(samples)]
+        return {"pairs": len(chosen), "likelihood_tokens": trained_tokens(chosen)}
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """See `cpo_loss`."""
+        pairs_of(inputs.samples)
+        given = ReferenceFreeInputs(tokens=inputs.tokens, logprobs=inputs.logprobs, totals=_totals(inputs))
+        return cpo_loss(given, self.config)
+
+
+class ORPOLoss(FixedLoss):
+    """`orpo_loss` as the learner calls it; implements the `Loss` protocol.
+
+    Samples are chosen and rejected completions in turn, and after a pair the rest of its prompt, if that has more than
+    one token. Totals: `pairs`; `likelihood_tokens`, the trained tokens of chosen completions and of prompts.
+    """
+
+    def __init__(self, config: ORPOLossConfig) -> None:
+        self.config = config
+
+    @property
+    def needs(self) -> LossNeeds:
+        """See `Loss`."""
+        return LossNeeds(whole_groups=True)
+
+    def totals(self, samples: Sequence[TrainingSample]) -> Mapping[str, float]:
+        """See `Loss`."""
+        prompts = are_prompts(samples)
+        chosen = [pair[0] for pair in pairs_of(_without(samples, prompts))]
+        texts = [sample for sample, is_prompt in zip(samples, prompts, strict=True) if is_prompt]
+        return {"pairs": len(chosen), "likelihood_tokens": trained_tokens([*chosen, *texts])}
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """See `orpo_loss`."""
+        prompts = are_prompts(inputs.samples)
+        completions = pairs_of(_without(inputs.samples, prompts))
+        index = inputs.tokens.sample_index
+        is_prompt = torch.tensor(prompts, dtype=torch.bool, device=index.device)
+        numbers = (~is_prompt).long().cumsum(0) - 1
+        of_prompt = is_prompt[index]
+        given = ReferenceFreeInputs(
+            tokens=TokenSequences(sample_index=numbers[index[~of_prompt]], num_sequences=2 * len(completions)),
+            logprobs=inputs.logprobs[~of_prompt],
+            prompt_logprobs=inputs.logprobs[of_prompt],
+            totals=_totals(inputs),
+        )
+        return orpo_loss(given, self.config)
+
+
+def are_prompts(samples: Sequence[TrainingSample]) -> list[bool]:
+    """Which of the samples are the rest of a prompt: those that follow a pair of their group, and go on from less."""
+    found: list[bool] = []
+    pair: list[TrainingSample] = []
+    for sample in samples:
+        is_prompt = (
+            len(pair) == 2 and sample.group_id == pair[0].group_id and len(sample.prompt_ids) < len(pair[0].prompt_ids)
+        )
+        found.append(is_prompt)
+        if len(pair) != 1:
+            pair = []
+        if not is_prompt:
+            pair.append(sample)
+    return found
+
+
+def _without(samples: Sequence[TrainingSample], left_out: Sequence[bool]) -> list[TrainingSample]:
+    return [sample for sample, out in zip(samples, left_out, strict=True) if not out]
+
+
+def _totals(inputs: LossInputs) -> ReferenceFreeTotals:
+    totals = inputs.totals
+    return ReferenceFreeTotals(num_pairs=totals.count("pairs"), num_likelihood_tokens=totals.count("likelihood_tokens"))
 
 
 def cpo_loss(inputs: ReferenceFreeInputs, config: CPOLossConfig) -> LossOutput:

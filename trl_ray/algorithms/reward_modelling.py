@@ -12,16 +12,19 @@ Means are over the pairs or steps of the whole optimizer update, so that it does
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from trl_ray.algorithms.loss import LossOutput
+from trl_ray.algorithms.labels import label_of, pairs_of
+from trl_ray.algorithms.loss import FixedLoss, HeadKind, LossInputs, LossNeeds, LossOutput
 from trl_ray.algorithms.sequences import TokenSequences, means_of
 from trl_ray.config.reward_modelling import RewardLossConfig, StepAggregation
-from trl_ray.types import Metric, Reduce
+from trl_ray.types import Metric, Reduce, TrainingSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,6 +51,66 @@ class RatedSteps:
     """[S] bool"""
     num_steps: int
     """Of the whole update, over all micro-batches and ranks."""
+
+
+class PairRewardLoss(FixedLoss):
+    """`bradley_terry_loss` as the learner calls it; implements the `Loss` protocol.
+
+    Samples are chosen and rejected texts in turn, each read at one position. Totals: `pairs`.
+    """
+
+    def __init__(self, config: RewardLossConfig) -> None:
+        self.config = config
+
+    @property
+    def needs(self) -> LossNeeds:
+        """See `Loss`."""
+        return LossNeeds(head=HeadKind.SEQUENCE, whole_groups=True)
+
+    def totals(self, samples: Sequence[TrainingSample]) -> Mapping[str, float]:
+        """See `Loss`."""
+        return {"pairs": len(pairs_of(samples))}
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """See `bradley_terry_loss`; a pair without a margin has margin 0."""
+        logits = _class_logits(inputs)
+        pairs = pairs_of(inputs.samples)
+        assert logits.shape == (2 * len(pairs), 1), f"each text has one reward, got logits {tuple(logits.shape)}"
+        margins = [None if chosen.label is None else chosen.label.margin for chosen, _ in pairs]
+        chosen, rejected = logits.view(-1, 2).unbind(dim=1)
+        given = RewardPairs(
+            chosen=chosen,
+            rejected=rejected,
+            margin=None if set(margins) <= {None} else logits.new_tensor([margin or 0.0 for margin in margins]),
+            num_pairs=inputs.totals.count("pairs"),
+        )
+        return bradley_terry_loss(given, self.config)
+
+
+class StepRewardLoss(FixedLoss):
+    """`step_loss` as the learner calls it; implements the `Loss` protocol. The trained positions are steps."""
+
+    @property
+    def needs(self) -> LossNeeds:
+        """See `Loss`."""
+        return LossNeeds(head=HeadKind.STEPS)
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """See `step_loss`."""
+        logits = _class_logits(inputs)
+        steps = []
+        for sample in inputs.samples:
+            labels, count = label_of(sample).steps, int(sample.loss_mask.sum())
+            assert labels is not None and len(labels) == count, f"{count} steps of example {sample.group_id} are rated"
+            steps.append(labels)
+        right = torch.from_numpy(np.concatenate(steps)).to(logits.device)
+        return step_loss(RatedSteps(logits=logits, right=right, num_steps=inputs.totals.num_valid_tokens))
+
+
+def _class_logits(inputs: LossInputs) -> Tensor:
+    """[N, C]"""
+    assert inputs.class_logits is not None, "this loss needs a classifying head"
+    return inputs.class_logits
 
 
 def bradley_terry_loss(pairs: RewardPairs, config: RewardLossConfig) -> LossOutput:

@@ -30,7 +30,9 @@ class TokenSequences:
 
     def counts(self) -> Tensor:
         """[B] int64 trained tokens of each completion."""
-        return torch.bincount(self.sample_index, minlength=self.num_sequences)
+        # Unlike a bincount it does not wait for the device.
+        ones = torch.ones_like(self.sample_index)
+        return self.sample_index.new_zeros(self.num_sequences).index_add(0, self.sample_index, ones)
 
     def positions(self) -> Tensor:
         """[N] int64, which trained token of its completion a token is; the first is 0."""
@@ -41,6 +43,24 @@ class TokenSequences:
     def means(self, values: Tensor) -> Tensor:
         """Means [B] by completion of token values [N]; 0 where a completion has no tokens."""
         return self.sums(values) / self.counts().clamp(min=1)
+
+
+def sequence_logprobs(logprobs: Tensor, tokens: TokenSequences, *, ld_alpha: float | None) -> Tensor:
+    """Log-probs [B] of completions from those of tokens [N].
+
+    With `ld_alpha`, tokens beyond the length of the pair's shorter completion count that much (LD-DPO,
+    https://arxiv.org/abs/2409.06411), lengths being numbers of trained tokens.
+
+    Args:
+        logprobs: [N]
+        tokens: with `ld_alpha`, of pairs, chosen and rejected in turn.
+        ld_alpha: from 0 to 1; None: all tokens count alike.
+    """
+    if ld_alpha is None:
+        return tokens.sums(logprobs)
+    shared = tokens.counts().view(-1, 2).amin(dim=1).repeat_interleave(2)
+    in_tail = tokens.positions() >= shared[tokens.sample_index]
+    return tokens.sums(torch.where(in_tail, ld_alpha * logprobs, logprobs))
 
 
 def means_of(values: Mapping[str, Tensor]) -> dict[str, Metric]:

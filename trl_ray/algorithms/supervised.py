@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trl_ray.algorithms.loss import LossOutput
+from trl_ray.algorithms.loss import FixedLoss, LossInputs, LossNeeds, LossOutput
 from trl_ray.algorithms.sequences import means_of
 from trl_ray.config.supervised import SupervisedLossConfig, SupervisedLossType
 
@@ -34,6 +34,33 @@ class SupervisedInputs:
     """[N] nats; None: it is not reported."""
     top1: Tensor | None = None
     """[N] bool, whether the token is the most probable one; None: accuracy is not reported."""
+
+
+class SupervisedLoss(FixedLoss):
+    """`supervised_loss` as the learner calls it; implements the `Loss` protocol."""
+
+    def __init__(self, config: SupervisedLossConfig) -> None:
+        self.config = config
+
+    @property
+    def needs(self) -> LossNeeds:
+        """See `Loss`."""
+        config = self.config
+        return LossNeeds(
+            top1=True, mean_logprobs=config.needs_mean_logprobs, embedding_noise=config.neftune_noise_alpha
+        )
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """See `supervised_loss`."""
+        scores = inputs.language
+        given = SupervisedInputs(
+            logprobs=scores.logprobs,
+            num_valid_tokens=inputs.totals.num_valid_tokens,
+            mean_logprobs=scores.mean_logprobs,
+            entropy=scores.entropy,
+            top1=scores.top1,
+        )
+        return supervised_loss(given, self.config)
 
 
 def supervised_loss(inputs: SupervisedInputs, config: SupervisedLossConfig) -> LossOutput:

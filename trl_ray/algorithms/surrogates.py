@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.loss import SampleTokens, sum_per_sample
+from trl_ray.algorithms.loss import SampleTokens
 
 _LOG_SMALLEST, _LOG_LARGEST = math.log(1e-8), 20.0
 
@@ -78,7 +78,7 @@ def vespo_weights(
     per_token = log_ratio.detach().clamp(-_LOG_LARGEST, _LOG_LARGEST)
     if correction is not None:
         per_token = per_token + correction.log().clamp(_LOG_SMALLEST, _LOG_LARGEST)
-    log_w = sum_per_sample(per_token, tokens).clamp(_LOG_SMALLEST, _LOG_LARGEST)[tokens.sample_index]
+    log_w = tokens.sums(per_token).clamp(_LOG_SMALLEST, _LOG_LARGEST)[tokens.sample_index]
     good = tokens.advantages >= 0
     k = torch.where(good, positive[0], negative[0])
     rate = torch.where(good, positive[1], negative[1])

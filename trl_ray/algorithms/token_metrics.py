@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.loss import SampleTokens
 from trl_ray.algorithms.metrics import token_mean
+from trl_ray.algorithms.sequences import TokenSequences
 from trl_ray.types import Metric, Reduce
 
 
@@ -21,7 +21,7 @@ class TokenMetrics:
     metrics.metrics()  # {"entropy": Metric(value=0.7, weight=N)}
     """
 
-    def __init__(self, tokens: SampleTokens) -> None:
+    def __init__(self, tokens: TokenSequences) -> None:
         self._tokens = tokens
         self._means: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._ratios: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
@@ -36,7 +36,7 @@ class TokenMetrics:
 
     def add_by_sample(self, name: str, values: Tensor) -> None:
         """A mean over completions that have tokens, of values [N] that are the same at all tokens of a completion."""
-        counts = self._tokens.counts
+        counts = self._tokens.counts()
         shares = values.detach() / counts[self._tokens.sample_index]
         self._means[name] = (shares.sum(), (counts > 0).sum())
 

@@ -15,12 +15,14 @@ TRL takes one per micro-batch, over ranks; where the update is one micro-batch, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.loss import LossOutput
+from trl_ray.algorithms.labels import label_of, reference_logprobs
+from trl_ray.algorithms.loss import FixedLoss, LossInputs, LossNeeds, LossOutput
 from trl_ray.algorithms.sequences import TokenSequences, means_of
 from trl_ray.config.preference import UnpairedLossConfig
 from trl_ray.types import Metric
@@ -52,6 +54,44 @@ class UnpairedInputs:
     totals: UnpairedTotals
 
 
+class UnpairedLoss(FixedLoss):
+    """`unpaired_loss` as the learner calls it; implements the `Loss` protocol.
+
+    Totals: `kl`, the estimate of `kl_estimate` from a first pass; only kto reads it, and no loss can tell it of samples
+    alone (`trl_ray.algorithms.example_batches.mismatched_kl`).
+    """
+
+    def __init__(self, config: UnpairedLossConfig) -> None:
+        self.config = config
+
+    @property
+    def needs(self) -> LossNeeds:
+        """See `Loss`; precomputed references stand in the labels."""
+        return LossNeeds(reference=not self.config.precompute_ref_log_probs)
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """See `unpaired_loss`."""
+        scores, totals = inputs.language, inputs.totals
+        desirable = [label_of(sample).desirable for sample in inputs.samples]
+        assert None not in desirable, "every completion was found good or bad"
+        given = UnpairedInputs(
+            tokens=inputs.tokens,
+            logprobs=scores.logprobs,
+            reference=reference_logprobs(inputs, ld_alpha=None),
+            desirable=torch.tensor(desirable, dtype=torch.bool, device=scores.logprobs.device),
+            entropy=scores.entropy,
+            totals=UnpairedTotals(num_completions=totals.num_samples, kl=totals.named.get("kl")),
+        )
+        return unpaired_loss(given, self.config)
+
+    def joined(self, metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
+        """`rewards/margins`: the mean reward of good completions less that of bad ones, where there are both."""
+        chosen, rejected = metrics.get("rewards/chosen"), metrics.get("rewards/rejected")
+        if chosen is None or rejected is None:
+            return {}
+        return {"rewards/margins": Metric(value=chosen.value - rejected.value)}
+
+
 def mismatched(num_completions: int) -> list[int]:
     """Whose completion each of the prompts of an update gets for the estimate of the KL: its predecessor's, in a ring.
 
@@ -76,8 +116,8 @@ def unpaired_loss(inputs: UnpairedInputs, config: UnpairedLossConfig) -> LossOut
 
     Metrics, which TRL calls the same: `rewards/chosen`, `rewards/rejected` (beta times the log-ratio), `logps/chosen`,
     `logps/rejected`, means over the completions of that kind; `entropy` over trained tokens, where it is given; `kl`
-    with kto. TRL's `rewards/margins` is the difference of two means over different completions, to be taken after
-    micro-batches are joined.
+    with kto. TRL's `rewards/margins` is the difference of two means over different completions; `UnpairedLoss.joined`
+    takes it.
     """
     logps = inputs.tokens.sums(inputs.logprobs)
     ratios = logps - inputs.reference.detach()

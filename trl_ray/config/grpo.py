@@ -1,7 +1,7 @@
 """The configurations of the `grpo`, `rloo` and `async-grpo` pipelines.
 
 flat, TRL's names: RunConfig + PromptConfig + GenerationConfig + LossConfig + AdvantageConfig
-nested, ours:      rollout: RolloutConfig   reward: RewardConfig
+nested, ours:      rollout: RolloutConfig   reward: RewardConfig   reward_models: [RewardModelOptions]
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from trl_ray.config.loss import (
     LossConfig,
     LossType,
 )
+from trl_ray.config.reward_models import RewardModelOptions, check_reward_models
 from trl_ray.config.run import RunConfig
 from trl_ray.config.sections import (
     GenerationConfig,
@@ -47,10 +48,34 @@ class GRPOConfig(RunConfig, PromptConfig, GenerationConfig, LossConfig, Advantag
     """Registered names or dotted paths ``package.module:function``."""
     reward_weights: list[float] | None = None
     """One per reward function; None weighs all 1."""
+    reward_model_name_or_path: str | None = None
+    """A reward model with default options, before those of `reward_models`."""
+    reward_models: list[RewardModelOptions] = Field(default_factory=list)
+    """Reward models that score completions beside, or instead of, `reward_funcs`."""
     max_attempts: Positive = 3
     """Times a group is issued before it is dropped."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
+
+    @property
+    def scoring_models(self) -> tuple[RewardModelOptions, ...]:
+        """All reward models, in the order of their parts."""
+        short = self.reward_model_name_or_path
+        return (*([RewardModelOptions(model_name_or_path=short)] if short is not None else []), *self.reward_models)
+
+    @property
+    def part_weights(self) -> list[float] | None:
+        """Weights of the reward's parts, functions before models; None weighs all 1."""
+        models = self.scoring_models
+        if not models:
+            return self.reward_weights
+        functions = self.reward_weights if self.reward_weights is not None else [1.0] * len(self.reward_funcs)
+        return [*functions, *(model.weight for model in models)]
+
+    @property
+    def joins_groups(self) -> bool:
+        """Whether reward models rate groups together unless they are told: a run without lag repeats itself exactly."""
+        return self.runtime.kind is RuntimeKind.RAY and self.lag > 0
 
     @property
     def staleness_bound(self) -> int:
@@ -121,6 +146,7 @@ class GRPOConfig(RunConfig, PromptConfig, GenerationConfig, LossConfig, Advantag
                 f"reward_weights must have one weight per reward function, got {len(weights)} weights for "
                 f"{len(self.reward_funcs)} functions {self.reward_funcs}. Add or remove weights."
             )
+        check_reward_models(self.scoring_models, self.reward_funcs)
         return self
 
     @model_validator(mode="after")

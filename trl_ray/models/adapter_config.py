@@ -99,6 +99,22 @@ def base_of_adapter(folder: str | Path) -> tuple[str, str | None]:
     return str(name), revision
 
 
+def task_of_adapter(folder: str | Path) -> str | None:
+    """PEFT's name for what the model with this adapter does: CAUSAL_LM, SEQ_CLS, TOKEN_CLS; None where it is not said.
+
+    Raises:
+        ModelError: its configuration cannot be read.
+    """
+    file = Path(folder).expanduser() / ADAPTER_CONFIG
+    try:
+        task = json.loads(file.read_text(encoding="utf-8")).get("task_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{file} must be an adapter's configuration, but: {error!r}. Copy the adapter again."
+        ) from None
+    return None if task is None else str(task)
+
+
 def adapter_size(folder: str | Path) -> int:
     """Parameters in an adapter's folder.
 

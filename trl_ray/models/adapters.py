@@ -31,9 +31,10 @@ from trl_ray.models.adapter_config import (
     read_adapter_weights,
     require_peft,
 )
+from trl_ray.models.head import class_head_name, is_classifier
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, TaskType
 
 TRAINED = "default"
 """The name of the adapter that is trained, PEFT's own."""
@@ -57,6 +58,10 @@ def attach_adapter(policy: PreTrainedModel, model: ModelConfig, *, seed: int) ->
         ModelError: the options cannot be used with this model.
     """
     config = lora_config(model)
+    if is_classifier(policy):
+        config.task_type = _task(policy)
+        # A new head must be trained whatever else is.
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), class_head_name(policy)})
     config.base_model_name_or_path = _address(policy)
     config.revision = None if _is_folder(policy) else model.model_revision
     policy.requires_grad_(False)
@@ -92,6 +97,7 @@ def load_adapter(policy: PreTrainedModel, folder: str | Path, *, name: str = TRA
     if not isinstance(config, peft.LoraConfig):
         raise ModelError(f"the adapter in {path} must be LoRA or DoRA, but is {config.peft_type}. Merge it first.")
     check_lora_config(config)
+    _check_task(policy, config, path)
     if name == TRAINED:
         config.base_model_name_or_path = _address(policy)
         policy.requires_grad_(False)
@@ -104,6 +110,24 @@ def load_adapter(policy: PreTrainedModel, folder: str | Path, *, name: str = TRA
         parameter.requires_grad_(trainable)
     if name != TRAINED:
         _activate(policy, TRAINED)
+
+
+def _task(policy: PreTrainedModel) -> TaskType:
+    """PEFT's name for what the model does."""
+    from peft import TaskType
+
+    if not is_classifier(policy):
+        return TaskType.CAUSAL_LM
+    return TaskType.SEQ_CLS if type(policy).__name__.endswith("ForSequenceClassification") else TaskType.TOKEN_CLS
+
+
+def _check_task(policy: PreTrainedModel, config: LoraConfig, path: Path) -> None:
+    """A classifier's adapter holds the classifier's head; without it, the head would be random."""
+    if is_classifier(policy) and class_head_name(policy) not in (config.modules_to_save or ()):
+        raise ModelError(
+            f"the adapter in {path} must hold the head of {type(policy).__name__}, but is of task {config.task_type}. "
+            "Merge it into its model first (trl_ray.models.merging.export_merged), and start from that."
+        )
 
 
 def _fill(policy: PreTrainedModel, weights: dict[str, Tensor], *, name: str, path: Path) -> None:

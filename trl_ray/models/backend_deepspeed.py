@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from trl_ray.config.deepspeed import resolve_deepspeed
 from trl_ray.config.sections import Dtype, TrainingConfig
 from trl_ray.errors import CheckpointError, ConfigError
-from trl_ray.models.head import head_module
+from trl_ray.models.head import head_weight
 from trl_ray.models.optimizer import build_optimizer, build_scheduler
 from trl_ray.models.ranks import Ranks
-from trl_ray.models.scoring import ScoringModule
+from trl_ray.models.scoring_module import PredictorModule
 
 _STATE = "deepspeed"
 
@@ -50,11 +50,11 @@ class DeepSpeedBackend:
         ConfigError: DeepSpeed's configuration cannot be used.
     """
 
-    def __init__(self, module: ScoringModule, training: TrainingConfig, *, total_updates: int, ranks: Ranks) -> None:
+    def __init__(self, module: PredictorModule, training: TrainingConfig, *, total_updates: int, ranks: Ranks) -> None:
         self._policy, self._ranks = module.policy, ranks
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._max_norm = training.max_grad_norm or math.inf
-        head = head_module(module.policy).weight
+        head = head_weight(module.policy)
         self._plan = resolve_deepspeed(
             training,
             num_ranks=ranks.size,
@@ -80,7 +80,7 @@ class DeepSpeedBackend:
         adam: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
         return adam
 
-    def _start_engine(self, module: ScoringModule) -> Any:
+    def _start_engine(self, module: PredictorModule) -> Any:
         assert dist.is_initialized(), "the ranks must meet before DeepSpeed starts"
         try:
             engine, *_ = self._deepspeed.initialize(

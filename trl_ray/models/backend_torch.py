@@ -22,7 +22,7 @@ from trl_ray.config.sections import TrainingConfig
 from trl_ray.errors import CheckpointError
 from trl_ray.models.optimizer import build_optimizer, build_scheduler
 from trl_ray.models.ranks import Ranks
-from trl_ray.models.scoring import ScoringModule
+from trl_ray.models.scoring_module import PredictorModule
 
 _BUCKET_BYTES = 64 << 20
 
@@ -33,7 +33,7 @@ class TorchBackend:
     in_step = False
     splits_weights = False
 
-    def __init__(self, module: ScoringModule, training: TrainingConfig, *, total_updates: int, ranks: Ranks) -> None:
+    def __init__(self, module: PredictorModule, training: TrainingConfig, *, total_updates: int, ranks: Ranks) -> None:
         self.module: nn.Module = module
         self._policy = module.policy
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -1,6 +1,7 @@
-"""The language-model head and the hidden states it is applied to, and the proof that both give the model's logits.
+"""The head of a model and the hidden states it is applied to, and the proof that both give the model's logits.
 
 hidden states [R,T,H] --head_module--> [R,T,V] --logit_transform: scale, soft-capping--> the model's logits [R,T,V]
+hidden states [R,T,H] --class_head---> [R,T,C]                                      a classifier's logits [R,T,C]
 """
 
 from __future__ import annotations
@@ -44,6 +45,51 @@ def head_module(model: nn.Module) -> nn.Linear:
             "Use a causal language model."
         )
     return head
+
+
+CLASS_HEADS = ("score", "classifier")
+"""Names of the heads of transformers' classifiers."""
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """True for a model that ends in classes rather than in the vocabulary."""
+    return type(causal_model(model)).__name__.endswith(("ForSequenceClassification", "ForTokenClassification"))
+
+
+def class_head_name(model: nn.Module) -> str:
+    """The name of a classifier's head.
+
+    Raises:
+        ModelError: it has none of a known name.
+    """
+    inner = causal_model(model)
+    names = [name for name in CLASS_HEADS if isinstance(getattr(inner, name, None), nn.Module)]
+    if len(names) != 1:
+        raise ModelError(
+            f"a classifier must end in a linear layer named {' or '.join(CLASS_HEADS)}, but {type(inner).__name__} has "
+            f"{names or 'none'}. Use another model."
+        )
+    return names[0]
+
+
+def class_head(model: nn.Module) -> nn.Module:
+    """A classifier's head: weight [C, H], bias [C] or None; PEFT's stand-in for it where it is trained with an adapter.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    head: nn.Module = getattr(causal_model(model), class_head_name(model))
+    return head
+
+
+def head_weight(model: nn.Module) -> Tensor:
+    """The weight of whatever head the model has: [V, H] or [C, H].
+
+    Raises:
+        ModelError: it has none.
+    """
+    weight: Tensor = (class_head(model) if is_classifier(model) else head_module(model)).weight  # type: ignore[assignment]
+    return weight
 
 
 def logit_transform(model: nn.Module) -> LogitTransform:

@@ -7,6 +7,7 @@ ModelConfig --find_source--> frozen or trained base model [+ adapter, models.ada
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -143,7 +144,95 @@ def load_policy(
         ModelError: it cannot be loaded, lacks weights, or has a head this package cannot compute log-probs from.
     """
     source = find_source(model, path=path)
-    policy = _load_base(model, source, device=device)
+    policy, missing = load_base(model, source, device=device)
+    refuse_missing(source.base, missing)
+    prepare_model(
+        policy,
+        model,
+        source,
+        device=device,
+        disable_dropout=disable_dropout,
+        trainable=trainable,
+        seed=seed,
+        with_reference=with_reference,
+    )
+    check_head(policy)
+    return policy
+
+
+def load_base(
+    model: ModelConfig,
+    source: ModelSource,
+    *,
+    device: torch.device | str,
+    auto: Any = AutoModelForCausalLM,
+    changes: Mapping[str, Any] | None = None,
+) -> tuple[Policy, set[str]]:
+    """Load a whole model.
+
+    Args:
+        model: its dtype, attention implementation and quantisation.
+        source: where it is.
+        device: where quantised weights live.
+        auto: which of transformers' classes to ask for the architecture.
+        changes: of its configuration.
+
+    Returns:
+        The model, and the names of parameters it has and the source has not; those are random.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    name = source.base
+    if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in _WEIGHTS):
+        raise ModelError(f"a model directory must hold weights (*.safetensors), but {name} has none. Save it again.")
+    options: dict[str, Any] = {"dtype": torch_dtype(model.dtype), "trust_remote_code": model.trust_remote_code}
+    options |= changes or {}
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
+    if source.revision is not None:
+        options["revision"] = source.revision
+    if _is_quantised(model):
+        options |= {"quantization_config": quantization(model, torch.device(device)), "device_map": {"": device}}
+    try:
+        loaded = auto.from_pretrained(name, output_loading_info=True, **options)
+    except _LOAD_ERRORS as error:
+        raise ModelError(_why_not(name, error)) from error
+    policy, info = cast("tuple[Policy, dict[str, Any]]", loaded)
+    policy.config.use_cache = False
+    return policy, set(info["missing_keys"])
+
+
+def refuse_missing(name: str, missing: Iterable[str]) -> None:
+    """Refuse a model some of whose weights would be random.
+
+    Raises:
+        ModelError: there are missing ones.
+    """
+    missing = sorted(missing)
+    if missing:
+        raise ModelError(
+            f"{name} must hold every weight of its model, but {len(missing)} are missing, first {missing[:3]}; they "
+            "would be random. Save the model again or give another."
+        )
+
+
+def prepare_model(
+    policy: Policy,
+    model: ModelConfig,
+    source: ModelSource,
+    *,
+    device: torch.device | str,
+    disable_dropout: bool,
+    trainable: bool,
+    seed: int,
+    with_reference: bool = False,
+) -> None:
+    """Do to a loaded model what training, or scoring with it, asks for; see `load_policy` for the arguments.
+
+    Raises:
+        ModelError: its adapter or its kernels cannot be used.
+    """
     if model.use_liger_kernel:
         _apply_liger(policy, device=torch.device(device))
     if not model.use_peft:
@@ -164,34 +253,6 @@ def load_policy(
     if not _is_quantised(model):
         nn.Module.to(policy, device)
     policy.train(trainable)
-    check_head(policy)
-    return policy
-
-
-def _load_base(model: ModelConfig, source: ModelSource, *, device: torch.device | str) -> Policy:
-    name = source.base
-    if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in _WEIGHTS):
-        raise ModelError(f"a model directory must hold weights (*.safetensors), but {name} has none. Save it again.")
-    options: dict[str, Any] = {"dtype": torch_dtype(model.dtype), "trust_remote_code": model.trust_remote_code}
-    if model.attn_implementation is not None:
-        options["attn_implementation"] = model.attn_implementation
-    if source.revision is not None:
-        options["revision"] = source.revision
-    if _is_quantised(model):
-        options |= {"quantization_config": quantization(model, torch.device(device)), "device_map": {"": device}}
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-    except _LOAD_ERRORS as error:
-        raise ModelError(_why_not(name, error)) from error
-    policy, info = cast("tuple[Policy, dict[str, Any]]", loaded)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ModelError(
-            f"{name} must hold every weight of its model, but {len(missing)} are missing, first {missing[:3]}; they "
-            "would be random. Save the model again or give another."
-        )
-    policy.config.use_cache = False
-    return policy
 
 
 def _is_quantised(model: ModelConfig) -> bool:
@@ -264,13 +325,13 @@ def switch_off_dropout(model: nn.Module) -> None:
             setattr(module, "attention_dropout", 0.0)  # noqa: B010  (modules declare no such attribute)
 
 
-def load_model_config(model: ModelConfig) -> PretrainedConfig:
-    """The model's own configuration, without its weights.
+def load_model_config(model: ModelConfig, *, path: str | None = None) -> PretrainedConfig:
+    """The model's own configuration, or that of a checkpoint of it, without the weights.
 
     Raises:
         ModelError: it cannot be loaded.
     """
-    source = find_source(model)
+    source = find_source(model, path=path)
     name = source.base
     options = {} if source.revision is None else {"revision": source.revision}
     try:
@@ -307,17 +368,22 @@ class ParameterCount:
         return self.adapter or self.base
 
 
-def count_parameters(model: ModelConfig) -> ParameterCount:
-    """Parameters of the policy, counted without allocating them.
+def count_parameters(
+    model: ModelConfig, *, auto: Any = AutoModelForCausalLM, changes: Mapping[str, Any] | None = None
+) -> ParameterCount:
+    """Parameters of the model, counted without allocating them; `auto` and `changes` as for `load_base`.
 
     Raises:
-        ModelError: its configuration cannot be loaded, or its adapter does not fit.
+        ModelError: its configuration cannot be loaded or used, or its adapter does not fit.
     """
     source, config = find_source(model), load_model_config(model)
+    for name, value in (changes or {}).items():
+        setattr(config, name, value)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=model.trust_remote_code
-        )
+        try:
+            empty = auto.from_config(config, trust_remote_code=model.trust_remote_code)
+        except _LOAD_ERRORS as error:
+            raise ModelError(_why_not(source.base, error)) from error
         base = sum(parameter.numel() for parameter in empty.parameters())
         if not model.use_peft:
             return ParameterCount(base=base, adapter=0)

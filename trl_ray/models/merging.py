@@ -16,14 +16,18 @@ from transformers import PreTrainedModel
 
 from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import ModelError
-from trl_ray.models.adapter_config import base_of_adapter, is_adapter_folder
+from trl_ray.models.adapter_config import base_of_adapter, is_adapter_folder, task_of_adapter
 from trl_ray.models.adapters import TRAINED, has_adapter, lora_layers
+from trl_ray.models.classifier import load_classifier, load_classifier_tokenizer
 from trl_ray.models.load import load_policy, load_tokenizer
 
 Gather: TypeAlias = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 """Makes parameters whole while it is open, where they are split over ranks."""
 _QUANTISED = frozenset({"Params4bit", "Int8Params"})
 """Parameters of bitsandbytes, which hold packed numbers."""
+
+_NUM_LABELS = {"SEQ_CLS": 1, "TOKEN_CLS": 2}
+"""Classes of models with an adapter, by PEFT's name of what they do."""
 
 
 def _whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
@@ -108,6 +112,8 @@ def _merge(layer: Any) -> Tensor:
 def export_merged(adapter: str | Path, out: str | Path, *, model: ModelConfig | None = None) -> str:
     """Write an adapter's checkpoint as a plain model, for vLLM and for `from_pretrained`, tokenizer included.
 
+    An adapter of a reward model or process reward model becomes a plain classifier.
+
     Args:
         adapter: a folder with adapter_config.json, e.g. ``step-N``.
         out: the folder to write to; made when missing.
@@ -126,12 +132,18 @@ def export_merged(adapter: str | Path, out: str | Path, *, model: ModelConfig | 
     base, revision = base_of_adapter(adapter)
     changes = {"model_name_or_path": base, "model_revision": revision or "main", "use_peft": True}
     config = (model or ModelConfig()).replace(**changes, gradient_checkpointing=False)
-    policy = load_policy(config, path=str(adapter), trainable=False)
+    num_labels = _NUM_LABELS.get(task_of_adapter(adapter) or "")
+    if num_labels is None:
+        policy = load_policy(config, path=str(adapter), trainable=False)
+        tokenizer = load_tokenizer(config, path=str(adapter))
+    else:
+        policy = load_classifier(config, num_labels=num_labels, path=str(adapter), trainable=False)
+        tokenizer = load_classifier_tokenizer(config, path=str(adapter))
     try:
         # Clones, because parameters that were not merged are still the policy's own.
         weights = {name: tensor.clone() for name, tensor in merged_weights(policy)}
         policy.save_pretrained(out, state_dict=weights)
-        load_tokenizer(config, path=str(adapter)).save_pretrained(out)
+        tokenizer.save_pretrained(out)
     except OSError as error:
         raise ModelError(
             f"the merged model must be written to {out}, but: {error}. Check space and permissions."

@@ -1,6 +1,7 @@
-"""The policy that the KL is taken against, in the kinds there are.
+"""The policy that the trained one is compared with, in the kinds there are.
 
-    none          beta is 0
+    none          the loss compares with none
+    precomputed   its answers are known (models.reference_cache): none is held
     adapter       the policy with its adapter switched off, or with the frozen adapter that training started from
     frozen        a copy of the initial weights
     synchronised  a copy that moves towards the policy: after every N-th step, ref <- (1 - alpha) ref + alpha policy
@@ -8,6 +9,7 @@
 samples --logprobs--> [N] or None        weights of the policy --after_step--> synchronised copy --save/load--> step-N/
 
 Every rank holds a reference of its own. It starts from the initial model, also where a run goes on from a checkpoint.
+What is to be precomputed is asked of the policy itself, before its first update (`initial_reference`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trl_ray.config.base import Section
 from trl_ray.config.loss import LossConfig
+from trl_ray.config.preference import PreferenceLossConfig, UnpairedLossConfig
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.errors import CheckpointError, ConfigError
 from trl_ray.models.adapters import as_reference
@@ -38,22 +42,39 @@ class ReferenceKind(enum.Enum):
     """Where the reference's log-probs come from."""
 
     NONE = "none"
+    PRECOMPUTED = "precomputed"
     ADAPTER = "adapter"
     FROZEN = "frozen"
     SYNCHRONISED = "synchronised"
 
 
-def reference_kind(model: ModelConfig, loss: LossConfig) -> ReferenceKind:
+def reference_kind(model: ModelConfig, loss: Section) -> ReferenceKind:
     """The kind that the options ask for.
+
+    Args:
+        model: says whether an adapter is trained.
+        loss: the options of any loss; those that are none of `LossConfig`, `PreferenceLossConfig` and
+            `UnpairedLossConfig` have no reference.
 
     Raises:
         ConfigError: a synchronised copy of a policy with an adapter.
     """
-    if loss.beta == 0:
+    if isinstance(loss, LossConfig):
+        is_compared, precomputed = loss.beta != 0, False
+    elif isinstance(loss, PreferenceLossConfig):
+        is_compared, precomputed = loss.needs_reference, loss.precompute_ref_log_probs
+    elif isinstance(loss, UnpairedLossConfig):
+        is_compared, precomputed = True, loss.precompute_ref_log_probs
+    else:
+        is_compared, precomputed = False, False
+    if not is_compared:
         return ReferenceKind.NONE
+    if precomputed:
+        return ReferenceKind.PRECOMPUTED
+    moves = isinstance(loss, LossConfig | PreferenceLossConfig) and loss.sync_ref_model
     if not model.use_peft:
-        return ReferenceKind.SYNCHRONISED if loss.sync_ref_model else ReferenceKind.FROZEN
-    if loss.sync_ref_model:
+        return ReferenceKind.SYNCHRONISED if moves else ReferenceKind.FROZEN
+    if moves:
         raise ConfigError(
             "sync_ref_model must be false with use_peft=true, got true: the reference of an adapter is the frozen "
             "model beneath it, of which there is no copy to move. Set sync_ref_model=false, or train the whole model."
@@ -99,6 +120,36 @@ class Reference:
         Raises:
             CheckpointError: it is missing or does not fit.
         """
+
+
+class PrecomputedReference(Reference):
+    """No reference is held, because its answers were written down."""
+
+    kind = ReferenceKind.PRECOMPUTED
+
+
+class InitialReference(Reference):
+    """The policy as it was loaded, which before its first update is its own reference: no copy is made.
+
+    Args:
+        policy: at version 0, with or without an adapter; a new adapter changes nothing yet, and one that training
+            started from is part of the reference.
+        scorer: the policy's own.
+    """
+
+    kind = ReferenceKind.PRECOMPUTED
+
+    def __init__(self, policy: Policy, scorer: SampleScorer) -> None:
+        self._policy, self._scorer = policy, scorer
+
+    def logprobs(self, samples: Sequence[TrainingSample]) -> Tensor | None:
+        """See `Reference`; only before the first update."""
+        return _score(self._policy, self._scorer, samples)
+
+
+def initial_reference(policy: Policy, scorer: SampleScorer) -> Reference:
+    """What precomputes the reference's log-probs; valid until the policy's first update and not after it."""
+    return InitialReference(policy, scorer)
 
 
 class AdapterReference(Reference):
@@ -207,7 +258,7 @@ def build_reference(
     *,
     model: ModelConfig,
     training: TrainingConfig,
-    loss: LossConfig,
+    loss: Section,
     temperature: float,
     device: torch.device | str,
     policy: Policy,
@@ -216,7 +267,8 @@ def build_reference(
     """The reference that the options ask for, at the initial weights.
 
     Args:
-        model, training, loss: as for the policy.
+        model, training: as for the policy.
+        loss: as for `reference_kind`.
         temperature: logits are divided by it.
         device: where a copy lives.
         policy: as `load_policy` gave it (`with_reference` where it trains an adapter on).
@@ -229,6 +281,8 @@ def build_reference(
     kind = reference_kind(model, loss)
     if kind is ReferenceKind.NONE:
         return Reference()
+    if kind is ReferenceKind.PRECOMPUTED:
+        return PrecomputedReference()
     if kind is ReferenceKind.ADAPTER:
         return AdapterReference(policy, scorer)
     # Never has gradients, so that there is nothing to recompute for them.
@@ -237,6 +291,7 @@ def build_reference(
     own = SampleScorer(module, share_prompt=training.share_prompt, temperature=temperature)
     if kind is ReferenceKind.FROZEN:
         return FrozenReference(frozen, own)
+    assert isinstance(loss, LossConfig | PreferenceLossConfig), "no other loss has a reference that moves"
     return SynchronisedReference(frozen, own, alpha=loss.ref_model_mixup_alpha, every=loss.ref_model_sync_steps)
 
 
@@ -245,7 +300,6 @@ def _score(policy: Policy, scorer: SampleScorer, samples: Sequence[TrainingSampl
     training = policy.training
     policy.train(False)
     try:
-        scores = scorer.score(samples)
+        return scorer.logprobs(samples)
     finally:
         policy.train(training)
-    return None if scores is None else scores.logprobs

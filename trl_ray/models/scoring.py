@@ -1,91 +1,45 @@
-"""Log-probs of the trained tokens of samples under a model: layout, forward pass, head.
+"""What a model says of the trained tokens of samples: layout, forward pass, head.
 
-TrainingSample x B --layout--> [R,T] --base model--> hidden [R,T,H] --predictors--> [N,H] --head--> logprobs [N]
-                                     |------------------- ScoringModule ---------------------|
+TrainingSample x B --layout--> [R,T] --base model--> hidden [R,T,H] --predictors--> [N,H] --head--> TokenLogprobs [N]
+                                     |--------- ScoringModule, ClassifierModule ---------|          ClassScores [N,C]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trl_ray.algorithms.layout import AttentionKind, Layout, Segment, additive_mask, build_layout
-from trl_ray.algorithms.logprobs import TokenLogprobs, token_logprobs
+from trl_ray.algorithms.head_problem import ExtraOutputs
+from trl_ray.algorithms.layout import AttentionKind, Layout, additive_mask, build_layout
+from trl_ray.algorithms.logprobs import TokenLogprobs
+from trl_ray.algorithms.loss import LossNeeds
 from trl_ray.config.sections import SharePrompt
 from trl_ray.errors import ModelError
-from trl_ray.models.head import head_module, hidden_states, logit_transform
-from trl_ray.models.load import Policy
+from trl_ray.models.embedding_noise import noise_bounds
+from trl_ray.models.head import head_weight
+from trl_ray.models.scoring_module import PredictorModule, ScoringModule, token_scores
 from trl_ray.models.segment_attention import SEGMENT_ATTENTION, attention_kind
 from trl_ray.types import FloatArray, IntArray, TrainingSample
 
+__all__ = ["ClassScores", "SampleScorer", "ScoringModule"]
+
 _PROBE_TOLERANCE = 2e-2
-"""Mean difference of probe log-probs in nats that float32 may show; a wrong mask is off by far more."""
+"""Mean difference of probe log-probs in nats, or of class logits in shares of how far these differ among each other,
+that float32 may show; a wrong mask is off by far more."""
+_TINY = 1e-12
 
 
-class ScoringModule(nn.Module):
-    """A policy as one module from token ids to log-probs, so that whatever wraps modules can wrap the whole of it.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ClassScores:
+    """What a classifier says at the N positions that are read."""
 
-    The head is called as a module too: sharded training gathers the weights of modules around their forward passes.
-
-    Args:
-        policy: a causal language model with a linear head.
-        chunk_size: vocabulary entries projected at a time; None lets the device decide.
-        bf16: run matrix products in bfloat16.
-    """
-
-    def __init__(self, policy: Policy, *, chunk_size: int | None, bf16: bool = False) -> None:
-        super().__init__()
-        self.policy = policy
-        self._chunk_size = chunk_size
-        self.bf16 = bf16
-        self._transform = logit_transform(policy)
-        head = head_module(policy)
-        plain = head.forward
-
-        def forward(hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0) -> Any:
-            """The head as it was; with targets, their log-probs and entropies instead of logits."""
-            return plain(hidden) if targets is None else self._score(head, hidden, targets, temperature)
-
-        setattr(head, "forward", forward)  # noqa: B010  (a plain assignment to a method upsets type checkers)
-
-    def _score(self, head: nn.Linear, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        scores = token_logprobs(
-            hidden,
-            head.weight,
-            targets,
-            bias=head.bias,
-            temperature=temperature,
-            chunk_size=self._chunk_size,
-            compute_dtype=torch.bfloat16 if self.bf16 else None,
-            transform=self._transform,
-        )
-        return scores.logprobs, scores.entropy
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor | None,
-        predictors: Tensor,
-        targets: Tensor,
-        temperature: float,
-        segments: tuple[Segment, ...] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs [N] and entropies [N] of `targets` [N], predicted at `predictors` [N] of the [R, T] inputs."""
-        # An argument, so that layers which are computed again for their gradients have it then, too.
-        told: dict[str, Any] = {} if segments is None else {"segments": segments}
-        with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            states = hidden_states(
-                self.policy, input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **told
-            )
-        chosen = states.flatten(0, 1).index_select(0, predictors)
-        logprobs, entropy = head_module(self.policy)(chosen, targets=targets, temperature=temperature)
-        return logprobs, entropy
+    logits: Tensor
+    """[N, C] float32 (float64 where it computes in that), with gradient."""
 
 
 class SampleScorer:
@@ -94,10 +48,11 @@ class SampleScorer:
     A model with `sdpa` attention gets one that can be told the segments of a row, and keeps it.
 
     Args:
-        module: the model.
+        module: the model, a `ScoringModule` or a `ClassifierModule`.
         share_prompt: AUTO shares where it saves work.
         temperature: the logits are divided by it.
         forward: what to call instead of `module`, when something wraps it.
+        needs: what `score` gives beside log-probs and entropies, and the noise on embeddings while the model trains.
 
     Raises:
         ModelError: `share_prompt` is ALWAYS and the model computes something else in a shared row.
@@ -105,18 +60,24 @@ class SampleScorer:
 
     def __init__(
         self,
-        module: ScoringModule,
+        module: PredictorModule,
         *,
         share_prompt: SharePrompt,
         temperature: float,
-        forward: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        forward: Callable[..., tuple[Tensor, ...]] | None = None,
+        needs: LossNeeds | None = None,
     ) -> None:
         self._module = module
         self._model = module.policy
         self._forward = forward or module
         self._share = share_prompt
         self._temperature = temperature
-        self._device = head_module(self._model).weight.device
+        needs = needs or LossNeeds()
+        self._noise = needs.embedding_noise
+        self._extras = ExtraOutputs(
+            sum_squared_probs=needs.sum_squared_probs, top1=needs.top1, mean_logprobs=needs.mean_logprobs
+        )
+        self._device = head_weight(self._model).device
         self._hidden_size = int(self._model.config.get_text_config().hidden_size)
         self._attention = self._prove_attention(attention_kind(self._model))
 
@@ -128,20 +89,42 @@ class SampleScorer:
             AttentionKind.SEGMENTS,
         }
 
-    def score(self, samples: Sequence[TrainingSample]) -> TokenLogprobs | None:
-        """Log-probs and entropies [N] of the trained tokens, in sample order; None when there are none."""
+    @property
+    def classifies(self) -> bool:
+        """Whether `score` gives class logits rather than log-probs of tokens."""
+        return not isinstance(self._module, ScoringModule)
+
+    def score(self, samples: Sequence[TrainingSample]) -> TokenLogprobs | ClassScores | None:
+        """What the head says of the trained tokens, in sample order; None when there are none.
+
+        A language head gives log-probs, entropies and what `needs` asks for; a classifier gives logits, read at the
+        token before each trained one. One for whole sequences reads where transformers does, before trailing padding.
+        """
+        pad = self._module.pooling_pad
+        if pad is not None:
+            samples = [_without_padding(sample, pad) for sample in samples]
         layout = self._lay_out(samples, share=self._share, attention=self._attention)
-        return None if layout is None else self._run(layout, temperature=self._temperature)
+        if layout is None:
+            return None
+        outputs = self._run(layout, temperature=self._temperature, extras=self._extras, noise=self._bounds(layout))
+        return ClassScores(logits=outputs[0]) if self.classifies else token_scores(outputs, self._extras)
+
+    def logprobs(self, samples: Sequence[TrainingSample]) -> Tensor | None:
+        """Nothing but the log-probs [N] of the trained tokens; only for language heads."""
+        assert not self.classifies, "a classifier has no log-probs of tokens"
+        layout = self._lay_out(samples, share=self._share, attention=self._attention)
+        return None if layout is None else self._run(layout, temperature=self._temperature)[0]
 
     @torch.no_grad()
     def sequence_logprobs(self, token_ids: IntArray) -> FloatArray:
-        """Log-prob [T-1] of every token of a sequence [T] but its first, at temperature 1."""
+        """Log-prob [T-1] of every token of a sequence [T] but its first, at temperature 1; only for language heads."""
+        assert not self.classifies, "a classifier has no log-probs of tokens"
         sample = _probe_sample(token_ids[:1], token_ids[1:])
         layout = self._lay_out([sample], share=SharePrompt.NEVER, attention=AttentionKind.CAUSAL)
         if layout is None:
             return np.zeros(0, dtype=np.float32)
         with self._evaluation():
-            values: FloatArray = self._run(layout, temperature=1.0).logprobs.cpu().numpy()
+            values: FloatArray = self._run(layout, temperature=1.0)[0].cpu().numpy()
         return values
 
     def _lay_out(
@@ -149,9 +132,21 @@ class SampleScorer:
     ) -> Layout | None:
         return build_layout(samples, share=share, hidden_size=self._hidden_size, attention=attention)
 
-    def _run(self, layout: Layout, *, temperature: float) -> TokenLogprobs:
+    def _bounds(self, layout: Layout) -> Tensor | None:
+        if self._noise is None or not self._model.training:
+            return None
+        return noise_bounds(layout.lengths.to(self._device), alpha=self._noise, hidden_size=self._hidden_size)
+
+    def _run(
+        self,
+        layout: Layout,
+        *,
+        temperature: float,
+        extras: ExtraOutputs | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         layout = layout.to(self._device)
-        logprobs, entropy = self._forward(
+        return self._forward(
             layout.input_ids,
             layout.position_ids,
             self._mask(layout),
@@ -159,8 +154,9 @@ class SampleScorer:
             layout.targets,
             temperature,
             layout.segments,
+            extras,
+            noise,
         )
-        return TokenLogprobs(logprobs=logprobs, entropy=entropy)
 
     def _mask(self, layout: Layout) -> Tensor | None:
         if layout.segments is not None:
@@ -168,7 +164,7 @@ class SampleScorer:
             return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self._device)
         if layout.mask is None or self._model.config._attn_implementation in {"sdpa", SEGMENT_ATTENTION}:
             return layout.mask
-        return additive_mask(layout.mask, head_module(self._model).weight.dtype)
+        return additive_mask(layout.mask, head_weight(self._model).dtype)
 
     @torch.no_grad()
     def _prove_attention(self, kind: AttentionKind) -> AttentionKind:
@@ -187,13 +183,15 @@ class SampleScorer:
             for attention in (kind, AttentionKind.CAUSAL):
                 layout = self._lay_out(group, share=share, attention=attention)
                 assert layout is not None, "the probe has trained tokens"
-                scores.append(self._run(layout, temperature=1.0).logprobs)
+                scores.append(self._run(layout, temperature=1.0)[0])
         difference = float((scores[0] - scores[1]).abs().mean())
+        if self.classifies:
+            difference /= max(float((scores[1] - scores[1].mean(dim=0)).abs().mean()), _TINY)
         if difference <= (0.2 if self._is_half() else _PROBE_TOLERANCE):
             return kind
         if kind is AttentionKind.SEGMENTS:
             self._model.set_attn_implementation("sdpa")
-        self._refuse(f"is off by {difference:.3g} nats in a shared row")
+        self._refuse(f"is off by {difference:.3g} {'of its logits' if self.classifies else 'nats'} in a shared row")
         return AttentionKind.CAUSAL
 
     @contextmanager
@@ -206,7 +204,7 @@ class SampleScorer:
             self._model.train(training)
 
     def _is_half(self) -> bool:
-        return self._module.bf16 or head_module(self._model).weight.dtype != torch.float32
+        return self._module.bf16 or head_weight(self._model).dtype != torch.float32
 
     def _refuse(self, why: str) -> None:
         """Sharing is out of the question; an error where it was asked for."""
@@ -227,3 +225,21 @@ def _probe_sample(prompt: IntArray, completion: IntArray) -> TrainingSample:
         advantage=0.0,
         min_version=0,
     )
+
+
+def _without_padding(sample: TrainingSample, pad: int) -> TrainingSample:
+    """A sample that is read at its end, without the padding tokens before the end; one that is read elsewhere as it is.
+
+    transformers reads a sequence at its last token that is no padding, which an end-of-sequence token may be, too.
+    """
+    read = np.flatnonzero(sample.loss_mask)
+    if len(read) != 1 or read[0] != len(sample.completion_ids) - 1:
+        return sample
+    before = np.concatenate([sample.prompt_ids, sample.completion_ids[:-1]])
+    others = np.flatnonzero(before != pad)
+    kept = int(others[-1]) + 1 if len(others) else 1
+    if kept == len(before):
+        return sample
+    prompt = sample.prompt_ids[:kept]
+    completion = np.concatenate([before[len(prompt) : kept], sample.completion_ids[-1:]])
+    return replace(sample, prompt_ids=prompt, completion_ids=completion, loss_mask=sample.loss_mask[-len(completion) :])

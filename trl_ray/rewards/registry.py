@@ -84,7 +84,10 @@ def make_specs(given: Sequence[str | Callable[..., Any]], *, columns: Collection
         ConfigError: as `make_spec`, no function at all, two of one name, or one that asks for a column that is absent.
     """
     if not given:
-        raise ConfigError(f"reward_funcs must name at least one function, got none. Known: {', '.join(known_names())}.")
+        raise ConfigError(
+            "reward_funcs must name at least one function, or reward_models a model, got none. Known functions: "
+            f"{', '.join(known_names())}."
+        )
     specs = tuple(make_spec(function) for function in given)
     names = [spec.name for spec in specs]
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -218,12 +218,14 @@ class Sandbox:
         timeout_s: float,
         memory_bytes: int | None = None,
         start_timeout_s: float = START_TIMEOUT_S,
+        may_abstain: bool = False,
     ) -> None:
         self._functions = tuple(functions)
         self._weights = None if weights is None else list(weights)
         self._timeout_s = timeout_s
         self._memory_bytes = memory_bytes
         self._start_timeout_s = start_timeout_s
+        self._may_abstain = may_abstain
         self._child: _Child | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -257,6 +259,7 @@ class Sandbox:
                 "functions": [wire.spec_to_json(spec) for spec in self._functions],
                 "weights": self._weights,
                 "memory_bytes": self._memory_bytes,
+                "may_abstain": self._may_abstain,
             }
             return self._exchange(child, frame, timeout_s=self._start_timeout_s, size=0)
 

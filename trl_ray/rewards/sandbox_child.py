@@ -44,18 +44,21 @@ def main(request_fd: int, reply_fd: int) -> None:
     reply = _Reply(reply_fd)
     # One event loop for all groups: clients that async functions keep are bound to theirs.
     with asyncio.Runner() as runner:
-        functions = _load(frames.get(), reply)
+        first = frames.get()
+        functions, may_abstain = _load(first, reply), bool(first["may_abstain"])
         while True:
             frame = frames.get()
-            scored = runner.run(_score(functions, frame, reply))
+            scored = runner.run(_score(functions, frame, reply, may_abstain=may_abstain))
             reply.send({"nonce": frame["nonce"], "scored": wire.scored_to_json(scored)})
 
 
-async def _score(functions: tuple[NamedFunction, ...], frame: dict[str, Any], reply: _Reply) -> ScoredGroup:
+async def _score(
+    functions: tuple[NamedFunction, ...], frame: dict[str, Any], reply: _Reply, *, may_abstain: bool
+) -> ScoredGroup:
     def announce(name: str) -> None:
         reply.send({"nonce": frame["nonce"], "running": name})
 
-    return await score_group(functions, GroupInput(frame["group"]), on_call=announce)
+    return await score_group(functions, GroupInput(frame["group"]), on_call=announce, may_abstain=may_abstain)
 
 
 def _load(frame: dict[str, Any], reply: _Reply) -> tuple[NamedFunction, ...]:

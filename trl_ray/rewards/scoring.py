@@ -107,7 +107,11 @@ def _fail(function: str, kind: RewardErrorKind, detail: str) -> CallFailed:
 
 
 async def score_group(
-    functions: Sequence[NamedFunction], group: GroupInput, *, on_call: Callable[[str], None] = lambda name: None
+    functions: Sequence[NamedFunction],
+    group: GroupInput,
+    *,
+    on_call: Callable[[str], None] = lambda name: None,
+    may_abstain: bool = False,
 ) -> ScoredGroup:
     """Rewards of one group, or the first failure.
 
@@ -115,6 +119,7 @@ async def score_group(
         functions: called in this order; those that return an awaitable are awaited together afterwards.
         group: prompts, completions and columns.
         on_call: told the name of each function just before it is called.
+        may_abstain: let all of them abstain on all completions, because others score them too (`join_scores`).
     """
     size = len(json.loads(group.text)["completions"])
     log = Log(size=size)
@@ -132,7 +137,7 @@ async def score_group(
         }
     except CallFailed as failed:
         return ScoredGroup(failure=failed.failure)
-    return combine(functions, parts, log)
+    return combine(functions, parts, log, may_abstain=may_abstain)
 
 
 def _call(named: NamedFunction, group: GroupInput, log: Log, on_call: Callable[[str], None]) -> Any:
@@ -226,23 +231,57 @@ def _show(value: object) -> str:
     return f"{type(value).__name__} {repr(value)[:200]}"
 
 
-def combine(functions: Sequence[NamedFunction], parts: Mapping[str, Parts], log: Log) -> ScoredGroup:
+def combine(
+    functions: Sequence[NamedFunction], parts: Mapping[str, Parts], log: Log, *, may_abstain: bool = False
+) -> ScoredGroup:
     """Totals by completion: the weighted sum over the functions that did not abstain, None when all did.
 
-    The group fails with NONE when every function abstained on every completion.
+    The group fails with NONE when every function abstained on every completion, unless they may.
     """
+    weights = {named.name: named.weight for named in functions}
     rewards = []
     for index in range(log.size):
         values = {named.name: parts[named.name][index] for named in functions}
-        scored = [named.weight * value for named in functions if (value := values[named.name]) is not None]
         extra = {column: column_values[index] for column, column_values in log.extra.items()}
-        rewards.append(Reward(total=sum(scored) if scored else None, parts=values, extra=extra))
-    if all(reward.total is None for reward in rewards):
-        names = ", ".join(named.name for named in functions)
-        detail = f"{names} must score at least one completion of a group, got None for all {log.size}."
-        return ScoredGroup(failure=RewardFailure(function=names, kind=RewardErrorKind.NONE, detail=detail))
+        rewards.append(Reward(total=_total(values, weights), parts=values, extra=extra))
     metrics = {name: sum(values) / len(values) for name, values in log.metrics.items()}
-    return ScoredGroup(rewards=tuple(rewards), metrics=metrics)
+    scored = ScoredGroup(rewards=tuple(rewards), metrics=metrics)
+    return scored if may_abstain else _unless_all_abstained(scored, names=list(weights))
+
+
+def join_scores(scores: Sequence[ScoredGroup], *, weights: Mapping[str, float]) -> ScoredGroup:
+    """The rewards of one group that functions and models have scored, each for itself.
+
+    Args:
+        scores: of the same completions, at least one; the first that failed is the answer.
+        weights: by name of the part; the parts of all `scores`, in their order.
+
+    Returns:
+        Rewards with the parts of all, totals as in `combine`, or NONE when nothing scored any completion.
+    """
+    for scored in scores:
+        if scored.failure is not None:
+            return scored
+    rewards = []
+    for of_completion in zip(*(scored.rewards for scored in scores), strict=True):
+        parts = {name: value for reward in of_completion for name, value in reward.parts.items()}
+        extra = {name: value for reward in of_completion for name, value in reward.extra.items()}
+        rewards.append(Reward(total=_total(parts, weights), parts=parts, extra=extra))
+    metrics = {name: value for scored in scores for name, value in scored.metrics.items()}
+    return _unless_all_abstained(ScoredGroup(rewards=tuple(rewards), metrics=metrics), names=list(weights))
+
+
+def _total(parts: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
+    scored = [weights[name] * value for name, value in parts.items() if value is not None]
+    return sum(scored) if scored else None
+
+
+def _unless_all_abstained(scored: ScoredGroup, *, names: Sequence[str]) -> ScoredGroup:
+    if any(reward.total is not None for reward in scored.rewards):
+        return scored
+    who = ", ".join(names)
+    detail = f"{who} must score at least one completion of a group, got None for all {len(scored.rewards)}."
+    return ScoredGroup(failure=RewardFailure(function=who, kind=RewardErrorKind.NONE, detail=detail))
 
 
 def weighted(

@@ -1,6 +1,6 @@
 """Frames between a reward worker and its sandbox: 8 bytes of length, then that many bytes of JSON.
 
-{"nonce", "functions", "weights", "memory_bytes"}  worker -> child    once, after the start
+{"nonce", "functions", "weights", ...}             worker -> child    once, after the start
 {"nonce", "group"}                                 worker -> child    per group
 {"nonce", "running": name}                         child -> worker    before each function
 {"nonce", "scored": ...} or {"nonce", "ready"}     child -> worker    the answer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,14 @@ class RayHandle:
 
     def __init__(self, name: str, role: Role, raw: RawHandle[Any], *, is_async: bool) -> None:
         self._name, self._role, self._raw, self._is_async = name, role, raw, is_async
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as plain bytes.
+
+        A handle that Ray can see among the arguments of a constructor makes it warn that the actor may not be able to
+        restart. Ours live as long as the driver, which holds every handle until it ends the actor.
+        """
+        return _handle_of, (self._name, self._role, pickle.dumps(self._raw), self._is_async)
 
     @property
     def name(self) -> str:
@@ -88,6 +97,11 @@ class RayHandle:
         return ActorLostError(f"{where} could not be completed by Ray ({type(error).__name__}): {_last_line(error)}")
 
 
+def _handle_of(name: str, role: Role, raw: bytes, is_async: bool) -> RayHandle:
+    """What `RayHandle.__reduce__` made; the bytes come from this run's own driver."""
+    return RayHandle(name, role, pickle.loads(raw), is_async=is_async)
+
+
 def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else "no detail"
@@ -139,7 +153,7 @@ def connect(config: RuntimeConfig) -> bool:
     return False
 
 
-def missing_resources(plans: Mapping[Role, ActorPlan], available: Mapping[str, float]) -> str | None:
+def missing_resources(plans: Mapping[str, ActorPlan], available: Mapping[str, float]) -> str | None:
     """A table of wanted and available resources, or None when the plan fits."""
     lines, short = [], False
     for resource in ("CPU", "GPU"):
@@ -148,7 +162,7 @@ def missing_resources(plans: Mapping[Role, ActorPlan], available: Mapping[str, f
         short |= wanted > have
         if wanted:
             parts = ", ".join(
-                f"{plan.role} {plan.count} x {plan.bundle[resource]:g}"
+                f"{plan.key} {plan.count} x {plan.bundle[resource]:g}"
                 for plan in plans.values()
                 if resource in plan.bundle
             )
@@ -165,7 +179,7 @@ def _resources(query: str) -> dict[str, float]:
 class RayRuntime:
     """Makes Ray actors inside one placement group."""
 
-    def __init__(self, config: RuntimeConfig, plans: Mapping[Role, ActorPlan]) -> None:
+    def __init__(self, config: RuntimeConfig, plans: Mapping[str, ActorPlan]) -> None:
         """Connect and reserve.
 
         Raises:
@@ -186,12 +200,14 @@ class RayRuntime:
             self._disconnect()
             raise
 
-    async def spawn(self, role: Role, name: str, cls: type, /, *, slot: int = 0, **kwargs: Any) -> ActorHandle:
+    async def spawn(
+        self, role: Role, name: str, cls: type, /, *, slot: int = 0, plan: str | None = None, **kwargs: Any
+    ) -> ActorHandle:
         """See `Runtime.spawn`."""
-        plan = self._plans[role]
-        options: dict[str, Any] = {"scheduling_strategy": self._placement(role, slot)}
-        raw: RawHandle[Any] = remote_class(cls, plan).options(**options).remote(**kwargs)  # type: ignore[assignment]
-        handle = RayHandle(name, role, raw, is_async=plan.is_async)
+        chosen = self._plans[plan or role]
+        options: dict[str, Any] = {"scheduling_strategy": self._placement(chosen, slot)}
+        raw: RawHandle[Any] = remote_class(cls, chosen).options(**options).remote(**kwargs)  # type: ignore[assignment]
+        handle = RayHandle(name, role, raw, is_async=chosen.is_async)
         self._handles.append(handle)
         return handle
 
@@ -216,7 +232,7 @@ class RayRuntime:
 
     def survives(self, role: Role) -> bool:
         """See `Runtime.survives`."""
-        return self._plans[role].survives
+        return all(plan.survives for plan in self._plans.values() if plan.role is role)
 
     async def close(self) -> None:
         """See `Runtime.close`."""
@@ -232,13 +248,13 @@ class RayRuntime:
             ray.shutdown()
             self._started_ray = False
 
-    def _layout(self) -> tuple[dict[Role, int], list[dict[str, float]]]:
-        """Where each role's bundles begin in the placement group, and the bundles."""
-        offsets: dict[Role, int] = {}
+    def _layout(self) -> tuple[dict[str, int], list[dict[str, float]]]:
+        """Where each plan's bundles begin in the placement group, and the bundles."""
+        offsets: dict[str, int] = {}
         bundles: list[dict[str, float]] = []
-        for role, plan in self._plans.items():
+        for key, plan in self._plans.items():
             if plan.bundle:
-                offsets[role] = len(bundles)
+                offsets[key] = len(bundles)
                 bundles += [plan.bundle] * plan.count
         return offsets, bundles
 
@@ -254,12 +270,12 @@ class RayRuntime:
             )
         return group
 
-    def _placement(self, role: Role, slot: int) -> Any:
-        if role in self._offsets and self._group is not None:
+    def _placement(self, plan: ActorPlan, slot: int) -> Any:
+        if plan.key in self._offsets and self._group is not None:
             return PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=self._offsets[role] + slot
+                placement_group=self._group, placement_group_bundle_index=self._offsets[plan.key] + slot
             )
-        if role is Role.QUEUE:
+        if plan.role is Role.QUEUE:
             # The journal lies in the run directory of the driver's node, so the queue must come back there.
             node = ray.get_runtime_context().get_node_id()
             return NodeAffinitySchedulingStrategy(node_id=node, soft=False)

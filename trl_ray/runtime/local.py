@@ -71,9 +71,11 @@ class LocalRuntime:
     def __init__(self) -> None:
         self._handles: list[LocalHandle] = []
 
-    async def spawn(self, role: Role, name: str, cls: type, /, *, slot: int = 0, **kwargs: Any) -> ActorHandle:
+    async def spawn(
+        self, role: Role, name: str, cls: type, /, *, slot: int = 0, plan: str | None = None, **kwargs: Any
+    ) -> ActorHandle:
         """See `Runtime.spawn`; the constructor runs here, so its errors arrive unchanged."""
-        del slot
+        del slot, plan
         handle = LocalHandle(name, role, cls(**kwargs))
         self._handles.append(handle)
         return handle

@@ -9,6 +9,8 @@
 | rollout | rollout.num_*              | 0: by the supervisor, which | one event loop; the engine has a thread      |
 |         |                            | refits weights first       |                                               |
 | reward  | reward.num_cpus            | unbounded: it has no state | one event loop; functions run in a child      |
+| reward_ | reward_models[].num_*, a   | unbounded: its constructor | one event loop; forward passes have a thread  |
+| model   | plan of its own for each   | reads the weights again    |                                               |
 
 `max_task_retries` is 0 everywhere: a call whose outcome is unknown is settled by the ledger, never repeated blindly.
 """
@@ -16,15 +18,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.actor import ActorClass
 
+from trl_ray.config.reward_models import RewardModelOptions
 from trl_ray.config.sections import RewardConfig, RolloutConfig, RuntimeConfig
-from trl_ray.runtime.runtime import Role
+from trl_ray.runtime.runtime import Role, reward_model_plan
 
 HEALTH_GROUP = "health"
 _FOREVER = -1
@@ -53,6 +56,13 @@ class ActorPlan:
     """Compute threads."""
     is_async: bool
     environment: Mapping[str, str] = field(default_factory=dict)
+    model: str | None = None
+    """The reward model that these actors hold copies of."""
+
+    @property
+    def key(self) -> str:
+        """Tells plans apart: the role, and the model where a role has a plan for each."""
+        return self.role.value if self.model is None else reward_model_plan(self.model)
 
     @property
     def survives(self) -> bool:
@@ -66,20 +76,46 @@ class ActorPlan:
         return {name: amount for name, amount in wanted.items() if amount > 0}
 
 
-def plan_actors(*, runtime: RuntimeConfig, rollout: RolloutConfig, reward: RewardConfig) -> dict[Role, ActorPlan]:
-    """The plan for every role of a reinforcement-learning pipeline."""
+def plan_learner(runtime: RuntimeConfig) -> ActorPlan:
+    """The plan for the learner, the only role of a pipeline that trains on a dataset."""
+    return ActorPlan(
+        role=Role.LEARNER,
+        count=runtime.num_learners,
+        num_cpus=runtime.learner_num_cpus,
+        num_gpus=runtime.learner_num_gpus,
+        max_restarts=0,
+        threads=runtime.threads_of_learner,
+        is_async=False,
+        environment=_KEEP_FREED_MEMORY,
+    )
+
+
+def plan_reward_model(options: RewardModelOptions) -> ActorPlan:
+    """The plan for the copies of one reward model."""
+    return ActorPlan(
+        role=Role.REWARD_MODEL,
+        count=options.num_workers,
+        num_cpus=options.num_cpus,
+        num_gpus=options.num_gpus,
+        max_restarts=_FOREVER,
+        threads=options.num_threads,
+        is_async=True,
+        environment=_KEEP_FREED_MEMORY,
+        model=options.label,
+    )
+
+
+def plan_actors(
+    *,
+    runtime: RuntimeConfig,
+    rollout: RolloutConfig,
+    reward: RewardConfig,
+    reward_models: Sequence[RewardModelOptions] = (),
+) -> dict[str, ActorPlan]:
+    """The plans of a reinforcement-learning pipeline by key: a role's own name, or `reward_model_plan`."""
     gpus = rollout.num_gpus or (rollout.tensor_parallel_size if rollout.tensor_parallel_size > 1 else 0.0)
     plans = (
-        ActorPlan(
-            role=Role.LEARNER,
-            count=runtime.num_learners,
-            num_cpus=runtime.learner_num_cpus,
-            num_gpus=runtime.learner_num_gpus,
-            max_restarts=0,
-            threads=runtime.threads_of_learner,
-            is_async=False,
-            environment=_KEEP_FREED_MEMORY,
-        ),
+        plan_learner(runtime),
         ActorPlan(role=Role.QUEUE, count=1, num_cpus=0, num_gpus=0, max_restarts=_FOREVER, threads=1, is_async=True),
         ActorPlan(
             role=Role.ROLLOUT,
@@ -100,8 +136,9 @@ def plan_actors(*, runtime: RuntimeConfig, rollout: RolloutConfig, reward: Rewar
             threads=1,
             is_async=True,
         ),
+        *(plan_reward_model(options) for options in reward_models),
     )
-    return {plan.role: plan for plan in plans}
+    return {plan.key: plan for plan in plans}
 
 
 # What a worker inherits from the driver, so that a run offline or with a token stays so on every node.

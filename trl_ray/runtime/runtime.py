@@ -19,6 +19,12 @@ class Role(enum.StrEnum):
     QUEUE = "queue"
     ROLLOUT = "rollout"
     REWARD = "reward"
+    REWARD_MODEL = "reward_model"
+
+
+def reward_model_plan(label: str) -> str:
+    """The key of a reward model's plan."""
+    return f"{Role.REWARD_MODEL.value} {label}"
 
 
 class ActorHandle(Handle, Protocol):
@@ -41,14 +47,17 @@ class ActorHandle(Handle, Protocol):
 class Runtime(Protocol):
     """Makes, restarts and ends actors."""
 
-    async def spawn(self, role: Role, name: str, cls: type, /, *, slot: int = 0, **kwargs: Any) -> ActorHandle:
+    async def spawn(
+        self, role: Role, name: str, cls: type, /, *, slot: int = 0, plan: str | None = None, **kwargs: Any
+    ) -> ActorHandle:
         """Start an actor and return at once; its first call waits for its constructor.
 
         Args:
             role: decides resources, restarts and concurrency.
             name: as events and errors give it.
             cls: a plain class; `kwargs` go to its constructor.
-            slot: which of the places reserved for this role.
+            slot: which of the places reserved for this role or plan.
+            plan: key of the plan to follow where a role has several; None: the role's only one.
         """
         ...
 

@@ -5,11 +5,24 @@ import time
 from contextlib import contextmanager
 
 import numpy as np
+import pytest
 
-from trl_ray.actors.reward_worker import RewardWorker
+from fakes import FakeHandle, until
+from trl_ray.actors.reward_worker import RewardWorker, ScoringModel
 from trl_ray.config.sections import Isolation
+from trl_ray.errors import ActorLostError, DeadlineError
 from trl_ray.rewards.registry import make_spec
-from trl_ray.types import Completion, EventKind, FinishReason, Prompt, RewardErrorKind, VersionSpan
+from trl_ray.types import (
+    Completion,
+    EventKind,
+    FinishReason,
+    Prompt,
+    Reward,
+    RewardErrorKind,
+    RewardFailure,
+    ScoredGroup,
+    VersionSpan,
+)
 
 PROMPT = Prompt(
     prompt_id="2:5",
@@ -30,13 +43,14 @@ def completion(text):
 
 
 @contextmanager
-def worker(*functions, isolation=Isolation.PROCESS, timeout_s=20.0, weights=None):
+def worker(*functions, isolation=Isolation.PROCESS, timeout_s=20.0, weights=None, models=()):
     made = RewardWorker(
         functions=[make_spec(function) for function in functions],
         weights=weights,
         timeout_s=timeout_s,
         isolation=isolation,
         name="reward-0",
+        models=models,
     )
     try:
         yield made
@@ -158,3 +172,100 @@ def test_close_answers_what_is_queued_and_may_be_called_twice():
 
     with worker(slow) as made:
         assert [scored.failure.kind for scored in asyncio.run(run(made))] == [RewardErrorKind.CRASH] * 2
+
+
+def rates(*values, name="judge", metrics=None):
+    """The answer of a reward model."""
+    return ScoredGroup(
+        rewards=tuple(Reward(total=value, parts={name: value}) for value in values), metrics=metrics or {}
+    )
+
+
+def judge(*answers, weight=1.0, deadline_s=10.0):
+    """A reward model with a copy for each answer."""
+    handles = tuple(
+        FakeHandle(name=f"reward-model-judge-{slot}", answers={"score": answer}) for slot, answer in enumerate(answers)
+    )
+    return ScoringModel(name="judge", weight=weight, handles=handles, deadline_s=deadline_s)
+
+
+def silent(completions, **columns):
+    return [None] * len(completions)
+
+
+@pytest.mark.parametrize("isolation", list(Isolation))
+def test_a_reward_model_adds_a_part_of_its_own_weight_to_those_of_the_functions(isolation):
+    models = [judge(rates(0.25, None, metrics={"m": 1.0}), weight=4.0)]
+    with worker("arithmetic", silent, weights=[2.0, 1.0], models=models, isolation=isolation) as made:
+        scored = asyncio.run(score(made, "3", "4"))
+    assert [reward.total for reward in scored.rewards] == [3.0, 1.0]
+    assert [dict(reward.parts) for reward in scored.rewards] == [
+        {"arithmetic": 1.0, "silent": None, "judge": 0.25},
+        {"arithmetic": 0.5, "silent": None, "judge": None},
+    ]
+    assert scored.metrics == {"m": 1.0}
+    [call] = models[0].handles[0].asked("score")
+    assert call.kwargs["group_prompt"] is PROMPT and [each.text for each in call.kwargs["completions"]] == ["3", "4"]
+
+
+def test_reward_models_alone_need_no_sandbox():
+    with worker(models=[judge(rates(0.5))]) as made:
+        scored = asyncio.run(score(made, "x"))
+        assert scored.rewards[0].total == 0.5 and made._sandbox.pid is None
+
+
+@pytest.mark.parametrize("isolation", list(Isolation))
+def test_functions_may_all_abstain_where_a_reward_model_scores_and_the_group_fails_where_none_does(isolation):
+    with worker(silent, models=[judge(rates(None, 2.0))], isolation=isolation) as made:
+        assert [reward.total for reward in asyncio.run(score(made, "a", "b")).rewards] == [None, 2.0]
+    with worker(silent, models=[judge(rates(None, None))], isolation=isolation) as made:
+        failure = asyncio.run(score(made, "a", "b")).failure
+        assert (failure.kind, failure.function) == (RewardErrorKind.NONE, "silent, judge")
+
+
+def test_a_failed_reward_model_fails_the_group_under_its_name_in_one_event():
+    failed = ScoredGroup(failure=RewardFailure(function="judge", kind=RewardErrorKind.NAN, detail="nan"))
+    with worker("arithmetic", models=[judge(failed)]) as made:
+        assert asyncio.run(score(made, "3")).failure == failed.failure
+        [event] = made.drain().events
+        assert (event.kind, event.detail["function"], event.detail["kind"]) == (EventKind.REWARD_FAILED, "judge", "nan")
+
+
+def test_a_copy_that_is_being_restarted_is_waited_for():
+    answers = [ActorLostError("gone"), ActorLostError("restarting"), rates(1.0)]
+    model = judge(lambda **kwargs: answers.pop(0))
+    with worker(models=[model]) as made:
+        assert asyncio.run(score(made, "x")).rewards[0].total == 1.0
+    assert len(model.handles[0].asked("score")) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(DeadlineError("late"), RewardErrorKind.TIMEOUT), (ActorLostError("gone"), RewardErrorKind.CRASH)],
+)
+def test_a_copy_that_does_not_come_back_in_time_is_a_failure_not_a_reward(error, kind):
+    with worker(models=[judge(error, deadline_s=0.01)]) as made:
+        failure = asyncio.run(score(made, "x")).failure
+    assert (failure.kind, failure.function) == (kind, "judge")
+    assert "within 0.01 s" in failure.detail
+
+
+def test_groups_go_to_the_copy_with_the_least_to_do():
+    async def run(made):
+        async def busy(**kwargs):
+            await free.wait()
+            return rates(0.0)
+
+        free = asyncio.Event()
+        first.answers["score"] = busy
+        begun = asyncio.ensure_future(score(made, "a"))
+        await until(lambda: bool(first.calls))
+        others = [(await score(made, text)).rewards[0].total for text in ("b", "c")]
+        free.set()
+        return others, (await begun).rewards[0].total
+
+    model = judge(rates(0.0), rates(1.0))
+    first, second = model.handles
+    with worker(models=[model]) as made:
+        assert asyncio.run(run(made)) == ([1.0, 1.0], 0.0)
+    assert (len(first.calls), len(second.calls)) == (1, 2)

@@ -103,6 +103,43 @@ def test_gradients_are_the_numerical_ones_in_float64() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("chunk_size", [1, 3, 100, None])
+@pytest.mark.parametrize("weights", [(0.0, 0.0, 1.0), (0.9, 0.0, 0.1), (0.7, -0.3, 0.5)])
+@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(scale=1.5, softcap=2.0)])
+def test_mean_logprobs_over_the_vocabulary_have_the_plain_values_and_gradients(
+    chunk_size: int | None, weights: tuple[float, float, float], transform: LogitTransform, device: str
+) -> None:
+    leaves, targets = _inputs(True, device=device, dtype=torch.float64)
+    upstream = torch.randn(3, TOKENS, device=device, dtype=torch.float64)
+    upstream[:, 2] = 0.0
+    extras = ExtraOutputs(mean_logprobs=True)
+    scores = _head(leaves, targets, temperature=0.7, chunk_size=chunk_size, transform=transform, extras=extras)
+    assert scores.mean_logprobs is not None
+    logp, entropy, everything = _plain(leaves, targets, 0.7, transform)
+    actual, expected = [scores.logprobs, scores.entropy, scores.mean_logprobs], [logp, entropy, everything.mean(-1)]
+    grads = []
+    for outputs in (actual, expected):
+        total = sum((w * u * o).sum() for w, u, o in zip(weights, upstream, outputs, strict=True) if w)
+        assert isinstance(total, Tensor)
+        grads.append(torch.autograd.grad(total, leaves))
+    for got, want in zip([*actual, *grads[0]], [*expected, *grads[1]], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_mean_logprobs_of_half_precision_are_near_those_of_float32() -> None:
+    leaves, targets = _inputs(True)
+    halves = [leaf.detach().bfloat16().requires_grad_() for leaf in leaves]
+    exact = [leaf.detach().float().requires_grad_() for leaf in halves]
+    found = _head(halves, targets, temperature=0.7, extras=ExtraOutputs(mean_logprobs=True)).mean_logprobs
+    wanted = _plain(exact, targets, 0.7)[2].mean(-1)
+    assert found is not None and found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    got, want = torch.autograd.grad(found.sum(), halves), torch.autograd.grad(wanted.sum(), exact)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("chunk_size", [2, 5, None])
 def test_extras_are_those_of_the_whole_distribution(device: str, chunk_size: int | None) -> None:
     leaves, _ = _inputs(True, device=device)

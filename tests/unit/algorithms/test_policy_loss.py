@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from trl_ray.algorithms.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import LossInputs, LossOutput, SampleTokens, StepTotals, first_non_finite_sample
 from trl_ray.algorithms.policy_loss import PolicyLoss
 from trl_ray.config.loss import LossConfig
@@ -37,12 +38,14 @@ def _inputs(
             sample_index=torch.repeat_interleave(torch.arange(len(counts)), repeats),
             sampler_logprobs=torch.tensor(sampler or [-1.0] * n),
             advantages=torch.repeat_interleave(torch.tensor(advantages), repeats),
-            counts=repeats.float(),
+            num_sequences=len(counts),
             old_logprobs=None if old is None else torch.tensor(old),
             surrogate_mask=None if kept is None else torch.tensor(kept),
         ),
-        logprobs=torch.tensor(logprobs or [-1.0] * n, requires_grad=True),
-        entropy=torch.tensor(entropy or [0.5] * n, requires_grad=True),
+        scores=TokenLogprobs(
+            logprobs=torch.tensor(logprobs or [-1.0] * n, requires_grad=True),
+            entropy=torch.tensor(entropy or [0.5] * n, requires_grad=True),
+        ),
         reference_logprobs=None if reference is None else torch.tensor(reference),
         micro_batch_tokens=n,
         totals=totals
@@ -360,7 +363,7 @@ def test_an_adaptive_bonus_that_has_begun_moves_samples_of_advantage_0() -> None
 def test_a_kl_in_the_reward_needs_a_reference_and_adds_nothing_to_the_loss() -> None:
     loss = _loss(beta=0.5, kl_placement="reward")
     output = loss(_inputs(advantages=[1.0], counts=[1], reference=[-9.0]))
-    assert loss.needs_reference and not _loss().needs_reference
+    assert loss.needs.reference and not _loss().needs.reference
     assert output.loss.item() == pytest.approx(-1.0)
     assert "kl/ref" not in output.metrics
 

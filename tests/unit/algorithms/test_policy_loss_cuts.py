@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trl_ray.algorithms.first_pass import with_scores
+from trl_ray.algorithms.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import LossInputs, StepTotals, sample_tokens
 from trl_ray.algorithms.metrics import merge_metrics
 from trl_ray.algorithms.policy_loss import PolicyLoss
@@ -120,8 +121,7 @@ def _compute(options: dict[str, Any], sizes: Sequence[int]) -> Computed:
         output = loss(
             LossInputs(
                 tokens=tokens,
-                logprobs=logprobs,
-                entropy=entropy,
+                scores=TokenLogprobs(logprobs=logprobs, entropy=entropy),
                 reference_logprobs=torch.from_numpy(reference).double(),
                 micro_batch_tokens=len(drift),
                 totals=totals,
@@ -170,11 +170,11 @@ def test_bnpo_depends_on_the_cut_by_definition() -> None:
         total = 0.0
         for samples in batch.micro_batches:
             tokens = sample_tokens(samples)
+            assert tokens.sampler_logprobs is not None
             count = len(tokens.sampler_logprobs)
             inputs = LossInputs(
                 tokens=tokens,
-                logprobs=tokens.sampler_logprobs.clone(),
-                entropy=torch.zeros(count),
+                scores=TokenLogprobs(logprobs=tokens.sampler_logprobs.clone(), entropy=torch.zeros(count)),
                 reference_logprobs=None,
                 micro_batch_tokens=count,
                 totals=StepTotals.of(batch),

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.preference import PairInputs, PairTotals, pair_weights, preference_loss, sequence_logprobs
+from trl_ray.algorithms.preference import PairInputs, PairTotals, pair_weights, preference_loss
 from trl_ray.algorithms.preference_terms import f_score
-from trl_ray.algorithms.sequences import TokenSequences
+from trl_ray.algorithms.sequences import TokenSequences, sequence_logprobs
 from trl_ray.config.preference import SMOOTHED, PreferenceLossConfig, PreferenceLossType
 
 LN3 = math.log(3)

@@ -13,12 +13,23 @@ import torch
 from torch import Tensor
 
 from tiny_models import build_tiny_model
+from trl_ray.config.base import Section
 from trl_ray.config.loss import LossConfig
+from trl_ray.config.preference import (
+    CPOLossConfig,
+    ORPOLossConfig,
+    PreferenceLossConfig,
+    PreferenceLossType,
+    UnpairedLossConfig,
+)
+from trl_ray.config.reward_modelling import RewardLossConfig
 from trl_ray.config.sections import ModelConfig, SharePrompt, TrainingConfig
+from trl_ray.config.supervised import SupervisedLossConfig
+from trl_ray.config.supervised_runs import DPOConfig
 from trl_ray.errors import CheckpointError, ConfigError
 from trl_ray.models.adapters import save_adapter
 from trl_ray.models.load import Policy, load_policy
-from trl_ray.models.reference import Reference, ReferenceKind, build_reference, reference_kind
+from trl_ray.models.reference import Reference, ReferenceKind, build_reference, initial_reference, reference_kind
 from trl_ray.models.scoring import SampleScorer, ScoringModule
 from trl_ray.types import TrainingSample
 
@@ -50,7 +61,7 @@ def samples() -> list[TrainingSample]:
 class Learner:
     """What a learner holds: the policy with its scorer, and the reference."""
 
-    def __init__(self, model: ModelConfig, loss: LossConfig, *, path: str | None = None, **options: Any) -> None:
+    def __init__(self, model: ModelConfig, loss: Section, *, path: str | None = None, **options: Any) -> None:
         training = TrainingConfig(share_prompt=SharePrompt.NEVER)
         self.policy = load_policy(model, path=path, with_reference=True, **options)
         module = ScoringModule(self.policy, chunk_size=None)
@@ -67,9 +78,9 @@ class Learner:
 
     def own(self) -> Tensor:
         with torch.no_grad():
-            scores = self.scorer.score(samples())
-        assert scores is not None
-        return scores.logprobs
+            logprobs = self.scorer.logprobs(samples())
+        assert logprobs is not None
+        return logprobs
 
     def ref(self) -> Tensor:
         logprobs = self.reference.logprobs(samples())
@@ -99,6 +110,60 @@ def test_each_kind_is_what_the_options_ask_for(tiny: str) -> None:
     assert reference_kind(adapter, BETA) is ReferenceKind.ADAPTER
     with pytest.raises(ConfigError, match="sync_ref_model"):
         reference_kind(adapter, SYNC)
+
+
+def test_each_kind_is_what_the_options_of_preference_losses_ask_for(tiny: str) -> None:
+    full, adapter = config(tiny), config(tiny, use_peft=True)
+    sft_only = (PreferenceLossType.SIGMOID, PreferenceLossType.SFT)
+    for model, held in ((full, ReferenceKind.FROZEN), (adapter, ReferenceKind.ADAPTER)):
+        assert reference_kind(model, PreferenceLossConfig()) is held
+        assert reference_kind(model, UnpairedLossConfig()) is held
+        for loss in (PreferenceLossConfig, UnpairedLossConfig):
+            assert reference_kind(model, loss(precompute_ref_log_probs=True)) is ReferenceKind.PRECOMPUTED
+        unread = PreferenceLossConfig(loss_type=sft_only, loss_weights=(0.0, 1.0))
+        assert reference_kind(model, unread) is ReferenceKind.NONE
+        for without in (SupervisedLossConfig(), CPOLossConfig(), ORPOLossConfig(), RewardLossConfig()):
+            assert reference_kind(model, without) is ReferenceKind.NONE
+    moving = PreferenceLossConfig(sync_ref_model=True)
+    assert reference_kind(full, moving) is ReferenceKind.SYNCHRONISED
+    with pytest.raises(ConfigError, match="sync_ref_model"):
+        reference_kind(adapter, moving)
+    assert reference_kind(full, DPOConfig(precompute_ref_log_probs=True)) is ReferenceKind.PRECOMPUTED
+
+
+def test_preference_losses_move_their_copy_as_they_say(tiny: str) -> None:
+    loss = PreferenceLossConfig(sync_ref_model=True, ref_model_mixup_alpha=0.25, ref_model_sync_steps=3)
+    learner = Learner(config(tiny), loss)
+    copy = dict(learner.reference._policy.named_parameters())  # type: ignore[attr-defined]
+    with torch.no_grad():
+        copy["model.norm.weight"].fill_(2.0)
+        learner.policy.get_parameter("model.norm.weight").fill_(10.0)
+    assert [step for step in range(1, 7) if learner.reference.is_due(step)] == [3, 6]
+    learner.reference.after_step(3, learner.policy.named_parameters())
+    assert copy["model.norm.weight"].unique().tolist() == [4.0]  # 0.75 * 2 + 0.25 * 10
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_a_precomputed_reference_is_asked_of_the_initial_policy_and_none_is_held(tiny: str, use_peft: bool) -> None:
+    expected = Learner(config(tiny), PreferenceLossConfig()).ref()
+    learner = Learner(config(tiny, use_peft=use_peft), UnpairedLossConfig(precompute_ref_log_probs=True))
+    assert learner.reference.kind is ReferenceKind.PRECOMPUTED
+    assert learner.reference.logprobs(samples()) is None and not learner.reference.is_due(512)
+    assert not [value for value in vars(learner.reference).values() if isinstance(value, torch.nn.Module)]
+    found = initial_reference(learner.policy, learner.scorer).logprobs(samples())
+    assert found is not None and torch.equal(found, expected)
+    assert not found.requires_grad and learner.policy.training
+
+
+def test_an_adapter_that_training_starts_from_is_part_of_the_initial_reference(tiny: str, tmp_path: Path) -> None:
+    first = Learner(config(tiny, use_peft=True), BETA)
+    move(first.policy)
+    save_adapter(first.policy, tmp_path)
+    model = config(str(tmp_path), use_peft=True)
+    policy = load_policy(model)  # without holding the adapter twice
+    scorer = SampleScorer(ScoringModule(policy, chunk_size=None), share_prompt=SharePrompt.NEVER, temperature=0.7)
+    found = initial_reference(policy, scorer).logprobs(samples())
+    assert found is not None and torch.equal(found, Learner(model, BETA).ref())
 
 
 def test_without_beta_nothing_is_scored_and_nothing_moves(tiny: str) -> None:
@@ -143,9 +208,9 @@ def test_scoring_with_the_reference_costs_the_adapter_no_gradient(tiny: str) -> 
     learner = Learner(config(tiny, use_peft=True), BETA)
     move(learner.policy)
     learner.ref()
-    scores = learner.scorer.score(samples())
-    assert scores is not None
-    scores.logprobs.sum().backward()
+    logprobs = learner.scorer.logprobs(samples())
+    assert logprobs is not None
+    logprobs.sum().backward()
     trained = [p for p in learner.policy.parameters() if p.requires_grad]
     assert trained and all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from tiny_models import build_tiny_model, random_model
+from trl_ray.algorithms.logprobs import TokenLogprobs
+from trl_ray.algorithms.loss import LossNeeds
 from trl_ray.config.sections import ModelConfig, SharePrompt
 from trl_ray.errors import ModelError
 from trl_ray.models.load import load_policy
@@ -112,3 +114,53 @@ def test_a_sliding_window_is_never_shared_and_always_is_refused() -> None:
     assert auto.can_share is False
     with pytest.raises(ModelError, match="share_prompt"):
         SampleScorer(ScoringModule(model, chunk_size=8), share_prompt=SharePrompt.ALWAYS, temperature=1.0)
+
+
+@pytest.mark.parametrize("share", [SharePrompt.ALWAYS, SharePrompt.NEVER])
+def test_what_a_loss_needs_is_filled_and_nothing_else(share: SharePrompt) -> None:
+    model, samples = random_model(), _samples()
+    logp = _by_hand_whole(model, samples, 0.8)
+    targets = torch.from_numpy(np.concatenate([s.completion_ids[s.loss_mask] for s in samples]).astype(np.int64))
+    expected = {
+        "sum_squared_probs": logp.exp().square().sum(-1),
+        "top1": logp.argmax(-1) == targets,
+        "mean_logprobs": logp.mean(-1),
+    }
+    module = ScoringModule(model, chunk_size=7)
+    for asked in ([], ["top1"], ["mean_logprobs"], ["sum_squared_probs", "mean_logprobs"], list(expected)):
+        needs = LossNeeds(**dict.fromkeys(asked, True))
+        scores = SampleScorer(module, share_prompt=share, temperature=0.8, needs=needs).score(samples)
+        assert isinstance(scores, TokenLogprobs)
+        torch.testing.assert_close(scores.logprobs, _by_hand(model, samples, 0.8), rtol=1e-5, atol=1e-5)
+        for name, wanted in expected.items():
+            found = getattr(scores, name)
+            assert (found is not None) is (name in asked)
+            if found is not None:
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def _by_hand_whole(model: torch.nn.Module, samples: list[TrainingSample], temperature: float) -> torch.Tensor:
+    """[N, V]"""
+    values = []
+    for sample in samples:
+        ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.completion_ids]).astype(np.int64))
+        logp = torch.log_softmax(model(input_ids=ids[None]).logits[0] / temperature, dim=-1)
+        values.append(logp[len(sample.prompt_ids) - 1 : -1][torch.from_numpy(sample.loss_mask)])
+    return torch.cat(values)
+
+
+def test_smoothed_labels_have_the_gradients_of_the_whole_log_softmax() -> None:
+    model, samples = random_model(tied=True), _samples()
+    scorer = SampleScorer(
+        ScoringModule(model, chunk_size=100),
+        share_prompt=SharePrompt.ALWAYS,
+        temperature=1.0,
+        needs=LossNeeds(mean_logprobs=True),
+    )
+    scores = scorer.score(samples)
+    assert isinstance(scores, TokenLogprobs) and scores.mean_logprobs is not None
+    loss = -(0.9 * scores.logprobs + 0.1 * scores.mean_logprobs).sum()
+    expected = -(0.9 * _by_hand(model, samples, 1.0) + 0.1 * _by_hand_whole(model, samples, 1.0).mean(-1)).sum()
+    parameters = list(model.parameters())
+    for got, want in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)

@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from trl_ray.rewards.scoring import GroupInput, score_group, weighted
-from trl_ray.types import Completion, FinishReason, Prompt, RewardErrorKind, VersionSpan
+from trl_ray.rewards.scoring import GroupInput, join_scores, score_group, weighted
+from trl_ray.types import (
+    Completion,
+    FinishReason,
+    Prompt,
+    Reward,
+    RewardErrorKind,
+    RewardFailure,
+    ScoredGroup,
+    VersionSpan,
+)
 
 
 def completion(text, size=2):
@@ -183,3 +192,39 @@ def test_a_wrong_log_call_is_the_function_s_exception():
     short = failure_of(lambda log_extra, **rest: log_extra("x", [1]))
     endless = failure_of(lambda log_metric, **rest: log_metric("x", math.nan))
     assert "takes 2 values" in short.detail and "finite number" in endless.detail
+
+
+def scored_as(name, *values, metrics=None, extra=None):
+    """What one scorer says, its total unweighted."""
+    rewards = tuple(Reward(total=value, parts={name: value}, extra=extra or {}) for value in values)
+    return ScoredGroup(rewards=rewards, metrics=metrics or {})
+
+
+def test_joined_scores_have_all_parts_in_order_and_one_weighted_total():
+    functions = scored_as("length", 1.0, None, 2.0, metrics={"a": 1.0}, extra={"seen": True})
+    model = scored_as("judge", 4.0, 3.0, None, metrics={"b": 2.0}, extra={"why": "so"})
+    joined = join_scores([functions, model], weights={"length": 10.0, "judge": 0.5})
+    assert [reward.total for reward in joined.rewards] == [12.0, 1.5, 20.0]
+    assert [list(reward.parts.items()) for reward in joined.rewards] == [
+        [("length", 1.0), ("judge", 4.0)],
+        [("length", None), ("judge", 3.0)],
+        [("length", 2.0), ("judge", None)],
+    ]
+    assert joined.rewards[0].extra == {"seen": True, "why": "so"}
+    assert joined.metrics == {"a": 1.0, "b": 2.0}
+
+
+def test_functions_that_may_abstain_leave_the_verdict_to_the_join():
+    group = GroupInput.of(prompt(), [completion("a"), completion("b")])
+    silent = asyncio.run(score_group(weighted(["f"], [returns([None, None])], None), group, may_abstain=True))
+    assert [reward.total for reward in silent.rewards] == [None, None] and silent.failure is None
+    weights = {"f": 1.0, "judge": 1.0}
+    assert join_scores([silent, scored_as("judge", 1.0, None)], weights=weights).failure is None
+    failure = join_scores([silent, scored_as("judge", None, None)], weights=weights).failure
+    assert (failure.kind, failure.function) == (RewardErrorKind.NONE, "f, judge")
+
+
+def test_whoever_fails_first_fails_the_joined_group():
+    failed = ScoredGroup(failure=RewardFailure(function="judge", kind=RewardErrorKind.NAN, detail="nan"))
+    joined = join_scores([scored_as("f", 1.0), failed], weights={"f": 1.0, "judge": 1.0})
+    assert (joined.failure.function, joined.rewards) == ("judge", ())

@@ -1,16 +1,18 @@
 import pytest
 
+from trl_ray.config.reward_models import RewardModelOptions
 from trl_ray.config.sections import RewardConfig, RolloutConfig, RuntimeConfig
 from trl_ray.runtime.cluster import missing_resources
 from trl_ray.runtime.remote import ActorPlan, actor_environment, plan_actors
 from trl_ray.runtime.runtime import Role
 
 
-def plans(*, runtime=None, rollout=None, reward=None):
+def plans(*, runtime=None, rollout=None, reward=None, models=()):
     return plan_actors(
         runtime=RuntimeConfig(**(runtime or {})),
         rollout=RolloutConfig(**(rollout or {})),
         reward=RewardConfig(**(reward or {})),
+        reward_models=[RewardModelOptions(model_name_or_path=f"models/{name}", **wants) for name, wants in models],
     )
 
 
@@ -93,4 +95,25 @@ def test_a_plan_that_does_not_fit_says_what_is_wanted_by_whom_and_what_there_is(
     assert table.splitlines() == [
         f"  CPU: wants 3 (learner 1 x 1, rollout 2 x 1), the cluster has {available.get('CPU', 0):g}",
         "  GPU: wants 2 (rollout 2 x 1), the cluster has 0",
+    ]
+
+
+MODELS = [("judge", {"num_workers": 2, "num_cpus": 1.5, "num_gpus": 0.5}), ("prm", {"threads": 3})]
+
+
+def test_each_reward_model_has_a_plan_of_its_own_and_comes_back_by_itself():
+    made = plans(models=MODELS)
+    judge, prm = made["reward_model judge"], made["reward_model prm"]
+    assert (judge.count, judge.bundle, judge.threads) == (2, {"CPU": 1.5, "GPU": 0.5}, 1)
+    assert (prm.count, prm.bundle, prm.threads) == (1, {}, 3)
+    assert all(plan.role is Role.REWARD_MODEL and plan.survives and plan.is_async for plan in (judge, prm))
+    assert list(plans()) == ["learner", "queue", "rollout", "reward"]
+
+
+def test_a_shortage_names_the_reward_model_that_asks_for_it():
+    table = missing_resources(plans(models=MODELS), {"CPU": 3.0, "GPU": 0.0})
+    assert table is not None
+    assert table.splitlines() == [
+        "  CPU: wants 5 (learner 1 x 1, rollout 1 x 1, reward_model judge 2 x 1.5), the cluster has 3",
+        "  GPU: wants 1 (reward_model judge 2 x 0.5), the cluster has 0",
     ]
