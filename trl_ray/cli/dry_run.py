@@ -22,13 +22,14 @@ def describe_run(pipeline: Pipeline[Any, Any]) -> str:
     actors, memory = plan.actors(), plan.expected_memory()
     lines = ["# resolved configuration", dump_yaml(plan.config).rstrip(), "", "# plan"]
     lines += [f"{key}: {value}" for key, value in plan.describe().items()]
-    lines += ["", "# actors", f"{'role':<10}{'count':>6}{'CPUs':>7}{'GPUs':>7}{'GiB each':>10}  restarts"]
-    lines += [_actor_line(actor, memory) for actor in actors.values()]
-    lines += ["", f"memory expected in all: {sum(memory[role] * actors[role].count for role in actors) / GIB:.1f} GiB"]
+    width = max(10, *(len(key) + 1 for key in actors))
+    lines += ["", "# actors", f"{'role':<{width}}{'count':>6}{'CPUs':>7}{'GPUs':>7}{'GiB each':>10}  restarts"]
+    lines += [_actor_line(actor, memory, width) for actor in actors.values()]
+    lines += ["", f"memory expected in all: {sum(memory[key] * actors[key].count for key in actors) / GIB:.1f} GiB"]
     return "\n".join(lines)
 
 
-def _actor_line(plan: ActorPlan, memory: Mapping[Role, float]) -> str:
+def _actor_line(plan: ActorPlan, memory: Mapping[str, float], width: int) -> str:
     restarts = "by Ray" if plan.survives else "by the supervisor" if plan.role is Role.ROLLOUT else "from a checkpoint"
-    gib = memory[plan.role] / GIB
-    return f"{plan.role:<10}{plan.count:>6}{plan.num_cpus:>7g}{plan.num_gpus:>7g}{gib:>10.1f}  {restarts}"
+    gib = memory[plan.key] / GIB
+    return f"{plan.key:<{width}}{plan.count:>6}{plan.num_cpus:>7g}{plan.num_gpus:>7g}{gib:>10.1f}  {restarts}"

@@ -1,8 +1,9 @@
 """`trl-ray`: runs pipelines, resumes runs, draws reports.
 
-    trl-ray async-grpo --config FILE [a.b=c ...] [--dry-run]      trl-ray resume RUN_DIR
-    trl-ray grpo       --config FILE [a.b=c ...] [--dry-run]      trl-ray report RUN_DIR
-    trl-ray rloo       --config FILE [a.b=c ...] [--dry-run]      trl-ray env
+    trl-ray PIPELINE --config FILE [a.b=c ...] [--dry-run]      trl-ray resume RUN_DIR
+                                                                trl-ray report RUN_DIR
+    PIPELINE: sft dpo kto cpo orpo reward prm                   trl-ray env
+              grpo async-grpo rloo
 
 Exit codes: 0 done and the ledger balances; 2 the input was wrong; 3 the run failed; 130 interrupted.
 """

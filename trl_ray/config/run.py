@@ -5,7 +5,8 @@ flat, TRL's names: ModelConfig + DataConfig + TrainingConfig + ReportConfig     
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -27,14 +28,15 @@ class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig):
     """Which pipeline this configuration is for; written to config.yaml so that a run can be resumed by its folder."""
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
 
-    @model_validator(mode="after")
-    def _check_pipeline(self) -> Self:
-        own = type(self).model_fields["pipeline"].default
-        if self.pipeline != own:
-            raise ValueError(
-                f"pipeline must be {own} here, got {self.pipeline}. Run it with: trl-ray {self.pipeline} --config FILE"
-            )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _check_pipeline(cls, values: Any) -> Any:
+        # Before all else: the options of another pipeline would be found unknown one by one.
+        own = cls.model_fields["pipeline"].default
+        given = values.get("pipeline", own) if isinstance(values, Mapping) else own
+        if isinstance(given, str) and given != own:
+            raise ValueError(f"pipeline must be {own} here, got {given}. Run it with: trl-ray {given} --config FILE")
+        return values
 
     @model_validator(mode="after")
     def _check_kernels(self) -> Self:

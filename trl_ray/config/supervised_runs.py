@@ -41,6 +41,11 @@ class SupervisedRunConfig(RunConfig, ExampleConfig):
                 f"max_steps must be at least 1 with dataset_streaming=true, got {self.max_steps}: a stream does not "
                 "say how long it is. Set max_steps."
             )
+        if self.dataset_streaming and getattr(self, "precompute_ref_log_probs", False):
+            raise ValueError(
+                "precompute_ref_log_probs must be false with dataset_streaming=true, got true: what comes is not known "
+                "before training. Remove one of the two."
+            )
         return self
 
     @model_validator(mode="after")

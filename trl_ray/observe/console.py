@@ -172,9 +172,14 @@ def progress_line(step: int, total: int | None, metrics: Mapping[str, float], *,
 
     add("reward {:.3f}", "reward/mean")
     add("loss {:.4f}", "loss")
+    add("held out {:.4f}", "eval/loss")
+    add("token accuracy {:.3f}", "mean_token_accuracy")
+    add("accuracy {:.3f}", "accuracy")
+    add("accuracy {:.3f}", "rewards/accuracies")
     add("stale {:.2f} max {:.0f}", "staleness/mean", "staleness/max")
     add("trained {:.0f} tok/s", "throughput/trained_tokens_per_s")
     add("generated {:.0f} tok/s", "throughput/generated_tokens_per_s")
+    add("seen {:.0f} tok/s", "throughput/seen_tokens_per_s")
     add("queue {:.0f} ready {:.0f} in flight {:.0f} slots", "queue/ready", "queue/in_flight", "queue/slots")
     if eta_s is not None and eta_s > 0:
         parts.append(f"eta {duration(eta_s)}")
@@ -215,4 +220,6 @@ def printable(text: str) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
     return value if isinstance(value, str) else json.dumps(jsonable(value), ensure_ascii=False)

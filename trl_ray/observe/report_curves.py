@@ -6,7 +6,7 @@ RunData.rows -> curves -> Chart, Chart, ... -> trl_ray.observe.svg.draw_chart
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from trl_ray.observe.report_data import RunData, thinned
@@ -27,10 +27,35 @@ class _Plain:
     unit: str = ""
     stacked: bool = False
     smoothed: bool = False
+    held_out: bool = False
+    """Whether values on held-out examples (``eval/`` and the key) are shown as dots."""
 
 
 _AFTER_REWARDS = (
-    _Plain(title="Loss", keys=(("loss", "loss"),), smoothed=True),
+    _Plain(title="Loss", keys=(("loss", "loss"),), smoothed=True, held_out=True),
+    _Plain(
+        title="Accuracy",
+        unit="fraction",
+        held_out=True,
+        keys=(
+            ("accuracy", "preferred or right"),
+            ("rewards/accuracies", "chosen above rejected"),
+            ("mean_token_accuracy", "most probable token"),
+        ),
+    ),
+    _Plain(
+        title="Implicit reward",
+        keys=(("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"), ("rewards/margins", "margin")),
+    ),
+    _Plain(
+        title="Predicted reward",
+        keys=(("mean_reward", "mean"), ("min_reward", "least"), ("max_reward", "greatest"), ("margin", "margin")),
+    ),
+    _Plain(
+        title="Log-probability",
+        unit="nats per completion",
+        keys=(("logps/chosen", "chosen"), ("logps/rejected", "rejected")),
+    ),
     _Plain(title="Gradient norm", keys=(("grad_norm", "before clipping"),)),
     _Plain(title="Entropy", keys=(("entropy", "policy"),), unit="nats per token"),
     _Plain(
@@ -57,7 +82,11 @@ _AFTER_STALENESS = (
     _Plain(
         title="Throughput",
         unit="tokens/s",
-        keys=(("throughput/trained_tokens_per_s", "trained"), ("throughput/generated_tokens_per_s", "generated")),
+        keys=(
+            ("throughput/trained_tokens_per_s", "trained"),
+            ("throughput/generated_tokens_per_s", "generated"),
+            ("throughput/seen_tokens_per_s", "seen"),
+        ),
     ),
     _Plain(
         title="Time per step",
@@ -118,30 +147,38 @@ def _plain(run: RunData, card: _Plain) -> Chart:
         values = run.values(key)
         plain = [Series(name=name, values=values, color=color)]
         series += _with_smooth(name, values, color) if card.smoothed else plain
+        evaluated = _evaluations(run, f"eval/{key}") if card.held_out else {}
+        if evaluated:
+            series.append(_dots(run, evaluated, name=f"{name}, held out", color=color + len(card.keys)))
     return Chart(title=card.title, unit=card.unit, steps=_steps(run), series=series, stacked=card.stacked)
 
 
 def _rewards(run: RunData) -> Chart:
     series = _with_smooth("mean", run.values("reward/mean"), 0)
-    evaluated = _evaluations(run)
+    evaluated = _evaluations(run, "eval/reward/mean", "reward/mean", "reward")
     if evaluated:
-        # Where rows were thinned, an evaluation belongs to the row that ends with or after its step.
-        steps = _steps(run)
-        values: list[float | None] = [None] * len(steps)
-        for step, value in evaluated.items():
-            row = next((index for index, last in enumerate(steps) if last >= step), len(steps) - 1)
-            values[row] = value
-        series.append(Series(name="held out", values=values, color=1, dots=True))
+        series.append(_dots(run, evaluated, name="held out", color=1))
     return Chart(title="Reward", steps=_steps(run), series=series)
 
 
-def _evaluations(run: RunData) -> dict[int, float]:
-    found = {int(row["step"]): row["eval/reward/mean"] for row in run.rows if "eval/reward/mean" in row}
+def _dots(run: RunData, evaluated: Mapping[int, float], *, name: str, color: int) -> Series:
+    """Values by step; where rows were thinned, one belongs to the row that ends with or after its step."""
+    steps = _steps(run)
+    values: list[float | None] = [None] * len(steps)
+    for step, value in evaluated.items():
+        row = next((index for index, last in enumerate(steps) if last >= step), len(steps) - 1)
+        values[row] = value
+    return Series(name=name, values=values, color=color, dots=True)
+
+
+def _evaluations(run: RunData, *keys: str) -> dict[int, float]:
+    """By step, from the metrics (the first key) or what evaluations told (the first key they have)."""
+    found = {int(row["step"]): row[keys[0]] for row in run.rows if keys[0] in row}
     for event in run.events:
         detail = event.get("detail")
         if event.get("kind") == EventKind.EVALUATED and isinstance(detail, dict):
             step = detail.get("step")
-            values = (detail.get(key) for key in ("reward/mean", "eval/reward/mean", "reward"))
+            values = (detail.get(key) for key in keys)
             value = next((value for value in values if isinstance(value, int | float)), None)
             if isinstance(step, int) and value is not None:
                 found[step] = float(value)

@@ -42,6 +42,12 @@ _ATTENTION = _LOSSES | {
 # Drops that a healthy run makes: what was still on its way at the end, and what the user asked to drop.
 _ORDINARY_DROPS = frozenset({DropReason.END_OF_RUN, DropReason.ZERO_VARIANCE})
 _ENDS_OF_RUN = 5
+_HELD_OUT = (
+    ("eval/loss", "Held-out loss"),
+    ("eval/accuracy", "Held-out accuracy"),
+    ("eval/rewards/accuracies", "Held-out accuracy"),
+    ("eval/mean_token_accuracy", "Held-out token accuracy"),
+)
 _TIMELINE_STEPS = 8
 _TIMELINE_FALLBACK_S = 120.0
 _MAX_EVENTS = 400
@@ -77,12 +83,13 @@ def tiles(run: RunData) -> str:
         count = min(_ENDS_OF_RUN, len(rewards))
         note = f"mean of last {count}, {last - first:+.3f} on the first {count}" if count > 1 else "of the only step"
         shown.append(_tile("Final reward", f"{last:.3f}", note))
+    shown += _held_out_tiles(run)
     worst = run.present("staleness/max")
     if worst:
         bound = run.staleness_bound
         mark = "" if bound is None else _mark(max(worst) <= bound, good=f"bound {bound}", bad=f"bound {bound}")
         shown.append(_tile("Worst staleness", compact(max(worst)), "optimizer steps", mark))
-    for name in ("trained", "generated"):
+    for name in ("trained", "generated", "seen"):
         rates = run.present(f"throughput/{name}_tokens_per_s")
         if rates:
             shown.append(_tile(f"Tokens/s {name}", compact(fmean(rates)), "mean over steps"))
@@ -91,6 +98,17 @@ def tiles(run: RunData) -> str:
     if waited + worked > 0:
         shown.append(_tile("Learner waited", f"{waited / (waited + worked):.0%}", f"{duration(waited)} in all"))
     return f'<div class="tiles">{"".join(shown)}</div>'
+
+
+def _held_out_tiles(run: RunData) -> list[str]:
+    """Loss and accuracy on held-out examples: the last, and what it was at first."""
+    tiles = []
+    for key, label in _HELD_OUT:
+        told = [event["detail"].get(key) for event in run.events if event.get("kind") == EventKind.EVALUATED]
+        values = [value for value in told if isinstance(value, int | float)]
+        if values:
+            tiles.append(_tile(label, f"{values[-1]:.3f}", f"{values[-1] - values[0]:+.3f} on the first evaluation"))
+    return tiles
 
 
 def _tile(label: str, value: str, note: str, mark: str = "") -> str:
@@ -112,9 +130,11 @@ def ledger(run: RunData) -> str:
     dropped, live = sum(book.dropped.values()), sum(book.live.values())
     gap = book.issued - book.trained - dropped - live
     mark = _mark(book.balanced, good="balanced", bad=f"unbalanced: {gap:+d} unaccounted for")
+    # Prompts come in groups; a dataset that is trained on has rows.
+    what = "rows" if run.present("examples/trained") else "groups"
     rows = [("trained", book.trained, "c2"), ("dropped", dropped, "c1"), ("live", live, "c0")]
     return (
-        f'<div class="card"><div class="equation"><b>{book.issued}</b> <span>groups issued</span> = '
+        f'<div class="card"><div class="equation"><b>{book.issued}</b> <span>{what} issued</span> = '
         f"<b>{book.trained}</b> <span>trained</span> + <b>{dropped}</b> <span>dropped</span> + <b>{live}</b> "
         f"<span>live</span> {mark}</div>{_proportions(rows, book.issued)}"
         f'<div class="split">{_counts("Dropped by reason", book.dropped, "Nothing dropped.")}'

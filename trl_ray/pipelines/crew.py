@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +18,9 @@ from trl_ray.actors.rollout_queue import RolloutQueue
 from trl_ray.actors.rollout_worker import RolloutWorker
 from trl_ray.config.grpo import GRPOConfig
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, RunError, WeightError
+from trl_ray.pipelines.learner_crew import learner_lost
 from trl_ray.pipelines.learner_group import LearnerGroup, ranks_of, spawn_learner
+from trl_ray.pipelines.reward_models import spawn_reward_models
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime
 from trl_ray.runtime.supervision import Supervisor, Watched
 from trl_ray.runtime.weights import Published, WeightTransport
@@ -27,16 +28,8 @@ from trl_ray.types import ActorReport, Event, EventKind, Health, IntArray, Span,
 
 Emit = Callable[[Event], None]
 _CONTROL_S = 60.0
+_PAUSE_S = 0.25
 QUEUE_PATIENCE = Patience(deadline_s=30.0, total_s=120.0)
-
-
-@contextmanager
-def _learner_lost() -> Iterator[None]:
-    """Whatever became of the call, the learner can only go on from a checkpoint."""
-    try:
-        yield
-    except (ActorLostError, DeadlineError) as error:
-        raise LearnerLostError(str(error)) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +41,8 @@ class ActorArguments:
     rollout: Mapping[str, Any]
     """Without the handles of queue and rewards."""
     reward: Mapping[str, Any]
+    reward_models: tuple[Mapping[str, Any], ...] = ()
+    """Of the actors of each reward model."""
 
 
 class Crew:
@@ -68,6 +63,7 @@ class Crew:
         )
         self._workers: set[ActorHandle] = set()
         self._working, self._rewards = dict[str, ActorHandle](), list[ActorHandle]()
+        self._reward_models = list[ActorHandle]()
         self._learner: ActorHandle | None = None
         self._queue: ActorHandle | None = None
         self.supervisor = Supervisor(
@@ -98,9 +94,14 @@ class Crew:
         """Start every actor side by side, publish the learner's weights, and let the workers begin."""
         self._queue = await self._runtime.spawn(Role.QUEUE, "queue", RolloutQueue, **self._arguments.queue)
         self._learner = await spawn_learner(self._runtime, self._config, self._arguments.learner)
+        models = await spawn_reward_models(
+            self._runtime, self._arguments.reward_models, lease_s=self._config.rollout.lease_s
+        )
+        self._reward_models = [handle for model in models for handle in model.handles]
+        scoring = tuple(model.scoring for model in models)
         for slot in range(self._config.reward.num_workers):
             name = f"reward-{slot}"
-            arguments = {**self._arguments.reward, "name": name}
+            arguments = {**self._arguments.reward, "name": name, "models": scoring}
             self._rewards.append(await self._runtime.spawn(Role.REWARD, name, RewardWorker, **arguments))
         workers = [
             await self._spawn_worker(f"rollout-{slot}", slot) for slot in range(self._config.rollout.num_workers)
@@ -108,7 +109,8 @@ class Crew:
         if isinstance(self._learner, LearnerGroup):
             await self._learner.join(deadline_s=self._config.runtime.start_deadline_s)
             await asyncio.gather(*(self._greet(rank, watch=False) for rank in self._learner.members))
-        await asyncio.gather(*(self._greet(handle) for handle in (self._queue, self._learner, *self._rewards)))
+        others = (self._queue, self._learner, *self._reward_models, *self._rewards)
+        await asyncio.gather(*(self._greet(handle) for handle in others))
         healths = await asyncio.gather(*(self._greet(handle, watch=False) for handle in workers))
         await self.publish(step=0)
         for slot, (handle, health) in enumerate(zip(workers, healths, strict=True)):
@@ -122,7 +124,7 @@ class Crew:
             LearnerLostError: the learner died or hung.
         """
         begin = time.time()
-        with _learner_lost():
+        with learner_lost():
             identity = (await self._weights.publish(self.learner, step=step)).identity
         seconds = round(time.time() - begin, 4)
         self._emit(EventKind.WEIGHTS_PUBLISHED, "learner", **asdict(identity), seconds=seconds)
@@ -136,7 +138,7 @@ class Crew:
         """Events and spans of all actors since the last call."""
         events: list[Event] = []
         spans: list[Span] = []
-        for handle in (self.queue, self.learner, *self._rewards, *self.working):
+        for handle in (self.queue, self.learner, *self._reward_models, *self._rewards, *self.working):
             try:
                 report: ActorReport = await handle.call("drain", deadline_s=_CONTROL_S)
             except (ActorLostError, DeadlineError):
@@ -156,7 +158,7 @@ class Crew:
         Raises:
             LearnerLostError: it died, or did not answer in time.
         """
-        with _learner_lost():
+        with learner_lost():
             return await self.learner.call(method, *args, deadline_s=deadline_s, **kwargs)
 
     def _emit(self, kind: EventKind, actor: str, /, **detail: Any) -> None:
@@ -260,7 +262,7 @@ class Crew:
         """End all actors for good, before a session begins anew from a checkpoint."""
         for watched in self.supervisor.watched:
             self.supervisor.forget(watched.handle.name)
-        known = (*ranks_of(self._learner), *self._rewards, *self._workers)
+        known = (*ranks_of(self._learner), *self._rewards, *self._reward_models, *self._workers)
         await asyncio.gather(*(self._runtime.end(handle) for handle in (self.queue, *known)))
 
     async def _discard(self, handle: ActorHandle) -> None:
@@ -271,22 +273,32 @@ class Crew:
         await self.ask_queue("lose_worker", worker=handle.name)
 
     async def _await_rebirth(self, watched: Watched) -> tuple[Health, ActorHandle]:
-        """Wait until Ray has brought an actor back; a hung one is killed first."""
+        """Wait until Ray has brought an actor back; one that hangs, or asks to be replaced, is killed first."""
         handle = watched.handle
         if not self._runtime.survives(handle.role):
             raise RunError(f"{handle.name} died and cannot come back in this runtime.")
         try:
-            health = await handle.call("health", deadline_s=self._config.runtime.health_deadline_s)
+            health: Health = await handle.call("health", deadline_s=self._config.runtime.health_deadline_s)
         except DeadlineError:
             await self._runtime.kill(handle)
         except ActorLostError:
             pass
         else:
-            return health, handle
+            if health.problem is None:
+                return health, handle
+            await self._runtime.kill(handle)
         patience = Patience(
             deadline_s=self._config.runtime.health_deadline_s, total_s=self._config.runtime.start_deadline_s
         )
-        return await call_patiently(handle, "health", patience), handle
+        end = time.monotonic() + patience.total_s
+        while True:
+            health = await call_patiently(handle, "health", patience)
+            if health.problem is None:
+                return health, handle
+            # The process that was killed may answer once more.
+            if time.monotonic() >= end:
+                raise RunError(f"{handle.name} must come back sound, but still says: {health.problem}")
+            await asyncio.sleep(_PAUSE_S)
 
     async def _on_reborn(self, watched: Watched, health: Health) -> None:
         """Tell of an actor that died and came back between two probes.

@@ -1,6 +1,7 @@
 """Several ranks of one learner behind the face of a single actor.
 
-    step(batch) --shard--> rank 0 .. rank R-1, side by side --> the answer of rank 0, which knows the totals of all
+    step(batch), evaluate(batch) --shard--> rank 0 .. rank R-1, side by side --> the answer of rank 0, which knows all
+    score(batch), reference_logprobs(batch) --shard--> the answers of all, in the order of the batch
     publish, canary, save: on every rank, because they gather weights together; rank 0 answers
 
 A rank that is lost takes the group with it: the others would wait for it in their next exchange.
@@ -15,9 +16,17 @@ from typing import Any
 from trl_ray.actors.policy_learner import PolicyLearner
 from trl_ray.algorithms.first_pass import in_order
 from trl_ray.algorithms.micro_batches import shard
-from trl_ray.config.grpo import GRPOConfig
+from trl_ray.config.run import RunConfig
+from trl_ray.errors import ActorLostError, RunError
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime
 from trl_ray.types import ActorReport, Health, TrainBatch
+
+_JOINED = frozenset({"step", "evaluate"})
+"""Methods that take a batch and whose answer is the same on all ranks, which exchange what they found."""
+_BY_SAMPLE = frozenset({"score", "reference_logprobs"})
+"""Methods that take a batch and answer for each of its samples."""
+_GRACE_S = 10.0
+"""For Ray to find that a rank is gone, after another one's exchange with it has failed."""
 
 
 class LearnerGroup:
@@ -56,7 +65,7 @@ class LearnerGroup:
         """Call a method of the learner on the ranks it concerns; see `trl_ray.types.Handle`."""
         if method == "identity":
             return await self.members[0].call(method, *args, deadline_s=deadline_s, **kwargs)
-        if method in {"step", "score"}:
+        if method in _JOINED | _BY_SAMPLE:
             (batch,) = args
             return await self._shards(method, batch, deadline_s)
         answers = await _together(
@@ -85,10 +94,10 @@ class LearnerGroup:
                 for member, part in zip(self.members, shards, strict=True)
             ]
         )
-        return answers[0] if method == "step" else in_order(batch.samples, zip(shards, answers, strict=True))
+        return answers[0] if method in _JOINED else in_order(batch.samples, zip(shards, answers, strict=True))
 
 
-async def spawn_learner(runtime: Runtime, config: GRPOConfig, arguments: Mapping[str, Any]) -> ActorHandle:
+async def spawn_learner(runtime: Runtime, config: RunConfig, arguments: Mapping[str, Any]) -> ActorHandle:
     """Start one actor, or one for each rank; a group has yet to `join`."""
     count = config.runtime.num_learners
     if count == 1:
@@ -109,8 +118,41 @@ def ranks_of(learner: ActorHandle | None) -> tuple[ActorHandle, ...]:
 
 
 async def _together(calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """All answers, or the first error: a rank that waits for a lost one is not waited for."""
-    return list(await asyncio.gather(*calls))
+    """All answers, or the first error: a rank that waits for a lost one is not waited for.
+
+    Whom a lost rank leaves in an exchange fails as well, and often first. So an error that is not the package's own
+    stands back for a moment, in case another rank turns out to be lost.
+    """
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        first = next((error for task in tasks if (error := _error(task)) is not None), None)
+        if type(first) is RunError:
+            first = await _lost_rank(tasks) or first
+        if first is not None:
+            raise first
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _lost_rank(tasks: Sequence[asyncio.Future[Any]]) -> ActorLostError | None:
+    """The loss of a rank among those that have failed or do so soon."""
+    end = asyncio.get_running_loop().time() + _GRACE_S
+    while True:
+        for task in tasks:
+            if isinstance(error := _error(task), ActorLostError):
+                return error
+        pending, left = [task for task in tasks if not task.done()], end - asyncio.get_running_loop().time()
+        if not pending or left <= 0:
+            return None
+        await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _error(task: asyncio.Future[Any]) -> BaseException | None:
+    return task.exception() if task.done() and not task.cancelled() else None
 
 
 def _merge_health(answers: Sequence[Health]) -> Health:

@@ -28,7 +28,7 @@ from trl_ray.observe.sinks import Observer
 from trl_ray.pipelines.record import RunRecorder
 from trl_ray.pipelines.signals import run_to_end
 from trl_ray.runtime.local import LocalRuntime
-from trl_ray.runtime.runtime import Role, Runtime
+from trl_ray.runtime.runtime import Runtime
 from trl_ray.types import EventKind
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ class Plan(Protocol):
         """The plan in numbers."""
         ...
 
-    def expected_memory(self) -> Mapping[Role, float]:
-        """Bytes that one actor of each role is expected to hold; activations are not counted."""
+    def expected_memory(self) -> Mapping[str, float]:
+        """Bytes that an actor of each plan is expected to hold, by `ActorPlan.key`; activations are not counted."""
         ...
 
-    def actors(self) -> dict[Role, ActorPlan]:
-        """How many actors of each role there are, and what each gets."""
+    def actors(self) -> dict[str, ActorPlan]:
+        """How many actors there are and what each gets, by the key of its plan."""
         ...
 
 

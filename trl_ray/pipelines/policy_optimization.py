@@ -18,6 +18,7 @@ from trl_ray.pipelines.crew import Crew
 from trl_ray.pipelines.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.preparation import FROM_PYTHON, Inputs, Preparation, RewardFunction, prepare
 from trl_ray.pipelines.record import Recorder
+from trl_ray.pipelines.reward_models import separate_reward_models
 from trl_ray.pipelines.walk import Walk
 from trl_ray.types import EventKind
 
@@ -88,15 +89,16 @@ class PolicyOptimizationPipeline(Pipeline[GRPOConfig, Preparation]):
         """
         if isinstance(reward_funcs, str) or callable(reward_funcs):
             reward_funcs = [reward_funcs]
-        changes: dict[str, Any] = {}
-        if reward_funcs is not None:
+        separated = separate_reward_models(reward_funcs, args)
+        changes = separated.changes
+        if reward_funcs is not None or changes:
             # Functions given as objects cannot be written to config.yaml; a run of named ones resumes by its folder.
             changes["reward_funcs"] = [
                 function if isinstance(function, str) else f"{FROM_PYTHON}{getattr(function, '__name__', 'reward')}"
-                for function in reward_funcs
+                for function in separated.functions
             ]
         super().__init__(model=model, args=args, peft_config=peft_config, **changes)
-        self._inputs = Inputs(train_dataset=train_dataset, eval_dataset=eval_dataset, reward_funcs=reward_funcs)
+        self._inputs = Inputs(train_dataset=train_dataset, eval_dataset=eval_dataset, reward_funcs=separated.given)
 
     def _prepare(self) -> Preparation:
         return prepare(self.config, self._inputs)

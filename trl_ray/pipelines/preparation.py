@@ -22,6 +22,7 @@ from trl_ray.errors import ConfigError
 from trl_ray.models.load import count_parameters, load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.crew import ActorArguments
 from trl_ray.pipelines.memory import GIB, PROCESS, dtype_bytes, learner_memory
+from trl_ray.pipelines.reward_models import PreparedRewardModel, prepare_reward_models, reward_model_arguments
 from trl_ray.rewards.registry import RewardSpec, make_specs
 from trl_ray.runtime.runtime import Role
 from trl_ray.types import IntArray, Prompt
@@ -61,6 +62,7 @@ class Preparation:
     """Nats."""
     cut: CutRules
     """How the samples of an update become micro-batches."""
+    reward_models: tuple[PreparedRewardModel, ...] = ()
 
     @property
     def loss(self) -> LossConfig:
@@ -112,19 +114,23 @@ class Preparation:
                 "timeout_s": config.reward.timeout_s,
                 "isolation": config.reward.isolation,
             },
+            reward_models=reward_model_arguments(config),
         )
 
-    def actors(self) -> dict[Role, ActorPlan]:
+    def actors(self) -> dict[str, ActorPlan]:
         """See `trl_ray.pipelines.pipeline.Plan`."""
         # Imported here so that runtime.kind=local starts without Ray's import.
         from trl_ray.runtime.remote import plan_actors
 
         config = self.config
-        return plan_actors(runtime=config.runtime, rollout=config.rollout, reward=config.reward)
+        return plan_actors(
+            runtime=config.runtime, rollout=config.rollout, reward=config.reward, reward_models=config.scoring_models
+        )
 
     def describe(self) -> Mapping[str, Any]:
         """The plan in numbers, for the dry run."""
         config = self.config
+        models = ", ".join(f"{model.options.label} ({model.facts.kind})" for model in self.reward_models)
         return {
             "optimizer steps": self.total_steps,
             "updates per step": config.updates_per_step,
@@ -135,10 +141,11 @@ class Preparation:
             "staleness bound (steps)": config.staleness_bound,
             "admission slots": (config.lag + 1) * config.groups_per_step,
             "tokens per sequence": self.max_model_len,
-            "reward functions": ", ".join(spec.name for spec in self.rewards),
+            "reward functions": ", ".join(spec.name for spec in self.rewards) or "none",
+            **({"reward models": models} if models else {}),
         }
 
-    def expected_memory(self) -> Mapping[Role, float]:
+    def expected_memory(self) -> Mapping[str, float]:
         """Bytes that one actor of each role is expected to hold: weights, optimizer, caches, and its Python."""
         config, model = self.config, self.config.part(ModelConfig)
         parameters = count_parameters(model).base
@@ -148,6 +155,7 @@ class Preparation:
             Role.QUEUE: 0.2 * GIB,
             Role.ROLLOUT: engine + config.rollout.kv_cache_memory_gib * GIB + PROCESS,
             Role.REWARD: 0.2 * GIB,
+            **{model.plan: model.memory for model in self.reward_models},
         }
 
 
@@ -166,11 +174,14 @@ def prepare(config: GRPOConfig, inputs: Inputs) -> Preparation:
     data, limit = config.part(PromptConfig), max_model_len - config.max_completion_length
     prompts = load_prompts(data, tokenizer, seed=config.seed, max_prompt_tokens=limit, dataset=inputs.train_dataset)
     eval_prompts = _eval_prompts(config, inputs, tokenizer, limit) if config.eval_steps else ()
+    specs = make_specs(functions, columns=prompts.columns) if functions or not config.scoring_models else ()
+    models = prepare_reward_models(config, functions=[spec.name for spec in specs], prompt=prompts.prompt(0))
     return Preparation(
         config=config,
         prompts=prompts,
         eval_prompts=eval_prompts,
-        rewards=make_specs(functions, columns=prompts.columns),
+        rewards=specs,
+        reward_models=models,
         max_model_len=max_model_len,
         total_steps=_total_steps(config, len(prompts)),
         canary_ids=_canary(prompts, max_model_len),

@@ -7,8 +7,21 @@ from typing import Any
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
 from trl_ray.pipelines.grpo import GRPOPipeline
 from trl_ray.pipelines.pipeline import Pipeline
+from trl_ray.pipelines.preference import CPOPipeline, DPOPipeline, KTOPipeline, ORPOPipeline
+from trl_ray.pipelines.reward_modelling import PRMPipeline, RewardPipeline
 from trl_ray.pipelines.rloo import RLOOPipeline
+from trl_ray.pipelines.sft import SFTPipeline
 
-PIPELINES: dict[str, type[Pipeline[Any, Any]]] = {
-    pipeline.name: pipeline for pipeline in (AsyncGRPOPipeline, GRPOPipeline, RLOOPipeline)
-}
+_ALL: tuple[type[Pipeline[Any, Any]], ...] = (
+    SFTPipeline,
+    DPOPipeline,
+    KTOPipeline,
+    CPOPipeline,
+    ORPOPipeline,
+    RewardPipeline,
+    PRMPipeline,
+    AsyncGRPOPipeline,
+    GRPOPipeline,
+    RLOOPipeline,
+)
+PIPELINES: dict[str, type[Pipeline[Any, Any]]] = {pipeline.name: pipeline for pipeline in _ALL}

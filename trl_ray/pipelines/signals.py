@@ -34,6 +34,15 @@ def run_to_end(main: Callable[[asyncio.Event], Coroutine[Any, Any, T]]) -> T:
         return executor.submit(asyncio.run, guarded()).result()
 
 
+async def heed_signals() -> None:
+    """Let a signal set the stop event now, if it came while the caller held the loop.
+
+    A learner in this process holds it for whole steps.
+    """
+    for _ in range(3):  # it is noticed, read, handled: a turn of the loop each
+        await asyncio.sleep(0)
+
+
 @contextmanager
 def _signals(stop: asyncio.Event, task: asyncio.Task[Any]) -> Iterator[None]:
     """First signal: finish the step, write a checkpoint, end. Second: end at once."""

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tiny_models import build_tiny_model
+from tiny_reward_models import build_reward_model
 from trl_ray import errors
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.cli.main import ExitCode, main
@@ -143,6 +144,23 @@ def test_env_prints_one_fact_a_line(capsys):
     assert main(["env"]) == 0
     facts = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     assert facts.keys() >= {"python", "torch", "ray", "vllm", "gpu"}
+
+
+def test_a_dry_run_shows_reward_models_with_their_actors(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1 + 1 = ", "answer": "2"}\n' * 6)
+    judge = build_reward_model(tmp_path / "a_judge")
+    config = write_config(
+        tmp_path / "config.yaml",
+        model_name_or_path=build_tiny_model(tmp_path / "model"),
+        dataset_name=str(tmp_path / "data.jsonl"),
+        reward_models=[{"model_name_or_path": judge, "num_workers": 2, "num_cpus": 0.5}],
+    )
+    assert main(["grpo", "--config", config, "--dry-run"]) == 0
+    plan = capsys.readouterr().out.partition("# plan")[2]
+    assert "reward models: a_judge (sequence)" in plan
+    [row] = [line for line in plan.splitlines() if line.startswith("reward_model a_judge")]
+    assert row.split()[2:] == ["2", "0.5", "0", "0.6", "by", "Ray"]
 
 
 def test_a_dry_run_prints_configuration_actors_and_memory_and_writes_nothing(tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import pytest
 from fakes import FakeHandle, health, in_turn
 from trl_ray.actors.rollout_worker import PullReport
 from trl_ray.config.grpo import GRPOConfig
+from trl_ray.config.reward_models import RewardModelOptions
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, RunError, WeightError
 from trl_ray.pipelines.crew import ActorArguments, Crew
 from trl_ray.runtime.runtime import Role
@@ -23,11 +24,12 @@ class FakeRuntime:
     """Hands out fake handles; `script` says how an actor of a name answers, `log` what happened in order."""
 
     def __init__(self):
-        self.handles, self.log, self.script = {}, [], {}
+        self.handles, self.log, self.script, self.given = {}, [], {}, {}
         self.published = 0
 
     async def spawn(self, role, name, cls, /, *, slot=0, **kwargs):
         self.log.append(f"spawn {name}")
+        self.given[name] = {"role": role, "slot": slot, **kwargs}
         made = LoggedHandle(name=name, role=role, runtime=self)
         made.answers = {"health": health(pid=len(self.handles) + 1), "drain": ActorReport(), **self.defaults(role)}
         made.answers |= self.script.get(name, {})
@@ -52,7 +54,7 @@ class FakeRuntime:
         self.log.append(f"end {handle.name}")
 
     def survives(self, role):
-        return role in (Role.QUEUE, Role.REWARD)
+        return role in (Role.QUEUE, Role.REWARD, Role.REWARD_MODEL)
 
     async def close(self):
         pass
@@ -81,12 +83,12 @@ def report(shared, canary):
 class Stage:
     """A crew, its runtime and its events."""
 
-    def __init__(self, *, workers=1, max_restarts=10, canary_every=1):
+    def __init__(self, *, workers=1, max_restarts=10, canary_every=1, models=()):
         self.runtime, self.events = FakeRuntime(), []
         config = GRPOConfig(
             rollout={"num_workers": workers, "canary_every": canary_every}, runtime={"max_restarts": max_restarts}
         )
-        arguments = ActorArguments(learner={}, queue={}, rollout={}, reward={})
+        arguments = ActorArguments(learner={}, queue={}, rollout={}, reward={}, reward_models=tuple(models))
         self.crew = Crew(
             runtime=self.runtime,
             config=config,
@@ -295,6 +297,56 @@ def test_a_reward_worker_is_waited_for_and_killed_first_when_it_hangs():
     assert stage.runtime.log == ["kill reward-0"]
     assert stage.told(EventKind.ACTOR_RESTARTED)[0][1]["pid"] == 99
     assert "reward-0" in stage.watched()
+
+
+JUDGE = {
+    "options": RewardModelOptions(model_name_or_path="models/judge", num_workers=2, weight=3.0),
+    "join_groups": True,
+}
+COPIES = ["reward-model-judge-0", "reward-model-judge-1"]
+
+
+def test_reward_models_are_started_before_the_reward_workers_that_hold_their_handles():
+    stage = Stage(models=[JUDGE])
+    asyncio.run(stage.crew.start())
+    spawned = [line.removeprefix("spawn ") for line in stage.runtime.log if line.startswith("spawn ")]
+    assert spawned == ["queue", "learner", *COPIES, "reward-0", "rollout-0"]
+    assert stage.watched() == ["learner", "queue", "reward-0", *COPIES, "rollout-0"]
+    [model] = stage.runtime.given["reward-0"]["models"]
+    assert model.handles == tuple(stage.runtime.handles[name] for name in COPIES)
+    # Nine tenths of a lease: it gives up before whoever waits for it does.
+    assert (model.name, model.weight, model.deadline_s) == ("judge", 3.0, 270.0)
+    second = stage.runtime.given[COPIES[1]]
+    assert (second["role"], second["slot"], second["plan"]) == (Role.REWARD_MODEL, 1, "reward_model judge")
+    assert second["join_groups"] is True
+
+
+def test_a_reward_model_is_drained_and_dismissed_like_the_others():
+    async def run():
+        await stage.start()
+        stage.runtime.handles[COPIES[1]].answers["drain"] = ActorReport(spans=["span"])
+        drained = await stage.crew.drain()
+        await stage.crew.dismiss()
+        return drained
+
+    stage = Stage(models=[JUDGE])
+    assert asyncio.run(run()).spans == ["span"]
+    assert {f"end {name}" for name in COPIES} <= set(stage.runtime.log) and stage.watched() == []
+
+
+def test_an_actor_that_asks_to_be_replaced_is_killed_and_waited_for_until_it_is_sound():
+    async def run():
+        await stage.start()
+        stuck = stage.runtime.handles[COPIES[0]]
+        sick = health(pid=5, problem="a pass hangs")
+        stuck.answers["health"] = in_turn(sick, sick, ActorLostError("gone"), health(pid=99))
+        await stage.lose(COPIES[0], "a pass hangs")
+
+    stage = Stage(models=[JUDGE])
+    asyncio.run(run())
+    assert stage.runtime.log == [f"kill {COPIES[0]}"]
+    assert stage.told(EventKind.ACTOR_RESTARTED)[0][1]["pid"] == 99
+    assert COPIES[0] in stage.watched()
 
 
 def test_an_actor_that_keeps_coming_back_by_itself_may_do_so_only_as_often_as_others():

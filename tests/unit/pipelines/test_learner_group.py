@@ -10,7 +10,8 @@ import pytest
 
 from fakes import FakeHandle, health
 from training_batches import batch
-from trl_ray.errors import ActorLostError
+from trl_ray.errors import ActorLostError, RunError
+from trl_ray.pipelines import learner_group
 from trl_ray.pipelines.learner_group import LearnerGroup, ranks_of
 from trl_ray.runtime.runtime import Role
 from trl_ray.types import ActorReport, Health, SampleScores, Span, TrainBatch
@@ -70,6 +71,18 @@ def test_scores_come_back_in_the_order_of_the_whole_batch() -> None:
     assert [float(answer.logprobs[0]) for answer in answers] == expected
 
 
+def test_evaluations_and_references_are_dealt_out_like_steps_and_scores() -> None:
+    def reference(batch: TrainBatch) -> list[np.ndarray]:
+        return [sample.completion_ids[:1] for sample in batch.samples]
+
+    group, handles = group_of(2, evaluate="loss", reference_logprobs=reference)
+    whole = batch(1, size=2)
+    assert call(group, "evaluate", whole) == "loss"
+    assert [len(handle.asked("evaluate")[0].args[0].micro_batches) for handle in handles] == [2, 2]
+    answers = call(group, "reference_logprobs", whole)
+    assert [int(answer[0]) for answer in answers] == [int(sample.completion_ids[0]) for sample in whole.samples]
+
+
 def test_everything_else_is_asked_of_all_ranks_but_identity_of_the_first_alone() -> None:
     group, handles = group_of(2, save="path", identity="v3")
     assert call(group, "save", "folder", step=3) == "path"
@@ -105,6 +118,29 @@ def test_a_lost_rank_is_told_at_once_though_the_others_still_wait() -> None:
     handles[0].answers["step"] = lambda batch: asyncio.sleep(60)
     handles[1].answers["step"] = ActorLostError("learner-1 died")
     with pytest.raises(ActorLostError, match="learner-1"):
+        call(group, "step", batch(1, size=1))
+
+
+def test_the_loss_of_a_rank_is_told_though_what_it_left_behind_fails_before_it() -> None:
+    group, handles = group_of(3)
+
+    async def dies(batch: TrainBatch) -> ActorLostError:
+        await asyncio.sleep(0.05)
+        return ActorLostError("learner-2 died")
+
+    handles[0].answers["step"] = RunError("learner-0.step raised RuntimeError: connection reset by peer")
+    handles[1].answers["step"] = lambda batch: asyncio.sleep(60)
+    handles[2].answers["step"] = dies
+    with pytest.raises(ActorLostError, match="learner-2 died"):
+        call(group, "step", batch(1, size=1))
+
+
+def test_an_error_of_one_rank_alone_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, handles = group_of(2)
+    monkeypatch.setattr(learner_group, "_GRACE_S", 0.05)
+    handles[0].answers["step"] = RunError("learner-0.step raised RuntimeError: out of memory")
+    handles[1].answers["step"] = lambda batch: asyncio.sleep(60)
+    with pytest.raises(RunError, match="out of memory"):
         call(group, "step", batch(1, size=1))
 
 

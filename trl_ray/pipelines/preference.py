@@ -1,0 +1,52 @@
+"""Preference optimisation on datasets: DPO and its family, KTO, and CPO, SimPO and ORPO without a reference."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from trl_ray.config.base import Section
+from trl_ray.config.preference import CPOLossConfig, ORPOLossConfig, PreferenceLossConfig, UnpairedLossConfig
+from trl_ray.config.run import RunConfig
+from trl_ray.config.supervised_runs import CPOConfig, DPOConfig, KTOConfig, ORPOConfig
+from trl_ray.data.examples import ExampleTask
+from trl_ray.pipelines.supervised import SupervisedPipeline
+
+
+class DPOPipeline(SupervisedPipeline):
+    """Prefers chosen to rejected answers, against a reference (Rafailov et al. 2023, arXiv 2305.18290)."""
+
+    config_class: ClassVar[type[RunConfig]] = DPOConfig
+    loss_class: ClassVar[type[Section]] = PreferenceLossConfig
+    task: ClassVar[ExampleTask] = ExampleTask.PAIRS
+    name: ClassVar[str] = "dpo"
+
+
+class KTOPipeline(SupervisedPipeline):
+    """Learns from answers that were found good or bad (Ethayarajh et al. 2024, arXiv 2402.01306)."""
+
+    config_class: ClassVar[type[RunConfig]] = KTOConfig
+    loss_class: ClassVar[type[Section]] = UnpairedLossConfig
+    task: ClassVar[ExampleTask] = ExampleTask.UNPAIRED
+    name: ClassVar[str] = "kto"
+
+    def _task(self) -> ExampleTask:
+        assert isinstance(self.config, KTOConfig)
+        return ExampleTask.UNPAIRED_WITH_KL if self.config.needs_kl else ExampleTask.UNPAIRED
+
+
+class CPOPipeline(SupervisedPipeline):
+    """Prefers chosen to rejected answers without a reference: CPO and SimPO (arXiv 2401.08417, 2405.14734)."""
+
+    config_class: ClassVar[type[RunConfig]] = CPOConfig
+    loss_class: ClassVar[type[Section]] = CPOLossConfig
+    task: ClassVar[ExampleTask] = ExampleTask.PAIRS
+    name: ClassVar[str] = "cpo"
+
+
+class ORPOPipeline(SupervisedPipeline):
+    """Learns chosen answers and the odds against rejected ones at once (Hong et al. 2024, arXiv 2403.07691)."""
+
+    config_class: ClassVar[type[RunConfig]] = ORPOConfig
+    loss_class: ClassVar[type[Section]] = ORPOLossConfig
+    task: ClassVar[ExampleTask] = ExampleTask.LIKELIHOOD_PAIRS
+    name: ClassVar[str] = "orpo"

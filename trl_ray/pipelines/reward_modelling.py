@@ -1,0 +1,30 @@
+"""Reward models: one number for an answer, or for each step of a solution."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from trl_ray.config.base import Section
+from trl_ray.config.reward_modelling import RewardLossConfig, StepLossConfig
+from trl_ray.config.run import RunConfig
+from trl_ray.config.supervised_runs import PRMConfig, RewardModelConfig
+from trl_ray.data.examples import ExampleTask
+from trl_ray.pipelines.supervised import SupervisedPipeline
+
+
+class RewardPipeline(SupervisedPipeline):
+    """Learns to rate chosen answers above rejected ones (Bradley and Terry 1952; arXiv 2203.02155)."""
+
+    config_class: ClassVar[type[RunConfig]] = RewardModelConfig
+    loss_class: ClassVar[type[Section]] = RewardLossConfig
+    task: ClassVar[ExampleTask] = ExampleTask.REWARD_PAIRS
+    name: ClassVar[str] = "reward"
+
+
+class PRMPipeline(SupervisedPipeline):
+    """Learns which steps of a solution are right (Lightman et al. 2023, arXiv 2305.20050)."""
+
+    config_class: ClassVar[type[RunConfig]] = PRMConfig
+    loss_class: ClassVar[type[Section]] = StepLossConfig
+    task: ClassVar[ExampleTask] = ExampleTask.STEPS
+    name: ClassVar[str] = "prm"
