@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -89,6 +91,23 @@ def comparable(run_dir: Path) -> list[dict[str, Any]]:
         {key: value for key, value in line.items() if not key.startswith(clock)}
         for line in lines(run_dir / "metrics.jsonl")
     ]
+
+
+def command(*arguments: str) -> subprocess.Popen[str]:
+    """The real command, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "trl_ray.cli.main", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for_steps(run: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Until a command has trained so many steps."""
+    end = time.monotonic() + 120
+    while len(lines(run / "metrics.jsonl")) < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "the run makes no steps"
+        time.sleep(0.05)
 
 
 class Disturbance:

@@ -2,15 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from runs import PROMPTS, assert_balanced, events, lines, values
+from runs import PROMPTS, assert_balanced, command, events, lines, values, wait_for_steps
 from tiny_models import build_tiny_model
 
 pytestmark = pytest.mark.integration
@@ -30,21 +28,6 @@ def config_file(folder: Path, model: str, **changes) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({**values(model, folder / "run", **changes), "dataset_name": str(data)}))
     return path
-
-
-def command(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "trl_ray.cli.main", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
-    end = time.monotonic() + 120
-    while len(lines(run / "metrics.jsonl")) < count:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "the run makes no steps"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 import yaml
 
+from refusals import assert_one_message, contents, refuse
 from tiny_models import MAX_POSITIONS, build_tiny_model, build_tokenizer, random_model
+from tiny_reward_models import build_reward_model
 from trl_ray.cli.main import main
 
 pytestmark = pytest.mark.integration
@@ -31,6 +33,9 @@ class Models:
     """Folders that exist but are not all fit to train."""
 
     good: str
+    judge: str
+    three_labels: str
+    silent_judge: str
     no_template: str
     no_weights: str
 
@@ -46,7 +51,7 @@ class Case:
     rows: Sequence[Mapping[str, Any]] | None = None
     """The dataset, when the mistake lies there."""
     arguments: Sequence[str] = ()
-    """Overrides on the command line."""
+    """Overrides on the command line, in which `{models.x}` and `{tmp}` stand for folders too."""
     command: str = "grpo"
 
 
@@ -59,7 +64,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     tokenizer.save_pretrained(no_template)
     random_model().save_pretrained(no_template)
     build_tokenizer().save_pretrained(no_weights)
-    return Models(good=build_tiny_model(base / "good"), no_template=str(no_template), no_weights=str(no_weights))
+    return Models(
+        good=build_tiny_model(base / "good"),
+        judge=build_reward_model(base / "judge"),
+        three_labels=build_reward_model(base / "three_labels", num_labels=3),
+        silent_judge=build_reward_model(base / "silent_judge", tokenizer=tokenizer),
+        no_template=str(no_template),
+        no_weights=str(no_weights),
+    )
 
 
 def write_config(folder: Path, models: Models, case: Case) -> Path:
@@ -89,33 +101,6 @@ def write_config(folder: Path, models: Models, case: Case) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
     return path
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every path below a folder with its bytes; None for folders."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-def assert_one_message(stderr: str, says: Sequence[str]) -> None:
-    assert stderr.startswith("trl-ray: "), f"stderr must hold the message alone, got:\n{stderr}"
-    assert stderr.count("trl-ray: ") == 1 and "Traceback" not in stderr, stderr
-    for text in says:
-        assert text in stderr, f"the message must say {text!r}, got:\n{stderr}"
-
-
-def refuse(arguments: Sequence[str], says: Sequence[str], *, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Run a command in this process and check that it does nothing but explain itself."""
-    before = contents(folder)
-    capsys.readouterr()
-    code = main(list(arguments))
-    shown = capsys.readouterr()
-    assert_one_message(shown.err, says)
-    assert code == 2, f"exit code must be 2, got {code}: {shown.err}"
-    assert shown.out == "", f"stdout must be empty, got {shown.out!r}"
-    assert contents(folder) == before
 
 
 LONG = [{"prompt": [{"role": "user", "content": "x" * (2 * MAX_POSITIONS)}], "answer": "1"}]
@@ -208,6 +193,47 @@ CASES = [
     Case(name="unknown reward module", changes={"reward_funcs": ["no.such:thing"]}, says=["no.such"]),
     Case(name="too many weights", changes={"reward_weights": [1.0, 2.0]}, says=["reward_weights", "2 weights"]),
     Case(name="one reward twice", changes={"reward_funcs": ["exact_answer"] * 2}, says=["exact_answer"]),
+    # Reward models
+    Case(
+        name="no such reward model",
+        changes={"reward_model_name_or_path": "{tmp}/nope"},
+        says=["reward model nope", "no such directory"],
+    ),
+    Case(
+        name="a reward model without a head",
+        changes={"reward_model_name_or_path": "{models.good}"},
+        says=["reward model good", "Qwen2ForCausalLM", "trl-ray reward"],
+    ),
+    Case(
+        name="a reward model of three labels",
+        changes={"reward_model_name_or_path": "{models.three_labels}"},
+        says=["reward model three_labels", "num_labels=1", "has 3"],
+    ),
+    Case(
+        name="a reward model of another kind",
+        arguments=["reward_models=[{{model_name_or_path: {models.judge}, kind: steps}}]"],
+        says=["reward model judge", "kind must be sequence"],
+    ),
+    Case(
+        name="a reward model without a chat template",
+        changes={"reward_model_name_or_path": "{models.silent_judge}"},
+        says=["reward model silent_judge", "chat template"],
+    ),
+    Case(
+        name="a reward model that reads more than it can",
+        arguments=["reward_models=[{{model_name_or_path: {models.judge}, max_length: 513}}]"],
+        says=["reward model judge", "512 positions"],
+    ),
+    Case(
+        name="an option that reward models do not have",
+        arguments=["reward_models=[{{model_name_or_path: {models.judge}, wieght: 2.0}}]"],
+        says=["reward_models.0.wieght", "'weight'"],
+    ),
+    Case(
+        name="a reward model named as a function",
+        arguments=["reward_models=[{{model_name_or_path: {models.judge}, name: exact_answer}}]"],
+        says=["'exact_answer' appears twice"],
+    ),
 ]
 
 
@@ -217,7 +243,8 @@ def test_a_wrong_configuration_is_refused_before_anything_starts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path, models, case)
-    refuse([case.command, "--config", str(config), *case.arguments], case.says, folder=tmp_path, capsys=capsys)
+    arguments = [argument.format(models=models, tmp=tmp_path) for argument in case.arguments]
+    refuse([case.command, "--config", str(config), *arguments], case.says, folder=tmp_path, capsys=capsys)
 
 
 @pytest.mark.parametrize("case", CASES[::12], ids=[case.name.replace(" ", "-") for case in CASES[::12]])
@@ -225,7 +252,8 @@ def test_a_dry_run_refuses_what_a_run_would_refuse(
     case: Case, models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_config(tmp_path, models, case)
-    arguments = ["grpo", "--config", str(config), "--dry-run", *case.arguments]
+    overrides = [argument.format(models=models, tmp=tmp_path) for argument in case.arguments]
+    arguments = ["grpo", "--config", str(config), "--dry-run", *overrides]
     refuse(arguments, case.says, folder=tmp_path, capsys=capsys)
 
 

@@ -16,6 +16,7 @@ from trl_ray.config.base import Section
 from trl_ray.config.run import RunConfig
 from trl_ray.config.supervised_runs import SupervisedRunConfig
 from trl_ray.data.examples import ExampleTask
+from trl_ray.errors import DataError
 from trl_ray.pipelines.example_feed import StreamPlace
 from trl_ray.pipelines.learner_crew import LearnerCrew, under_watch
 from trl_ray.pipelines.pipeline import Opening, Pipeline, Session, TrainOutput
@@ -47,12 +48,12 @@ class SupervisedSession(Session):
     async def run(self, stop: asyncio.Event) -> TrainOutput:
         """See `Session.run`."""
         plan, recorder, begin = self._plan, self.recorder, time.time()
+        accounts, stopping = self._progress()
         self._say_rows()
         sets = await self._references(stop)
         if not self._crew.is_started:
             await self._crew.start()
         recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
-        accounts, stopping = self._progress()
         walk = SupervisedWalk(
             plan=plan,
             crew=self._crew,
@@ -96,12 +97,25 @@ class SupervisedSession(Session):
         stopping, train = EarlyStopping.of(self._plan.config), self._plan.train
         if self._opening.checkpoint is not None:
             kept = json.loads((Path(self._opening.checkpoint) / PROGRESS).read_text(encoding="utf-8"))
+            self._check_rows(kept["examples"])
             stopping.load_state_dict(kept["stopping"])
             return Accounts.from_state(kept["accounts"]), stopping
         untrained: dict[str, int] = {}
         for reason in train.untrained.values() if train is not None else ():
             untrained[str(reason)] = untrained.get(str(reason), 0) + 1
         return Accounts(untrained=untrained), stopping
+
+    def _check_rows(self, before: int | None) -> None:
+        """In another dataset the steps to come would be other ones, with rows trained twice and rows left out."""
+        train = self._plan.train
+        now = None if train is None else len(train)
+        if now != before:
+            counts = ["a stream" if count is None else f"{count} examples" for count in (before, now)]
+            raise DataError(
+                f"A run must go on with the rows that it began with, they gave {counts[0]} then and {counts[1]} now. "
+                "Give the same rows, or begin a new run from the checkpoint: model_name_or_path="
+                f"{self._opening.checkpoint}."
+            )
 
     async def dismiss(self) -> None:
         """See `Session.dismiss`."""

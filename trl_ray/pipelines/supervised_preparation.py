@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -143,6 +143,7 @@ def prepare_supervised(
     _check_length(config, max_positions(model))
     if getattr(loss, "precompute_ref_log_probs", False):
         _check_cache_dir(config.ref_log_probs_cache_dir)
+    _check_stream(config, inputs.train_dataset)
     load = partial(load_examples, config, tokenizer, task=task)
     train = None if config.dataset_streaming else load(dataset=inputs.train_dataset)
     if train is not None:
@@ -181,6 +182,14 @@ def _check_length(config: SupervisedRunConfig, positions: int | None) -> None:
     if config.max_length is not None and positions is not None and config.max_length > positions:
         raise ConfigError(
             f"max_length must be at most the model's {positions} positions, got {config.max_length}. Lower it."
+        )
+
+
+def _check_stream(config: SupervisedRunConfig, dataset: object) -> None:
+    if not config.dataset_streaming and isinstance(dataset, Iterable) and not isinstance(dataset, Sized):
+        raise ConfigError(
+            f"dataset_streaming must be true for a dataset that does not say how long it is, got false with a "
+            f"{type(dataset).__name__}. Set dataset_streaming=true and max_steps, or pass a datasets.Dataset or a list."
         )
 
 

@@ -209,7 +209,12 @@ class SupervisedWalk:
         """Write a checkpoint of the last finished step."""
         step, begin = self.accounts.step, time.time()
         path = self._recorder.directory.checkpoint(step)
-        progress = {"accounts": self.accounts.state_dict(), "stopping": self._stopping.state_dict()}
+        train = self._plan.train
+        progress = {
+            "accounts": self.accounts.state_dict(),
+            "stopping": self._stopping.state_dict(),
+            "examples": None if train is None else len(train),
+        }
         ledger = self.accounts.snapshot().to_json()
         extra = {PROGRESS: json.dumps(progress).encode(), "ledger.json": json.dumps(ledger).encode()}
         await self._crew.ask("save", str(path.parent), step=step, extra=extra)
