@@ -1,21 +1,21 @@
 """The divergence of two language-model heads over the whole vocabulary, and its gradient, a tile at a time.
 
-    student hidden [C,H] · weight [T,H] --> z_S [C,T] --.
-    teacher hidden [C,H'] · weight [T,H'] -> z_T [C,T] --+--> sums over tiles [C] --> divergence, what backward needs [C]
+    student hidden [C,H] · weight [T,H] ---> z_S [C,T] --.
+    teacher hidden [C,H'] · weight [T,H'] -> z_T [C,T] --+--> sums [C] --> divergence, what the backward pass needs [C]
                                                          `--> gradient at z_S [C,T] --> student's hidden, weight, bias
 
-    beta = 0      KL(T || S) = E_T[z_T - z_S] - ln Z_T + ln Z_S      gradient p_S - p_T                        one pass
-    beta = 1      KL(S || T) = E_S[z_S - z_T] - ln Z_S + ln Z_T      gradient p_S (ln p_S - ln p_T - KL)       one pass
-    in between    beta KL(T || M) + (1 - beta) KL(S || M)            gradient (1 - beta) p_S (ln p_S - ln p_M - KL(S || M))
-                  M = (1 - beta) S + beta T; it takes both normalisers first, hence two passes
+    beta = 0     KL(T || S) = E_T[z_T - z_S] - ln Z_T + ln Z_S    gradient p_S - p_T                      one pass
+    beta = 1     KL(S || T) = E_S[z_S - z_T] - ln Z_S + ln Z_T    gradient p_S (ln p_S - ln p_T - KL)     one pass
+    in between   beta KL(T || M) + (1 - beta) KL(S || M)          gradient (1 - beta) p_S (ln p_S - ln p_M - KL(S || M))
+                 M = (1 - beta) S + beta T                        both normalisers come first: two passes
 
-Logits are in base 2, as in `logprobs_tiles`. Five [C,T] blocks live at once and serve all tiles. Small problems keep both
-sides' logits for the passes that follow; all others compute them again.
+Logits are in base 2, as in `logprobs_tiles`. Four or five [C,T] blocks live at once and serve all tiles. Small problems
+keep both sides' logits for the passes that follow; all others compute them again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from torch import Tensor
 from trl_ray.algorithms.head_gradients import GradientTotals, active_rows
 from trl_ray.algorithms.head_problem import FLOOR, LN2, HeadGradients, HeadProblem, tile_view
 from trl_ray.algorithms.logprobs_tiles import kept_tiles, left_rows, prepare, project, slope_of_cap
+
+_STUDENT, _TEACHER = 0, 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,8 +42,12 @@ class DivergenceProblem:
         return 0 < self.beta < 1
 
 
-KeptPair = tuple[Tensor, Tensor]
-"""Logits [C, T] of student and teacher in base 2."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TilePair:
+    """Logits [C, T] of both sides in base 2; none is below `FLOOR`."""
+
+    student: Tensor
+    teacher: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,7 +62,7 @@ class DivergenceResult:
     """[N]"""
     student_kl: Tensor
     """[N] nats, from the student to what it is compared with: teacher or mixture; not read where beta is 0."""
-    kept: dict[tuple[int, int], KeptPair]
+    kept: dict[tuple[int, int], TilePair] = field(default_factory=dict)
     """By token tile and vocabulary tile."""
 
 
@@ -70,12 +76,15 @@ def forward(problem: DivergenceProblem, *, keep: bool) -> DivergenceResult:
     tiles = _Tiles(problem, room=kept_tiles(problem.student, sides=2) if keep else 0)
     parts = [_fold(problem, tiles, row, rows) for row, rows in enumerate(problem.student.token_tiles())]
     empty = problem.student.hidden.new_zeros(0, dtype=problem.student.dtype)
-    columns = [torch.cat(values) for values in zip(*parts, strict=True)] if parts else [empty] * 4
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([empty, *(getattr(part, name) for part in parts)])
+
     return DivergenceResult(
-        divergence=columns[0],
-        student_total=columns[1],
-        teacher_total=columns[2],
-        student_kl=columns[3],
+        divergence=joined("divergence"),
+        student_total=joined("student_total"),
+        teacher_total=joined("teacher_total"),
+        student_kl=joined("student_kl"),
         kept=tiles.kept,
     )
 
@@ -104,16 +113,15 @@ def backward(
         totals.begin(chosen, hidden.to(student.dtype) * factors[:, None], factors)
         tiles.begin(row, rows, chosen)
         for column, columns in enumerate(student.vocab_tiles()):
-            z_student, z_teacher = tiles.logits(column, columns)
+            pair = tiles.logits(column, columns)
             curve = None
             if slopes is not None:
-                curve = slope_of_cap(student, z_student, None, out=tile_view(slopes, hidden, columns))
+                curve = slope_of_cap(student, pair.student, None, out=tile_view(slopes, hidden, columns))
             grad = _gradient(
                 problem,
-                tiles.less(z_student, found.student_total[chosen], tiles.student),
-                tiles.less(z_teacher, found.teacher_total[chosen], tiles.teacher),
+                tiles.log_probabilities(pair, found.student_total[chosen], found.teacher_total[chosen]),
                 found.student_kl[chosen],
-                scratch=(tiles.room(0, z_student), tiles.room(1, z_student)),
+                scratch=(tiles.room(0, pair.student), tiles.room(1, pair.student)),
             )
             totals.add(grad if curve is None else grad.mul_(curve), columns)
         totals.end()
@@ -124,12 +132,12 @@ class _Tiles:
     """Logits of both sides, tile by tile: those that were kept, or computed into blocks that all tiles share."""
 
     def __init__(
-        self, problem: DivergenceProblem, *, room: int, kept: dict[tuple[int, int], KeptPair] | None = None
+        self, problem: DivergenceProblem, *, room: int, kept: dict[tuple[int, int], TilePair] | None = None
     ) -> None:
         self._problem, self._room = problem, room
-        self.kept: dict[tuple[int, int], KeptPair] = {} if kept is None else kept
+        self.kept: dict[tuple[int, int], TilePair] = {} if kept is None else kept
         self._uses_up = kept is not None
-        self.student, self.teacher = problem.student.buffer(), problem.student.buffer()
+        self._student, self._teacher = problem.student.buffer(), problem.student.buffer()
         self._scratch = [problem.student.buffer() for _ in range(3 if problem.is_mixed else 2)]
 
     def begin(self, row: int, rows: slice, chosen: slice | Tensor) -> None:
@@ -138,71 +146,77 @@ class _Tiles:
         problem = self._problem
         self._prepared = [prepare(side, side.hidden[chosen]) for side in (problem.student, problem.teacher)]
 
-    def logits(self, column: int, columns: slice) -> KeptPair:
-        """Logits [C, T] of both sides in base 2, not to be written into: none is below `FLOOR`."""
+    def logits(self, column: int, columns: slice) -> TilePair:
+        """Logits of one vocabulary tile, which must not be written into."""
         place = (self._row, column)
         left = self.kept.pop(place, None) if self._uses_up else self.kept.get(place)
         if left is not None:
-            z_student, z_teacher = (left_rows(z, self._rows, self._chosen) for z in left)
-            return z_student, z_teacher
+            return TilePair(
+                student=left_rows(left.student, self._rows, self._chosen),
+                teacher=left_rows(left.teacher, self._rows, self._chosen),
+            )
         is_kept = not self._uses_up and len(self.kept) < self._room
         problem = self._problem
-        sides = ((problem.student, self.student), (problem.teacher, self.teacher))
-        found = []
-        for prepared, (side, shared) in zip(self._prepared, sides, strict=True):
-            out = tile_view(side.buffer() if is_kept else shared, prepared, columns)
-            found.append(project(side, prepared, columns, out=out).clamp_min_(FLOOR))
-        pair = (found[0], found[1])
+        pair = TilePair(
+            student=self._projected(problem.student, columns, self._prepared[0], None if is_kept else self._student),
+            teacher=self._projected(problem.teacher, columns, self._prepared[1], None if is_kept else self._teacher),
+        )
         if is_kept:
             self.kept[place] = pair
         return pair
 
-    def less(self, z: Tensor, shift: Tensor, shared: Tensor) -> Tensor:
-        """Logits [C, T] less [C], in the block of their side, where they may have been before."""
-        return torch.sub(z, shift[:, None], out=shared[: z.numel()].view(z.shape))
+    def log_probabilities(self, pair: TilePair, student_total: Tensor, teacher_total: Tensor) -> TilePair:
+        """Logits less the totals [C], to be written into; logits that were not kept are gone."""
+        shared = (self._student, self._teacher)
+        student, teacher = (block[: pair.student.numel()].view(pair.student.shape) for block in shared)
+        torch.sub(pair.student, student_total[:, None], out=student)
+        torch.sub(pair.teacher, teacher_total[:, None], out=teacher)
+        return TilePair(student=student, teacher=teacher)
+
+    def _projected(self, side: HeadProblem, columns: slice, prepared: Tensor, block: Tensor | None) -> Tensor:
+        out = tile_view(side.buffer() if block is None else block, prepared, columns)
+        return project(side, prepared, columns, out=out).clamp_min_(FLOOR)
 
     def room(self, which: int, like: Tensor) -> Tensor:
         """A block of its own, as large as a tile."""
         return self._scratch[which][: like.numel()].view(like.shape)
 
 
-def _fold(
-    problem: DivergenceProblem, tiles: _Tiles, row: int, rows: slice
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Divergences, both sides' log2 totals and the student's KL [C] of one token tile."""
+def _fold(problem: DivergenceProblem, tiles: _Tiles, row: int, rows: slice) -> DivergenceResult:
+    """What is found for one token tile."""
     tiles.begin(row, rows, rows)
-    by_student = problem.beta == 1
     sums = _Sums(problem, rows)
     for column, columns in enumerate(problem.student.vocab_tiles()):
-        z_student, z_teacher = tiles.logits(column, columns)
-        first, second = (z_student, z_teacher) if by_student else (z_teacher, z_student)
-        sums.fold(first, second, tiles)
-    of_first, of_second = sums.totals()
-    student, teacher = (of_first, of_second) if by_student else (of_second, of_first)
+        sums.fold(tiles.logits(column, columns), tiles)
+    student, teacher = sums.total(_STUDENT), sums.total(_TEACHER)
     if not problem.is_mixed:
         divergence = sums.divergence()
-        return divergence, student, teacher, divergence
-    of_teacher, of_student = torch.zeros_like(student), torch.zeros_like(student)
+        return DivergenceResult(
+            divergence=divergence, student_total=student, teacher_total=teacher, student_kl=divergence
+        )
+    student_kl, teacher_kl = torch.zeros_like(student), torch.zeros_like(student)
     for column, columns in enumerate(problem.student.vocab_tiles()):
-        z_student, z_teacher = tiles.logits(column, columns)
-        log_student = tiles.less(z_student, student, tiles.student)
-        log_teacher = tiles.less(z_teacher, teacher, tiles.teacher)
-        p_student, p_teacher, log_mixture = (tiles.room(which, z_student) for which in range(3))
-        torch.exp2(log_student, out=p_student)
-        torch.exp2(log_teacher, out=p_teacher)
+        logs = tiles.log_probabilities(tiles.logits(column, columns), student, teacher)
+        p_student, p_teacher, log_mixture = (tiles.room(which, logs.student) for which in range(3))
+        torch.exp2(logs.student, out=p_student)
+        torch.exp2(logs.teacher, out=p_teacher)
         torch.mul(p_student, 1 - problem.beta, out=log_mixture).add_(p_teacher, alpha=problem.beta)
         _log2(log_mixture)
-        of_student.add_(p_student.mul_(log_student.sub_(log_mixture)).sum(dim=-1), alpha=LN2)
-        of_teacher.add_(p_teacher.mul_(log_teacher.sub_(log_mixture)).sum(dim=-1), alpha=LN2)
-    divergence = problem.beta * of_teacher + (1 - problem.beta) * of_student
-    return divergence, student, teacher, of_student
+        student_kl.add_(p_student.mul_(logs.student.sub_(log_mixture)).sum(dim=-1), alpha=LN2)
+        teacher_kl.add_(p_teacher.mul_(logs.teacher.sub_(log_mixture)).sum(dim=-1), alpha=LN2)
+    return DivergenceResult(
+        divergence=problem.beta * teacher_kl + (1 - problem.beta) * student_kl,
+        student_total=student,
+        teacher_total=teacher,
+        student_kl=student_kl,
+    )
 
 
 class _Sums:
-    """Running sums of C tokens, each side's relative to its largest logit so far.
+    """Running sums of C tokens over vocabulary tiles, each side's relative to its largest logit so far.
 
-    Of the exponentials of both sides, and of the first side's exponentials times how far its logits are above the
-    other's, unless the divergence is that from a mixture.
+    Of the exponentials of both sides; and, unless the divergence is that from a mixture, of one side's exponentials
+    times how far its logits are above the other's.
     """
 
     def __init__(self, problem: DivergenceProblem, rows: slice) -> None:
@@ -212,38 +226,36 @@ class _Sums:
             return torch.full_like(like, value, dtype=problem.student.dtype)
 
         self._peaks, self._exponentials = [filled(FLOOR), filled(FLOOR)], [filled(0.0), filled(0.0)]
+        self._above = _STUDENT if problem.beta == 1 else _TEACHER
         self._gap = None if problem.is_mixed else filled(0.0)
 
-    def fold(self, first: Tensor, second: Tensor, tiles: _Tiles) -> None:
-        """Take in the logits [C, T] of one vocabulary tile."""
-        for side, z in ((1, second), (0, first)):
+    def fold(self, pair: TilePair, tiles: _Tiles) -> None:
+        """Take in the logits of one vocabulary tile."""
+        logits = (pair.student, pair.teacher)
+        for side, z in enumerate(logits):
             peak = torch.maximum(self._peaks[side], z.amax(dim=-1))
             rescale = (self._peaks[side] - peak).exp2()
             powers = torch.sub(z, peak[:, None], out=tiles.room(0, z)).exp2_()
             self._exponentials[side].mul_(rescale).add_(powers.sum(dim=-1))
             self._peaks[side] = peak
-        if self._gap is not None:
-            gaps = torch.sub(first, second, out=tiles.room(1, first))
-            self._gap.mul_(rescale).add_(gaps.mul_(powers).sum(dim=-1))
+            if self._gap is not None and side == self._above:
+                gaps = torch.sub(z, logits[1 - side], out=tiles.room(1, z))
+                self._gap.mul_(rescale).add_(gaps.mul_(powers).sum(dim=-1))
 
-    def totals(self) -> tuple[Tensor, Tensor]:
-        """[C] each, log2 of the sum of all exponentials."""
-        first, second = (
-            peak + total.log2() for peak, total in zip(self._peaks, self._exponentials, strict=True)
-        )
-        return first, second
+    def total(self, side: int) -> Tensor:
+        """[C] log2 of the sum of all exponentials."""
+        return self._peaks[side] + self._exponentials[side].log2()
 
     def divergence(self) -> Tensor:
-        """[C] nats, KL(first || second)."""
+        """[C] nats."""
         assert self._gap is not None, "a mixture takes another pass"
-        first, second = self.totals()
-        return (self._gap / self._exponentials[0] - first + second).mul_(LN2)
+        above, other = self._above, 1 - self._above
+        return (self._gap / self._exponentials[above] - self.total(above) + self.total(other)).mul_(LN2)
 
 
 def _gradient(
     problem: DivergenceProblem,
-    log_student: Tensor,
-    log_teacher: Tensor,
+    logs: TilePair,
     student_kl: Tensor,
     *,
     scratch: tuple[Tensor, Tensor],
@@ -252,18 +264,17 @@ def _gradient(
 
     Args:
         problem: says which divergence.
-        log_student: [C, T] log2 of probabilities; overwritten.
-        log_teacher: [C, T] the same.
+        logs: [C, T] log2 of both sides' probabilities; overwritten.
         student_kl: [C] nats.
         scratch: two times [C, T] room.
     """
     if problem.beta == 0:
-        return log_student.exp2_().sub_(log_teacher.exp2_())
-    p_student, other = torch.exp2(log_student, out=scratch[0]), log_teacher
+        return logs.student.exp2_().sub_(logs.teacher.exp2_())
+    p_student, other = torch.exp2(logs.student, out=scratch[0]), logs.teacher
     if problem.is_mixed:
-        other = torch.exp2(log_teacher, out=scratch[1]).mul_(problem.beta).add_(p_student, alpha=1 - problem.beta)
+        other = torch.exp2(logs.teacher, out=scratch[1]).mul_(problem.beta).add_(p_student, alpha=1 - problem.beta)
         _log2(other)
-    return log_student.sub_(other).mul_(LN2).sub_(student_kl[:, None]).mul_(p_student)
+    return logs.student.sub_(other).mul_(LN2).sub_(student_kl[:, None]).mul_(p_student)
 
 
 def _log2(probabilities: Tensor) -> None:

@@ -1,8 +1,10 @@
 """The options of distillation's losses and of its teachers, under the names that TRL has given them.
 
-DivergenceConfig   how far the student is from the teacher, and on which tokens of the vocabulary
-SDPOLossConfig     the blend of policy and self-distillation, reprompts, diagnostics
-TeacherConfig      nested, ours: who the teacher is and where it runs
+DivergenceConfig         how far the student is from the teacher, and on which tokens of the vocabulary
+DistillationLossConfig   the same, or the importance-weighted objective, and the share of cross-entropy
+SDPOLossConfig           the blend of policy and self-distillation, diagnostics
+TeacherConfig            nested, ours: where teachers run
+TeacherServerConfig      nested, ours: one that is asked over HTTP
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ class Support(enum.StrEnum):
     """The student's K most probable ones."""
     UNION = "union"
     """Both, each token once."""
+    REALISED = "realised"
+    """The completion's own token, beside the teacher's K most probable ones unless beta is 1: what a server that
+    answers with its K most probable tokens knows for certain."""
     SAMPLED = "sampled"
-    """The token that was sampled, alone: the score-function form of the reverse KL."""
+    """The completion's own token, alone: the score-function form of the reverse KL."""
 
 
 class DivergenceConfig(Section):
@@ -41,9 +46,33 @@ class DivergenceConfig(Section):
     """Both sides' logits are divided by it."""
     support: Annotated[Support, FROM_STRING] = Support.TEACHER
     top_k: Positive = 20
-    """Tokens of the support on each side."""
+    """Tokens of the support on each side; full, sampled and realised with beta=1 take none."""
     add_tail: bool = True
     """One more outcome for all the mass that the support leaves out; else both sides are normalised over it."""
+
+    @property
+    def teacher_top_k(self) -> int:
+        """How many of its most probable tokens the teacher must name; 0: none."""
+        if self.support in (Support.TEACHER, Support.UNION):
+            return self.top_k
+        return self.top_k if self.support is Support.REALISED and self.beta < 1 else 0
+
+    @property
+    def student_top_k(self) -> int:
+        """How many of the student's most probable tokens the teacher must score; 0: none."""
+        return self.top_k if self.support in (Support.STUDENT, Support.UNION) else 0
+
+    @model_validator(mode="after")
+    def _check_width(self) -> Self:
+        lone = self.top_k == 1 and self.support in (Support.TEACHER, Support.STUDENT)
+        lone = lone or (self.support is Support.REALISED and self.beta == 1)
+        if lone and not self.add_tail:
+            raise ValueError(
+                f"add_tail must be true with support={self.support.value}, top_k={self.top_k} and beta={self.beta}, "
+                "got false: normalised over one token, student and teacher never differ. Set add_tail=true, or a "
+                "larger support."
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_sampled(self) -> Self:
@@ -51,6 +80,47 @@ class DivergenceConfig(Section):
             raise ValueError(
                 f"beta must be 1 with support=sampled, got {self.beta}: one sampled token estimates the reverse KL "
                 "only. Set beta=1, or another support."
+            )
+        return self
+
+
+class DistillationObjective(enum.StrEnum):
+    """What a token loses; the values are TRL's."""
+
+    JSD = "jsd"
+    """The divergence."""
+    IW_OPD = "iw_opd"
+    """Importance-weighted on-policy distillation: a policy gradient whose advantage is the teacher's log-prob above the
+    sampler's, weighted more the earlier in the completion it stands."""
+
+
+class DistillationLossConfig(DivergenceConfig):
+    """The loss of distillation; `trl_ray.algorithms.distillation` has the formulas."""
+
+    distillation_objective: Annotated[DistillationObjective, FROM_STRING] = DistillationObjective.JSD
+    iw_opd_gamma: Annotated[float, Field(ge=0)] = 0.5
+    """How much more the first token weighs than the last; iw_opd only."""
+    iw_opd_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Least sum of absolute advantages of a completion, by which they are divided, in nats; iw_opd only."""
+    cross_entropy_weight: Fraction = 0.0
+    """Where a completion comes from the dataset, tokens lose (1 - weight) divergence - weight log-prob."""
+
+    @property
+    def teacher_top_k(self) -> int:
+        """As without the objective; iw_opd asks for the completions' own tokens alone."""
+        return 0 if self.distillation_objective is DistillationObjective.IW_OPD else super().teacher_top_k
+
+    @property
+    def student_top_k(self) -> int:
+        """As without the objective; iw_opd asks for the completions' own tokens alone."""
+        return 0 if self.distillation_objective is DistillationObjective.IW_OPD else super().student_top_k
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Self:
+        if self.distillation_objective is DistillationObjective.IW_OPD and self.beta != 1:
+            raise ValueError(
+                f"beta must be 1 with distillation_objective=iw_opd, got {self.beta}: it estimates the reverse KL "
+                "only. Remove one of the two."
             )
         return self
 
@@ -118,7 +188,7 @@ class RepromptConfig(Section):
         for name, values in wanted.items():
             try:
                 getattr(self, name).format(**values)
-            except (KeyError, IndexError, ValueError) as error:
+            except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
                 raise ValueError(
                     f"{name} must have no other fields than {', '.join('{' + key + '}' for key in values)}, got "
                     f"{getattr(self, name)!r} ({error}). Write braces of the text twice."
@@ -163,6 +233,11 @@ class SDPOLossConfig(Section):
                 "distillation_topk must be set with distillation_mode=topk_logits and left out otherwise, got "
                 f"{self.distillation_topk} and {mode.value}. Change one of the two."
             )
+        if self.distillation_topk == 1 and not self.distillation_add_tail:
+            raise ValueError(
+                "distillation_add_tail must be true with distillation_topk=1, got false: normalised over one token, "
+                "student and teacher never differ. Set it to true, or distillation_topk to 2 or more."
+            )
         if self.distillation_add_tail and mode is not DistillationMode.TOPK_LOGITS:
             raise ValueError(
                 f"distillation_add_tail must be false with distillation_mode={mode.value}, got true: only topk_logits "
@@ -202,3 +277,42 @@ class TeacherConfig(Section):
     """For one request, at the teacher and on the way."""
     max_attempts: Positive = 3
     """Times a request is sent before its group is dropped."""
+
+
+class TeacherProtocol(enum.StrEnum):
+    """What a teacher's server speaks."""
+
+    TRL_RAY = "trl_ray"
+    """``trl-ray teacher-serve``."""
+    VLLM = "vllm"
+    """vLLM's OpenAI server: ``/v1/completions`` with ``prompt_logprobs``."""
+    TRL = "trl"
+    """TRL v1.1's ``/get_sequence_logprobs/``."""
+
+
+class TeacherServerConfig(Section):
+    """A teacher behind HTTP; `TeacherConfig` says how long and how often it is asked."""
+
+    url: str
+    """Scheme, host, port and, where there is one, a path in front: ``http://10.0.0.5:8000``."""
+    protocol: Annotated[TeacherProtocol, FROM_STRING] = TeacherProtocol.TRL_RAY
+    model: str | None = None
+    """The name under which a vLLM server serves it."""
+    token_variable: str | None = None
+    """Environment variable with the server's token; the token itself stands in no file."""
+    chunk_size: Positive = 8
+    """Completions of one HTTP request."""
+    max_tokens_per_request: Positive = 32768
+    """Prompts and completions of one HTTP request, unless one alone has more."""
+    max_concurrent_requests: Positive = 4
+    retry_delay_s: Seconds = 0.5
+    """Before the second attempt; doubled before each further one, up to 10 s."""
+
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        if (self.protocol is TeacherProtocol.VLLM) != (self.model is not None):
+            raise ValueError(
+                f"model must be set with protocol=vllm and left out otherwise, got {self.model} and "
+                f"{self.protocol.value}. Change one of the two."
+            )
+        return self

@@ -10,17 +10,20 @@ import torch
 from trl_ray.algorithms.head_problem import ExtraOutputs, LogitTransform
 from trl_ray.algorithms.logprobs import HeadBackend, token_logprobs
 
-Case = tuple[int | None, bool, LogitTransform, tuple[float, float], torch.dtype]
+Case = tuple[int | None, bool, LogitTransform, tuple[float, float, float], torch.dtype]
 CASES: list[Case] = [
-    # chunk, bias, transform, weights of the two gradients, dtype
-    (16, False, LogitTransform(), (1.0, 0.0), torch.float32),
-    (5, True, LogitTransform(), (0.0, 1.0), torch.float32),
-    (7, True, LogitTransform(scale=0.5), (0.7, -0.3), torch.float32),
-    (16, False, LogitTransform(scale=1.5, softcap=2.0), (0.7, -0.3), torch.float32),
-    (5, True, LogitTransform(softcap=3.0), (1.0, 0.0), torch.float32),
-    (None, True, LogitTransform(), (0.7, -0.3), torch.float32),
-    (16, False, LogitTransform(), (0.7, -0.3), torch.bfloat16),
-    (None, True, LogitTransform(softcap=3.0), (0.7, -0.3), torch.bfloat16),
+    # chunk, bias, transform, weights of the three gradients, dtype; the third is that of further tokens
+    (16, False, LogitTransform(), (1.0, 0.0, 0.0), torch.float32),
+    (5, True, LogitTransform(), (0.0, 1.0, 0.0), torch.float32),
+    (7, True, LogitTransform(scale=0.5), (0.7, -0.3, 0.0), torch.float32),
+    (16, False, LogitTransform(scale=1.5, softcap=2.0), (0.7, -0.3, 0.0), torch.float32),
+    (5, True, LogitTransform(softcap=3.0), (1.0, 0.0, 0.0), torch.float32),
+    (None, True, LogitTransform(), (0.7, -0.3, 0.0), torch.float32),
+    (16, False, LogitTransform(), (0.7, -0.3, 0.0), torch.bfloat16),
+    (None, True, LogitTransform(softcap=3.0), (0.7, -0.3, 0.0), torch.bfloat16),
+    (5, True, LogitTransform(), (0.0, 0.0, 1.0), torch.float32),
+    (7, True, LogitTransform(scale=1.5, softcap=2.0), (0.7, -0.3, 0.5), torch.float32),
+    (16, False, LogitTransform(), (0.7, 0.0, 0.5), torch.bfloat16),
 ]
 
 
@@ -33,6 +36,8 @@ def outputs(backend: HeadBackend, case: Case, vocab: int) -> list[torch.Tensor]:
     targets = torch.randint(1, vocab, (3,))
     upstream = torch.randn(2, 3)
     upstream[:, 1] = 0.0  # a token without a gradient
+    support = torch.randint(1, vocab, (3, 4))
+    support[:, 1], support[:, 2] = targets, support[:, 0]
     bias = None
     if with_bias:
         ruled_out = torch.zeros(vocab, dtype=dtype)
@@ -42,15 +47,19 @@ def outputs(backend: HeadBackend, case: Case, vocab: int) -> list[torch.Tensor]:
         leaves[0],
         leaves[1],
         targets,
+        support=support if weights[2] else None,
         bias=bias,
         temperature=0.8,
         chunk_size=chunk,
         transform=transform,
-        extras=ExtraOutputs(sum_squared_probs=True, top1=True, top_k=3),
+        extras=ExtraOutputs(sum_squared_probs=True, top1=True, top_k=3, top_gradient=weights[2] != 0),
         backend=backend,
     )
     total = weights[0] * (upstream[0] * scores.logprobs).sum() + weights[1] * (upstream[1] * scores.entropy).sum()
-    extras = [scores.sum_squared_probs, scores.top1, scores.top_ids, scores.top_logprobs]
+    if scores.support_logprobs is not None and scores.top_logprobs is not None:
+        further = torch.cat((scores.support_logprobs, scores.top_logprobs), dim=1)
+        total = total + weights[2] * (upstream[0][:, None] * further / torch.arange(1, 8)).sum()
+    extras = [scores.support_logprobs, scores.sum_squared_probs, scores.top1, scores.top_ids, scores.top_logprobs]
     return [scores.logprobs, scores.entropy, *extras, *torch.autograd.grad(total, leaves)]
 
 
