@@ -5,7 +5,8 @@ PYTHON      ?= $(shell command -v python3.11 || command -v python3)
 VENV        ?= .venv
 ACCELERATOR ?= auto
 MODEL       ?= models/SmolLM2-135M-Instruct
-CONFIG      ?= configs/async-grpo/quickstart.yaml
+PIPELINE    ?= async-grpo
+CONFIG      ?= configs/$(PIPELINE)/quickstart.yaml
 OUTPUT      ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # More overrides for the quickstart: make quickstart ARGS="seed=1 max_steps=8"
 ARGS        ?=
@@ -18,7 +19,7 @@ SOURCE := $(wildcard trl_ray tests tools examples benchmarks)
 .PHONY: help quickstart environment environment-dev test check lint types unit bench clean
 
 help:
-	@echo "make quickstart   set up, fetch a small model, train it by asynchronous GRPO"
+	@echo "make quickstart   set up, fetch a small model, train it by asynchronous GRPO; PIPELINE=sft and so on for others"
 	@echo "make test         set up, lint, types, the whole test suite"
 	@echo "make check        lint, types, unit tests"
 	@echo "make unit         unit tests"
@@ -28,7 +29,7 @@ help:
 quickstart: environment
 	@$(RUN) -c 'import pathlib, sys; sys.exit(not pathlib.Path("$(MODEL)", "generation_config.json").is_file())' \
 	    || $(RUN) examples/fetch_smollm2.py $(MODEL)
-	$(VENV)/bin/trl-ray async-grpo --config $(CONFIG) model_name_or_path=$(MODEL) output_dir=$(OUTPUT) $(ARGS)
+	$(VENV)/bin/trl-ray $(PIPELINE) --config $(CONFIG) model_name_or_path=$(MODEL) output_dir=$(OUTPUT) $(ARGS)
 
 environment:
 	@$(SETUP) --extras quickstart

@@ -92,6 +92,39 @@ def test_a_python_example_trains_with_a_reward_function_of_its_own(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("example", "figure"),
+    [
+        ("sft.py", "held-out loss"),
+        ("dpo.py", "held-out accuracy"),
+        ("kto.py", "held-out loss"),
+        ("reward_model.py", "held-out accuracy"),
+        ("prm.py", "held-out accuracy"),
+    ],
+)
+def test_a_python_example_trains_on_rows_of_its_own(
+    example: str, figure: str, tiny: str, tmp_path: Path, short_folder: str
+) -> None:
+    command = [sys.executable, str(EXAMPLES / example), "--model", tiny, "--steps", "2", "--output-dir", "run"]
+    output = run(command, folder=tmp_path, environment={"RAY_TMPDIR": short_folder}, timeout_s=400)
+    assert re.search(rf"^2 steps, {figure} \d+\.\d{{3}}, report in \S*run$", output, re.MULTILINE)
+    assert_balanced_run(tmp_path / "run", steps=2)
+
+
+def test_the_chain_hands_checkpoints_from_sft_to_a_reward_model_and_both_to_grpo(tiny: str, tmp_path: Path) -> None:
+    script = str(EXAMPLES / "chain_sft_reward_grpo.py")
+    command = [sys.executable, script, "--tiny", "--model", tiny, "--steps", "4", "--output-dir", "chain"]
+    output = run(command, folder=tmp_path, environment={}, timeout_s=300)
+    assert re.search(r"^GRPO: mean reward -?\d+\.\d{3}", output, re.MULTILINE)
+    for part in ("sft", "reward", "grpo"):
+        assert_balanced_run(tmp_path / "chain" / part, steps=4)
+    started = {part: (tmp_path / "chain" / part / "config.yaml").read_text() for part in ("reward", "grpo")}
+    assert all("chain/sft/checkpoints/step-4" in text for text in started.values())
+    assert "chain/reward/checkpoints/step-4" in started["grpo"]
+    assert "reward/short_answers/mean" in (tmp_path / "chain" / "grpo" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
 def test_the_cluster_job_trains_and_stops_the_cluster_it_started(tiny: str, tmp_path: Path, short_folder: str) -> None:
     run(
         [

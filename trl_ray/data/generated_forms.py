@@ -42,6 +42,8 @@ class WrongAnswer(enum.StrEnum):
     """The right answer to another item; where that has the same, and for single items, as with `near`."""
     NEAR = "near"
     """The right answer and a little more or less; only for numbers."""
+    LONGER = "longer"
+    """The right answer with one digit too many, which is easy to see; only for numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,7 @@ def form_row(item: GeneratedItem, form: RowForm, *, wrong: WrongAnswer, items: S
     """
     prompt = list(item.prompt)
     if form is RowForm.STEPS:
-        return {"prompt": prompt, **_steps(item)}
+        return {"prompt": prompt, **_steps(item, wrong)}
     right = item.item["answer"]
     if right is None:
         raise DataError(
@@ -102,10 +104,10 @@ def wrong_answer(item: GeneratedItem, kind: WrongAnswer, items: Sequence[Any]) -
     if not re.fullmatch(r"-?\d+", right):
         raise DataError(
             f"A wrong answer to item {item.number} of {item.name} must be found, and none is: {right!r} is no whole "
-            f"number, and {'it is not looked for' if kind is WrongAnswer.NEAR else 'not found'} among the answers of "
+            f"number, and {'not found' if kind is WrongAnswer.OTHER else 'it is not looked for'} among the answers of "
             "others. Set wrong=other and a greater size."
         )
-    return str(_beside(int(right), draw))
+    return str(_wrong_number(int(right), kind, draw))
 
 
 def _same(first: str, second: str) -> bool:
@@ -117,12 +119,14 @@ def _same(first: str, second: str) -> bool:
         return False
 
 
-def _beside(number: int, draw: random.Random) -> int:
-    """A number of about the same size."""
+def _wrong_number(number: int, kind: WrongAnswer, draw: random.Random) -> int:
+    """A number with a digit too many, or one of about the same size."""
+    if kind is WrongAnswer.LONGER:
+        return int(f"{number}{draw.randint(1, 9)}")
     return number + draw.choice([-1, 1]) * draw.randint(1, max(9, abs(number) // 10))
 
 
-def _steps(item: GeneratedItem) -> dict[str, Any]:
+def _steps(item: GeneratedItem, wrong: WrongAnswer) -> dict[str, Any]:
     """Running totals as steps; where one is wrong, so are all after it, which go on from it."""
     expression = str(item.item["metadata"].get("expression", ""))
     found = _CHAIN.fullmatch(expression)
@@ -138,7 +142,7 @@ def _steps(item: GeneratedItem) -> dict[str, Any]:
     for place, (sign, number) in enumerate(terms):
         after = total + number if sign == "+" else total - number
         if place == slip:
-            after = _beside(after, draw)
+            after = _wrong_number(after, wrong, draw)
         steps.append(f"{total} {sign} {number} = {after}")
         total = after
     return {"completions": steps, "labels": [place < slip for place in range(len(terms))]}

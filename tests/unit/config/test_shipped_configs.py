@@ -9,10 +9,34 @@ import pytest
 from trl_ray.config.base import Section
 from trl_ray.config.grpo import AsyncGRPOConfig, GRPOConfig, RLOOConfig
 from trl_ray.config.load import build, dump_yaml, load_config, parse_yaml
+from trl_ray.config.supervised_runs import (
+    CPOConfig,
+    DPOConfig,
+    KTOConfig,
+    ORPOConfig,
+    PRMConfig,
+    RewardModelConfig,
+    SFTConfig,
+    SupervisedRunConfig,
+)
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "configs").rglob("*.y*ml"))
-CONFIGS: dict[str, type[Section]] = {"grpo": GRPOConfig, "rloo": RLOOConfig, "async-grpo": AsyncGRPOConfig}
+SUPERVISED: dict[str, type[SupervisedRunConfig]] = {
+    "sft": SFTConfig,
+    "dpo": DPOConfig,
+    "kto": KTOConfig,
+    "cpo": CPOConfig,
+    "orpo": ORPOConfig,
+    "reward": RewardModelConfig,
+    "prm": PRMConfig,
+}
+CONFIGS: dict[str, type[Section]] = {
+    "grpo": GRPOConfig,
+    "rloo": RLOOConfig,
+    "async-grpo": AsyncGRPOConfig,
+    **SUPERVISED,
+}
 
 
 def load_shipped(path: Path) -> Section:
@@ -54,3 +78,14 @@ def test_the_quickstart_of_rloo_takes_as_many_completions_of_the_same_prompts_as
     shared = ("completions_per_step", "dataset_kwargs", "reward_funcs", "max_steps", "learning_rate", "rollout", "seed")
     assert [getattr(rloo, name) for name in shared] == [getattr(grpo, name) for name in shared]
     assert (rloo.groups_per_step, rloo.num_generations) == (16, 4)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("pipeline", SUPERVISED)
+@pytest.mark.parametrize("name", ["quickstart", "tiny"])
+def test_every_supervised_config_shows_what_was_learnt_on_rows_of_its_own_form(pipeline: str, name: str) -> None:
+    config = load_config(SUPERVISED[pipeline], ROOT / "configs" / pipeline / f"{name}.yaml")
+    forms = {"sft": "completions", "kto": "ratings", "prm": "steps"}
+    assert config.dataset_kwargs["form"] == forms.get(pipeline, "preferences")
+    # Each row once at most, and few enough held-out ones that looking at them twice costs less than training.
+    assert config.max_steps * config.examples_per_step <= config.dataset_kwargs["size"]
+    assert config.eval_steps > 0 and 2 * config.dataset_kwargs["held_out_size"] <= config.dataset_kwargs["size"]

@@ -136,7 +136,7 @@ def test_forms_are_the_same_for_the_same_seed_and_held_out_ones_are_others(form)
     ("name", "options", "message"),
     [
         (NAME, {"form": "preference"}, "form of .* must be one of prompts, .*Did you mean preferences"),
-        (NAME, {"form": "ratings", "wrong": "far"}, "wrong of .* must be one of other, near, got 'far'"),
+        (NAME, {"form": "ratings", "wrong": "far"}, "wrong of .* must be one of other, near, longer, got 'far'"),
         ("reasoning_gym/letter_counting", {"form": "steps"}, "form=steps needs sums and differences"),
         (
             "reasoning_gym/spell_backward",
@@ -148,3 +148,14 @@ def test_forms_are_the_same_for_the_same_seed_and_held_out_ones_are_others(form)
 def test_a_form_that_a_task_does_not_have_is_refused(name, options, message):
     with pytest.raises(DataError, match=message):
         generate(name, {"size": 3, **options}, seed=1, held_out=False)
+
+
+def test_an_answer_that_is_longer_has_one_digit_too_many_and_so_has_a_wrong_step():
+    pairs = generate(NAME, {**SMALL, "form": "preferences", "wrong": "longer"}, seed=1, held_out=False)
+    for row in pairs:
+        right, wrong = row["chosen"][0]["content"], row["rejected"][0]["content"]
+        assert wrong[:-1] == right and wrong[-1] in "123456789"
+    solutions = generate(NAME, {**SMALL, "form": "steps", "wrong": "longer"}, seed=1, held_out=False)
+    assert [row["labels"] for row in solutions[:2]] == [[True], [False]]
+    left, sign, right, _, total = solutions[1]["completions"][0].split()
+    assert int(total[:-1]) == int(left) + (int(right) if sign == "+" else -int(right))
