@@ -16,7 +16,8 @@
     │   ├── NumericsError     NaN or infinity where a finite number must be
     │   ├── CheckpointError   a checkpoint is missing, truncated, or of another run
     │   ├── JournalError      the ledger's journal cannot be read or written
-    │   └── RewardError       a reward function failed, beyond what the run may drop
+    │   ├── RewardError       a reward function failed, beyond what the run may drop
+    │   └── TeacherError      a teacher failed, hung, or answered what cannot be true
     └── InterruptedRun    Ctrl-C or SIGTERM; a checkpoint was written       -> exit code 130
 
 Messages say what must hold, what was given, and what to do. No class takes more than one message, so that
@@ -90,6 +91,10 @@ class JournalError(RunError):
 
 class RewardError(RunError):
     """A reward function failed more often than the run may drop."""
+
+
+class TeacherError(RunError):
+    """A teacher failed, did not answer in time, or answered what cannot be true; nothing is trained on it."""
 
 
 class InterruptedRun(TrlRayError):

@@ -19,7 +19,7 @@ from trl_ray.types import FloatArray
 Bits: TypeAlias = NDArray[np.uint16]
 _Words: TypeAlias = NDArray[np.uint32]
 
-_BLOCK = 32768
+_BLOCK = 65536
 """Numbers converted together, so that what lies between two steps stays in the cache."""
 _INFINITY = 0x7F80_0000
 _HALF_MAX = 0x477F_E000
@@ -61,11 +61,11 @@ def from_bits(bits: Bits, dtype: PayloadDtype) -> FloatArray:
 def _half_bits(words: _Words) -> _Words:
     """float16 has 5 exponent bits (bias 15) and 10 of mantissa; below 2^-14 its steps are all 2^-24."""
     size = words & np.uint32(0x7FFF_FFFF)
-    half = _round_off(size, 13)
-    half -= np.uint32((127 - 15) << 10)
+    half = _round_off(size, 13, less=(127 - 15) << 23)
     if size.min(initial=_INFINITY) < _HALF_MIN_NORMAL:
         # Steps of float32 between 0.5 and 1 are 2^-24, so that adding 0.5 rounds as float16 does there.
-        shifted = (size.view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F00_0000)
+        with np.errstate(invalid="ignore"):
+            shifted = (size.view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F00_0000)
         np.copyto(half, shifted, where=size < _HALF_MIN_NORMAL)
     if size.max(initial=0) > _HALF_MAX:
         _saturate(half, size, beyond=_HALF_MAX, largest=0x7BFF, infinity=0x7C00)
@@ -76,19 +76,19 @@ def _half_bits(words: _Words) -> _Words:
 def _brain_bits(words: _Words) -> _Words:
     """bfloat16 is the upper half of float32."""
     size = words & np.uint32(0x7FFF_FFFF)
-    brain = _round_off(size, 16)
+    brain = _round_off(size, 16, less=0)
     if size.max(initial=0) > _BRAIN_MAX:
         _saturate(brain, size, beyond=_BRAIN_MAX, largest=0x7F7F, infinity=0x7F80)
     brain |= (words >> np.uint32(16)) & np.uint32(0x8000)
     return brain
 
 
-def _round_off(size: _Words, bits: int) -> _Words:
-    """Drop the last bits, to nearest, ties to even."""
+def _round_off(size: _Words, bits: int, *, less: int) -> _Words:
+    """Take off the difference of the exponents' biases and drop the last bits, to nearest, ties to even."""
     kept = size >> np.uint32(bits)
     kept &= np.uint32(1)
     kept += size
-    kept += np.uint32((1 << (bits - 1)) - 1)
+    kept += np.uint32((1 << (bits - 1)) - 1 - less & 0xFFFF_FFFF)
     kept >>= np.uint32(bits)
     return kept
 
