@@ -26,7 +26,8 @@ _HALF_MAX = 0x477F_E000
 """65504 as float32."""
 _HALF_MIN_NORMAL = 0x3880_0000
 """2^-14 as float32."""
-_BRAIN_MAX = 0x7F7F_7FFF
+_BRAIN_MAX_BITS = 0x7F7F_7FFF
+_BRAIN_MAX = np.array(_BRAIN_MAX_BITS, dtype=np.uint32).view(np.float32)[()]
 """The largest float32 that bfloat16 does not round to infinity."""
 _HALVES = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
 """[65536] every float16."""
@@ -62,11 +63,10 @@ def _half_bits(words: _Words) -> _Words:
     """float16 has 5 exponent bits (bias 15) and 10 of mantissa; below 2^-14 its steps are all 2^-24."""
     size = words & np.uint32(0x7FFF_FFFF)
     half = _round_off(size, 13, less=(127 - 15) << 23)
-    if size.min(initial=_INFINITY) < _HALF_MIN_NORMAL:
+    small = np.flatnonzero(size < _HALF_MIN_NORMAL)
+    if len(small):
         # Steps of float32 between 0.5 and 1 are 2^-24, so that adding 0.5 rounds as float16 does there.
-        with np.errstate(invalid="ignore"):
-            shifted = (size.view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F00_0000)
-        np.copyto(half, shifted, where=size < _HALF_MIN_NORMAL)
+        half[small] = (size[small].view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F00_0000)
     if size.max(initial=0) > _HALF_MAX:
         _saturate(half, size, beyond=_HALF_MAX, largest=0x7BFF, infinity=0x7C00)
     half |= (words >> np.uint32(16)) & np.uint32(0x8000)
@@ -75,19 +75,22 @@ def _half_bits(words: _Words) -> _Words:
 
 def _brain_bits(words: _Words) -> _Words:
     """bfloat16 is the upper half of float32."""
-    size = words & np.uint32(0x7FFF_FFFF)
-    brain = _round_off(size, 16, less=0)
-    if size.max(initial=0) > _BRAIN_MAX:
-        _saturate(brain, size, beyond=_BRAIN_MAX, largest=0x7F7F, infinity=0x7F80)
-    brain |= (words >> np.uint32(16)) & np.uint32(0x8000)
+    brain = _round_off(words, 16, less=0)
+    values = words.view(np.float32)
+    # False for NaN, too.
+    if not (values.max(initial=0) <= _BRAIN_MAX and values.min(initial=0) >= -_BRAIN_MAX):
+        _saturate(brain, words & np.uint32(0x7FFF_FFFF), beyond=_BRAIN_MAX_BITS, largest=0x7F7F, infinity=0x7F80)
+        # What was saturated has lost its sign, or rounding has carried into it.
+        brain &= np.uint32(0x7FFF)
+        brain |= (words >> np.uint32(16)) & np.uint32(0x8000)
     return brain
 
 
-def _round_off(size: _Words, bits: int, *, less: int) -> _Words:
+def _round_off(words: _Words, bits: int, *, less: int) -> _Words:
     """Take off the difference of the exponents' biases and drop the last bits, to nearest, ties to even."""
-    kept = size >> np.uint32(bits)
+    kept = words >> np.uint32(bits)
     kept &= np.uint32(1)
-    kept += size
+    kept += words
     kept += np.uint32((1 << (bits - 1)) - 1 - less & 0xFFFF_FFFF)
     kept >>= np.uint32(bits)
     return kept
