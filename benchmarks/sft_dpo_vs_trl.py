@@ -72,8 +72,9 @@ SETTINGS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "padding-free-4": {"per_device_train_batch_size": 4, "padding_free": True},
     },
     (DPO, OURS): {
-        "tokens": {"max_tokens_per_micro_batch": 1024},
+        # The fastest is `tokens`, by a few per cent; this one takes a fifth less memory.
         "pairs-1": {"per_device_train_batch_size": 1},
+        "tokens": {"max_tokens_per_micro_batch": 1024},
         "pairs-4": {"per_device_train_batch_size": 4},
     },
 }
