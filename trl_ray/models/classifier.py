@@ -40,8 +40,8 @@ from trl_ray.models.load import (
 )
 from trl_ray.models.scoring_module import PredictorModule
 
-_AUTO: dict[int, Any] = {1: AutoModelForSequenceClassification, 2: AutoModelForTokenClassification}
-_ENDINGS = {1: "ForSequenceClassification", 2: "ForTokenClassification"}
+AUTO_CLASSES: dict[int, Any] = {1: AutoModelForSequenceClassification, 2: AutoModelForTokenClassification}
+ENDINGS = {1: "ForSequenceClassification", 2: "ForTokenClassification"}
 """What the names of such architectures end in, by the number of labels."""
 _CHANGES: dict[int, dict[str, Any]] = {
     1: {"num_labels": 1},
@@ -90,7 +90,7 @@ class ClassifierModule(PredictorModule):
 
 
 def _is_pooling(model: PreTrainedModel) -> bool:
-    return type(causal_model(model)).__name__.endswith(_ENDINGS[1])
+    return type(causal_model(model)).__name__.endswith(ENDINGS[1])
 
 
 def _classify(model: PreTrainedModel, states: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def load_classifier(
     Raises:
         ModelError: it cannot be loaded, lacks weights other than a head, or is a classifier of another kind.
     """
-    assert num_labels in _AUTO, "a classifier has one label or two"
+    assert num_labels in AUTO_CLASSES, "a classifier has one label or two"
     source, config = find_source(model, path=path), load_model_config(model, path=path)
     is_new = not _has_head(source.base, config, num_labels)
     with torch.random.fork_rng(devices=[]):  # transformers draws the missing head before it is drawn by its seed
@@ -134,7 +134,7 @@ def load_classifier(
             model,
             source,
             device=device,
-            auto=_AUTO[num_labels],
+            auto=AUTO_CLASSES[num_labels],
             changes=_CHANGES[num_labels] if is_new else None,
         )
     name = class_head_name(loaded)
@@ -149,17 +149,17 @@ def load_classifier(
 
 def _has_head(name: str, config: PretrainedConfig, num_labels: int) -> bool:
     """Whether the model is a classifier of the wanted kind already; an error where it is of another or can be none."""
-    if type(config) not in _AUTO[num_labels]._model_mapping and not hasattr(config, "auto_map"):
+    if type(config) not in AUTO_CLASSES[num_labels]._model_mapping and not hasattr(config, "auto_map"):
         raise ModelError(
-            f"transformers must have a {_ENDINGS[num_labels]} of the model type {config.model_type}, but has none. Use "
+            f"transformers must have a {ENDINGS[num_labels]} of the model type {config.model_type}, but has none. Use "
             "a model of another family."
         )
     architecture = next(iter(config.architectures or ()), "")
-    if not architecture.endswith(tuple(_ENDINGS.values())):
+    if not architecture.endswith(tuple(ENDINGS.values())):
         return False
-    if not architecture.endswith(_ENDINGS[num_labels]) or config.num_labels != num_labels:
+    if not architecture.endswith(ENDINGS[num_labels]) or config.num_labels != num_labels:
         raise ModelError(
-            f"{name} must be a language model or a {_ENDINGS[num_labels]} of num_labels {num_labels}, but is a "
+            f"{name} must be a language model or a {ENDINGS[num_labels]} of num_labels {num_labels}, but is a "
             f"{architecture} of num_labels {config.num_labels}. Give another model."
         )
     return True
@@ -195,7 +195,7 @@ def load_classifier_tokenizer(model: ModelConfig, *, path: str | None = None) ->
     """
     tokenizer, config = load_tokenizer(model, path=path), load_model_config(model, path=path)
     architecture = next(iter(config.architectures or ()), "")
-    pad = config.get_text_config().pad_token_id if architecture.endswith(tuple(_ENDINGS.values())) else None
+    pad = config.get_text_config().pad_token_id if architecture.endswith(tuple(ENDINGS.values())) else None
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(_padding_id(tokenizer) if pad is None else pad)
     return tokenizer
 
@@ -249,4 +249,4 @@ def count_classifier_parameters(model: ModelConfig, *, num_labels: int) -> Param
         ModelError: its configuration cannot be loaded, it is a classifier of another kind, or its adapter does not fit.
     """
     _has_head(str(model.model_name_or_path), load_model_config(model), num_labels)
-    return count_parameters(model, auto=_AUTO[num_labels], changes=_CHANGES[num_labels])
+    return count_parameters(model, auto=AUTO_CLASSES[num_labels], changes=_CHANGES[num_labels])

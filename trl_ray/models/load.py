@@ -35,7 +35,7 @@ Policy: TypeAlias = PreTrainedModel
 _DTYPES = {Dtype.FLOAT32: torch.float32, Dtype.BFLOAT16: torch.bfloat16}
 _WEIGHTS = ("*.safetensors", "*.bin")
 # What transformers raises for a model it cannot build: SafetensorError and torch's loader are no OSErrors.
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError)
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:
@@ -63,6 +63,16 @@ def check_model_path(name: str | None) -> str:
             f"a model directory must hold config.json, but {name} does not. Give a folder written by save_pretrained."
         )
     return str(path)
+
+
+def require_weights(name: str) -> None:
+    """Check that a model's directory holds weights; a hub name is not looked at.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in _WEIGHTS):
+        raise ModelError(f"a model directory must hold weights (*.safetensors), but {name} has none. Save it again.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,8 +194,7 @@ def load_base(
         ModelError: it cannot be loaded.
     """
     name = source.base
-    if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in _WEIGHTS):
-        raise ModelError(f"a model directory must hold weights (*.safetensors), but {name} has none. Save it again.")
+    require_weights(name)
     options: dict[str, Any] = {"dtype": torch_dtype(model.dtype), "trust_remote_code": model.trust_remote_code}
     options |= changes or {}
     if model.attn_implementation is not None:
@@ -196,7 +205,7 @@ def load_base(
         options |= {"quantization_config": quantization(model, torch.device(device)), "device_map": {"": device}}
     try:
         loaded = auto.from_pretrained(name, output_loading_info=True, **options)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(_why_not(name, error)) from error
     policy, info = cast("tuple[Policy, dict[str, Any]]", loaded)
     policy.config.use_cache = False
@@ -338,7 +347,7 @@ def load_model_config(model: ModelConfig, *, path: str | None = None) -> Pretrai
         config: PretrainedConfig = AutoConfig.from_pretrained(
             name, trust_remote_code=model.trust_remote_code, **options
         )
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(f"the configuration of {name} must load, but: {_why_not(name, error)}") from error
     return config
 
@@ -382,7 +391,7 @@ def count_parameters(
     with torch.device("meta"):
         try:
             empty = auto.from_config(config, trust_remote_code=model.trust_remote_code)
-        except _LOAD_ERRORS as error:
+        except LOAD_ERRORS as error:
             raise ModelError(_why_not(source.base, error)) from error
         base = sum(parameter.numel() for parameter in empty.parameters())
         if not model.use_peft:
@@ -409,7 +418,7 @@ def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrained
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, trust_remote_code=model.trust_remote_code, **options
         )
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(f"the tokenizer of {name} must load, but: {str(error).strip().split(chr(10))[0]}") from error
     if tokenizer.eos_token is None:
         raise ModelError(f"the tokenizer of {name} must have an end-of-sequence token: completions could not end.")

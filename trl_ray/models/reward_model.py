@@ -17,12 +17,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -41,23 +38,16 @@ from trl_ray.models.adapter_config import (
     read_adapter_weights,
     require_peft,
 )
-from trl_ray.models.load import check_model_path, torch_dtype
+from trl_ray.models.classifier import AUTO_CLASSES, ENDINGS
+from trl_ray.models.load import LOAD_ERRORS, check_model_path, require_weights, torch_dtype
 from trl_ray.types import IntArray
 
 NUM_LABELS = {RewardModelKind.SEQUENCE: 1, RewardModelKind.STEPS: 2}
-_LOADERS: dict[RewardModelKind, Any] = {
-    RewardModelKind.SEQUENCE: AutoModelForSequenceClassification,
-    RewardModelKind.STEPS: AutoModelForTokenClassification,
-}
-_HEADS = {
-    RewardModelKind.SEQUENCE: "ForSequenceClassification",
-    RewardModelKind.STEPS: "ForTokenClassification",
-}
+_LOADERS = {kind: AUTO_CLASSES[count] for kind, count in NUM_LABELS.items()}
+_HEADS = {kind: ENDINGS[count] for kind, count in NUM_LABELS.items()}
 _TASKS = {"SEQ_CLS": RewardModelKind.SEQUENCE, "TOKEN_CLS": RewardModelKind.STEPS}
 """PEFT's names of what an adapter is for."""
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
-_WEIGHTS = ("*.safetensors", "*.bin")
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -96,8 +86,7 @@ def _find(options: RewardModelOptions) -> RewardModelFacts:
     base, revision = (check_model_path(name), options.revision) if adapter is None else base_of_adapter(adapter)
     base = base if adapter is None else check_model_path(base)
     revision = None if Path(base).is_dir() else revision or "main"
-    if Path(base).is_dir() and not any(any(Path(base).glob(pattern)) for pattern in _WEIGHTS):
-        raise ModelError(f"a model directory must hold weights (*.safetensors), but {base} has none. Save it again.")
+    require_weights(base)
     config = _config(options, base, revision)
     kind = _kind(options, config) if adapter is None else _kind_of_adapter(options, adapter)
     if adapter is None:
@@ -118,7 +107,7 @@ def _config(options: RewardModelOptions, base: str, revision: str | None) -> Pre
         config: PretrainedConfig = AutoConfig.from_pretrained(
             base, trust_remote_code=options.trust_remote_code, **_revision(revision)
         )
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(
             f"model_name_or_path must be a local directory or a model on the hub, but the configuration of {base} does "
             f"not load: {type(error).__name__}: {_first_line(error)}. Check the name, or that the hub can be reached."
@@ -177,7 +166,7 @@ def _tokenizer(
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, trust_remote_code=options.trust_remote_code, **further
         )
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(f"the tokenizer of {name} must load, but: {_first_line(error)}. Save it there.") from error
     return tokenizer
 
@@ -230,7 +219,7 @@ def _load(options: RewardModelOptions, facts: RewardModelFacts) -> PreTrainedMod
             output_loading_info=True,
             **_revision(facts.revision),
         )
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(
             f"the model in {facts.base} must load, but: {type(error).__name__}: {_first_line(error)}. Copy it again."
         ) from error
@@ -254,7 +243,7 @@ def _with_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
         config = peft.PeftConfig.from_pretrained(folder)
         wrapped: Any = peft.get_peft_model(model, config)
         loaded: Any = peft.set_peft_model_state_dict(wrapped, read_adapter_weights(Path(folder)))
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(f"the adapter in {folder} must fit its model, but: {_first_line(error)}.") from error
     if loaded.unexpected_keys:
         raise ModelError(f"the adapter in {folder} must fit its model, which has no {loaded.unexpected_keys[:3]}.")

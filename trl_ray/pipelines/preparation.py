@@ -5,7 +5,6 @@ args, model, reward_funcs, datasets --> tokenizer, prompts, reward specs, length
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from trl_ray.errors import ConfigError
 from trl_ray.models.load import count_parameters, load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.crew import ActorArguments
 from trl_ray.pipelines.memory import GIB, PROCESS, dtype_bytes, learner_memory
+from trl_ray.pipelines.planning import cut_rules, total_steps
 from trl_ray.pipelines.reward_models import PreparedRewardModel, prepare_reward_models, reward_model_arguments
 from trl_ray.rewards.registry import RewardSpec, make_specs
 from trl_ray.runtime.runtime import Role
@@ -169,7 +169,7 @@ def prepare(config: GRPOConfig, inputs: Inputs) -> Preparation:
     _check_given(functions)
     _check_weights(config, functions)
     model = config.part(ModelConfig)
-    tokenizer = load_tokenizer(model)
+    tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
     max_model_len = _max_model_len(config, max_positions(model))
     data, limit = config.part(PromptConfig), max_model_len - config.max_completion_length
     prompts = load_prompts(data, tokenizer, seed=config.seed, max_prompt_tokens=limit, dataset=inputs.train_dataset)
@@ -183,23 +183,10 @@ def prepare(config: GRPOConfig, inputs: Inputs) -> Preparation:
         rewards=specs,
         reward_models=models,
         max_model_len=max_model_len,
-        total_steps=_total_steps(config, len(prompts)),
+        total_steps=total_steps(config, len(prompts), per_step=config.groups_per_step),
         canary_ids=_canary(prompts, max_model_len),
         canary_tolerance=_canary_tolerance(config),
-        cut=_cut(config),
-    )
-
-
-def _cut(config: GRPOConfig) -> CutRules:
-    shape = load_model_config(config.part(ModelConfig)).get_text_config()
-    by_tokens = config.max_tokens_per_micro_batch is not None
-    return CutRules(
-        max_samples=None if by_tokens else config.per_device_train_batch_size,
-        max_tokens=config.max_tokens_per_micro_batch,
-        ranks=config.runtime.num_learners,
-        share=config.share_prompt,
-        hidden_size=shape.hidden_size,
-        head_share=shape.vocab_size / (9 * shape.hidden_size * shape.num_hidden_layers),
+        cut=cut_rules(config, shape, max_samples=config.per_device_train_batch_size),
     )
 
 
@@ -254,14 +241,6 @@ def _eval_prompts(config: GRPOConfig, inputs: Inputs, tokenizer: Any, limit: int
         evaluation=True,
     )
     return tuple(source.prompt(ordinal) for ordinal in range(min(config.eval_num_prompts, len(source))))
-
-
-def _total_steps(config: GRPOConfig, rows: int) -> int:
-    if config.max_steps > 0:
-        return config.max_steps
-    if config.max_steps == 0:
-        raise ConfigError("max_steps must be at least 1, or -1 for num_train_epochs; got 0.")
-    return max(1, math.ceil(config.num_train_epochs * rows / config.groups_per_step))
 
 
 def _canary(prompts: PromptSource, max_model_len: int) -> IntArray:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ray.algorithms.losses import LossOptions
+from trl_ray.algorithms.losses import LossOptions, build_loss
 from trl_ray.algorithms.work import CutRules
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.config.supervised_runs import SupervisedRunConfig
@@ -23,6 +23,7 @@ from trl_ray.models.load import load_model_config, load_tokenizer, max_positions
 from trl_ray.models.reference_cache import default_cache_dir
 from trl_ray.pipelines.example_feed import Feed, ShuffledFeed, StreamFeed, StreamPlace
 from trl_ray.pipelines.memory import learner_memory
+from trl_ray.pipelines.planning import cut_rules, total_steps
 from trl_ray.runtime.runtime import Role
 
 if TYPE_CHECKING:
@@ -126,8 +127,8 @@ class SupervisedPlan:
 
     def expected_memory(self) -> Mapping[str, float]:
         """See `trl_ray.pipelines.pipeline.Plan`."""
-        asks = bool(getattr(self.loss, "needs_reference", False)) and not self.precomputes_reference
-        return {Role.LEARNER: learner_memory(self.config.part(ModelConfig), has_reference=asks)}
+        has_reference = build_loss(self.loss).needs.reference
+        return {Role.LEARNER: learner_memory(self.config.part(ModelConfig), has_reference=has_reference)}
 
 
 def prepare_supervised(
@@ -139,7 +140,7 @@ def prepare_supervised(
         InputError: anything that is wrong with the configuration, the model or the data.
     """
     model = config.part(ModelConfig)
-    tokenizer = load_tokenizer(model)
+    tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
     _check_length(config, max_positions(model))
     if getattr(loss, "precompute_ref_log_probs", False):
         _check_cache_dir(config.ref_log_probs_cache_dir)
@@ -157,8 +158,8 @@ def prepare_supervised(
         train=train,
         evaluation=_held_out(config, inputs, load),
         total_steps=_total_steps(config, train),
-        cut=_cut(config, max_examples=config.per_device_train_batch_size),
-        eval_cut=_cut(config, max_examples=config.per_device_eval_batch_size),
+        cut=cut_rules(config, shape, max_examples=config.per_device_train_batch_size),
+        eval_cut=cut_rules(config, shape, max_examples=config.per_device_eval_batch_size),
     )
     if train is None:
         plan.check_stream()
@@ -204,23 +205,6 @@ def _check_cache_dir(given: str | None) -> None:
 
 
 def _total_steps(config: SupervisedRunConfig, train: ExampleSet | None) -> int:
-    if config.max_steps > 0:
-        return config.max_steps
-    if config.max_steps == 0:
-        raise ConfigError("max_steps must be at least 1, or -1 for num_train_epochs; got 0.")
-    assert train is not None, "a stream is trained for max_steps"
-    per_epoch = math.ceil(len(train.examples) / config.examples_per_step)
-    return max(1, math.ceil(config.num_train_epochs * per_epoch))
-
-
-def _cut(config: SupervisedRunConfig, *, max_examples: int) -> CutRules:
-    shape = load_model_config(config.part(ModelConfig)).get_text_config()
-    by_tokens = config.max_tokens_per_micro_batch is not None
-    return CutRules(
-        max_examples=None if by_tokens else max_examples,
-        max_tokens=config.max_tokens_per_micro_batch,
-        ranks=config.runtime.num_learners,
-        share=config.share_prompt,
-        hidden_size=shape.hidden_size,
-        head_share=shape.vocab_size / (9 * shape.hidden_size * shape.num_hidden_layers),
-    )
+    # The last step of an epoch may have fewer examples. A stream has no epochs, and its `max_steps` is set.
+    epoch = 0 if train is None else math.ceil(len(train.examples) / config.examples_per_step)
+    return total_steps(config, epoch, per_step=1)
