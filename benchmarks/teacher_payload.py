@@ -27,7 +27,7 @@ import numpy as np
 
 from trl_ray.algorithms.teacher_answers import log_tail
 from trl_ray.algorithms.teacher_payload import decode_scores, encode_scores
-from trl_ray.config.distillation import PayloadDtype, PayloadIds
+from trl_ray.config.teachers import PayloadDtype, PayloadIds
 from trl_ray.types import TeacherQuestion, TeacherRequest, TeacherScores
 
 FORMATS = {

@@ -61,6 +61,8 @@ class DropReason(enum.StrEnum):
     """All rewards of the group are equal and the run drops such groups."""
     REWARD_FAILED = "reward_failed"
     """A reward function failed as often as it may."""
+    TEACHER_FAILED = "teacher_failed"
+    """A teacher failed, or answered what cannot be true, as often as it may."""
     RETRIES_EXHAUSTED = "retries_exhausted"
     """Workers were lost with this group as often as they may."""
     TRUNCATED = "truncated"
@@ -87,6 +89,8 @@ class Prompt:
     """The text, for standard datasets."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Extra dataset columns (JSON values), passed to reward functions by name."""
+    given_ids: IntArray | None = None
+    """[L] the dataset's own completion, to be trained on in place of sampled ones; None: completions are sampled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -126,6 +130,8 @@ class Completion:
     """Decoded without special tokens."""
     loss_mask: BoolArray | None = None
     """[L] False where a token was not sampled by the policy (tool output); None means all True."""
+    is_sampled: bool = True
+    """False where it comes from the dataset: `logprobs` are 0 then and stand for nothing."""
 
     @property
     def min_version(self) -> int:
@@ -189,6 +195,11 @@ class RolloutGroup:
     """When it was generated and scored."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Values the reward functions logged with `log_metric`."""
+    contexts: tuple[TeacherContext, ...] = ()
+    """[G] what teachers are shown before the completions; empty without teachers."""
+    teachings: tuple[TeacherScores | None, ...] = ()
+    """[G] what teachers say of them; None where nothing is distilled. Empty without teachers, and where the learner
+    holds the teacher."""
 
     @property
     def min_version(self) -> int:
@@ -232,6 +243,22 @@ class TeacherScores:
     """[L, K] theirs; -inf in places that stand for no token."""
     tail: FloatArray | None = None
     """[L] log of the mass that those K leave out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TeacherContext:
+    """What a teacher is shown before one completion: the student's prompt, or that and hints."""
+
+    prompt_ids: IntArray
+    """[P]"""
+    is_distilled: bool = True
+    """Whether there is anything to learn: a self-teacher without a hint knows no more than the student."""
+    demonstration: int | None = None
+    """Which completion of the group is shown as a success, counted from 0."""
+    has_feedback: bool = False
+    uses_feedback: bool = False
+    num_cut: int = 0
+    """Tokens cut off the prompt's head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -285,6 +312,12 @@ class TrainingSample:
     """What the dataset says of it; None for what was sampled."""
     teacher: TeacherScores | None = None
     """What a teacher says of it; None without one."""
+    teacher_prompt_ids: IntArray | None = None
+    """[P] the context in which a teacher that the learner holds sees the completion; None: `prompt_ids`."""
+    is_distilled: bool = True
+    """Whether a teacher knows more of it than the student did."""
+    is_label: bool = False
+    """Whether the dataset gave it as an example to follow, so that `sampler_logprobs` are 0 and stand for nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -495,6 +528,7 @@ class EventKind(enum.StrEnum):
     GROUP_REISSUED = "group_reissued"
     GROUP_DROPPED = "group_dropped"
     REWARD_FAILED = "reward_failed"
+    TEACHER_FAILED = "teacher_failed"
     CHECKPOINT = "checkpoint"
     EVALUATED = "evaluated"
     SLOTS = "slots"

@@ -161,7 +161,7 @@ def distilled(given: Case, teacher: TeacherSignal, **options: Any) -> Tensor:
         teacher=teacher,
         num_valid_tokens=len(given.places),
     )
-    return distillation_loss(inputs, DistillationLossConfig(distillation_temperature=TEMPERATURE, **options)).loss
+    return distillation_loss(inputs, DistillationLossConfig(**options)).loss
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -202,7 +202,7 @@ def test_distillation_over_the_whole_vocabulary_is_trls(beta: float) -> None:
     found = vocabulary_divergence(
         given.trained(given.student), given.trained(given.teacher), beta=beta, temperature=TEMPERATURE, chunk_size=4
     )
-    ours = distilled(given, TeacherSignal(divergence=found), beta=beta, support=Support.FULL)
+    ours = distilled(given, TeacherSignal(divergence=found), beta=beta, loss_support=Support.FULL)
     theirs = IWOPDTrainer.generalized_jsd_loss(
         given.logits(given.student),
         given.logits(given.teacher),
@@ -222,7 +222,7 @@ def test_the_support_that_trl_takes_for_a_beta_gives_its_loss(beta: float, add_t
     given = case()
     support = {0.0: Support.TEACHER, 1.0: Support.STUDENT}.get(beta, Support.UNION)
     found = TeacherSignal(support=local_support(given, support))
-    ours = distilled(given, found, beta=beta, support=support, add_tail=add_tail, top_k=TOP_K)
+    ours = distilled(given, found, beta=beta, loss_support=support, loss_add_tail=add_tail, loss_top_k=TOP_K)
     theirs = IWOPDTrainer.generalized_jsd_loss(
         given.logits(given.student),
         given.logits(given.teacher),
@@ -278,9 +278,9 @@ def test_the_realised_token_beside_the_teachers_first_is_what_trl_asks_a_server_
         given,
         TeacherSignal(logprobs=own, support=union),
         beta=beta,
-        support=Support.REALISED,
-        add_tail=add_tail,
-        top_k=1,
+        loss_support=Support.REALISED,
+        loss_add_tail=add_tail,
+        loss_top_k=1,
     )
     logs = [(given.logits(side) / TEMPERATURE).log_softmax(-1) for side in (given.student, given.teacher)]
     trainer = SimpleNamespace(
@@ -318,7 +318,7 @@ def test_a_servers_shorter_lists_give_trls_forward_kl() -> None:
     }
     for add_tail in (True, False):
         signal = TeacherSignal(support=SupportLogprobs(student=ours, teacher=known))
-        loss = distilled(given, signal, beta=0.0, add_tail=add_tail, top_k=TOP_K)
+        loss = distilled(given, signal, beta=0.0, loss_add_tail=add_tail, loss_top_k=TOP_K)
         trainer = SimpleNamespace(
             loss_add_tail=add_tail, _reduce_divergence_loss=ServerDistillationTrainer._reduce_divergence_loss
         )

@@ -218,16 +218,16 @@ def clipped_ratio(logprobs: Tensor, old_logprobs: Tensor, clip: float) -> Tensor
 def _divergences(inputs: DistillationInputs, config: DistillationLossConfig) -> Tensor:
     """[N]"""
     teacher = inputs.teacher
-    match config.support:
+    match config.loss_support:
         case Support.FULL:
             return teacher.over_vocabulary
         case Support.SAMPLED:
             return sampled_reverse_kl(inputs.logprobs, teacher.of_tokens)
         case Support.REALISED if config.beta == 1:
-            assert config.add_tail, "one token without a tail is no distribution"
+            assert config.loss_add_tail, "one token without a tail is no distribution"
             return realised_reverse_kl(inputs.logprobs, teacher.of_tokens)
         case _:
-            return teacher.over_support(beta=config.beta, add_tail=config.add_tail)
+            return teacher.over_support(beta=config.beta, add_tail=config.loss_add_tail)
 
 
 def _self_distillation(inputs: SDPOInputs, config: SDPOLossConfig, metrics: TokenMetrics) -> Tensor:

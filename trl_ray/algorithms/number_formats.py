@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from trl_ray.config.distillation import PayloadDtype
+from trl_ray.config.teachers import PayloadDtype
 from trl_ray.types import FloatArray
 
 Bits: TypeAlias = NDArray[np.uint16]

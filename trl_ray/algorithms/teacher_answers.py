@@ -16,7 +16,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from trl_ray.config.distillation import PayloadDtype
+from trl_ray.config.teachers import PayloadDtype
 from trl_ray.errors import TeacherError
 from trl_ray.types import FloatArray, IntArray, TeacherQuestion, TeacherRequest, TeacherScores
 

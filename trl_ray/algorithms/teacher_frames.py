@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from trl_ray.config.distillation import PayloadDtype, PayloadIds
+from trl_ray.config.teachers import PayloadDtype, PayloadIds
 from trl_ray.errors import TeacherError
 
 Frame: TypeAlias = NDArray[np.uint8]

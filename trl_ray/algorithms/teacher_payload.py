@@ -28,7 +28,7 @@ from trl_ray.algorithms.teacher_frames import (
     read_header,
     seal_frame,
 )
-from trl_ray.config.distillation import PayloadDtype, PayloadIds
+from trl_ray.config.teachers import PayloadDtype, PayloadIds
 from trl_ray.types import FloatArray, IntArray, TeacherQuestion, TeacherRequest, TeacherScores
 
 _LOW_IDS = 2**16

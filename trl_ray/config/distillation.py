@@ -1,10 +1,10 @@
-"""The options of distillation's losses and of its teachers, under the names that TRL has given them.
+"""The options of distillation's losses, under the names that TRL has given them; those of teachers: teachers.py.
 
 DivergenceConfig         how far the student is from the teacher, and on which tokens of the vocabulary
 DistillationLossConfig   the same, or the importance-weighted objective, and the share of cross-entropy
 SDPOLossConfig           the blend of policy and self-distillation, diagnostics
-TeacherConfig            nested, ours: where teachers run
-TeacherServerConfig      nested, ours: one that is asked over HTTP
+SDPOObjective            the same with the policy objective that it is blended with
+RepromptConfig           what the self-teacher is shown
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from trl_ray.config.base import Section
-from trl_ray.config.fields import FROM_STRING, Fraction, Natural, Positive, Seconds
+from trl_ray.config.fields import FROM_STRING, Fraction, Natural, Positive
+from trl_ray.config.loss import LossConfig
 
 
 class Support(enum.StrEnum):
@@ -42,44 +43,42 @@ class DivergenceConfig(Section):
     beta: Fraction = 1.0
     """0 is KL(teacher || student), 1 is KL(student || teacher); in between the mixture is (1 - beta) student + beta
     teacher (https://arxiv.org/abs/2306.13649)."""
-    distillation_temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Both sides' logits are divided by it."""
-    support: Annotated[Support, FROM_STRING] = Support.TEACHER
-    top_k: Positive = 20
+    loss_support: Annotated[Support, FROM_STRING] = Support.TEACHER
+    loss_top_k: Positive = 20
     """Tokens of the support on each side; full, sampled and realised with beta=1 take none."""
-    add_tail: bool = True
+    loss_add_tail: bool = True
     """One more outcome for all the mass that the support leaves out; else both sides are normalised over it."""
 
     @property
     def teacher_top_k(self) -> int:
         """How many of its most probable tokens the teacher must name; 0: none."""
-        if self.support in (Support.TEACHER, Support.UNION):
-            return self.top_k
-        return self.top_k if self.support is Support.REALISED and self.beta < 1 else 0
+        if self.loss_support in (Support.TEACHER, Support.UNION):
+            return self.loss_top_k
+        return self.loss_top_k if self.loss_support is Support.REALISED and self.beta < 1 else 0
 
     @property
     def student_top_k(self) -> int:
         """How many of the student's most probable tokens the teacher must score; 0: none."""
-        return self.top_k if self.support in (Support.STUDENT, Support.UNION) else 0
+        return self.loss_top_k if self.loss_support in (Support.STUDENT, Support.UNION) else 0
 
     @model_validator(mode="after")
     def _check_width(self) -> Self:
-        lone = self.top_k == 1 and self.support in (Support.TEACHER, Support.STUDENT)
-        lone = lone or (self.support is Support.REALISED and self.beta == 1)
-        if lone and not self.add_tail:
+        lone = self.loss_top_k == 1 and self.loss_support in (Support.TEACHER, Support.STUDENT)
+        lone = lone or (self.loss_support is Support.REALISED and self.beta == 1)
+        if lone and not self.loss_add_tail:
             raise ValueError(
-                f"add_tail must be true with support={self.support.value}, top_k={self.top_k} and beta={self.beta}, "
-                "got false: normalised over one token, student and teacher never differ. Set add_tail=true, or a "
-                "larger support."
+                f"loss_add_tail must be true with loss_support={self.loss_support.value}, loss_top_k={self.loss_top_k} "
+                f"and beta={self.beta}, got false: normalised over one token, student and teacher never differ. Set "
+                "loss_add_tail=true, or a larger support."
             )
         return self
 
     @model_validator(mode="after")
     def _check_sampled(self) -> Self:
-        if self.support is Support.SAMPLED and self.beta != 1:
+        if self.loss_support is Support.SAMPLED and self.beta != 1:
             raise ValueError(
-                f"beta must be 1 with support=sampled, got {self.beta}: one sampled token estimates the reverse KL "
-                "only. Set beta=1, or another support."
+                f"beta must be 1 with loss_support=sampled, got {self.beta}: one sampled token estimates the reverse "
+                "KL only. Set beta=1, or another support."
             )
         return self
 
@@ -123,39 +122,6 @@ class DistillationLossConfig(DivergenceConfig):
                 "only. Remove one of the two."
             )
         return self
-
-
-class TeacherKind(enum.StrEnum):
-    """Whose weights a teacher holds."""
-
-    EMA = "ema"
-    """A moving average of the policy's."""
-    LIVE = "live"
-    """The policy's, as they were last published."""
-    BASE = "base"
-    """Those that training started from."""
-    EXTERNAL = "external"
-    """Another model's."""
-
-
-class AdapterAverage(enum.StrEnum):
-    """What of a low-rank adapter is averaged."""
-
-    FACTORS = "factors"
-    """A and B each, from zero: TRL's convention, whose product is no average of the products."""
-    PRODUCT = "product"
-    """The weights they amount to."""
-
-
-class TeacherWeights(Section):
-    """How a teacher of the policy's own weights follows them; the names are those of TRL's SDPOConfig."""
-
-    teacher_model_kind: Annotated[TeacherKind, FROM_STRING] = TeacherKind.EMA
-    teacher_update_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """teacher <- (1 - rate) teacher + rate policy."""
-    teacher_sync_steps: Positive = 1
-    """Optimizer steps between two updates."""
-    teacher_adapter_average: Annotated[AdapterAverage, FROM_STRING] = AdapterAverage.FACTORS
 
 
 class RepromptConfig(Section):
@@ -246,73 +212,14 @@ class SDPOLossConfig(Section):
         return self
 
 
-class PayloadDtype(enum.StrEnum):
-    """Number format of log-probs on their way."""
-
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-
-
-class PayloadIds(enum.StrEnum):
-    """Number format of token ids on their way."""
-
-    INT32 = "int32"
-    """Read where they lie."""
-    COMPACT = "compact"
-    """The low 16 bits and, in vocabularies beyond 65536, 8 more: fewer bytes on a network, unpacked on arrival."""
-
-
-class TeacherConfig(Section):
-    """Teachers as actors."""
-
-    num_workers: Positive = 1
-    num_cpus: Annotated[float, Field(ge=0)] = 1.0
-    num_gpus: Annotated[float, Field(ge=0)] = 0.0
-    payload_dtype: Annotated[PayloadDtype, FROM_STRING] = PayloadDtype.FLOAT32
-    payload_ids: Annotated[PayloadIds, FROM_STRING] = PayloadIds.INT32
-    max_tokens_per_batch: Positive = 4096
-    """Tokens of one forward pass; requests that wait together share it."""
-    timeout_s: Seconds = 120.0
-    """For one request, at the teacher and on the way."""
-    max_attempts: Positive = 3
-    """Times a request is sent before its group is dropped."""
-
-
-class TeacherProtocol(enum.StrEnum):
-    """What a teacher's server speaks."""
-
-    TRL_RAY = "trl_ray"
-    """``trl-ray teacher-serve``."""
-    VLLM = "vllm"
-    """vLLM's OpenAI server: ``/v1/completions`` with ``prompt_logprobs``."""
-    TRL = "trl"
-    """TRL v1.1's ``/get_sequence_logprobs/``."""
-
-
-class TeacherServerConfig(Section):
-    """A teacher behind HTTP; `TeacherConfig` says how long and how often it is asked."""
-
-    url: str
-    """Scheme, host, port and, where there is one, a path in front: ``http://10.0.0.5:8000``."""
-    protocol: Annotated[TeacherProtocol, FROM_STRING] = TeacherProtocol.TRL_RAY
-    model: str | None = None
-    """The name under which a vLLM server serves it."""
-    token_variable: str | None = None
-    """Environment variable with the server's token; the token itself stands in no file."""
-    chunk_size: Positive = 8
-    """Completions of one HTTP request."""
-    max_tokens_per_request: Positive = 32768
-    """Prompts and completions of one HTTP request, unless one alone has more."""
-    max_concurrent_requests: Positive = 4
-    retry_delay_s: Seconds = 0.5
-    """Before the second attempt; doubled before each further one, up to 10 s."""
+class SDPOObjective(LossConfig, SDPOLossConfig):
+    """All that SDPO's loss reads."""
 
     @model_validator(mode="after")
-    def _check_model(self) -> Self:
-        if (self.protocol is TeacherProtocol.VLLM) != (self.model is not None):
+    def _check_policy_part(self) -> Self:
+        if self.beta > 0 and self.distillation_weight == 1:
             raise ValueError(
-                f"model must be set with protocol=vllm and left out otherwise, got {self.model} and "
-                f"{self.protocol.value}. Change one of the two."
+                f"beta must be 0 with distillation_weight=1, got {self.beta}: the KL belongs to the policy loss, which "
+                "weighs nothing. Lower distillation_weight, or remove beta."
             )
         return self

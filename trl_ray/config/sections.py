@@ -229,6 +229,8 @@ class GenerationConfig(Section):
     """Completions per prompt: the group size G."""
     steps_per_generation: Positive | None = None
     """Micro-batches of one rank in one generation batch: a multiple of `gradient_accumulation_steps`, and None that."""
+    generation_batch_size: Positive | None = None
+    """The same, counted in completions over all ranks."""
     max_completion_length: Positive = 256
     """Tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0

@@ -29,13 +29,7 @@ from trl_ray.algorithms.teacher_answers import TeacherAnswer, check_answer, log_
 from trl_ray.algorithms.teacher_frames import MEDIA_TYPE
 from trl_ray.algorithms.teacher_payload import decode_scores
 from trl_ray.algorithms.teacher_requests import TeacherCall, encode_requests
-from trl_ray.config.distillation import (
-    PayloadDtype,
-    PayloadIds,
-    TeacherConfig,
-    TeacherProtocol,
-    TeacherServerConfig,
-)
+from trl_ray.config.teachers import PayloadDtype, PayloadIds, TeacherConfig, TeacherProtocol, TeacherServerConfig
 from trl_ray.engines.teacher_transport import ServerAddress, TeacherServer
 from trl_ray.errors import ConfigError, TeacherError
 from trl_ray.types import FloatArray, IntArray, TeacherQuestion, TeacherRequest, TeacherScores

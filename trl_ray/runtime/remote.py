@@ -11,6 +11,9 @@
 | reward  | reward.num_cpus            | unbounded: it has no state | one event loop; functions run in a child      |
 | reward_ | reward_models[].num_*, a   | unbounded: its constructor | one event loop; forward passes have a thread  |
 | model   | plan of its own for each   | reads the weights again    |                                               |
+| teacher | teachers[].num_*, a plan   | unbounded: its constructor | one event loop; forward passes have a thread  |
+|         | of its own for each        | reads the first weights,   |                                               |
+|         |                            | the crew feeds it the rest |                                               |
 
 `max_task_retries` is 0 everywhere: a call whose outcome is unknown is settled by the ledger, never repeated blindly.
 """
@@ -27,7 +30,8 @@ from ray.actor import ActorClass
 
 from trl_ray.config.reward_models import RewardModelOptions
 from trl_ray.config.sections import RewardConfig, RolloutConfig, RuntimeConfig
-from trl_ray.runtime.runtime import Role, reward_model_plan
+from trl_ray.config.teachers import TeacherSource
+from trl_ray.runtime.runtime import Role, reward_model_plan, teacher_plan
 
 HEALTH_GROUP = "health"
 _FOREVER = -1
@@ -57,12 +61,14 @@ class ActorPlan:
     is_async: bool
     environment: Mapping[str, str] = field(default_factory=dict)
     model: str | None = None
-    """The reward model that these actors hold copies of."""
+    """The reward model or teacher that these actors hold copies of."""
 
     @property
     def key(self) -> str:
         """Tells plans apart: the role, and the model where a role has a plan for each."""
-        return self.role.value if self.model is None else reward_model_plan(self.model)
+        if self.model is None:
+            return self.role.value
+        return teacher_plan(self.model) if self.role is Role.TEACHER else reward_model_plan(self.model)
 
     @property
     def survives(self) -> bool:
@@ -105,14 +111,32 @@ def plan_reward_model(options: RewardModelOptions) -> ActorPlan:
     )
 
 
+def plan_teacher(source: TeacherSource) -> ActorPlan:
+    """The plan for the copies of one teacher."""
+    options = source.options
+    return ActorPlan(
+        role=Role.TEACHER,
+        count=options.num_workers,
+        num_cpus=options.num_cpus,
+        num_gpus=options.num_gpus,
+        max_restarts=_FOREVER,
+        threads=options.num_threads,
+        is_async=True,
+        environment=_KEEP_FREED_MEMORY,
+        model=source.name,
+    )
+
+
 def plan_actors(
     *,
     runtime: RuntimeConfig,
     rollout: RolloutConfig,
     reward: RewardConfig,
     reward_models: Sequence[RewardModelOptions] = (),
+    teachers: Sequence[TeacherSource] = (),
 ) -> dict[str, ActorPlan]:
-    """The plans of a reinforcement-learning pipeline by key: a role's own name, or `reward_model_plan`."""
+    """The plans of a reinforcement-learning pipeline by key: a role's own name, `reward_model_plan` or
+    `teacher_plan`."""
     gpus = rollout.num_gpus or (rollout.tensor_parallel_size if rollout.tensor_parallel_size > 1 else 0.0)
     plans = (
         plan_learner(runtime),
@@ -137,6 +161,7 @@ def plan_actors(
             is_async=True,
         ),
         *(plan_reward_model(options) for options in reward_models),
+        *(plan_teacher(source) for source in teachers),
     )
     return {plan.key: plan for plan in plans}
 

@@ -20,11 +20,17 @@ class Role(enum.StrEnum):
     ROLLOUT = "rollout"
     REWARD = "reward"
     REWARD_MODEL = "reward_model"
+    TEACHER = "teacher"
 
 
 def reward_model_plan(label: str) -> str:
     """The key of a reward model's plan."""
     return f"{Role.REWARD_MODEL.value} {label}"
+
+
+def teacher_plan(name: str) -> str:
+    """The key of a teacher's plan."""
+    return f"{Role.TEACHER.value} {name}"
 
 
 class ActorHandle(Handle, Protocol):

@@ -31,7 +31,7 @@ from trl_ray.config.distillation import (
     Support,
 )
 
-FULL = DistillationLossConfig(support=Support.FULL)
+FULL = DistillationLossConfig(loss_support=Support.FULL)
 IW_OPD = DistillationLossConfig(distillation_objective=DistillationObjective.IW_OPD)
 SDPO_FULL = SDPOLossConfig(distillation_mode=DistillationMode.FULL_LOGITS)
 
@@ -92,7 +92,7 @@ def test_the_support_says_what_is_taken_of_the_teacher() -> None:
         (Support.STUDENT, binary),
         (Support.UNION, binary),
     ):
-        loss = distillation_loss(given(student, signal), DistillationLossConfig(support=wanted)).loss
+        loss = distillation_loss(given(student, signal), DistillationLossConfig(loss_support=wanted)).loss
         assert loss.item() == pytest.approx(expected), wanted
 
 
@@ -100,7 +100,7 @@ def test_below_beta_one_the_realised_token_has_company() -> None:
     """Student and teacher swap 3/4 and 1/4: a mixture of two even ones."""
     support = SupportLogprobs(student=numbers(0.75, 0.25).log()[None], teacher=numbers(0.25, 0.75).log()[None])
     signal = TeacherSignal(logprobs=numbers(-9), support=support)
-    config = DistillationLossConfig(support=Support.REALISED, beta=0.5, add_tail=False)
+    config = DistillationLossConfig(loss_support=Support.REALISED, beta=0.5, loss_add_tail=False)
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert distillation_loss(given(numbers(-9), signal), config).loss.item() == pytest.approx(expected)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_ray.algorithms.number_formats import from_bits, to_bits
-from trl_ray.config.distillation import PayloadDtype
+from trl_ray.config.teachers import PayloadDtype
 
 HALF, BRAIN = PayloadDtype.FLOAT16, PayloadDtype.BFLOAT16
 EVERY = np.arange(2**16, dtype=np.uint16)

@@ -10,7 +10,7 @@ import pytest
 
 from teacher_batches import make_requests, make_scores
 from trl_ray.algorithms.teacher_answers import TeacherAnswer, check_answer, join_scores, log_tail, split_answer
-from trl_ray.config.distillation import PayloadDtype
+from trl_ray.config.teachers import PayloadDtype
 from trl_ray.errors import TeacherError
 from trl_ray.types import TeacherQuestion
 

@@ -16,7 +16,7 @@ from trl_ray.algorithms import teacher_frames
 from trl_ray.algorithms.teacher_frames import HEADER_BYTES, Frame
 from trl_ray.algorithms.teacher_payload import decode_scores, encode_scores
 from trl_ray.algorithms.teacher_requests import TeacherCall, decode_requests, encode_requests
-from trl_ray.config.distillation import PayloadDtype, PayloadIds
+from trl_ray.config.teachers import PayloadDtype, PayloadIds
 from trl_ray.errors import TeacherError
 from trl_ray.types import TeacherQuestion, TeacherScores
 

@@ -20,12 +20,18 @@ from trl_ray.errors import ConfigError
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"support": "sampled", "beta": 0.5}, "beta must be 1 with support=sampled, got 0.5"),
-        ({"support": "teacher", "top_k": 1, "add_tail": False}, "add_tail must be true with support=teacher, top_k=1"),
-        ({"support": "student", "top_k": 1, "add_tail": False}, "add_tail must be true with support=student, top_k=1"),
+        ({"loss_support": "sampled", "beta": 0.5}, "beta must be 1 with loss_support=sampled, got 0.5"),
         (
-            {"support": "realised", "add_tail": False},
-            "add_tail must be true with support=realised, top_k=20 and beta=1",
+            {"loss_support": "teacher", "loss_top_k": 1, "loss_add_tail": False},
+            "loss_add_tail must be true with loss_support=teacher, loss_top_k=1",
+        ),
+        (
+            {"loss_support": "student", "loss_top_k": 1, "loss_add_tail": False},
+            "loss_add_tail must be true with loss_support=student, loss_top_k=1",
+        ),
+        (
+            {"loss_support": "realised", "loss_add_tail": False},
+            "loss_add_tail must be true with loss_support=realised, loss_top_k=20 and beta=1",
         ),
         (
             {"distillation_objective": "iw_opd", "beta": 0.5},
@@ -43,10 +49,10 @@ def test_objectives_that_are_constant_or_estimate_something_else_are_refused(
 @pytest.mark.parametrize(
     "options",
     [
-        {"support": "union", "top_k": 1, "add_tail": False},
-        {"support": "realised", "beta": 0.5, "add_tail": False},
-        {"support": "realised", "top_k": 1},
-        {"distillation_objective": "iw_opd", "support": "teacher"},
+        {"loss_support": "union", "loss_top_k": 1, "loss_add_tail": False},
+        {"loss_support": "realised", "beta": 0.5, "loss_add_tail": False},
+        {"loss_support": "realised", "loss_top_k": 1},
+        {"distillation_objective": "iw_opd", "loss_support": "teacher"},
     ],
 )
 def test_what_two_tokens_or_a_tail_make_a_distribution_of_is_allowed(options: dict[str, Any]) -> None:
@@ -68,7 +74,7 @@ def test_what_two_tokens_or_a_tail_make_a_distribution_of_is_allowed(options: di
 def test_a_support_says_how_many_tokens_teacher_and_student_must_name(
     support: Support, beta: float, of_teacher: int, of_student: int
 ) -> None:
-    config = DivergenceConfig(support=support, beta=beta, top_k=5)
+    config = DivergenceConfig(loss_support=support, beta=beta, loss_top_k=5)
     assert (config.teacher_top_k, config.student_top_k) == (of_teacher, of_student)
 
 

@@ -1,0 +1,116 @@
+"""The configuration of the `distill` pipeline.
+
+AheadConfig + DistillationLossConfig + where completions come from + teachers: [TeacherOptions]
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from trl_ray.config.distillation import DistillationLossConfig, DistillationObjective, Support
+from trl_ray.config.fields import FROM_STRING, Fraction, Positive
+from trl_ray.config.rollout_runs import AheadConfig
+from trl_ray.config.sections import Dtype
+from trl_ray.config.teachers import TeacherKind, TeacherOptions, TeacherPlacement, TeacherSource
+
+NEEDS_LEARNER = frozenset({Support.FULL, Support.STUDENT, Support.UNION})
+"""Supports that only who holds both the student and the teacher can take."""
+
+
+class DistillConfig(AheadConfig, DistillationLossConfig):
+    """On-policy distillation (https://arxiv.org/abs/2306.13649): a student learns from what a teacher says of its own
+    completions, or of the dataset's."""
+
+    pipeline: str = "distill"
+    """Which pipeline this configuration is for; written to config.yaml so that a run can be resumed by its folder."""
+    num_generations: Positive = 1
+    """Completions per prompt."""
+    lmbda: Fraction = 1.0
+    """Share of prompts that the student answers itself; the others are trained on with the dataset's completions."""
+    dataset_completion_column: str = "completion"
+    """The column with those: text, or messages where prompts are conversations. Not read with lmbda=1."""
+    teacher_model_name_or_path: str | None = None
+    """One teacher with default options, before those of `teachers`; its name is ``teacher``."""
+    teacher_dtype: Annotated[Dtype, FROM_STRING] = Dtype.FLOAT32
+    teachers: list[TeacherOptions] = Field(default_factory=list)
+    teacher_column: str | None = None
+    """Dataset column that names each row's teacher; None gives all rows to the first."""
+
+    @property
+    def all_teachers(self) -> tuple[TeacherOptions, ...]:
+        """Every teacher, the default one first."""
+        short = self.teacher_model_name_or_path
+        first = [TeacherOptions(model_name_or_path=short, dtype=self.teacher_dtype)] if short is not None else []
+        return (*first, *self.teachers)
+
+    @property
+    def teacher_sources(self) -> tuple[TeacherSource, ...]:
+        """The same, as whoever holds them is told."""
+        return tuple(
+            TeacherSource(name=each.name, kind=TeacherKind.EXTERNAL, model=each.model, options=each)
+            for each in self.all_teachers
+        )
+
+    @property
+    def teacher_in_learner(self) -> bool:
+        """Whether the learner holds the teacher."""
+        wanted = {each.placement for each in self.all_teachers}
+        if wanted == {TeacherPlacement.AUTO}:
+            return self.distillation_objective is DistillationObjective.JSD and self.loss_support in NEEDS_LEARNER
+        return TeacherPlacement.LEARNER in wanted
+
+    @property
+    def has_rewards(self) -> bool:
+        """Whether completions are rewarded, which nothing but metrics and evaluations looks at."""
+        return bool(self.reward_funcs or self.scoring_models)
+
+    @model_validator(mode="after")
+    def _check_teachers(self) -> Self:
+        names = [each.name for each in self.all_teachers]
+        if not names:
+            raise ValueError("there must be a teacher. Set teacher_model_name_or_path, or list teachers.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"teachers must have different names, got {names}. Set name for each of them.")
+        if self.teacher_column is None and len(names) > 1:
+            raise ValueError(
+                f"teacher_column must be set with several teachers, got {names} and no column that says which row is "
+                "whose. Set it, or remove all teachers but one."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_placement(self) -> Self:
+        if self.teacher_in_learner:
+            if len(self.all_teachers) > 1 or any(each.server for each in self.all_teachers):
+                raise ValueError(
+                    f"loss_support must be teacher, realised or sampled with several teachers or a server, got "
+                    f"{self.loss_support.value}: the learner must hold the teacher for it, and holds one. Change "
+                    "loss_support, or name one model."
+                )
+        elif self.distillation_objective is DistillationObjective.JSD and self.loss_support in NEEDS_LEARNER:
+            raise ValueError(
+                f"placement must be learner with loss_support={self.loss_support.value}, got actor: only who holds "
+                "both models knows both sides. Remove placement, or set loss_support=teacher."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if self.lmbda < 1 and self.distillation_objective is DistillationObjective.IW_OPD:
+            raise ValueError(
+                f"lmbda must be 1 with distillation_objective=iw_opd, got {self.lmbda}: the dataset's completions were "
+                "not sampled, so they have no importance weights. Remove one of the two."
+            )
+        if self.lmbda < 1 and self.loss_support is Support.SAMPLED:
+            raise ValueError(
+                f"lmbda must be 1 with loss_support=sampled, got {self.lmbda}: that estimate holds for the student's "
+                "own samples only. Set loss_support=teacher, or lmbda=1."
+            )
+        if self.cross_entropy_weight > 0 and self.lmbda == 1:
+            raise ValueError(
+                f"lmbda must be below 1 with cross_entropy_weight={self.cross_entropy_weight}, got 1.0: only the "
+                "dataset's completions are examples to follow. Lower lmbda, or remove cross_entropy_weight."
+            )
+        return self

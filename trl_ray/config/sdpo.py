@@ -1,0 +1,126 @@
+"""The configuration of the `sdpo` pipeline: policy optimisation with the policy as its own, better informed teacher.
+
+AsyncGRPOConfig + SDPOObjective + TeacherWeights + RepromptConfig + teacher: TeacherConfig
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from trl_ray.config.distillation import DistillationMode, RepromptConfig, SDPOObjective
+from trl_ray.config.fields import FROM_STRING, Natural, Positive
+from trl_ray.config.grpo import AsyncGRPOConfig
+from trl_ray.config.loss import OldLogprobs
+from trl_ray.config.sections import ModelConfig
+from trl_ray.config.teachers import (
+    AdapterAverage,
+    TeacherConfig,
+    TeacherKind,
+    TeacherPlacement,
+    TeacherSource,
+    TeacherWeights,
+)
+
+
+class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig):
+    """Self-distillation policy optimisation (https://arxiv.org/abs/2601.20802); names and defaults are those of TRL's
+    SDPOConfig."""
+
+    pipeline: str = "sdpo"
+    """Which pipeline this configuration is for; written to config.yaml so that a run can be resumed by its folder."""
+    max_staleness: Natural = 0
+    """Optimizer steps S between the weights that sampled a token and the weights that train on it; 0 waits."""
+    old_logprobs: Annotated[OldLogprobs, FROM_STRING] = OldLogprobs.POLICY
+    """Whose probabilities ratios are taken against; where generation runs ahead and nothing is said, the sampler's."""
+    max_prompt_length: Positive | None = 512
+    """Longer prompts of the student lose their head; the teacher's are made of the whole. None refuses what the model
+    does not hold."""
+    use_teacher_server: bool = False
+    """The teacher is scored on the rollout workers' engines, which hold the weights of a live one anyway."""
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_old(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("max_staleness") and "old_logprobs" not in values:
+            return {**values, "old_logprobs": OldLogprobs.SAMPLER}
+        return values
+
+    @property
+    def teacher_sources(self) -> tuple[TeacherSource, ...]:
+        """The one teacher, as whoever holds it is told."""
+        return (
+            TeacherSource(
+                name=self.teacher_model_kind.value,
+                kind=self.teacher_model_kind,
+                model=self.part(ModelConfig),
+                options=self.teacher,
+                weights=self.part(TeacherWeights),
+            ),
+        )
+
+    @property
+    def distils(self) -> bool:
+        """Whether the teacher has any weight."""
+        return self.distillation_weight > 0
+
+    @property
+    def teacher_in_learner(self) -> bool:
+        """Whether the learner holds the teacher."""
+        if not self.distils or self.use_teacher_server:
+            return False
+        if self.teacher.placement is TeacherPlacement.AUTO:
+            return self.distillation_mode is not DistillationMode.SAMPLED_TOKEN or self._averages_factors
+        return self.teacher.placement is TeacherPlacement.LEARNER
+
+    @property
+    def _averages_factors(self) -> bool:
+        """Whether the average is one of A and B, which are not published."""
+        is_average = self.use_peft and self.teacher_model_kind is TeacherKind.EMA
+        return is_average and self.teacher_adapter_average is AdapterAverage.FACTORS
+
+    @model_validator(mode="after")
+    def _check_teacher(self) -> Self:
+        if self.teacher_model_kind is TeacherKind.EXTERNAL:
+            raise ValueError(
+                "teacher_model_kind must be ema, live or base, got external: the policy is its own teacher. For "
+                "another model's lessons use the pipeline distill."
+            )
+        if self.teacher.placement is not TeacherPlacement.ACTOR or not self.distils:
+            return self
+        if self.distillation_mode is not DistillationMode.SAMPLED_TOKEN:
+            raise ValueError(
+                f"teacher.placement must not be actor with distillation_mode={self.distillation_mode.value}, got "
+                "actor: the student's most probable tokens are known to the learner only. Remove placement, or set "
+                "distillation_mode=sampled_token."
+            )
+        if self._averages_factors:
+            raise ValueError(
+                "teacher_adapter_average must be product with teacher.placement=actor, got factors: weights are "
+                "published with the adapter merged. Set product, or remove placement."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_teacher_server(self) -> Self:
+        if not self.use_teacher_server:
+            return self
+        wanted: list[tuple[str, object, object, str]] = [
+            ("teacher_model_kind", self.teacher_model_kind.value, "live", "the engines hold the policy's weights"),
+            ("distillation_weight", self.distillation_weight, 1.0, "a blend has its passes in the learner anyway"),
+            ("temperature", self.temperature, 1.0, "engines score given tokens at temperature 1"),
+        ]
+        for name, value, needed, why in wanted:
+            if value != needed:
+                raise ValueError(
+                    f"{name} must be {needed} with use_teacher_server=true, got {value}: {why}. Set {name}={needed}, "
+                    "or use_teacher_server=false."
+                )
+        if self.distillation_mode is DistillationMode.FULL_LOGITS:
+            raise ValueError(
+                "distillation_mode must be sampled_token or topk_logits with use_teacher_server=true, got "
+                "full_logits: engines name their most probable tokens, not the vocabulary. Choose one of the two."
+            )
+        return self

@@ -1,0 +1,221 @@
+"""The options of teachers: whose weights they hold, where they stand, how they are asked.
+
+TeacherWeights        flat, TRL's names: how a teacher of the policy's own weights follows them
+TeacherConfig         nested, ours: actors, payload, patience
+TeacherOptions        nested, ours: the same, and another model or a server
+TeacherServerConfig   nested, ours: one that is asked over HTTP
+TeacherSource         all of it for one teacher, as whoever holds it is told
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from trl_ray.config.base import Section
+from trl_ray.config.fields import FROM_STRING, Positive, Seconds
+from trl_ray.config.sections import Dtype, ModelConfig
+
+
+class TeacherKind(enum.StrEnum):
+    """Whose weights a teacher holds."""
+
+    EMA = "ema"
+    """A moving average of the policy's."""
+    LIVE = "live"
+    """The policy's, as they were last published."""
+    BASE = "base"
+    """Those that training started from."""
+    EXTERNAL = "external"
+    """Another model's."""
+
+
+class AdapterAverage(enum.StrEnum):
+    """What of a low-rank adapter is averaged."""
+
+    FACTORS = "factors"
+    """A and B each, from zero: TRL's convention, whose product is no average of the products."""
+    PRODUCT = "product"
+    """The weights they amount to."""
+
+
+class TeacherWeights(Section):
+    """How a teacher of the policy's own weights follows them; the names are those of TRL's SDPOConfig."""
+
+    teacher_model_kind: Annotated[TeacherKind, FROM_STRING] = TeacherKind.EMA
+    teacher_update_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """teacher <- (1 - rate) teacher + rate policy."""
+    teacher_sync_steps: Positive = 1
+    """Optimizer steps between two updates."""
+    teacher_adapter_average: Annotated[AdapterAverage, FROM_STRING] = AdapterAverage.FACTORS
+
+
+class PayloadDtype(enum.StrEnum):
+    """Number format of log-probs on their way."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+class PayloadIds(enum.StrEnum):
+    """Number format of token ids on their way."""
+
+    INT32 = "int32"
+    """Read where they lie."""
+    COMPACT = "compact"
+    """The low 16 bits and, in vocabularies beyond 65536, 8 more: fewer bytes on a network, unpacked on arrival."""
+
+
+class TeacherPlacement(enum.StrEnum):
+    """Who holds a teacher."""
+
+    AUTO = "auto"
+    """The learner where the objective asks for what only it knows (the student's own most probable tokens, or the whole
+    vocabulary), else actors."""
+    ACTOR = "actor"
+    """Actors of its own, which score completions before they reach the queue: beside generation and training."""
+    LEARNER = "learner"
+    """The learner, which asks it in every pass."""
+
+
+class TeacherConfig(Section):
+    """Teachers as actors."""
+
+    placement: Annotated[TeacherPlacement, FROM_STRING] = TeacherPlacement.AUTO
+    num_workers: Positive = 1
+    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    payload_dtype: Annotated[PayloadDtype, FROM_STRING] = PayloadDtype.FLOAT32
+    payload_ids: Annotated[PayloadIds, FROM_STRING] = PayloadIds.INT32
+    max_tokens_per_batch: Positive = 4096
+    """Tokens of one forward pass; requests that wait together share it."""
+    timeout_s: Seconds = 120.0
+    """For one request, at the teacher and on the way."""
+    max_attempts: Positive = 3
+    """Times a request is sent before its group is dropped."""
+    max_failures_in_a_row: Positive = 20
+    """Groups in a row that no teacher could score, after which the run stops; 1 stops at the first."""
+
+    @property
+    def num_threads(self) -> int:
+        """Compute threads of one actor."""
+        return max(1, int(self.num_cpus))
+
+
+class TeacherProtocol(enum.StrEnum):
+    """What a teacher's server speaks."""
+
+    TRL_RAY = "trl_ray"
+    """``trl-ray teacher-serve``."""
+    VLLM = "vllm"
+    """vLLM's OpenAI server: ``/v1/completions`` with ``prompt_logprobs``."""
+    TRL = "trl"
+    """TRL v1.1's ``/get_sequence_logprobs/``."""
+
+
+class TeacherServerConfig(Section):
+    """A teacher behind HTTP; `TeacherConfig` says how long and how often it is asked."""
+
+    url: str
+    """Scheme, host, port and, where there is one, a path in front: ``http://10.0.0.5:8000``."""
+    protocol: Annotated[TeacherProtocol, FROM_STRING] = TeacherProtocol.TRL_RAY
+    model: str | None = None
+    """The name under which a vLLM server serves it."""
+    token_variable: str | None = None
+    """Environment variable with the server's token; the token itself stands in no file."""
+    chunk_size: Positive = 8
+    """Completions of one HTTP request."""
+    max_tokens_per_request: Positive = 32768
+    """Prompts and completions of one HTTP request, unless one alone has more."""
+    max_concurrent_requests: Positive = 4
+    retry_delay_s: Seconds = 0.5
+    """Before the second attempt; doubled before each further one, up to 10 s."""
+
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        if (self.protocol is TeacherProtocol.VLLM) != (self.model is not None):
+            raise ValueError(
+                f"model must be set with protocol=vllm and left out otherwise, got {self.model} and "
+                f"{self.protocol.value}. Change one of the two."
+            )
+        return self
+
+
+class TeacherEngine(enum.StrEnum):
+    """What computes what an external teacher says."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
+
+
+class TeacherOptions(TeacherConfig):
+    """A teacher that is another model, on actors of ours or behind a server."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "teacher"
+    """As scores, events and the dataset's `teacher_column` call it."""
+    model_name_or_path: str | None = None
+    """Hub name or local folder; left out with `server`."""
+    model_revision: str = "main"
+    trust_remote_code: bool = False
+    dtype: Annotated[Dtype, FROM_STRING] = Dtype.FLOAT32
+    attn_implementation: str | None = None
+    engine: Annotated[TeacherEngine, FROM_STRING] = TeacherEngine.TRANSFORMERS
+    max_model_len: Positive | None = None
+    """Tokens of context and completion together; None takes what the model allows."""
+    kv_cache_memory_gib: Annotated[float, Field(gt=0)] = 1.0
+    """Only with engine=vllm on a CPU."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
+    tensor_parallel_size: Positive = 1
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to vLLM as they are."""
+    server: TeacherServerConfig | None = None
+
+    @property
+    def model(self) -> ModelConfig:
+        """The options under which its model is loaded."""
+        return ModelConfig(
+            model_name_or_path=self.model_name_or_path,
+            model_revision=self.model_revision,
+            trust_remote_code=self.trust_remote_code,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            gradient_checkpointing=False,
+        )
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if (self.server is None) == (self.model_name_or_path is None):
+            raise ValueError(
+                f"teacher {self.name} must have either model_name_or_path or server, got {self.model_name_or_path!r} "
+                f"and {'a server' if self.server else 'no server'}. Set one of the two."
+            )
+        if self.placement is TeacherPlacement.LEARNER and (self.server or self.engine is TeacherEngine.VLLM):
+            raise ValueError(
+                f"placement must not be learner for teacher {self.name}, got learner with "
+                f"{'server' if self.server else 'engine=vllm'}: the learner computes with transformers. Remove one of "
+                "the two."
+            )
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSource:
+    """One teacher, as the actor, the server or the learner that holds it is told."""
+
+    name: str
+    kind: TeacherKind
+    model: ModelConfig
+    """The policy's, or the external teacher's; without a name where a server has it."""
+    options: TeacherConfig
+    """`TeacherOptions` where it is external."""
+    weights: TeacherWeights | None = None
+    """How it follows the policy; None where it is external."""
+
+    @property
+    def follows_policy(self) -> bool:
+        """Whether it is fed with published weights."""
+        return self.kind in {TeacherKind.EMA, TeacherKind.LIVE}
