@@ -10,6 +10,12 @@ def vowels(completions, **_):
     return [sum(char in "aeiou" for char in text) / max(1, len(text)) for text in texts]
 
 
+def vowels_with_feedback(completions, log_extra, **kwargs):
+    """`vowels`, with a word on each completion."""
+    log_extra("feedback", [f"{len(_text(completion))} letters" for completion in completions])
+    return vowels(completions, **kwargs)
+
+
 def length(completion_ids, **_):
     """Token count, scaled."""
     return [len(ids) / 16 for ids in completion_ids]

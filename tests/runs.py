@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trl_ray.config.distill import DistillConfig
 from trl_ray.config.grpo import AsyncGRPOConfig, GRPOConfig
 from trl_ray.config.load import build
+from trl_ray.config.sdpo import SDPOConfig
 
 REWARDS = Path(__file__).parent / "rewards_for_tests.py"
 PROMPTS = [{"prompt": f"count to {number}: "} for number in range(1, 25)]
@@ -55,6 +57,18 @@ def grpo(model: str, output_dir: Path, **changes: Any) -> GRPOConfig:
 def async_grpo(model: str, output_dir: Path, **changes: Any) -> AsyncGRPOConfig:
     """An asynchronous run."""
     return build(AsyncGRPOConfig, values(model, output_dir, **changes))
+
+
+def sdpo(model: str, output_dir: Path, **changes: Any) -> SDPOConfig:
+    """A run of self-distillation in which about half of the completions are successes."""
+    base = {"success_reward_threshold": 0.01, "learning_rate": 1e-4}
+    return build(SDPOConfig, values(model, output_dir, **{**base, **changes}))
+
+
+def distill(model: str, teacher: str | None, output_dir: Path, **changes: Any) -> DistillConfig:
+    """A run of distillation: 16 prompts a step, one completion each, and no rewards."""
+    base = {"reward_funcs": [], "num_generations": 1, "teacher_model_name_or_path": teacher}
+    return build(DistillConfig, values(model, output_dir, **{**base, **changes}))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@
     │   ├── CheckpointError   a checkpoint is missing, truncated, or of another run
     │   ├── JournalError      the ledger's journal cannot be read or written
     │   ├── RewardError       a reward function failed, beyond what the run may drop
-    │   └── TeacherError      a teacher failed, hung, or answered what cannot be true
+    │   ├── TeacherError      a teacher failed, hung, or answered what cannot be true
+    │   └── CallbackError     a callback raised, or asked for what the run cannot do
     └── InterruptedRun    Ctrl-C or SIGTERM; a checkpoint was written       -> exit code 130
 
 Messages say what must hold, what was given, and what to do. No class takes more than one message, so that
@@ -95,6 +96,10 @@ class RewardError(RunError):
 
 class TeacherError(RunError):
     """A teacher failed, did not answer in time, or answered what cannot be true; nothing is trained on it."""
+
+
+class CallbackError(RunError):
+    """A callback of the user's raised, or asked for what the run cannot do."""
 
 
 class InterruptedRun(TrlRayError):

@@ -96,6 +96,7 @@ def test_a_python_example_trains_with_a_reward_function_of_its_own(
     ("example", "figure"),
     [
         ("sft.py", "held-out loss"),
+        ("callbacks.py", "held-out loss"),
         ("dpo.py", "held-out accuracy"),
         ("kto.py", "held-out loss"),
         ("reward_model.py", "held-out accuracy"),

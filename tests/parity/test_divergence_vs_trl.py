@@ -19,7 +19,6 @@ from torch import Tensor
 from trl_ray.algorithms.distillation import (
     DistillationInputs,
     SDPOInputs,
-    TeacherSignal,
     distillation_loss,
     sdpo_loss,
 )
@@ -33,6 +32,7 @@ from trl_ray.algorithms.divergence import (
 from trl_ray.algorithms.head_problem import ExtraOutputs, LogitTransform
 from trl_ray.algorithms.logprobs import TokenLogprobs, token_logprobs
 from trl_ray.algorithms.sequences import TokenSequences
+from trl_ray.algorithms.teacher_signal import TeacherSignal
 from trl_ray.config.distillation import (
     DistillationLossConfig,
     DistillationMode,

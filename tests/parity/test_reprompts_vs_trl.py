@@ -17,12 +17,14 @@ from tiny_models import CHAT_TEMPLATE, build_tokenizer
 from trl_ray.algorithms.self_distillation_diagnostics import (
     Degeneracy,
     SelfDistillationDiagnostics,
+    SelfDistillationGroup,
+    self_distillation_group,
     self_distillation_metrics,
 )
 from trl_ray.config.distillation import RepromptConfig
 from trl_ray.data.chat_rendering import ChatFormat
-from trl_ray.data.reprompts import Attempt, RepromptedGroup, reprompt_group
-from trl_ray.types import Prompt
+from trl_ray.data.reprompts import Attempt, reprompt_group
+from trl_ray.types import GroupTicket, Prompt, Reward, RolloutGroup
 
 pytestmark = pytest.mark.parity
 trainer_module = pytest.importorskip("trl.experimental.sdpo.sdpo_trainer", reason="the reference is TRL")
@@ -111,33 +113,41 @@ def theirs(
     return prompts, built["self_distillation_mask"].tolist(), builder.last_metrics
 
 
-def ours(batch: list[list[dict[str, Any]]], config: RepromptConfig) -> list[RepromptedGroup]:
+def ours(batch: list[list[dict[str, Any]]], config: RepromptConfig) -> list[RolloutGroup]:
     groups = []
     for rows in batch:
-        prompt = rows[0]["prompt"]
-        is_text = isinstance(prompt, str)
+        shown = rows[0]["prompt"]
+        is_text = isinstance(shown, str)
+        prompt = Prompt(
+            prompt_id="0:0",
+            token_ids=np.array(tokens_of(shown), np.int32),
+            messages=None if is_text else tuple(shown),
+            text=shown if is_text else None,
+        )
+        attempts = [
+            Attempt(
+                token_ids=np.array(TOKENIZER(row["text"])["input_ids"], np.int32),
+                reward=row["reward"],
+                feedback=row["feedback"],
+            )
+            for row in rows
+        ]
+        chat = ChatFormat(template=CHAT_TEMPLATE)
+        contexts = reprompt_group(prompt, attempts, config=config, tokenizer=TOKENIZER, chat=chat)
         groups.append(
-            reprompt_group(
-                Prompt(
-                    prompt_id="0:0",
-                    token_ids=np.array(tokens_of(prompt), np.int32),
-                    messages=None if is_text else tuple(prompt),
-                    text=prompt if is_text else None,
-                ),
-                [
-                    Attempt(
-                        token_ids=np.array(TOKENIZER(row["text"])["input_ids"], np.int32),
-                        reward=row["reward"],
-                        feedback=row["feedback"],
-                    )
-                    for row in rows
-                ],
-                config=config,
-                tokenizer=TOKENIZER,
-                chat=ChatFormat(template=CHAT_TEMPLATE),
+            RolloutGroup(
+                ticket=GroupTicket(group_id=0, attempt=0, prompt=prompt, admitted_at_version=0),
+                completions=(),
+                rewards=tuple(Reward(total=row["reward"], parts=row.get("parts", {})) for row in rows),
+                worker="rollout-0",
+                contexts=contexts,
             )
         )
     return groups
+
+
+def facts_of(groups: list[RolloutGroup], config: RepromptConfig) -> list[SelfDistillationGroup]:
+    return [self_distillation_group(group, threshold=config.success_reward_threshold) for group in groups]
 
 
 @pytest.fixture(autouse=True)
@@ -154,9 +164,9 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def check_prompts(batch: list[list[dict[str, Any]]], config: RepromptConfig) -> None:
     prompts, mask, metrics = theirs(batch, config)
     groups = ours(batch, config)
-    assert [prompt.token_ids.tolist() for group in groups for prompt in group.prompts] == prompts
-    assert [float(each) for group in groups for each in group.mask] == mask
-    found = self_distillation_metrics([group.facts for group in groups], flat_tolerance=TOLERANCE)
+    assert [context.prompt_ids.tolist() for group in groups for context in group.contexts] == prompts
+    assert [float(context.is_distilled) for group in groups for context in group.contexts] == mask
+    found = self_distillation_metrics(facts_of(groups, config), flat_tolerance=TOLERANCE)
     assert {name: found[name] for name in metrics} == pytest.approx(metrics, abs=1e-6)
 
 
@@ -206,12 +216,16 @@ def test_metrics_of_rewards_and_warnings_are_trls(interval: int, warnings: list[
         choices = [[0.0], [0.0, 0.5], [1.0], [0.0, 1.0]][step // 10] if step % 9 else [0.0, 1.0, 2.0]
         parts = rng.choice([*choices, np.nan] if step % 2 else choices, (2 * G, 2)).astype(np.float32)
         rewards = rng.choice(choices, 2 * G)
-        row = {"prompt": "q", "text": "a", "feedback": None}
-        batch = [[{**row, "reward": float(reward)} for reward in group] for group in rewards.reshape(2, G)]
-        facts = [
-            dataclasses.replace(group.facts, parts={"right": part[:, 0], "short": part[:, 1]})
-            for group, part in zip(ours(batch, RepromptConfig()), parts.reshape(2, G, 2), strict=True)
+        known_parts = [
+            {name: None if np.isnan(part) else float(part) for name, part in zip(("right", "short"), row, strict=True)}
+            for row in parts
         ]
+        rows = [
+            {"prompt": "q", "text": "a", "feedback": None, "reward": float(reward), "parts": each}
+            for reward, each in zip(rewards, known_parts, strict=True)
+        ]
+        config = RepromptConfig()
+        facts = facts_of(ours([rows[:G], rows[G:]], config), config)
         metrics = self_distillation_metrics(facts, flat_tolerance=TOLERANCE)
         warnings.clear()
         wanted = their.observe(torch.tensor(rewards, dtype=torch.float32), torch.tensor(parts), metrics)

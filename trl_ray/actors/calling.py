@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from trl_ray.errors import ActorLostError, DeadlineError
+from trl_ray.errors import ActorLostError, DeadlineError, RunError
 from trl_ray.types import Handle
 
 _PAUSE_S = 0.25
@@ -21,6 +21,8 @@ class Patience:
     """Seconds for one try."""
     total_s: float
     """Seconds over all tries."""
+    outlasts: tuple[type[RunError], ...] = (ActorLostError, DeadlineError)
+    """What it tries again after."""
 
 
 async def call_patiently(handle: Handle, method: str, patience: Patience, /, **kwargs: Any) -> Any:
@@ -38,7 +40,7 @@ async def call_patiently(handle: Handle, method: str, patience: Patience, /, **k
     while True:
         try:
             return await handle.call(method, deadline_s=patience.deadline_s, **kwargs)
-        except (ActorLostError, DeadlineError):
+        except patience.outlasts:
             if time.monotonic() >= end:
                 raise
             await asyncio.sleep(_PAUSE_S)

@@ -1,6 +1,7 @@
 """The passes of one rank over its micro-batches: losses with their gradients or without, or scores.
 
     samples --score--> what the head says [N] --Loss--> scalar --backward--> gradients in the back end
+            --a teacher, where the loss asks for one--^
 
 Where ranks exchange data in each pass, all of them make equally many, of the same kind: one that has nothing to pass
 makes idle ones, with samples that stand for any.
@@ -22,8 +23,10 @@ from trl_ray.algorithms.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import Loss, LossInputs, LossOutput, StepTotals, first_non_finite_sample, sample_tokens
 from trl_ray.models.backend import Backend
 from trl_ray.models.ranks import Ranks
+from trl_ray.models.resident_teacher import ResidentTeacher
 from trl_ray.models.scoring import ClassScores, SampleScorer
-from trl_ray.types import FloatArray, Metric, SampleLabel, SampleScores, TrainBatch, TrainingSample
+from trl_ray.models.taught_scorer import TaughtScorer, TaughtScores
+from trl_ray.types import FloatArray, Metric, SampleLabel, SampleScores, TeacherScores, TrainBatch, TrainingSample
 
 Samples = Sequence[TrainingSample]
 ReferenceLogprobs = Callable[[Samples], Tensor | None]
@@ -80,6 +83,7 @@ class Passes:
         ranks: this one is named in what is told of NaN and infinity.
         device: of the tensors.
         on_progress: called after each pass.
+        teacher: the one that the learner holds; None where samples come with what teachers said, or without.
     """
 
     def __init__(
@@ -92,10 +96,16 @@ class Passes:
         ranks: Ranks,
         device: torch.device,
         on_progress: Callable[[], None],
+        teacher: ResidentTeacher | None = None,
     ) -> None:
         self._scorer, self._reference, self._loss, self._backend = scorer, reference, loss, backend
         self._ranks, self._device, self._on_progress = ranks, device, on_progress
         self._needs = loss.needs
+        self._taught: TaughtScorer | None = None
+        if self._needs.teacher is not None:
+            self._taught = TaughtScorer(
+                scorer, needs=self._needs.teacher, teacher=teacher, in_step=backend.in_step, device=device
+            )
 
     def train(self, batch: TrainBatch) -> Passed:
         """Add up the gradients of all micro-batches.
@@ -171,15 +181,17 @@ class Passes:
     def _inputs(self, part: _Part, totals: StepTotals, tokens: int, *, asks_reference: bool) -> LossInputs | None:
         """Everything the loss wants to know of some samples; None when none of their tokens is trained on."""
         with torch.set_grad_enabled(part.with_gradient):
-            scores = self._scorer.score(part.samples)
-        if scores is None:
+            found = (self._taught or self._scorer).score(part.samples)
+        if found is None:
             return None
+        scores = found.student if isinstance(found, TaughtScores) else found
         return LossInputs(
             samples=part.samples,
             tokens=sample_tokens(part.samples, device=self._device),
             scores=scores if isinstance(scores, TokenLogprobs) else None,
             class_logits=scores.logits if isinstance(scores, ClassScores) else None,
             reference_logprobs=self._reference(part.samples) if asks_reference else self._known(part.samples),
+            teacher=found.teacher if isinstance(found, TaughtScores) else None,
             micro_batch_tokens=tokens,
             totals=totals,
         )
@@ -300,6 +312,7 @@ def _spread(samples: Samples, values: Tensor | None) -> list[FloatArray]:
 
 
 def _stand_in() -> TrainingSample:
+    half = np.full(1, math.log(0.5), dtype=np.float32)
     return TrainingSample(
         group_id=-1,
         prompt_ids=np.array([1], dtype=np.int32),
@@ -307,9 +320,17 @@ def _stand_in() -> TrainingSample:
         loss_mask=np.ones(1, dtype=np.bool_),
         sampler_logprobs=np.zeros(1, dtype=np.float32),
         reference_logprobs=np.zeros(1, dtype=np.float32),
+        teacher=TeacherScores(
+            teacher="",
+            version=None,
+            logprobs=half,
+            top_ids=np.array([[1]], dtype=np.int32),
+            top_logprobs=half[:, None],
+            tail=half,
+        ),
         label=SampleLabel(desirable=True, steps=np.ones(1, dtype=np.bool_)),
     )
 
 
 _STAND_INS = (_stand_in(), _stand_in())
-"""Samples that every loss can take: two of one group, with whatever labels there are."""
+"""Samples that every loss can take: two of one group, with whatever labels and teachers there are."""

@@ -35,6 +35,7 @@ from trl_ray.algorithms.losses import LossOptions, build_loss
 from trl_ray.algorithms.metrics import merge_metrics
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.config.sections import NonFinite as OnNonFinite
+from trl_ray.config.teachers import TeacherKind, TeacherSource
 from trl_ray.errors import CheckpointError, NumericsError
 from trl_ray.models.backend import Backend
 from trl_ray.models.backend_torch import TorchBackend
@@ -50,6 +51,7 @@ from trl_ray.models.load import load_policy, load_tokenizer
 from trl_ray.models.merging import merged_weights
 from trl_ray.models.ranks import SOLO, Ranks, free_address, join_ranks, leave_ranks
 from trl_ray.models.reference import ReferenceKind, build_reference, initial_reference
+from trl_ray.models.resident_teacher import ResidentTeacher, build_resident_teacher
 from trl_ray.models.scoring import SampleScorer, ScoringModule
 from trl_ray.models.scoring_module import PredictorModule
 from trl_ray.models.weights import build_manifest, export_weights
@@ -90,6 +92,8 @@ class PolicyLearner:
         temperature: of sampling; log-probs are those of logits divided by it.
         total_updates: where the schedule ends.
         max_completion_length: the fixed length of dr_grpo; nothing else reads it.
+        teacher: one that this learner is to hold, if its loss asks for a teacher; None where samples come with what
+            teachers in actors said.
         checkpoint: a ``step-N`` directory to go on from.
         threads: compute threads; None leaves torch's setting.
         rank, num_ranks: its place among those that train together; they must `join` before anything else.
@@ -109,6 +113,7 @@ class PolicyLearner:
         temperature: float = 1.0,
         total_updates: int,
         max_completion_length: int | None = None,
+        teacher: TeacherSource | None = None,
         checkpoint: str | None = None,
         threads: int | None = None,
         rank: int = 0,
@@ -123,6 +128,9 @@ class PolicyLearner:
         self._model_config, self._training, self._temperature = model, training, temperature
         self._loss_options = loss
         self._loss: Loss = build_loss(loss, max_completion_length=max_completion_length)
+        # A teacher that weighs nothing is not held.
+        self._teacher_source = teacher if self._loss.needs.teacher is not None else None
+        self._teacher: ResidentTeacher | None = None
         self._total_updates, self._checkpoint = total_updates, checkpoint
         self._ranks = SOLO
         self._place, self._timeout_s = Ranks(rank=rank, size=num_ranks), collective_timeout_s
@@ -186,6 +194,17 @@ class PolicyLearner:
             policy=self._model,
             scorer=self._scorer,
         )
+        if self._teacher_source is not None:
+            self._teacher = build_resident_teacher(
+                self._teacher_source,
+                model=model,
+                training=training,
+                temperature=self._temperature,
+                device=self._device,
+                policy=self._model,
+                scorer=self._scorer,
+                gather=self._backend.gather,
+            )
         self._passes = Passes(
             scorer=self._scorer,
             reference=self._reference.logprobs,
@@ -194,6 +213,7 @@ class PolicyLearner:
             ranks=self._ranks,
             device=self._device,
             on_progress=self._count_progress,
+            teacher=self._teacher,
         )
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
@@ -209,7 +229,9 @@ class PolicyLearner:
         }
         if needs.head is HeadKind.LANGUAGE:
             self._tokenizer = load_tokenizer(model)
-            self._model = load_policy(model, with_reference=needs.reference, **options)
+            source = self._teacher_source
+            initial = needs.reference or (source is not None and source.kind is TeacherKind.BASE)
+            self._model = load_policy(model, with_reference=initial, **options)
             return ScoringModule(self._model, chunk_size=training.chunk_lm_head_size, bf16=model.bf16)
         self._model = load_classifier(model, num_labels=needs.head.num_labels, **options)
         self._tokenizer = load_classifier_tokenizer(model, path=self._checkpoint)
@@ -308,8 +330,9 @@ class PolicyLearner:
             self._finish(problem)
             if batch.is_last_update:
                 self._version = batch.step
-                if self._reference.is_due(batch.step):
-                    self._reference.after_step(batch.step, self._backend.weights())
+                for follower in (self._reference, self._teacher):
+                    if follower is not None and follower.is_due(batch.step):
+                        follower.after_step(batch.step, self._backend.weights())
         return StepResult(
             version=self._version,
             loss=math.nan if problem else sum(passed.loss for passed in every),
@@ -394,8 +417,16 @@ class PolicyLearner:
             logprobs = self._scorer.sequence_logprobs(token_ids)
         return Canary(token_ids=token_ids, logprobs=logprobs, version=self._version)
 
-    def save(self, directory: str, *, step: int, extra: Mapping[str, bytes]) -> str:
+    def save(
+        self, directory: str, *, step: int, extra: Mapping[str, bytes], adopt: Mapping[str, str] | None = None
+    ) -> str:
         """Write ``directory/step-N`` with model, tokenizer, optimizer, schedule, random state and `extra` files.
+
+        Args:
+            directory: of all checkpoints.
+            step: the version of the weights.
+            extra: contents of further files by name.
+            adopt: folders that others have written beside it, by the name they get within; they are moved.
 
         Returns:
             Its path.
@@ -405,7 +436,7 @@ class PolicyLearner:
         """
         assert step == self._version, f"a checkpoint holds the weights as they are: version {self._version}, not {step}"
         with self._busy("save"):
-            partial = self._ranks.first(lambda: begin_checkpoint(directory, step=step))
+            partial = self._ranks.first(lambda: begin_checkpoint(directory, step=step, adopt=adopt))
             state = {
                 "version": self._version,
                 "skipped_in_a_row": self._skipped_in_a_row,
@@ -423,7 +454,10 @@ class PolicyLearner:
         weights: Mapping[str, torch.Tensor] | None,
         extra: Mapping[str, bytes],
     ) -> str:
-        self._reference.save(partial_path(directory, self._version))
+        partial = partial_path(directory, self._version)
+        self._reference.save(partial)
+        if self._teacher is not None:
+            self._teacher.save(partial)
         return finish_checkpoint(
             directory,
             step=self._version,
@@ -447,6 +481,8 @@ class PolicyLearner:
         state = load_trainer_state(checkpoint)
         self._backend.load_state(Path(checkpoint), state)
         self._reference.load(checkpoint)
+        if self._teacher is not None:
+            self._teacher.load(checkpoint)
         try:
             self._version, self._skipped_in_a_row = int(state["version"]), int(state["skipped_in_a_row"])
             self._loss.load_state_dict(state["loss"])

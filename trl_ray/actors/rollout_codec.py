@@ -10,12 +10,14 @@ damaged file cannot become a training sample.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trl_ray.actors.teaching_checks import check_teaching
 from trl_ray.errors import DataError, JournalError
 from trl_ray.types import (
     Completion,
@@ -25,6 +27,8 @@ from trl_ray.types import (
     Reward,
     RolloutGroup,
     Span,
+    TeacherContext,
+    TeacherScores,
     VersionSpan,
 )
 
@@ -32,6 +36,8 @@ T = TypeVar("T")
 
 _PROMPT = b"TRLP"
 _GROUP = b"TRLG"
+_CONTEXT_FACTS = ("is_distilled", "demonstration", "has_feedback", "uses_feedback", "num_cut")
+"""What a teacher's context says of itself, beside its tokens."""
 
 
 def encode_prompt(prompt: Prompt) -> bytes:
@@ -72,6 +78,8 @@ def encode_group(group: RolloutGroup) -> bytes:
         "worker": group.worker,
         "spans": [[span.actor, span.name, span.start, span.end] for span in group.spans],
         "metrics": _plain(group.metrics, "metrics"),
+        "contexts": [_context_head(context, arrays) for context in group.contexts],
+        "teachings": [None if scores is None else _scores_head(scores, arrays) for scores in group.teachings],
     }
     return _pack(_GROUP, head, arrays)
 
@@ -95,18 +103,19 @@ def _prompt_head(prompt: Prompt, arrays: _ArrayWriter) -> dict[str, Any]:
         "messages": None if prompt.messages is None else _plain(prompt.messages, "messages"),
         "text": prompt.text,
         "columns": _plain(prompt.columns, "columns"),
+        "given": arrays.add_if(prompt.given_ids, "<i4", "given_ids of the prompt"),
     }
 
 
 def _completion_head(completion: Completion, arrays: _ArrayWriter) -> dict[str, Any]:
-    mask = completion.loss_mask
     return {
         "tokens": arrays.add(completion.token_ids, "<i4", "token_ids of a completion"),
         "logprobs": arrays.add(completion.logprobs, "<f4", "logprobs of a completion"),
-        "mask": None if mask is None else arrays.add(mask, "|b1", "loss_mask of a completion"),
+        "mask": arrays.add_if(completion.loss_mask, "|b1", "loss_mask of a completion"),
         "versions": [[span.version, span.start, span.end] for span in completion.versions],
         "finish_reason": completion.finish_reason.value,
         "text": completion.text,
+        "is_sampled": completion.is_sampled,
     }
 
 
@@ -118,6 +127,24 @@ def _reward_head(reward: Reward) -> dict[str, Any]:
     }
 
 
+def _context_head(context: TeacherContext, arrays: _ArrayWriter) -> dict[str, Any]:
+    return {
+        "tokens": arrays.add(context.prompt_ids, "<i4", "prompt_ids of a teacher's context"),
+        **{name: getattr(context, name) for name in _CONTEXT_FACTS},
+    }
+
+
+def _scores_head(scores: TeacherScores, arrays: _ArrayWriter) -> dict[str, Any]:
+    return {
+        "teacher": scores.teacher,
+        "version": scores.version,
+        "logprobs": arrays.add(scores.logprobs, "<f4", "logprobs of a teacher"),
+        "top_ids": arrays.add_if(scores.top_ids, "<i4", "top_ids of a teacher", axes=2),
+        "top_logprobs": arrays.add_if(scores.top_logprobs, "<f4", "top_logprobs of a teacher", axes=2),
+        "tail": arrays.add_if(scores.tail, "<f4", "tail of a teacher"),
+    }
+
+
 def _read_prompt(head: Mapping[str, Any], arrays: _ArrayReader) -> Prompt:
     messages = head["messages"]
     return Prompt(
@@ -126,6 +153,7 @@ def _read_prompt(head: Mapping[str, Any], arrays: _ArrayReader) -> Prompt:
         messages=None if messages is None else tuple(messages),
         text=head["text"],
         columns=head["columns"],
+        given_ids=arrays.take_if(head["given"], "<i4"),
     )
 
 
@@ -133,10 +161,28 @@ def _read_completion(head: Mapping[str, Any], arrays: _ArrayReader) -> Completio
     return Completion(
         token_ids=arrays.take(head["tokens"], "<i4"),
         logprobs=arrays.take(head["logprobs"], "<f4"),
-        loss_mask=None if head["mask"] is None else arrays.take(head["mask"], "|b1"),
+        loss_mask=arrays.take_if(head["mask"], "|b1"),
         versions=tuple(VersionSpan(version=v, start=start, end=end) for v, start, end in head["versions"]),
         finish_reason=FinishReason(head["finish_reason"]),
         text=head["text"],
+        is_sampled=head["is_sampled"],
+    )
+
+
+def _read_context(head: Mapping[str, Any], arrays: _ArrayReader) -> TeacherContext:
+    return TeacherContext(
+        prompt_ids=arrays.take(head["tokens"], "<i4"), **{name: head[name] for name in _CONTEXT_FACTS}
+    )
+
+
+def _read_scores(head: Mapping[str, Any], arrays: _ArrayReader) -> TeacherScores:
+    return TeacherScores(
+        teacher=head["teacher"],
+        version=head["version"],
+        logprobs=arrays.take(head["logprobs"], "<f4"),
+        top_ids=arrays.take_if(head["top_ids"], "<i4"),
+        top_logprobs=arrays.take_if(head["top_logprobs"], "<f4"),
+        tail=arrays.take_if(head["tail"], "<f4"),
     )
 
 
@@ -154,6 +200,8 @@ def _read_group(head: Mapping[str, Any], arrays: _ArrayReader) -> RolloutGroup:
         worker=head["worker"],
         spans=tuple(Span(actor=a, name=n, start=start, end=end) for a, n, start, end in head["spans"]),
         metrics=head["metrics"],
+        contexts=tuple(_read_context(context, arrays) for context in head["contexts"]),
+        teachings=tuple(None if scores is None else _read_scores(scores, arrays) for scores in head["teachings"]),
     )
     _check_group(group)
     return group
@@ -173,11 +221,14 @@ def _check_group(group: RolloutGroup) -> None:
         )
     for index, completion in enumerate(group.completions):
         _check_completion(completion, f"completion {index} of {where}")
+    check_teaching(group, where)
 
 
 def _check_completion(completion: Completion, where: str) -> None:
     length = len(completion.token_ids)
     mask = completion.loss_mask
+    if type(completion.is_sampled) is not bool:
+        raise DataError(f"is_sampled must be true or false, got {completion.is_sampled!r} in {where}.")
     if len(completion.logprobs) != length or (mask is not None and len(mask) != length):
         raise DataError(
             f"Token ids, logprobs and loss mask must be equally long; {where} has {length} ids, "
@@ -220,16 +271,20 @@ class _ArrayWriter:
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
 
-    def add(self, array: NDArray[Any], dtype: str, where: str) -> int:
-        """Append a one-dimensional array and return its length."""
+    def add(self, array: NDArray[Any], dtype: str, where: str, *, axes: int = 1) -> int | list[int]:
+        """Append an array; its length, or [rows, columns] of one with two axes."""
         array = np.asarray(array)
-        if array.ndim != 1 or array.dtype != np.dtype(dtype).newbyteorder("="):
+        if array.ndim != axes or array.dtype != np.dtype(dtype).newbyteorder("="):
             raise DataError(
-                f"{where} must be {np.dtype(dtype).name} with one axis, got {array.dtype.name} with shape "
-                f"{array.shape}."
+                f"{where} must be {np.dtype(dtype).name} with {('one axis', 'two axes')[axes - 1]}, got "
+                f"{array.dtype.name} with shape {array.shape}."
             )
         self.pieces.append(array.astype(dtype, copy=False).tobytes())
-        return len(array)
+        return len(array) if axes == 1 else list(array.shape)
+
+    def add_if(self, array: NDArray[Any] | None, dtype: str, where: str, *, axes: int = 1) -> int | list[int] | None:
+        """The same, or None for None."""
+        return None if array is None else self.add(array, dtype, where, axes=axes)
 
 
 class _ArrayReader:
@@ -239,18 +294,23 @@ class _ArrayReader:
         self._data = data
         self._at = start
 
-    def take(self, length: int, dtype: str) -> NDArray[Any]:
-        """The next array; raises ValueError when fewer bytes are left."""
-        kind = np.dtype(dtype)
-        if length < 0:
-            raise ValueError(f"an array has the length {length}")
+    def take(self, shape: int | list[int], dtype: str) -> NDArray[Any]:
+        """The next array, of one axis or two; raises ValueError when fewer bytes are left."""
+        kind, sizes = np.dtype(dtype), shape if isinstance(shape, list) else [shape]
+        if not sizes or any(type(size) is not int or size < 0 for size in sizes):
+            raise ValueError(f"an array has the length {shape}")
+        length = math.prod(sizes)
         end = self._at + length * kind.itemsize
         if dtype == "|b1" and self._data[self._at : end].translate(None, b"\x00\x01"):
             raise ValueError("a mask holds a byte that is neither 0 nor 1")
         array = np.frombuffer(self._data, dtype=kind, count=length, offset=self._at)
         self._at = end
         # A copy in native byte order: aligned, writable, and not tied to the record's bytes.
-        return array.astype(kind.newbyteorder("="))
+        return array.astype(kind.newbyteorder("=")).reshape(sizes)
+
+    def take_if(self, shape: int | list[int] | None, dtype: str) -> NDArray[Any] | None:
+        """The same, or None for None."""
+        return None if shape is None else self.take(shape, dtype)
 
     def finish(self) -> None:
         """Raise ValueError unless every byte was used."""

@@ -249,13 +249,16 @@ class RolloutQueue:
             attempt: the attempt that failed.
             detail: what happened, for the event log.
             drop: drop the group now, for this reason; None tries again up to `max_attempts`.
-            exhausted: the reason recorded when that was the last attempt.
+            exhausted: the reason recorded when that was the last attempt. That of a failed teacher makes an event of
+                every failed attempt: the teacher is one of many, and does not know of the group.
         """
         now = self._clock()
         if drop is None:
             outcome = self._store.fail(group_id=group_id, attempt=attempt, because=detail, exhausted=exhausted, now=now)
         else:
             outcome = self._store.drop(group_id=group_id, attempt=attempt, reason=drop, because=detail, now=now)
+        if outcome is Outcome.APPLIED and DropReason.TEACHER_FAILED in (drop, exhausted):
+            self._event(EventKind.TEACHER_FAILED, group_id=group_id, attempt=attempt, detail=detail)
         return self._done(outcome)
 
     async def lose_worker(self, *, worker: str) -> list[int]:

@@ -1,8 +1,8 @@
-"""Generates groups: pulls tickets as its engine has room, has them scored, and commits them.
+"""Generates groups: pulls tickets as its engine has room, has them scored and taught, and commits them.
 
-    RolloutQueue.lease --> RolloutWorker --> Engine (thread) --> completions
-                                 |                                   |
-    RolloutQueue.commit <--------+-------- RewardWorker.score <------+     (generation of others goes on)
+    RolloutQueue.lease --> RolloutWorker --> Engine (thread), or the dataset --> completions
+                                                                                     |
+    RolloutQueue.commit <-- Teaching.teach <------ RewardWorker.score <--------------+    (generation of others goes on)
 
 A worker that asks only for what it can start balances the load by itself: a faster engine asks more often.
 """
@@ -12,25 +12,31 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from trl_ray.actors.calling import Patience, call_patiently
+from trl_ray.actors.given_completions import given_completions
+from trl_ray.actors.teaching import Taught, TeacherFailure, TeacherSeat, Teaching, TeachingPlan
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
+from trl_ray.data.reprompts import DecodingTokenizer
 from trl_ray.engines.factory import create_engine
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import EngineError, RunError, TrlRayError, WeightError
-from trl_ray.models.load import find_source
+from trl_ray.models.load import find_source, load_tokenizer
 from trl_ray.types import (
     ActorReport,
     Canary,
     Completion,
     DropReason,
+    Event,
+    EventKind,
     GenerationRequest,
     GroupTicket,
     Handle,
@@ -42,6 +48,8 @@ from trl_ray.types import (
     SamplingParams,
     ScoredGroup,
     Span,
+    TeacherContext,
+    TeacherScores,
     WeightPayload,
 )
 
@@ -51,11 +59,28 @@ CALL = Patience(deadline_s=30.0, total_s=120.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EvaluatedPrompt:
-    """One held-out prompt, answered and scored."""
+    """One held-out prompt, answered, scored and taught."""
 
     prompt: Prompt
     completions: tuple[Completion, ...]
     scored: ScoredGroup
+    contexts: tuple[TeacherContext, ...] = ()
+    """As in `RolloutGroup`; empty with a `teacher_failure`."""
+    teachings: tuple[TeacherScores | None, ...] = ()
+    """As in `RolloutGroup`; empty with a `teacher_failure`."""
+    teacher_failure: TeacherFailure | None = None
+
+    def as_group(self, group_id: int) -> RolloutGroup:
+        """The same as a group, of which samples can be made; rewards that failed are missing."""
+        ticket = GroupTicket(group_id=group_id, attempt=0, prompt=self.prompt, admitted_at_version=0)
+        return RolloutGroup(
+            ticket=ticket,
+            completions=self.completions,
+            rewards=self.scored.rewards or _unscored(len(self.completions)).rewards,
+            worker="evaluation",
+            contexts=self.contexts,
+            teachings=self.teachings,
+        )
 
 
 class RolloutWorker:
@@ -83,13 +108,40 @@ class RolloutWorker:
         canary_tolerance: float,
         queue: Handle,
         rewards: Sequence[Handle],
+        teaching: TeachingPlan | None = None,
+        teachers: Mapping[str, Sequence[Handle]] | None = None,
     ) -> None:
-        """Start the engine; takes as long as loading the model does."""
-        self._name, self._queue, self._rewards = name, queue, tuple(rewards)
+        """Start the engine; takes as long as loading the model does.
+
+        Args:
+            name: as events name it.
+            model: the policy.
+            rollout: options of the engine and of leases.
+            generation: how completions are sampled.
+            seed: of the samples, together with the group's number.
+            max_model_len: tokens of prompt and completion together.
+            canary_tolerance: nats.
+            queue: where groups come from and go to.
+            rewards: reward workers; without any, completions are not scored.
+            teaching: what to do about teachers; None is nothing.
+            teachers: the copies of each teacher, the default one first; only where actors are asked.
+
+        Raises:
+            ModelError, EngineError: the policy cannot be loaded.
+        """
+        self._name, self._model, self._queue, self._rewards = name, model, queue, tuple(rewards)
         self._rollout, self._generation, self._seed = rollout, generation, seed
         self._canary_tolerance = canary_tolerance
         self._sampling = sampling_params(generation)
-        self._engine = open_engine(model=model, rollout=rollout, max_model_len=max_model_len, seed=seed)
+        top_k = teaching.question.top_k if teaching is not None and teaching.asks is TeacherSeat.OWN_ENGINE else None
+        self._engine = open_engine(
+            model=model,
+            rollout=rollout,
+            max_model_len=max_model_len,
+            seed=seed,
+            max_logprobs=top_k,
+        )
+        self._teaching = None if teaching is None else self._open_teaching(teaching, teachers or {})
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight: dict[tuple[int, int], float] = {}
         self._scoring = [0] * len(self._rewards)
@@ -100,6 +152,19 @@ class RolloutWorker:
         self._problem: str | None = None
         self._progress = 0
         self._spans: list[Span] = []
+        self._events: list[Event] = []
+
+    @cached_property
+    def _tokenizer(self) -> DecodingTokenizer:
+        return load_tokenizer(self._model)
+
+    def _open_teaching(self, plan: TeachingPlan, teachers: Mapping[str, Sequence[Handle]]) -> Teaching:
+        return Teaching(
+            plan,
+            teachers=teachers if plan.asks is TeacherSeat.ACTORS else {},
+            tokenizer=None if plan.reprompt is None else self._tokenizer,
+            engine=self._engine if plan.asks is TeacherSeat.OWN_ENGINE else None,
+        )
 
     async def start(self) -> None:
         """Begin to lease and generate."""
@@ -126,7 +191,9 @@ class RolloutWorker:
         return report
 
     async def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> list[EvaluatedPrompt]:
-        """Answer and score held-out prompts, one completion each, beside the work in flight.
+        """Answer, score and teach held-out prompts, one completion each, beside the work in flight.
+
+        A teacher that fails is a warning among the events of `drain`.
 
         Raises:
             EngineError: the engine failed.
@@ -135,16 +202,27 @@ class RolloutWorker:
             self._request(f"eval-{seed}-{index}", prompt, n=1, seed=_mix(seed, index))
             for index, prompt in enumerate(prompts)
         ]
-        futures = self._engine.submit(requests)
+        futures = self._complete(prompts, requests)
         results = [await asyncio.wrap_future(future) for future in futures]
         self._room.set()
-        scored = await asyncio.gather(
-            *(self._score(prompt, result) for prompt, result in zip(prompts, results, strict=True))
+        return await asyncio.gather(
+            *(self._judge(prompt, result) for prompt, result in zip(prompts, results, strict=True))
         )
-        return [
-            EvaluatedPrompt(prompt=prompt, completions=result, scored=score)
-            for prompt, result, score in zip(prompts, results, scored, strict=True)
-        ]
+
+    async def _judge(self, prompt: Prompt, completions: tuple[Completion, ...]) -> EvaluatedPrompt:
+        """Reward and teaching of a held-out prompt's completion."""
+        scored = await self._score(prompt, completions)
+        evaluated = EvaluatedPrompt(prompt=prompt, completions=completions, scored=scored)
+        if self._teaching is None:
+            return evaluated
+        rewards = scored.rewards or _unscored(len(completions)).rewards
+        taught = await self._teaching.teach(prompt, completions, rewards)
+        if taught.failure is not None:
+            detail = f"held-out prompt {prompt.prompt_id} stays without a teacher: {taught.failure}"
+            self._events.append(
+                Event(kind=EventKind.WARNING, actor=self._name, time=time.time(), detail={"detail": detail})
+            )
+        return replace(evaluated, contexts=taught.contexts, teachings=taught.teachings, teacher_failure=taught.failure)
 
     def health(self) -> Health:
         """Answer a probe."""
@@ -159,9 +237,10 @@ class RolloutWorker:
         )
 
     def drain(self) -> ActorReport:
-        """Hand over the spans gathered since the last call."""
+        """Hand over the events and spans gathered since the last call."""
         spans, self._spans = self._spans, []
-        return ActorReport(spans=tuple(spans))
+        events, self._events = self._events, []
+        return ActorReport(events=tuple(events), spans=tuple(spans))
 
     def close(self) -> None:
         """Stop working and free the engine."""
@@ -210,52 +289,73 @@ class RolloutWorker:
             for ticket in tickets
         ]
         now = time.time()
-        for ticket, future in zip(tickets, self._engine.submit(requests), strict=True):
+        futures = self._complete([ticket.prompt for ticket in tickets], requests)
+        for ticket, future in zip(tickets, futures, strict=True):
             self._in_flight[ticket.group_id, ticket.attempt] = now
             self._launch(self._finish(ticket, future), name=f"group {ticket.group_id}")
 
+    def _complete(
+        self, prompts: Sequence[Prompt], requests: Sequence[GenerationRequest]
+    ) -> list[Future[tuple[Completion, ...]]]:
+        """Completions for each prompt: the dataset's where it has one, the others from the engine, all at once."""
+        version = self._engine.version.version
+        asked = [request for prompt, request in zip(prompts, requests, strict=True) if prompt.given_ids is None]
+        sampled = iter(self._engine.submit(asked) if asked else ())
+        return [
+            next(sampled)
+            if prompt.given_ids is None
+            else given_completions(prompt.given_ids, n=request.n, version=version, tokenizer=self._tokenizer)
+            for prompt, request in zip(prompts, requests, strict=True)
+        ]
+
     async def _finish(self, ticket: GroupTicket, future: Future[tuple[Completion, ...]]) -> None:
-        """Wait for one group's completions, have them scored, commit or fail."""
-        key = {"group_id": ticket.group_id, "attempt": ticket.attempt}
+        """Wait for one group's completions, have them scored and taught, commit or fail."""
         began = self._in_flight[ticket.group_id, ticket.attempt]
         try:
             completions = await asyncio.wrap_future(future)
             self._room.set()
-            generated = self._span("generate", began)
-            await self._ask("generated", **key)
+            spans = [self._span("generate", began)]
+            await self._ask("generated", group_id=ticket.group_id, attempt=ticket.attempt)
             scored = await self._score(ticket.prompt, completions)
-            span = self._span("score", generated.end)
+            if self._rewards:
+                spans.append(self._span("score", spans[-1].end))
             if scored.failure is not None:
-                await self._fail(ticket, scored)
+                failure = scored.failure
+                detail = f"reward {failure.function} ({failure.kind}): {failure.detail}"
+                await self._give_back(ticket, detail, DropReason.REWARD_FAILED)
+                return
+            taught = await self._teach(ticket.prompt, completions, scored.rewards)
+            if self._teaching is not None:
+                spans.append(self._span("teach", spans[-1].end))
+            if taught.failure is not None:
+                await self._give_back(ticket, str(taught.failure), DropReason.TEACHER_FAILED)
                 return
             group = RolloutGroup(
                 ticket=ticket,
                 completions=completions,
                 rewards=scored.rewards,
                 worker=self._name,
-                spans=(generated, span),
-                metrics=scored.metrics,
+                spans=tuple(spans),
+                metrics={**scored.metrics, **taught.metrics},
+                contexts=taught.contexts,
+                teachings=taught.teachings,
             )
             await self._ask("commit", group=group)
             self._progress += 1
         finally:
             self._in_flight.pop((ticket.group_id, ticket.attempt), None)
 
-    async def _fail(self, ticket: GroupTicket, scored: ScoredGroup) -> None:
-        """Give a group back whose rewards failed: infrastructure or user code never becomes a reward of 0."""
-        assert scored.failure is not None
-        failure = scored.failure
-        detail = f"reward {failure.function} ({failure.kind}): {failure.detail}"
-        await self._ask(
-            "fail",
-            group_id=ticket.group_id,
-            attempt=ticket.attempt,
-            detail=detail,
-            exhausted=DropReason.REWARD_FAILED,
-        )
+    async def _give_back(self, ticket: GroupTicket, detail: str, exhausted: DropReason) -> None:
+        """Give a group back whose rewards or teacher failed: that never becomes a reward of 0, or a group untaught."""
+        await self._ask("fail", group_id=ticket.group_id, attempt=ticket.attempt, detail=detail, exhausted=exhausted)
+
+    async def _teach(self, prompt: Prompt, completions: tuple[Completion, ...], rewards: Sequence[Reward]) -> Taught:
+        return Taught() if self._teaching is None else await self._teaching.teach(prompt, completions, rewards)
 
     async def _score(self, prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
-        """Score on the reward worker with the least to do, waiting out its restart if need be."""
+        """Score on the reward worker with the least to do, waiting out its restart; without any there are no totals."""
+        if not self._rewards:
+            return _unscored(len(completions))
         index = min(range(len(self._rewards)), key=self._scoring.__getitem__)
         self._scoring[index] += 1
         try:
@@ -334,8 +434,10 @@ class RolloutWorker:
         return span
 
 
-def open_engine(*, model: ModelConfig, rollout: RolloutConfig, max_model_len: int, seed: int) -> EngineThread:
-    """The engine that the options ask for, ready to generate."""
+def open_engine(
+    *, model: ModelConfig, rollout: RolloutConfig, max_model_len: int, seed: int, max_logprobs: int | None = None
+) -> EngineThread:
+    """The engine that the options ask for, ready to generate, and to score with as many as `max_logprobs`."""
     return create_engine(
         rollout.engine,
         model=find_source(model).base,  # adapters arrive merged
@@ -349,6 +451,7 @@ def open_engine(*, model: ModelConfig, rollout: RolloutConfig, max_model_len: in
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enforce_eager=rollout.enforce_eager,
         tensor_parallel_size=rollout.tensor_parallel_size,
+        max_logprobs=max_logprobs,
         engine_kwargs=rollout.engine_kwargs,
     )
 
@@ -370,6 +473,11 @@ def mean_reward(rewards: Sequence[Reward]) -> float | None:
     """Mean of the totals that exist; None when there are none."""
     totals = [reward.total for reward in rewards if reward.total is not None]
     return sum(totals) / len(totals) if totals else None
+
+
+def _unscored(count: int) -> ScoredGroup:
+    """What is known of completions that nobody rewards."""
+    return ScoredGroup(rewards=tuple(Reward(total=None, parts={}) for _ in range(count)))
 
 
 def _mix(seed: int, index: int) -> int:

@@ -1,7 +1,8 @@
 """From finished groups to the samples of one step.
 
-    RolloutGroup x P --shape rewards--> --advantages--> TrainingSample x P*G
+    RolloutGroup x P --shape rewards--> --advantages--> TrainingSample x P*G     build_step
                           ^ SampleScores (KL in the reward)
+    RolloutGroup x P --what teachers say--------------> TrainingSample x P*G     build_distillation_step
 
 Everything is known before the first forward pass, above all how many tokens the step trains on. The one exception is a
 KL in the reward: a draft is built without it, the learner scores the draft's samples, and the step is built again.
@@ -10,7 +11,7 @@ KL in the reward: a draft is built without it, the learner scores the draft's sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -96,10 +97,7 @@ def build_step(
     Raises:
         AssertionError: a group holds an aborted completion, which must have been generated again.
     """
-    for group in groups:
-        aborted = [i for i, c in enumerate(group.completions) if c.finish_reason is FinishReason.ABORT]
-        assert not aborted, f"aborted completions are never trained on: group {group.ticket.group_id}, {aborted}"
-        assert len(group.rewards) == len(group.completions), f"one reward each: group {group.ticket.group_id}"
+    _check_groups(groups)
     rules = rules if rules is not None else RewardRules()
     plain = _samples(groups, mask_truncated=config.mask_truncated_completions)
     kls = None if scores is None else sequence_kls(plain, scores, rules.kl_estimator)
@@ -108,6 +106,36 @@ def build_step(
     samples = tuple(replace(sample, advantage=float(v)) for sample, v in zip(plain, values, strict=True))
     metrics = batch_metrics(groups, advantages) | _kl_metrics(kls)
     return BuiltStep(samples=samples, advantages=advantages.values, metrics=metrics)
+
+
+def build_distillation_step(groups: Sequence[RolloutGroup]) -> BuiltStep:
+    """Samples that learn from teachers alone: their advantages are 0, whatever they were rewarded with.
+
+    Args:
+        groups: finished groups, in training order.
+
+    Raises:
+        AssertionError: a group holds an aborted completion, or one that is distilled and that no teacher speaks of.
+    """
+    _check_groups(groups)
+    completions = [completion for group in groups for completion in group.completions]
+    labels = _mean([float(not completion.is_sampled) for completion in completions])
+    metrics = _present({**_group_metrics(groups), "distillation/label_fraction": labels})
+    return BuiltStep(
+        samples=tuple(_samples(groups, mask_truncated=False)),
+        advantages=tuple(np.zeros(len(group.completions)) for group in groups),
+        metrics=metrics,
+    )
+
+
+def _check_groups(groups: Sequence[RolloutGroup]) -> None:
+    for group in groups:
+        name = f"group {group.ticket.group_id}"
+        aborted = [i for i, c in enumerate(group.completions) if c.finish_reason is FinishReason.ABORT]
+        assert not aborted, f"aborted completions are never trained on: {name}, {aborted}"
+        assert len(group.rewards) == len(group.completions), f"one reward each: {name}"
+        assert len(group.contexts) in {0, len(group.completions)}, f"one context each: {name}"
+        assert len(group.teachings) in {0, len(group.contexts)}, f"one teaching for each context: {name}"
 
 
 def step_advantages(
@@ -181,18 +209,37 @@ def _overlong(completion: Completion, config: AdvantageConfig, rules: RewardRule
 def _samples(groups: Sequence[RolloutGroup], *, mask_truncated: bool) -> list[TrainingSample]:
     """[groups * G] without advantages."""
     return [
-        TrainingSample(
-            group_id=group.ticket.group_id,
-            prompt_ids=group.ticket.prompt.token_ids,
-            completion_ids=completion.token_ids,
-            loss_mask=_loss_mask(completion, mask_truncated=mask_truncated),
-            sampler_logprobs=completion.logprobs,
-            advantage=0.0,
-            min_version=completion.min_version if completion.versions else group.ticket.admitted_at_version,
-        )
+        _sample(group, index, mask_truncated=mask_truncated)
         for group in groups
-        for completion in group.completions
+        for index in range(len(group.completions))
     ]
+
+
+def _sample(group: RolloutGroup, index: int, *, mask_truncated: bool) -> TrainingSample:
+    """One completion, with what teachers say of it, or with what the learner's teacher is to be shown."""
+    completion, prompt_ids = group.completions[index], group.ticket.prompt.token_ids
+    context = group.contexts[index] if group.contexts else None
+    teacher = group.teachings[index] if group.teachings else None
+    shown = None
+    if context is not None and not group.teachings and not np.array_equal(context.prompt_ids, prompt_ids):
+        shown = context.prompt_ids
+    is_distilled = context is None or context.is_distilled
+    assert not (group.teachings and is_distilled and teacher is None), (
+        f"what is distilled has a teacher: group {group.ticket.group_id}, {index}"
+    )
+    return TrainingSample(
+        group_id=group.ticket.group_id,
+        prompt_ids=prompt_ids,
+        completion_ids=completion.token_ids,
+        loss_mask=_loss_mask(completion, mask_truncated=mask_truncated),
+        sampler_logprobs=completion.logprobs,
+        advantage=0.0,
+        min_version=completion.min_version if completion.versions else group.ticket.admitted_at_version,
+        teacher=teacher,
+        teacher_prompt_ids=shown,
+        is_distilled=is_distilled,
+        is_label=not completion.is_sampled,
+    )
 
 
 def _loss_mask(completion: Completion, *, mask_truncated: bool) -> NDArray[np.bool_]:
@@ -206,15 +253,20 @@ def _loss_mask(completion: Completion, *, mask_truncated: bool) -> NDArray[np.bo
 
 def batch_metrics(groups: Sequence[RolloutGroup], advantages: Advantages) -> dict[str, Metric]:
     """Rewards as they were given (in total and by function), advantages, lengths; nothing where nobody answered."""
+    return _present({**_group_metrics(groups), **_advantage_metrics(advantages)})
+
+
+def _group_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
+    """Rewards and lengths; metrics of weight 0 where nobody answered."""
     completions = [completion for group in groups for completion in group.completions]
     rewards = [reward for group in groups for reward in group.rewards]
+    totals = [[reward.total for reward in group.rewards] for group in groups]
+    is_rewarded = any(total is not None for group in totals for total in group)
     lengths = [len(completion.token_ids) for completion in completions]
-    deviations = group_deviations([[reward.total for reward in group.rewards] for group in groups])
     metrics = {
         "reward/mean": _mean([reward.total for reward in rewards]),
         # Spread within a group, which is what there is to learn from; not the spread between easy and hard prompts.
-        "reward/std": _mean(list(deviations)),
-        **_advantage_metrics(advantages),
+        "reward/std": _mean(list(group_deviations(totals)) if is_rewarded else []),
         "completion/length_mean": _mean(lengths),
         "completion/length_max": Metric(value=float(max(lengths, default=0)), reduce=Reduce.MAX),
         "completion/truncated_fraction": _mean(
@@ -225,6 +277,10 @@ def batch_metrics(groups: Sequence[RolloutGroup], advantages: Advantages) -> dic
         metrics[f"reward/{name}/mean"] = _mean([reward.parts.get(name) for reward in rewards])
     for name in dict.fromkeys(name for group in groups for name in group.metrics):
         metrics[name] = _mean([group.metrics.get(name) for group in groups])
+    return metrics
+
+
+def _present(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
     return {name: metric for name, metric in metrics.items() if metric.weight > 0}
 
 

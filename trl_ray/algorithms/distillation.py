@@ -20,14 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.divergence import (
-    SupportLogprobs,
-    realised_reverse_kl,
-    sampled_reverse_kl,
-    support_divergence,
-)
+from trl_ray.algorithms.divergence import realised_reverse_kl, sampled_reverse_kl
 from trl_ray.algorithms.loss import LossOutput
 from trl_ray.algorithms.sequences import TokenSequences
+from trl_ray.algorithms.teacher_signal import TeacherSignal
 from trl_ray.algorithms.token_metrics import TokenMetrics
 from trl_ray.config.distillation import (
     DistillationLossConfig,
@@ -40,35 +36,6 @@ from trl_ray.types import Metric, Reduce
 
 LARGEST_LOG_RATIO = 20.0
 """Nats beyond which an importance ratio is not followed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TeacherSignal:
-    """What is known of the teacher at N tokens; which of it is read, the objective says."""
-
-    logprobs: Tensor | None = None
-    """[N] of the completions' own tokens."""
-    support: SupportLogprobs | None = None
-    """[N, K] of both sides, with the student's gradient."""
-    divergence: Tensor | None = None
-    """[N] over the whole vocabulary, with the student's gradient (`vocabulary_divergence`)."""
-
-    @property
-    def of_tokens(self) -> Tensor:
-        """[N] log-probs of the completions' own tokens."""
-        assert self.logprobs is not None, "this objective needs the teacher's log-probs of the completions' tokens"
-        return self.logprobs
-
-    @property
-    def over_vocabulary(self) -> Tensor:
-        """[N] divergences over the whole vocabulary."""
-        assert self.divergence is not None, "this objective needs the divergence over the whole vocabulary"
-        return self.divergence
-
-    def over_support(self, *, beta: float, add_tail: bool) -> Tensor:
-        """[N] divergences over some tokens."""
-        assert self.support is not None, "this objective needs both sides' log-probs of several tokens"
-        return support_divergence(self.support, beta=beta, add_tail=add_tail)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

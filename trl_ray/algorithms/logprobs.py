@@ -52,6 +52,9 @@ class TokenLogprobs:
     """[N] mean over the vocabulary of the natural log-probs; differentiable."""
     support_logprobs: Tensor | None = None
     """[N, K] natural log-probs of the further tokens that were named; differentiable."""
+    divergence: Tensor | None = None
+    """[N'] nats between this head and a teacher's over the whole vocabulary, where that was asked for; differentiable.
+    `token_logprobs` knows of no teacher."""
 
 
 def token_logprobs(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trl_ray.algorithms.logprobs import TokenLogprobs
 from trl_ray.algorithms.sequences import TokenSequences
+from trl_ray.algorithms.teacher_signal import TeacherNeeds, TeacherSignal
 from trl_ray.types import Metric, TrainBatch, TrainingSample
 
 
@@ -57,6 +58,9 @@ class LossNeeds:
     """NEFTune's alpha: noise on embeddings in training passes; None is none."""
     whole_groups: bool = False
     """Samples of one group are compared with each other, so that none of them is passed without the others."""
+    teacher: TeacherNeeds | None = None
+    """What is asked of a teacher, be it one that the learner holds or one that has scored the samples; None: there is
+    none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +121,8 @@ class LossInputs:
     head."""
     reference_logprobs: Tensor | None = None
     """[N] float32 of the reference policy; None unless the loss asks for them."""
+    teacher: TeacherSignal | None = None
+    """[N] as `LossNeeds.teacher` asks; None without. Something finite that moves nothing where no teacher was asked."""
     micro_batch_tokens: int
     """Trained tokens of the whole micro-batch, of which these may be a part."""
     totals: StepTotals
@@ -136,6 +142,12 @@ class LossInputs:
     def entropy(self) -> Tensor:
         """[N] float32, with gradient."""
         return self.language.entropy
+
+    @property
+    def taught(self) -> TeacherSignal:
+        """What a teacher says; losses of distillation start from it."""
+        assert self.teacher is not None, "this loss needs a teacher"
+        return self.teacher
 
     @property
     def sampler_logprobs(self) -> Tensor:
@@ -271,6 +283,8 @@ def first_non_finite_sample(inputs: LossInputs) -> int | None:
     if inputs.class_logits is not None:
         parts.append(inputs.class_logits.sum(dim=1))
     bad = ~torch.isfinite(torch.stack([part.detach().float() for part in parts if part is not None])).all(dim=0)
+    if inputs.teacher is not None:
+        bad |= inputs.teacher.bad_tokens()
     found = [int(tokens.sample_index[bad][0])] if bool(bad.any()) else []
     found += [place for place, sample in enumerate(inputs.samples) if not _has_finite_label(sample)]
     return min(found, default=None)

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+from trl_ray.algorithms.distillation_objective import DistillationLoss
 from trl_ray.algorithms.loss import Loss
 from trl_ray.algorithms.policy_loss import PolicyLoss
 from trl_ray.algorithms.preference import PreferenceLoss
 from trl_ray.algorithms.reference_free import CPOLoss, ORPOLoss
 from trl_ray.algorithms.reward_modelling import PairRewardLoss, StepRewardLoss
+from trl_ray.algorithms.sdpo_objective import SDPOLoss
 from trl_ray.algorithms.supervised import SupervisedLoss
 from trl_ray.algorithms.unpaired_preference import UnpairedLoss
+from trl_ray.config.distillation import DistillationLossConfig, SDPOObjective
 from trl_ray.config.loss import LossConfig
 from trl_ray.config.preference import CPOLossConfig, ORPOLossConfig, PreferenceLossConfig, UnpairedLossConfig
 from trl_ray.config.reward_modelling import RewardLossConfig, StepLossConfig
@@ -23,7 +26,9 @@ from trl_ray.config.supervised import SupervisedLossConfig
 from trl_ray.types import TrainingSample
 
 LossOptions: TypeAlias = (
-    LossConfig
+    SDPOObjective
+    | LossConfig
+    | DistillationLossConfig
     | SupervisedLossConfig
     | PreferenceLossConfig
     | UnpairedLossConfig
@@ -43,6 +48,10 @@ def build_loss(options: LossOptions, *, max_completion_length: int | None = None
         max_completion_length: the fixed length of dr_grpo, in tokens; only the policy loss reads it.
     """
     match options:
+        case SDPOObjective():  # before what it extends
+            return SDPOLoss(options, max_completion_length=max_completion_length)
+        case DistillationLossConfig():
+            return DistillationLoss(options)
         case LossConfig():
             return PolicyLoss(config=options, max_completion_length=max_completion_length)
         case SupervisedLossConfig():

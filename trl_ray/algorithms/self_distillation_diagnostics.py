@@ -1,5 +1,6 @@
 """Whether self-distillation has anything to learn from, step by step, and when to say that it has not.
 
+    RolloutGroup --self_distillation_group--> facts of a group
     groups of a step --self_distillation_metrics--> metrics --SelfDistillationDiagnostics.observe--> warnings
 
 Names of metrics, tolerances and the rhythm of warnings are those of TRL's SDPO trainer. Training and evaluation have
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trl_ray.types import FloatArray
+from trl_ray.types import FloatArray, RolloutGroup
 
 PREFIX = "self_distillation/"
 
@@ -39,6 +40,31 @@ class SelfDistillationGroup:
     """Completions whose teacher's prompt lost its head to max_reprompt_len."""
     parts: Mapping[str, FloatArray] = field(default_factory=dict)
     """[G] by reward function; NaN where it did not answer."""
+
+
+def self_distillation_group(group: RolloutGroup, *, threshold: float) -> SelfDistillationGroup:
+    """What became of one finished group, told from its rewards and the contexts of its teachers.
+
+    Args:
+        group: without contexts nothing of it was distilled.
+        threshold: total reward from which a completion is a success (success_reward_threshold).
+    """
+    rewards, contexts = group.rewards, group.contexts
+    names = dict.fromkeys(name for reward in rewards for name in reward.parts)
+    return SelfDistillationGroup(
+        rewards=_numbers([reward.total for reward in rewards]),
+        has_success=any(reward.total is not None and reward.total >= threshold for reward in rewards),
+        num_demonstrated=sum(context.demonstration is not None for context in contexts),
+        num_with_feedback=sum(context.has_feedback for context in contexts),
+        num_feedback_used=sum(context.uses_feedback for context in contexts),
+        num_distilled=sum(context.is_distilled for context in contexts),
+        num_cut=sum(context.num_cut > 0 for context in contexts),
+        parts={name: _numbers([reward.parts.get(name) for reward in rewards]) for name in names},
+    )
+
+
+def _numbers(values: Sequence[float | None]) -> FloatArray:
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float32)
 
 
 def self_distillation_metrics(groups: Sequence[SelfDistillationGroup], *, flat_tolerance: float) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """`trl-ray`: runs pipelines, resumes runs, draws reports.
 
     trl-ray PIPELINE --config FILE [a.b=c ...] [--dry-run]      trl-ray resume RUN_DIR
+    trl-ray teacher-serve [--config FILE] [a.b=c ...] [--dry-run]
                                                                 trl-ray report RUN_DIR
     PIPELINE: sft dpo kto cpo orpo reward prm                   trl-ray env
               grpo async-grpo rloo
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import enum
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any, NoReturn
 
 from trl_ray.config.load import load_config, read_yaml
 from trl_ray.config.messages import nearest
-from trl_ray.errors import ConfigError, InputError, InterruptedRun, TrlRayError
+from trl_ray.errors import ConfigError, InputError, InterruptedRun, RunError, TrlRayError
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.pipelines.pipeline import Pipeline, TrainOutput
 from trl_ray.pipelines.registry import PIPELINES
@@ -33,6 +35,9 @@ class ExitCode(enum.IntEnum):
     WRONG_INPUT = 2
     FAILED = 3
     INTERRUPTED = 130
+
+
+_SERVE = "teacher-serve"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,6 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     resume.add_argument("run_dir")
     report = commands.add_parser("report", help="draw RUN_DIR/report.html again")
     report.add_argument("run_dir")
+    serve = commands.add_parser(_SERVE, help="answer for a teacher over HTTP")
+    serve.add_argument("--config", metavar="FILE", help="YAML file; everything may be given as overrides, too")
+    serve.add_argument("--dry-run", action="store_true", help="print the resolved plan and start nothing")
+    serve.add_argument("overrides", nargs="*", metavar="a.b=c", help="set an option, or override that of the file")
     commands.add_parser("env", help="print versions and hardware, for bug reports")
     return parser
 
@@ -79,17 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
-    known = [*PIPELINES, "resume", "report", "env"]
+    known = [*PIPELINES, _SERVE, "resume", "report", "env"]
     if argv and not argv[0].startswith("-") and argv[0] not in known:
         guess = nearest(argv[0], known)
         raise ConfigError(
             f"{argv[0]!r} is not a command. "
             + (f"Did you mean {guess!r}?" if guess else f"Commands: {', '.join(known)}.")
         )
-    return _parse_pipeline(parser, argv) if argv and argv[0] in PIPELINES else parser.parse_args(argv)
+    return _parse_overrides(parser, argv) if argv and argv[0] in {*PIPELINES, _SERVE} else parser.parse_args(argv)
 
 
-def _parse_pipeline(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+def _parse_overrides(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     # Overrides may stand on both sides of --config, which plain parse_args does not allow.
     args, rest = parser.parse_known_args(argv)
     unknown = [item for item in rest if "=" not in item]
@@ -110,6 +119,8 @@ def _dispatch(args: argparse.Namespace) -> int:
 
         print(build_report(RunDirectory.open_existing(args.run_dir).path))
         return ExitCode.DONE
+    if args.command == _SERVE:
+        return _serve(args)
     if args.command == "resume":
         return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir).train())
     pipeline_class: Any = PIPELINES[args.command]
@@ -120,6 +131,23 @@ def _dispatch(args: argparse.Namespace) -> int:
         print(describe_run(pipeline))
         return ExitCode.DONE
     return _finish(pipeline.train())
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from trl_ray.cli.teacher_serve import describe_server, load_serve_config, serve_teacher
+
+    config = load_serve_config(args.config, args.overrides)
+    if args.dry_run:
+        print(describe_server(config))
+        return ExitCode.DONE
+    try:
+        serve_teacher(config)
+    except RunError as error:
+        _say(ExitCode.FAILED, f"trl-ray: the server failed: {type(error).__name__}: {error}")
+        sys.stdout.flush()
+        # A thread that hangs in the model would keep the process for ever.
+        os._exit(ExitCode.FAILED)
+    return ExitCode.DONE
 
 
 def _pipeline_of(run_dir: str | Path) -> type[Pipeline[Any, Any]]:

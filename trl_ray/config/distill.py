@@ -69,8 +69,6 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
     @model_validator(mode="after")
     def _check_teachers(self) -> Self:
         names = [each.name for each in self.all_teachers]
-        if not names:
-            raise ValueError("there must be a teacher. Set teacher_model_name_or_path, or list teachers.")
         if len(set(names)) < len(names):
             raise ValueError(f"teachers must have different names, got {names}. Set name for each of them.")
         if self.teacher_column is None and len(names) > 1:

@@ -35,6 +35,9 @@ class GRPOConfig(RolloutRunConfig, LossConfig, AdvantageConfig):
     pipeline: str = "grpo"
     """Which pipeline this configuration is for; written to config.yaml so that a run can be resumed by its folder."""
 
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Completions per prompt: the group size G; one alone cannot be compared with anything."""
+
     @property
     def passes_per_step(self) -> int:
         """Passes over the completions of one generation batch."""

@@ -24,6 +24,7 @@ from trl_ray.config.sections import (
     RolloutConfig,
     RuntimeKind,
 )
+from trl_ray.config.teachers import TeacherSource
 
 
 class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
@@ -52,6 +53,26 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
     def has_rewards(self) -> bool:
         """Whether completions are rewarded."""
         return True
+
+    @property
+    def teacher_sources(self) -> tuple[TeacherSource, ...]:
+        """Every teacher that is asked, as whoever holds it is told."""
+        return ()
+
+    @property
+    def teacher_in_learner(self) -> bool:
+        """Whether the learner holds the teacher; then there is one."""
+        return False
+
+    @property
+    def teacher_on_engines(self) -> bool:
+        """Whether the rollout workers' engines stand in for the teacher; then there is one."""
+        return False
+
+    @property
+    def acting_teachers(self) -> tuple[TeacherSource, ...]:
+        """Teachers that have actors of their own."""
+        return () if self.teacher_in_learner or self.teacher_on_engines else self.teacher_sources
 
     @property
     def part_weights(self) -> list[float] | None:

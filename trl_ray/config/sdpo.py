@@ -50,7 +50,9 @@ class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig)
 
     @property
     def teacher_sources(self) -> tuple[TeacherSource, ...]:
-        """The one teacher, as whoever holds it is told."""
+        """The one teacher, as whoever holds it is told; none where it has no weight."""
+        if not self.distils:
+            return ()
         return (
             TeacherSource(
                 name=self.teacher_model_kind.value,
@@ -65,6 +67,11 @@ class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig)
     def distils(self) -> bool:
         """Whether the teacher has any weight."""
         return self.distillation_weight > 0
+
+    @property
+    def teacher_on_engines(self) -> bool:
+        """Whether the rollout workers' engines stand in for the teacher."""
+        return self.use_teacher_server
 
     @property
     def teacher_in_learner(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from trl_ray.config.base import Section
+from trl_ray.config.callbacks import CallbackField
 from trl_ray.config.deepspeed_file import read_deepspeed
 from trl_ray.config.fields import FROM_STRING, Fraction, Natural, Positive, Seconds
 
@@ -225,7 +226,7 @@ class TrainingConfig(Section):
 class GenerationConfig(Section):
     """How completions are sampled."""
 
-    num_generations: Annotated[int, Field(ge=2)] = 8
+    num_generations: Positive = 8
     """Completions per prompt: the group size G."""
     steps_per_generation: Positive | None = None
     """Micro-batches of one rank in one generation batch: a multiple of `gradient_accumulation_steps`, and None that."""
@@ -343,3 +344,5 @@ class ReportConfig(Section):
     report_to: list[Annotated[str, Field(pattern="^(wandb)$")]] = Field(default_factory=list)
     wandb_project: str = "trl_ray"
     html_report: bool = True
+    callbacks: list[CallbackField] = Field(default_factory=list)
+    """Objects whose hooks the run calls: ``package.module:Class``, or ``{path: ..., kwargs: {...}}``."""

@@ -4,6 +4,7 @@ TeacherWeights        flat, TRL's names: how a teacher of the policy's own weigh
 TeacherConfig         nested, ours: actors, payload, patience
 TeacherOptions        nested, ours: the same, and another model or a server
 TeacherServerConfig   nested, ours: one that is asked over HTTP
+TeacherServeConfig    flat: one that `trl-ray teacher-serve` answers for
 TeacherSource         all of it for one teacher, as whoever holds it is told
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -219,3 +221,72 @@ class TeacherSource:
     def follows_policy(self) -> bool:
         """Whether it is fed with published weights."""
         return self.kind in {TeacherKind.EMA, TeacherKind.LIVE}
+
+
+_ASKERS_OPTIONS = (
+    "placement",
+    "num_workers",
+    "payload_dtype",
+    "payload_ids",
+    "max_attempts",
+    "max_failures_in_a_row",
+    "server",
+)
+"""Of a teacher, and nothing to the server that answers for it."""
+
+
+class TeacherServeConfig(TeacherOptions):
+    """``trl-ray teacher-serve``: a teacher on this machine, answering over HTTP for runs elsewhere.
+
+    It computes with as many threads as OMP_NUM_THREADS says, or as there are cores.
+    """
+
+    host: str = "127.0.0.1"
+    """Address to listen at; any but this machine's own asks for a token."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8100
+    """0 takes a free one, which is printed."""
+    token_variable: str | None = None
+    """Environment variable with the token that clients must send; the token itself stands in no file."""
+    max_requests_in_flight: Positive = 16
+    """HTTP requests that are read or computed at once; further ones are told to come back."""
+    max_body_mib: Annotated[float, Field(gt=0)] = 64.0
+    """Of one HTTP request."""
+    max_tokens_per_request: Positive = 65536
+    """Contexts and completions of one HTTP request; `max_model_len` bounds each."""
+    max_top_k: Positive = 256
+    """Tokens that one place of an answer may hold."""
+    shutdown_s: Seconds = 30.0
+    """For requests under way when the server is told to stop."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether nobody else's machine can reach it."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def source(self) -> TeacherSource:
+        """The teacher, as the one who holds it is told."""
+        return TeacherSource(name=self.name, kind=TeacherKind.EXTERNAL, model=self.model, options=self)
+
+    @model_validator(mode="after")
+    def _check_askers_options(self) -> Self:
+        fields = type(self).model_fields
+        changed = [name for name in (*_ASKERS_OPTIONS, "num_cpus") if getattr(self, name) != fields[name].default]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)} must be left out, because a server does not use them: payload and patience are "
+                "options of the run that asks, and threads are set by OMP_NUM_THREADS. Remove them."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_token(self) -> Self:
+        if self.token_variable is None and not self.is_local:
+            raise ValueError(
+                f"token_variable must be set where others can reach the server, got none with host {self.host}. Name "
+                "an environment variable that holds a token, or set host=127.0.0.1."
+            )
+        return self

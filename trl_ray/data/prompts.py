@@ -2,6 +2,7 @@
 
     PromptConfig -- load_rows --> Rows -- check, template, tokenise --> PromptSource
     PromptSource.prompt(ordinal):  ordinal -> (epoch, place) -> row = permutation(seed, epoch)[place] -> Prompt
+                                   (seed, ordinal) -> with the dataset's completion, or without
 
 Nothing is remembered between calls, so a resumed run asks for the next ordinal and gets what it would have got.
 """
@@ -10,16 +11,27 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trl_ray.config.messages import nearest
 from trl_ray.config.sections import PromptConfig
-from trl_ray.data.chat_rendering import ChatFormat, ChatTokenizer, own_template, render_chat
+from trl_ray.data.chat_rendering import ChatFormat, own_template, render_chat
+from trl_ray.data.given_completions import GivenCompletions, GivenRow, given_rows
 from trl_ray.data.loading import Rows, load_rows
-from trl_ray.data.validation import check_kind, check_length, check_prompt, count_longer, plain_columns, require_column
+from trl_ray.data.texts import ExampleTokenizer
+from trl_ray.data.validation import (
+    check_kind,
+    check_length,
+    check_prompt,
+    count_longer,
+    plain_columns,
+    require_column,
+    show,
+)
 from trl_ray.errors import DataError
 from trl_ray.types import IntArray, Message, Prompt
 
@@ -33,6 +45,8 @@ class PromptRow:
     messages: tuple[Message, ...] | None = None
     text: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    given: GivenRow | None = None
+    """The dataset's completion, where prompts may come with one."""
 
 
 class PromptSource:
@@ -45,13 +59,22 @@ class PromptSource:
         source.prompt(len(source))       # the first of epoch 1
     """
 
-    def __init__(self, *, name: str, rows: Sequence[PromptRow], seed: int, shuffle: bool) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        rows: Sequence[PromptRow],
+        seed: int,
+        shuffle: bool,
+        completions: GivenCompletions | None = None,
+    ) -> None:
         if not rows:
             raise DataError(f"A dataset must have at least one row, {name} has none.")
         self.name = name
         self._rows = rows
         self._seed = seed
         self._shuffle = shuffle
+        self._completions = completions
         self._order: tuple[int, NDArray[np.int64]] = (0, self._permutation(0))
 
     def __len__(self) -> int:
@@ -67,13 +90,35 @@ class PromptSource:
         """Hex digest over the token ids of all rows: tells a resumed run that its dataset has changed."""
         digest = hashlib.sha256()
         for row in self._rows:
-            digest.update(len(row.token_ids).to_bytes(8, "little") + row.token_ids.tobytes())
+            for ids in (row.token_ids, *(() if row.given is None else (row.given.prompt_ids, row.given.token_ids))):
+                digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
         return digest.hexdigest()
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
-        return max(len(row.token_ids) for row in self._rows)
+        given = (len(row.given.prompt_ids) for row in self._rows if row.given is not None)
+        return max(*(len(row.token_ids) for row in self._rows), *given, 0)
+
+    def require_values(self, column: str, allowed: Sequence[str], *, option: str) -> None:
+        """Check that a column names one of several things in every row.
+
+        Args:
+            column: of the rows.
+            allowed: what it may say.
+            option: which names the column, for the message.
+
+        Raises:
+            DataError: names the first row that says something else, and the nearest of what it may say.
+        """
+        for index, row in enumerate(self._rows):
+            value = row.columns.get(column)
+            if not isinstance(value, str) or value not in allowed:
+                guess = nearest(value, allowed) if isinstance(value, str) else None
+                raise DataError(
+                    f"Row {index} of {self.name}, field {column!r} ({option}), must be one of {', '.join(allowed)}, "
+                    f"got {show(value)}. {f'Did you mean {guess!r}?' if guess else 'Mend or remove the row.'}"
+                )
 
     def prompt(self, ordinal: int) -> Prompt:
         """The prompt at `ordinal`, counted from 0 over all epochs."""
@@ -84,12 +129,14 @@ class PromptSource:
             self._order = (epoch, self._permutation(epoch))
         index = int(self._order[1][place])
         row = self._rows[index]
+        given = row.given if self._completions is not None and self._completions.takes(ordinal) else None
         return Prompt(
             prompt_id=f"{epoch}:{index}",
-            token_ids=row.token_ids,
+            token_ids=row.token_ids if given is None else given.prompt_ids,
             messages=row.messages,
             text=row.text,
             columns=row.columns,
+            given_ids=None if given is None else given.token_ids,
         )
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
@@ -100,12 +147,14 @@ class PromptSource:
 
 def load_prompts(
     config: PromptConfig,
-    tokenizer: ChatTokenizer,
+    tokenizer: ExampleTokenizer,
     *,
     seed: int,
     max_prompt_tokens: int | None,
     dataset: object | None = None,
     evaluation: bool = False,
+    completions: GivenCompletions | None = None,
+    max_prompt_length: int | None = None,
 ) -> PromptSource:
     """Load, check and tokenise every row; whatever is wrong with the data is said here, before anything starts.
 
@@ -116,6 +165,8 @@ def load_prompts(
         max_prompt_tokens: what the model holds minus max_completion_length; None does not check.
         dataset: a `datasets.Dataset`, a `datasets.DatasetDict` or a list of dicts, instead of dataset_name.
         evaluation: take the held-out split, in its own order.
+        completions: prompts of which a share comes with the dataset's completion; None: none does.
+        max_prompt_length: of longer prompts the last tokens are kept; messages and texts stay whole.
 
     Raises:
         DataError: there is no such dataset, it is empty, or a row cannot be used; names row and field.
@@ -129,17 +180,27 @@ def load_prompts(
     # A rendered template writes its special tokens itself.
     standard = isinstance(prompts[0], str)
     token_ids = [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=standard)["input_ids"]]
+    # Of the prompt's last tokens, as many as are wanted.
+    kept = slice(None) if max_prompt_length is None else slice(-max_prompt_length, None)
+    token_ids = [ids[kept] for ids in token_ids]
+    given: Sequence[GivenRow | None] = [None] * len(token_ids)
+    if completions is not None:
+        found = given_rows(rows, prompts, completions, config=config, tokenizer=tokenizer)
+        given = [replace(row, prompt_ids=row.prompt_ids[kept]) for row in found]
+        _check_lengths(rows, [row.prompt_ids[kept] for row in found], max_prompt_tokens)
     _check_lengths(rows, token_ids, max_prompt_tokens)
     ready = [
         PromptRow(
             token_ids=ids,
+            given=given[i],
             messages=None if isinstance(prompt, str) else prompt,
             text=prompt if isinstance(prompt, str) else None,
             columns=plain_columns(row, config.dataset_prompt_column, where=rows.where(i)),
         )
         for i, (row, prompt, ids) in enumerate(zip(rows.rows, prompts, token_ids, strict=True))
     ]
-    return PromptSource(name=rows.name, rows=ready, seed=seed, shuffle=config.shuffle_dataset and not evaluation)
+    shuffle = config.shuffle_dataset and not evaluation
+    return PromptSource(name=rows.name, rows=ready, seed=seed, shuffle=shuffle, completions=completions)
 
 
 def _checked_prompts(rows: Rows, config: PromptConfig) -> list[str | tuple[Message, ...]]:
@@ -168,7 +229,7 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
     return ({"role": "system", "content": system_prompt}, *messages)
 
 
-def _as_text(prompt: str | tuple[Message, ...], tokenizer: ChatTokenizer, config: PromptConfig, where: str) -> str:
+def _as_text(prompt: str | tuple[Message, ...], tokenizer: ExampleTokenizer, config: PromptConfig, where: str) -> str:
     """A text, ready to be continued: by a new turn, or where the assistant's last one stops (TRL's rule)."""
     if isinstance(prompt, str):
         return prompt

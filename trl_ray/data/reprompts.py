@@ -10,20 +10,21 @@ it; the teacher then scores the student's completion behind the new prompt.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
-from trl_ray.algorithms.self_distillation_diagnostics import SelfDistillationGroup
 from trl_ray.config.distillation import RepromptConfig
 from trl_ray.data.chat_rendering import ChatFormat, ChatTokenizer, render_chat
 from trl_ray.errors import DataError
-from trl_ray.types import BoolArray, FloatArray, IntArray, Message, Prompt
+from trl_ray.types import IntArray, Message, Prompt, Reward, TeacherContext
 
 FEEDBACK_COLUMN = "privileged_context"
 """The dataset column with feedback; what is no text, or blank, is none."""
+FEEDBACK_EXTRA = "feedback"
+"""The extra column under which reward functions (`log_extra`) and environments say what was wrong."""
 
 _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 
@@ -51,48 +52,6 @@ class Attempt:
     """In total, weighted; None is never a success."""
     feedback: Any = None
     """What the row, a reward function or an environment has to say of it; what is no text, or blank, is none."""
-    parts: Mapping[str, float | None] = field(default_factory=dict)
-    """Rewards by function, for metrics."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hints:
-    """What one completion's teacher is shown."""
-
-    demonstration: int | None = None
-    """Which completion of the group, counted from 0."""
-    uses_feedback: bool = False
-
-    @property
-    def any(self) -> bool:
-        """Whether the teacher is shown more than the student: only then is there something to distil."""
-        return self.demonstration is not None or self.uses_feedback
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TeacherPrompt:
-    """The context in which the teacher sees one completion."""
-
-    token_ids: IntArray
-    """[P] the student's own prompt where there are no hints; at most max_reprompt_len."""
-    hints: Hints
-    num_cut: int = 0
-    """Tokens cut off its head."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RepromptedGroup:
-    """The teacher's side of one group."""
-
-    prompts: tuple[TeacherPrompt, ...]
-    """[G]"""
-    facts: SelfDistillationGroup
-    """For metrics and diagnostics of the step."""
-
-    @property
-    def mask(self) -> BoolArray:
-        """[G] True where a completion is distilled."""
-        return np.array([prompt.hints.any for prompt in self.prompts], dtype=np.bool_)
 
 
 def reprompt_group(
@@ -102,8 +61,11 @@ def reprompt_group(
     config: RepromptConfig,
     tokenizer: DecodingTokenizer,
     chat: ChatFormat,
-) -> RepromptedGroup:
-    """Make the teacher's prompts for one group.
+) -> tuple[TeacherContext, ...]:
+    """Make the contexts [G] in which the teacher sees one group.
+
+    A completion for which there is nothing to show is not distilled and keeps the student's own prompt; so much of
+    each prompt as `max_reprompt_len` allows is kept.
 
     Args:
         prompt: of the group. Of a conversation, all messages but the last are kept, and the last one's text becomes the
@@ -117,27 +79,18 @@ def reprompt_group(
         DataError: a conversation does not end with the user's turn.
         ModelError: the chat template refuses the new conversation.
     """
-    hints = [_hints(index, attempts, config) for index in range(len(attempts))]
-    prompts = tuple(_teacher_prompt(prompt, attempts, i, hints[i], config, tokenizer, chat) for i in range(len(hints)))
-    facts = SelfDistillationGroup(
-        rewards=_numbers([attempt.reward for attempt in attempts]),
-        has_success=any(_is_success(attempt, config) for attempt in attempts),
-        num_demonstrated=sum(each.demonstration is not None for each in hints),
-        num_with_feedback=sum(has_feedback(attempt.feedback) for attempt in attempts),
-        num_feedback_used=sum(each.uses_feedback for each in hints),
-        num_distilled=sum(each.any for each in hints),
-        num_cut=sum(each.num_cut > 0 for each in prompts),
-        parts={
-            name: _numbers([attempt.parts.get(name) for attempt in attempts])
-            for name in dict.fromkeys(name for attempt in attempts for name in attempt.parts)
-        },
-    )
-    return RepromptedGroup(prompts=prompts, facts=facts)
+    return tuple(_context(prompt, attempts, index, config, tokenizer, chat) for index in range(len(attempts)))
 
 
-def has_feedback(feedback: object) -> bool:
+def has_feedback(feedback: object) -> TypeGuard[str]:
     """Whether there is a text that says anything."""
     return isinstance(feedback, str) and feedback.strip() != ""
+
+
+def gather_feedback(prompt: Prompt, reward: Reward) -> str | None:
+    """What the row and the reward functions have to say of one completion, a line each; None where nobody says any."""
+    said = (prompt.columns.get(FEEDBACK_COLUMN), reward.extra.get(FEEDBACK_EXTRA))
+    return "\n".join(text for text in said if has_feedback(text)) or None
 
 
 def require_user_turn(prompt: Prompt) -> None:
@@ -154,48 +107,54 @@ def require_user_turn(prompt: Prompt) -> None:
         )
 
 
-def _hints(index: int, attempts: Sequence[Attempt], config: RepromptConfig) -> Hints:
-    """The first success of the group, and feedback where it is wanted."""
-    demonstration = None
-    if config.use_successful_as_teacher:
-        successes = (
-            other
-            for other, attempt in enumerate(attempts)
-            if _is_success(attempt, config) and not (config.dont_reprompt_on_self_success and other == index)
-        )
-        demonstration = next(successes, None)
-    wanted = config.include_environment_feedback and not (
-        config.environment_feedback_only_without_solution and demonstration is not None
+def _demonstration(index: int, attempts: Sequence[Attempt], config: RepromptConfig) -> int | None:
+    """The first success of the group that this completion's teacher may be shown."""
+    if not config.use_successful_as_teacher:
+        return None
+    successes = (
+        other
+        for other, attempt in enumerate(attempts)
+        if _is_success(attempt, config) and not (config.dont_reprompt_on_self_success and other == index)
     )
-    return Hints(demonstration=demonstration, uses_feedback=wanted and has_feedback(attempts[index].feedback))
+    return next(successes, None)
 
 
 def _is_success(attempt: Attempt, config: RepromptConfig) -> bool:
     return attempt.reward is not None and attempt.reward >= config.success_reward_threshold
 
 
-def _teacher_prompt(
+def _context(
     prompt: Prompt,
     attempts: Sequence[Attempt],
     index: int,
-    hints: Hints,
     config: RepromptConfig,
     tokenizer: DecodingTokenizer,
     chat: ChatFormat,
-) -> TeacherPrompt:
-    if hints.any:
-        solution = feedback = ""
-        if hints.demonstration is not None:
-            solution = config.solution_template.format(
-                successful_previous_attempt=_text(attempts[hints.demonstration], config, tokenizer)
-            )
-        if hints.uses_feedback:
-            feedback = config.feedback_template.format(feedback_raw=attempts[index].feedback)
-        token_ids = _tokens(prompt, solution, feedback, config, tokenizer, chat)
-    else:
-        token_ids = prompt.token_ids
+) -> TeacherContext:
+    said = attempts[index].feedback
+    demonstration = _demonstration(index, attempts, config)
+    wanted = config.include_environment_feedback and not (
+        config.environment_feedback_only_without_solution and demonstration is not None
+    )
+    uses_feedback = wanted and has_feedback(said)
+    solution = feedback = ""
+    if demonstration is not None:
+        text = _text(attempts[demonstration], config, tokenizer)
+        solution = config.solution_template.format(successful_previous_attempt=text)
+    if uses_feedback:
+        feedback = config.feedback_template.format(feedback_raw=said)
+    # A teacher that is shown no more than the student has nothing to teach.
+    is_distilled = demonstration is not None or uses_feedback
+    token_ids = _tokens(prompt, solution, feedback, config, tokenizer, chat) if is_distilled else prompt.token_ids
     kept = token_ids[-config.max_reprompt_len :]
-    return TeacherPrompt(token_ids=kept, hints=hints, num_cut=len(token_ids) - len(kept))
+    return TeacherContext(
+        prompt_ids=kept,
+        is_distilled=is_distilled,
+        demonstration=demonstration,
+        has_feedback=has_feedback(said),
+        uses_feedback=uses_feedback,
+        num_cut=len(token_ids) - len(kept),
+    )
 
 
 def _text(attempt: Attempt, config: RepromptConfig, tokenizer: DecodingTokenizer) -> str:
@@ -240,7 +199,3 @@ def _content(message: Message) -> str:
     if isinstance(content, str):
         return content
     return " ".join(str(part.get("text", "")) for part in content or () if part.get("type") == "text")
-
-
-def _numbers(values: Sequence[float | None]) -> FloatArray:
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float32)

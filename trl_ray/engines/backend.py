@@ -1,7 +1,7 @@
 """What the engine thread asks of the software that runs the model.
 
-    EngineThread -- add, add_score, abort --> Backend -- step() --> Finished(key, result) ...
-    EngineThread -- load(payload) ----------> Backend     (between two steps, requests are kept)
+    EngineThread -- add, add_score, add_question, abort --> Backend -- step() --> Finished(key, result) ...
+    EngineThread -- load(payload) ------------------------> Backend     (between two steps, requests are kept)
 
 All methods are called from one thread, `build` first and `close` last, so a backend needs no locks.
 """
@@ -12,12 +12,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from trl_ray.types import Completion, FloatArray, GenerationRequest, IntArray, TensorEntry, WeightPayload, WeightVersion
+from trl_ray.algorithms.teacher_answers import TeacherAnswer
+from trl_ray.types import (
+    Completion,
+    FloatArray,
+    GenerationRequest,
+    IntArray,
+    TeacherQuestion,
+    TeacherRequest,
+    TensorEntry,
+    WeightPayload,
+    WeightVersion,
+)
 
 CHECKPOINT_VERSION = WeightVersion(version=0, checksum="checkpoint")
 """What an engine runs before its first update: the weights the run starts from."""
 
-Result: TypeAlias = "tuple[Completion, ...] | FloatArray"
+Result: TypeAlias = "tuple[Completion, ...] | FloatArray | TeacherAnswer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +44,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Finished:
-    """A request or a score that is done."""
+    """A request, a score or a question that is done."""
 
     key: str
     result: Result
-    """n completions, or [T-1] log-probs."""
+    """n completions, [T-1] log-probs, or what is said of one completion, without the tail."""
 
 
 class Backend(Protocol):
@@ -60,6 +71,22 @@ class Backend(Protocol):
 
         Raises:
             ValueError: this sequence cannot be scored.
+        """
+        ...
+
+    def check_question(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> None:
+        """Refuse what this software cannot answer; called in the thread of whoever asks.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        ...
+
+    def add_question(self, key: str, request: TeacherRequest, question: TeacherQuestion) -> None:
+        """Queue a question about one completion.
+
+        Raises:
+            ValueError: this one cannot be answered.
         """
         ...
 

@@ -49,12 +49,13 @@ def create_engine(
     enforce_eager: bool = False,
     tensor_parallel_size: int = 1,
     enable_prefix_caching: bool = True,
+    max_logprobs: int | None = None,
     engine_kwargs: Mapping[str, Any] | None = None,
 ) -> EngineThread:
     """Make an engine and wait until it can generate; the arguments are those of `VLLMEngine`.
 
-    With transformers the arguments that only vLLM knows (KV cache, GPU share, graphs, parallelism, prefix cache) have
-    no effect, so that one config runs on both.
+    With transformers the arguments that only vLLM knows (KV cache, GPU share, graphs, parallelism, prefix cache, most
+    log-probs) have no effect, so that one config runs on both.
 
     Raises:
         ConfigError: the kind is unknown or not installed.
@@ -80,6 +81,7 @@ def create_engine(
             enforce_eager=enforce_eager,
             tensor_parallel_size=tensor_parallel_size,
             enable_prefix_caching=enable_prefix_caching,
+            max_logprobs=max_logprobs,
         )
     from trl_ray.engines.transformers import TransformersEngine
 

@@ -2,6 +2,7 @@
 
     RolloutWorker -- submit(requests) --> Engine thread -- futures --> tuple[Completion, ...] per request
     RolloutWorker -- pause, load_weights, resume --> Engine      (requests in flight go on under new weights)
+    Teacher -- score_completions(requests, question) --> TeacherScores per request     (beside what is generated)
 
 An engine owns one thread that steps the model; every method may be called from another thread.
 """
@@ -12,7 +13,17 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
-from trl_ray.types import Completion, FloatArray, GenerationRequest, IntArray, WeightPayload, WeightVersion
+from trl_ray.types import (
+    Completion,
+    FloatArray,
+    GenerationRequest,
+    IntArray,
+    TeacherQuestion,
+    TeacherRequest,
+    TeacherScores,
+    WeightPayload,
+    WeightVersion,
+)
 
 
 class Engine(Protocol):
@@ -66,6 +77,34 @@ class Engine(Protocol):
 
         Returns:
             One [T-1] array of natural log-probs per sequence.
+        """
+        ...
+
+    def score_completions(
+        self,
+        requests: Sequence[TeacherRequest],
+        question: TeacherQuestion,
+        *,
+        deadline_s: float,
+        teacher: str | None = None,
+    ) -> list[TeacherScores]:
+        """What the engine's weights say about completions; may be called while it generates.
+
+        Args:
+            requests: [B] prompts and completions.
+            question: what is asked about each token.
+            deadline_s: seconds to wait for all of them.
+            teacher: the name that the scores bear; None takes the engine's.
+
+        Returns:
+            [B] in the order of the requests, all of one weight version.
+
+        Raises:
+            ConfigError: this engine cannot answer such a question.
+            DataError: a request is empty, too long, or has unknown ids.
+            DeadlineError: no answer within the deadline.
+            EngineError: the engine failed.
+            TeacherError: what it says cannot be true.
         """
         ...
 

@@ -7,7 +7,7 @@ Engine thread
     consumes:      commands, in order, paused or not; steps while work is queued and nobody has paused
     produces:      results of futures
     waits for:     a command, or work while not paused
-    unblocked by:  submit, score, abort, load_weights, resume, close
+    unblocked by:  submit, score, score_completions, abort, load_weights, resume, close
 Watchdog thread
     waits for:     the deadline of the step or command at hand
     unblocked by:  the end of a step, close
@@ -31,11 +31,23 @@ from typing import Any
 
 import numpy as np
 
+from trl_ray.algorithms.teacher_answers import TeacherAnswer
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Backend, Finished, Limits
+from trl_ray.engines.completion_scoring import check_question, finish_answers
 from trl_ray.engines.sampling import check_sampling
 from trl_ray.errors import DataError, DeadlineError, EngineError, TrlRayError
 from trl_ray.models.weights import verify_payload
-from trl_ray.types import Completion, FloatArray, GenerationRequest, IntArray, WeightPayload, WeightVersion
+from trl_ray.types import (
+    Completion,
+    FloatArray,
+    GenerationRequest,
+    IntArray,
+    TeacherQuestion,
+    TeacherRequest,
+    TeacherScores,
+    WeightPayload,
+    WeightVersion,
+)
 
 _LOG = logging.getLogger(__name__)
 _JOIN_S = 30.0
@@ -47,9 +59,9 @@ class _Pending:
     """Work whose future is not settled."""
 
     request_id: str | None
-    """None for a score."""
+    """None for a score or a question."""
     size: int
-    """Completions; 0 for a score."""
+    """Completions; 0 for a score or a question."""
     future: Future[Any]
 
 
@@ -188,15 +200,47 @@ class EngineThread:
                     self._settle([Finished(key=key, result=np.zeros(0, dtype=np.float32))])
 
         self._enqueue(add_all, entries)
-        end = time.monotonic() + deadline_s
-        try:
-            return [entry.future.result(timeout=max(0.0, end - time.monotonic())) for entry in entries.values()]
-        except FutureTimeoutError:
-            self._abort_keys(list(entries))
-            raise DeadlineError(
-                f"{self._name} must score {len(sequences)} sequences within {deadline_s} s, but did not"
-                f"{' (it is paused: resume it)' if self._paused else ''}."
-            ) from None
+        return self._results(entries, until=time.monotonic() + deadline_s, patience_s=deadline_s)
+
+    def score_completions(
+        self,
+        requests: Sequence[TeacherRequest],
+        question: TeacherQuestion,
+        *,
+        deadline_s: float,
+        teacher: str | None = None,
+    ) -> list[TeacherScores]:
+        """What the engine's weights say about completions, beside what is generated. Waits while paused.
+
+        Args:
+            requests: [B] prompts and completions, at least one token each, at most max_model_len together.
+            question: what is asked about each token.
+            deadline_s: seconds to wait for all of them.
+            teacher: the name that the scores bear; None takes the engine's.
+
+        Returns:
+            [B] in the order of the requests, checked, all of one weight version: completions that an update has
+            overtaken are scored again.
+
+        Raises:
+            ConfigError: this engine cannot answer such a question.
+            DataError: a request is empty, too long, or has unknown ids.
+            DeadlineError: no answer within the deadline.
+            EngineError: the engine failed.
+            TeacherError: what it says cannot be true.
+        """
+        self._check_questions(requests, question)
+        until = time.monotonic() + deadline_s
+        answers: dict[int, TeacherAnswer] = {}
+        missing = list(range(len(requests)))
+        while missing:
+            asked = [requests[index] for index in missing]
+            found = self._results(self._ask(asked, question), until=until, patience_s=deadline_s)
+            answers.update(zip(missing, found, strict=True))
+            youngest = max(answer.version or 0 for answer in answers.values())
+            missing = [index for index, answer in answers.items() if answer.version != youngest]
+        ordered = [answers[index] for index in range(len(requests))]
+        return finish_answers(ordered, requests=requests, question=question, teacher=teacher or self._name)
 
     def pause(self) -> None:
         """Stop stepping after the current step; requests in flight are kept. Returns when nothing is stepped.
@@ -268,6 +312,18 @@ class EngineThread:
         )
         check_sampling(request.sampling)
 
+    def _check_questions(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> None:
+        with self._condition:
+            self._require_working()
+        check_question(question, vocab_size=self._limits.vocab_size, engine=self._name)
+        self._backend.check_question(requests, question)
+        for number, request in enumerate(requests):
+            longest = self._limits.max_model_len
+            self._check_ids(request.prompt_ids, what=f"the prompt of completion {number}", longest=longest - 1)
+            self._check_ids(
+                request.completion_ids, what=f"completion {number}", longest=longest - len(request.prompt_ids)
+            )
+
     def _check_ids(self, ids: IntArray, *, what: str, longest: int) -> None:
         if not 1 <= len(ids) <= longest:
             raise DataError(
@@ -278,6 +334,31 @@ class EngineThread:
                 f"{what} must hold ids in [0, {self._limits.vocab_size}), but holds {ids.min()} to {ids.max()}. "
                 "Tokenise with the engine's own tokenizer."
             )
+
+    def _ask(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> dict[str, _Pending]:
+        keyed = {f"{next(self._counter)}:question": request for request in requests}
+        entries = {key: _Pending(request_id=None, size=0, future=Future()) for key in keyed}
+
+        def add_all() -> None:
+            for key, request in keyed.items():
+                self._add(key, partial(self._backend.add_question, key, request, question))
+
+        self._enqueue(add_all, entries)
+        return entries
+
+    def _results(self, entries: dict[str, _Pending], *, until: float, patience_s: float) -> list[Any]:
+        """Wait for all of them; when time is up, or one has failed, the others are forgotten."""
+        try:
+            return [entry.future.result(timeout=max(0.0, until - time.monotonic())) for entry in entries.values()]
+        except FutureTimeoutError:
+            raise DeadlineError(
+                f"{self._name} must score {len(entries)} sequences within {patience_s} s, but did not"
+                f"{' (it is paused: resume it)' if self._paused else ''}."
+            ) from None
+        finally:
+            left = [key for key, entry in entries.items() if not entry.future.done()]
+            if left:
+                self._abort_keys(left)
 
     def _enqueue(self, run: Callable[[], None], entries: dict[str, _Pending]) -> Future[None]:
         """Hand a command to the engine thread; `entries` are pending from now on."""

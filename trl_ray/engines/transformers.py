@@ -3,12 +3,15 @@
     queue of rows -> [prefill distinct prompts once, expand to rows] -> sample -> [one token per row] -> sample ...
                       ^ again for all rows after a weight update, over prompt and completion so far
 
+    queue of questions -> [as many completions as fit one pass] -> TeacherAnswer each      (before the next token)
+
 A row is one sample of one request. A batch takes all rows that are ready, up to max_num_seqs; rows that arrive later
 wait for the next batch. B rows, S positions so far, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +22,13 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from trl_ray.algorithms.teacher_answers import join_scores
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
 from trl_ray.engines.checkpoint_facts import read_facts, stop_ids_of
 from trl_ray.engines.sampling import BatchSampling, draw, processed_logprobs, sample_seed
 from trl_ray.engines.thread import EngineThread
+from trl_ray.models.head import check_head
+from trl_ray.models.teacher_model import TeacherModel
 from trl_ray.models.weights import build_manifest, named_tensors
 from trl_ray.types import (
     Completion,
@@ -30,9 +36,14 @@ from trl_ray.types import (
     GenerationRequest,
     IntArray,
     SamplingParams,
+    TeacherQuestion,
+    TeacherRequest,
     VersionSpan,
     WeightPayload,
 )
+
+_SCORED_TOKENS = 4096
+"""Tokens of one forward pass over completions to score, unless one alone has more."""
 
 
 class TransformersEngine(EngineThread):
@@ -105,6 +116,23 @@ class _Row:
         self.spans.append(VersionSpan(version=version, start=start, end=len(self.tokens)))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Asked:
+    """A question about one completion that waits for its answer."""
+
+    key: str
+    request: TeacherRequest
+    question: TeacherQuestion
+
+    def goes_with(self, other: _Asked) -> bool:
+        """Whether one pass can answer both."""
+        return self.question == other.question and self._num_support == other._num_support
+
+    @property
+    def _num_support(self) -> int | None:
+        return None if self.request.support_ids is None else self.request.support_ids.shape[1]
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Batch:
     """Rows that run together. Without a cache the next step prefills all of them."""
@@ -142,6 +170,8 @@ class TransformersBackend:
         self._version = CHECKPOINT_VERSION.version
         self._waiting: deque[_Row] = deque()
         self._scores: deque[tuple[str, IntArray]] = deque()
+        self._questions: list[_Asked] = []
+        self._teacher: TeacherModel | None = None
         self._groups: dict[str, list[Completion | None]] = {}
         self._batch: _Batch | None = None
         self._model: Any = None
@@ -198,6 +228,27 @@ class TransformersBackend:
         """Queue one sequence; it is scored at the next step, before any decoding."""
         self._scores.append((key, token_ids))
 
+    def check_question(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> None:
+        """Any question can be answered."""
+
+    def add_question(self, key: str, request: TeacherRequest, question: TeacherQuestion) -> None:
+        """Queue one completion; it is scored before any further decoding, together with others.
+
+        Raises:
+            ModelError: the model's log-probs cannot be computed from its head.
+            DataError: tokens that are asked about are outside the vocabulary.
+        """
+        if self._teacher is None:
+            check_head(self._model)
+            self._teacher = TeacherModel(
+                self._model,
+                name="transformers",
+                max_tokens_per_batch=_SCORED_TOKENS,
+                max_model_len=self._max_model_len,
+            )
+        self._teacher.check([request], question)
+        self._questions.append(_Asked(key=key, request=request, question=question))
+
     def abort(self, keys: Sequence[str]) -> None:
         """Drop queued rows and take running ones out of the batch."""
         gone = set(keys)
@@ -205,15 +256,18 @@ class TransformersBackend:
             self._groups.pop(key, None)
         self._waiting = deque(row for row in self._waiting if row.key not in gone)
         self._scores = deque(item for item in self._scores if item[0] not in gone)
+        self._questions = [item for item in self._questions if item.key not in gone]
         if self._batch is not None:
             self._keep([row.key not in gone for row in self._batch.rows])
 
     @torch.no_grad()
     def step(self) -> list[Finished]:
-        """Score one queued sequence, or sample one token for every row of the batch."""
+        """Score one queued sequence, or some completions, or sample one token for every row of the batch."""
         if self._scores:
             key, ids = self._scores.popleft()
             return [Finished(key=key, result=self._score(ids))]
+        if self._questions:
+            return self._answer()
         if self._batch is None:
             self._batch = self._next_batch()
         self._sample(self._batch, self._forward(self._batch))
@@ -231,7 +285,7 @@ class TransformersBackend:
 
     def close(self) -> None:
         """Let go of model and rows."""
-        self._model = self._batch = None
+        self._model = self._batch = self._teacher = None
         self._waiting.clear()
 
     # Decoding ---------------------------------------------------------------------------------------------------
@@ -364,6 +418,21 @@ class TransformersBackend:
         scores = torch.log_softmax(logits, dim=-1).gather(1, tokens[0, 1:, None])[:, 0]
         result: np.ndarray[Any, np.dtype[np.float32]] = scores.cpu().numpy()
         return result
+
+    def _answer(self) -> list[Finished]:
+        """Answer the first question, and those that one pass can answer with it."""
+        assert self._teacher is not None, "made with the first question"
+        alike = [each for each in self._questions if each.goes_with(self._questions[0])]
+        chosen = [alike[place] for place in self._teacher.passes([each.request for each in alike])[0]]
+        gone = {each.key for each in chosen}
+        self._questions = [each for each in self._questions if each.key not in gone]
+        self._teacher.version = self._version
+        scores = self._teacher.forward(
+            [each.request for each in chosen], dataclasses.replace(chosen[0].question, tail=False)
+        )
+        return [
+            Finished(key=each.key, result=join_scores([answer])) for each, answer in zip(chosen, scores, strict=True)
+        ]
 
     def _tensor(self, values: Any) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._model.device)

@@ -1,6 +1,7 @@
 """The vLLM engine: vLLM's `LLMEngine` inside this process, stepped by a thread of ours; no child process.
 
     submit -> n child requests with seeds of their own -> LLMEngine.step ... -> CompletionOutput -> Completion
+    score_completions -> prompts with prompt_logprobs, scheduled beside what is generated -> TeacherAnswer
     load_weights -> running requests preempted, KV and prefix cache dropped -> weights -> tied heads -> version label
 
 vLLM is imported by `build`, after the environment it reads at import is set. Token versions are vLLM's own: it labels
@@ -22,15 +23,28 @@ import torch
 
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
 from trl_ray.engines.checkpoint_facts import CheckpointFacts, default_kv_bytes, read_facts
+from trl_ray.engines.completion_scoring import answer_of, top_width
 from trl_ray.engines.sampling import sample_seed
 from trl_ray.engines.thread import EngineThread
+from trl_ray.errors import ConfigError
 from trl_ray.models.weights import named_tensors
-from trl_ray.types import Completion, FinishReason, GenerationRequest, IntArray, VersionSpan, WeightPayload
+from trl_ray.types import (
+    Completion,
+    FinishReason,
+    GenerationRequest,
+    IntArray,
+    TeacherQuestion,
+    TeacherRequest,
+    VersionSpan,
+    WeightPayload,
+)
 
 _CPU_BLOCK_SIZE = 32
 """Tokens of a KV block. vLLM's 128 on CPU would share no prompt shorter than that between the samples of a group."""
 _CPU_BATCHED_TOKENS = 4096
 """Tokens of one step, at least; prompts are never split on CPU."""
+_SPARE_TOKENS = 8
+"""Asked for beside the most probable ones where the model has ids that the question's vocabulary lacks."""
 
 
 class VLLMEngine(EngineThread):
@@ -47,6 +61,8 @@ class VLLMEngine(EngineThread):
         enforce_eager: no graph capture; on CPU always.
         tensor_parallel_size: GPUs of this engine; above 1 vLLM starts worker processes.
         enable_prefix_caching: compute a prompt shared by several samples once.
+        max_logprobs: the largest `top_k` that `score_completions` may be asked for; None takes vLLM's own, 20. On a GPU
+            vLLM holds log-probs [tokens of one step, V] while it answers, on a CPU those of whole prompts.
         hang_deadline_s: seconds without a finished step after which the engine counts as hung.
         seed: of vLLM's global generator; every sample draws from its own.
         trust_remote_code: run model code from the hub.
@@ -69,6 +85,7 @@ class VLLMEngine(EngineThread):
         enforce_eager: bool = False,
         tensor_parallel_size: int = 1,
         enable_prefix_caching: bool = True,
+        max_logprobs: int | None = None,
         hang_deadline_s: float = 300.0,
         seed: int = 0,
         trust_remote_code: bool = False,
@@ -86,6 +103,8 @@ class VLLMEngine(EngineThread):
             "seed": seed,
             "trust_remote_code": trust_remote_code,
         }
+        if max_logprobs is not None:
+            common["max_logprobs"] = max_logprobs + _SPARE_TOKENS
         backend = VLLMBackend(common, max_model_len=max_model_len, overrides=dict(engine_kwargs or {}))
         super().__init__(backend, name="vllm", max_num_seqs=max_num_seqs, hang_deadline_s=hang_deadline_s)
 
@@ -98,6 +117,17 @@ class _Group:
     done: dict[int, Completion] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Question:
+    """What is asked about one completion."""
+
+    length: int
+    """Tokens of the completion."""
+    question: TeacherQuestion
+    width: int
+    """Most probable tokens that vLLM gives for each place."""
+
+
 class VLLMBackend:
     """vLLM's scheduler and worker behind the calls of the engine thread."""
 
@@ -107,6 +137,9 @@ class VLLMBackend:
         self._overrides = overrides
         self._groups: dict[str, _Group] = {}
         self._scores: set[str] = set()
+        self._questions: dict[str, _Question] = {}
+        self._version = CHECKPOINT_VERSION.version
+        self._max_logprobs = 0
         self._llm: Any = None
         self._facts: CheckpointFacts | None = None
 
@@ -128,6 +161,8 @@ class VLLMBackend:
         with _random_state_kept():
             self._llm = LLMEngine.from_engine_args(EngineArgs(**self._arguments(facts)))
         self._llm.set_weight_version(str(CHECKPOINT_VERSION.version))
+        most = int(self._llm.model_config.max_logprobs)
+        self._max_logprobs = most if most >= 0 else facts.vocab_size
         return Limits(max_model_len=self._max_model_len, vocab_size=facts.vocab_size, manifest=facts.manifest)
 
     def add(self, key: str, request: GenerationRequest) -> None:
@@ -153,14 +188,50 @@ class VLLMBackend:
         self._llm.add_request(key, tokens_input([int(token) for token in token_ids]), params)
         self._scores.add(key)
 
+    def check_question(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> None:
+        """Only the own most probable tokens, at temperature 1, and no more than the engine was made for.
+
+        Raises:
+            ConfigError: another question.
+        """
+        if question.temperature != 1:
+            raise ConfigError(
+                f"the temperature must be 1 where vLLM scores completions, got {question.temperature}: it leaves the "
+                "temperature out of log-probs of given tokens. Set temperature=1, or score with transformers."
+            )
+        if any(request.support_ids is not None for request in requests):
+            raise ConfigError(
+                "vLLM must be asked about its own most probable tokens only, got others. Ask for the teacher's own "
+                "tokens or the sampled ones, or score with transformers."
+            )
+        if self._width(question) > self._max_logprobs:
+            raise ConfigError(
+                f"vLLM must be asked for at most {self._max_logprobs} log-probs at each place, as it was started, got "
+                f"{self._width(question)}. Ask for fewer, or start it with a higher max_logprobs."
+            )
+
+    def add_question(self, key: str, request: TeacherRequest, question: TeacherQuestion) -> None:
+        """Queue prompt and completion as one prompt. vLLM reads no cached prefix where log-probs of it are wanted."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+
+        width = self._width(question)
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=width, detokenize=False, flat_logprobs=True
+        )
+        ids = [*request.prompt_ids.tolist(), *request.completion_ids.tolist()]
+        self._llm.add_request(key, tokens_input(ids), params)
+        self._questions[key] = _Question(length=len(request.completion_ids), question=question, width=width)
+
     def abort(self, keys: Sequence[str]) -> None:
         """Take requests out of vLLM's scheduler."""
         for key in keys:
             group = self._groups.pop(key, None)
             if group is not None:
                 self._llm.abort_request([f"{key}/{index}" for index in range(group.n) if index not in group.done])
-            if key in self._scores:
+            if key in self._scores or key in self._questions:
                 self._scores.discard(key)
+                self._questions.pop(key, None)
                 self._llm.abort_request([key])
 
     def step(self) -> list[Finished]:
@@ -169,7 +240,12 @@ class VLLMBackend:
         for output in self._llm.step():
             if not output.finished:
                 continue
-            item = self._take_score(output) if output.request_id in self._scores else self._take_completion(output)
+            if output.request_id in self._scores:
+                item: Finished | None = self._take_score(output)
+            elif output.request_id in self._questions:
+                item = self._take_answer(output)
+            else:
+                item = self._take_completion(output)
             if item is not None:
                 finished.append(item)
         return finished
@@ -179,6 +255,7 @@ class VLLMBackend:
         self._llm.reset_prefix_cache(reset_running_requests=True)
         self._llm.collective_rpc(reload_worker, args=(payload,))
         self._llm.set_weight_version(str(payload.identity.version))
+        self._version = payload.identity.version
 
     def close(self) -> None:
         """Free weights and KV cache, and undo vLLM's process-wide distributed state."""
@@ -250,6 +327,22 @@ class VLLMBackend:
         result = np.asarray(output.prompt_logprobs.logprobs, dtype=np.float32)
         assert len(result) == len(output.prompt_token_ids) - 1
         return Finished(key=output.request_id, result=result)
+
+    def _take_answer(self, output: Any) -> Finished:
+        asked = self._questions.pop(output.request_id)
+        flat, columns = output.prompt_logprobs, asked.width + 1
+        # One entry for the token itself and `width` for the most probable ones, at every place but the first.
+        assert len(flat.logprobs) == (len(output.prompt_token_ids) - 1) * columns
+        start = len(flat.logprobs) - asked.length * columns
+        shape = (asked.length, columns)
+        logprobs = np.asarray(flat.logprobs[start:], dtype=np.float32).reshape(shape)
+        ids = np.asarray(flat.token_ids[start:], dtype=np.int32).reshape(shape)
+        answer = answer_of(logprobs[:, 0], ids[:, 1:], logprobs[:, 1:], question=asked.question, version=self._version)
+        return Finished(key=output.request_id, result=answer)
+
+    def _width(self, question: TeacherQuestion) -> int:
+        assert self._facts is not None
+        return top_width(question, vocab_size=self._facts.vocab_size, spare=_SPARE_TOKENS)
 
     def _take_completion(self, output: Any) -> Finished | None:
         key, _, index = output.request_id.rpartition("/")

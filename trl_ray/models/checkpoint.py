@@ -62,8 +62,13 @@ def partial_path(directory: str | Path, step: int) -> Path:
     return Path(directory) / f"step-{step}.tmp"
 
 
-def begin_checkpoint(directory: str | Path, *, step: int) -> Path:
-    """Make the empty folder that all ranks write to; one rank calls it, the others wait for it.
+def begin_checkpoint(directory: str | Path, *, step: int, adopt: Mapping[str, str] | None = None) -> Path:
+    """Make the folder that all ranks write to; one rank calls it, the others wait for it.
+
+    Args:
+        directory: of all checkpoints.
+        step: optimizer steps done.
+        adopt: folders on the same disk that become part of it, by their names there; they are moved.
 
     Returns:
         `partial_path`.
@@ -75,6 +80,8 @@ def begin_checkpoint(directory: str | Path, *, step: int) -> Path:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        for name, folder in (adopt or {}).items():
+            os.replace(folder, partial / name)
     except OSError as error:
         raise _unwritable(directory, step, error) from error
     return partial

@@ -22,7 +22,7 @@ from trl_ray.config.sections import SharePrompt
 from trl_ray.errors import ModelError
 from trl_ray.models.embedding_noise import noise_bounds
 from trl_ray.models.head import head_weight
-from trl_ray.models.scoring_module import PredictorModule, ScoringModule, token_scores
+from trl_ray.models.scoring_module import HeadQuestion, PredictorModule, ScoringModule, token_scores
 from trl_ray.models.segment_attention import SEGMENT_ATTENTION, attention_kind
 from trl_ray.types import FloatArray, IntArray, TrainingSample
 
@@ -94,11 +94,14 @@ class SampleScorer:
         """Whether `score` gives class logits rather than log-probs of tokens."""
         return not isinstance(self._module, ScoringModule)
 
-    def score(self, samples: Sequence[TrainingSample]) -> TokenLogprobs | ClassScores | None:
+    def score(
+        self, samples: Sequence[TrainingSample], *, question: HeadQuestion | None = None
+    ) -> TokenLogprobs | ClassScores | None:
         """What the head says of the trained tokens, in sample order; None when there are none.
 
-        A language head gives log-probs, entropies and what `needs` asks for; a classifier gives logits, read at the
-        token before each trained one. One for whole sequences reads where transformers does, before trailing padding.
+        A language head gives log-probs, entropies, what `needs` asks for and what `question` does; a classifier gives
+        logits, read at the token before each trained one. One for whole sequences reads where transformers does, before
+        trailing padding.
         """
         pad = self._module.pooling_pad
         if pad is not None:
@@ -106,8 +109,24 @@ class SampleScorer:
         layout = self._lay_out(samples, share=self._share, attention=self._attention)
         if layout is None:
             return None
-        outputs = self._run(layout, temperature=self._temperature, extras=self._extras, noise=self._bounds(layout))
-        return ClassScores(logits=outputs[0]) if self.classifies else token_scores(outputs, self._extras)
+        outputs = self._run(
+            layout, temperature=self._temperature, extras=self._extras, noise=self._bounds(layout), question=question
+        )
+        return ClassScores(logits=outputs[0]) if self.classifies else token_scores(outputs, self._extras, question)
+
+    def states(self, samples: Sequence[TrainingSample]) -> Tensor | None:
+        """Hidden states [N, H] that predict the trained tokens; only for language heads. None without such tokens."""
+        assert not self.classifies, "a classifier has no hidden states to go on from"
+        layout = self._lay_out(samples, share=self._share, attention=self._attention)
+        return None if layout is None else self._run(layout, temperature=self._temperature, with_head=False)[0]
+
+    def judge(self, states: Tensor, targets: Tensor, *, question: HeadQuestion | None = None) -> TokenLogprobs:
+        """What the head says of targets [N] that hidden states [N, H] predict; nothing of what `needs` asks for."""
+        extras = ExtraOutputs()
+        outputs = self._forward(
+            None, None, None, None, targets, self._temperature, extras=extras, question=question, states=states
+        )
+        return token_scores(outputs, extras, question)
 
     def logprobs(self, samples: Sequence[TrainingSample]) -> Tensor | None:
         """Nothing but the log-probs [N] of the trained tokens; only for language heads."""
@@ -144,18 +163,24 @@ class SampleScorer:
         temperature: float,
         extras: ExtraOutputs | None = None,
         noise: Tensor | None = None,
+        question: HeadQuestion | None = None,
+        with_head: bool = True,
     ) -> tuple[Tensor, ...]:
+        """One forward pass; hidden states alone without the head."""
         layout = layout.to(self._device)
+        # Classifiers are never asked about teachers, and take no such question.
+        asked = {} if question is None else {"question": question}
         return self._forward(
             layout.input_ids,
             layout.position_ids,
             self._mask(layout),
             layout.predictors,
-            layout.targets,
+            layout.targets if with_head else None,
             temperature,
             layout.segments,
             extras,
             noise,
+            **asked,
         )
 
     def _mask(self, layout: Layout) -> Tensor | None:

@@ -1,6 +1,6 @@
 """The actors of a reinforcement-learning run: started, kept alive, and fed with weights.
 
-learner --publish--> object store --pull--> rollout workers          (Crew.publish, Crew.pull)
+learner --publish--> object store --pull--> rollout workers, teachers      (Crew.publish, Crew.pull)
 Supervisor --lost--> Crew: end it, reissue its leases, start anew, refit with current weights, work again
 """
 
@@ -16,11 +16,12 @@ from trl_ray.actors.calling import Patience, call_patiently
 from trl_ray.actors.reward_worker import RewardWorker
 from trl_ray.actors.rollout_queue import RolloutQueue
 from trl_ray.actors.rollout_worker import RolloutWorker
-from trl_ray.config.grpo import GRPOConfig
+from trl_ray.config.rollout_runs import RolloutRunConfig
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, RunError, WeightError
 from trl_ray.pipelines.learner_crew import learner_lost
 from trl_ray.pipelines.learner_group import LearnerGroup, ranks_of, spawn_learner
 from trl_ray.pipelines.reward_models import spawn_reward_models
+from trl_ray.pipelines.teacher_crew import TeacherArguments, TeacherCrew
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime
 from trl_ray.runtime.supervision import Supervisor, Watched
 from trl_ray.runtime.weights import Published, WeightTransport
@@ -39,10 +40,13 @@ class ActorArguments:
     learner: Mapping[str, Any]
     queue: Mapping[str, Any]
     rollout: Mapping[str, Any]
-    """Without the handles of queue and rewards."""
-    reward: Mapping[str, Any]
+    """Without the handles of queue, rewards and teachers."""
+    reward: Mapping[str, Any] | None
+    """None where nothing is rewarded."""
     reward_models: tuple[Mapping[str, Any], ...] = ()
     """Of the actors of each reward model."""
+    teachers: tuple[TeacherArguments, ...] = ()
+    """Of those that have actors."""
 
 
 class Crew:
@@ -52,13 +56,21 @@ class Crew:
     """
 
     def __init__(
-        self, *, runtime: Runtime, config: GRPOConfig, arguments: ActorArguments, canary_ids: IntArray, emit: Emit
+        self, *, runtime: Runtime, config: RolloutRunConfig, arguments: ActorArguments, canary_ids: IntArray, emit: Emit
     ) -> None:
         self._runtime, self._config, self._arguments = runtime, config, arguments
         self._emit_event = emit
         self._weights = WeightTransport(
             canary_ids=canary_ids,
             canary_every=config.rollout.canary_every,
+            deadline_s=config.runtime.pull_deadline_s,
+        )
+        self.teachers = TeacherCrew(
+            runtime=runtime,
+            arguments=arguments.teachers,
+            weights=self._weights,
+            emit=emit,
+            checkpoint=arguments.learner.get("checkpoint"),
             deadline_s=config.runtime.pull_deadline_s,
         )
         self._workers: set[ActorHandle] = set()
@@ -94,6 +106,26 @@ class Crew:
         """Start every actor side by side, publish the learner's weights, and let the workers begin."""
         self._queue = await self._runtime.spawn(Role.QUEUE, "queue", RolloutQueue, **self._arguments.queue)
         self._learner = await spawn_learner(self._runtime, self._config, self._arguments.learner)
+        await self._spawn_rewards()
+        await self.teachers.spawn()
+        workers = [
+            await self._spawn_worker(f"rollout-{slot}", slot) for slot in range(self._config.rollout.num_workers)
+        ]
+        if isinstance(self._learner, LearnerGroup):
+            await self._learner.join(deadline_s=self._config.runtime.start_deadline_s)
+            await asyncio.gather(*(self._greet(rank, watch=False) for rank in self._learner.members))
+        others = (self._queue, self._learner, *self._reward_models, *self._rewards, *self.teachers.handles)
+        await asyncio.gather(*(self._greet(handle) for handle in others))
+        healths = await asyncio.gather(*(self._greet(handle, watch=False) for handle in workers))
+        await self.publish(step=0)
+        await self.teachers.feed_all()
+        for slot, (handle, health) in enumerate(zip(workers, healths, strict=True)):
+            await self._refit(handle)
+            self.supervisor.watch(handle, slot=slot, health=health)
+
+    async def _spawn_rewards(self) -> None:
+        if self._arguments.reward is None:
+            return
         models = await spawn_reward_models(
             self._runtime, self._arguments.reward_models, lease_s=self._config.rollout.lease_s
         )
@@ -103,19 +135,6 @@ class Crew:
             name = f"reward-{slot}"
             arguments = {**self._arguments.reward, "name": name, "models": scoring}
             self._rewards.append(await self._runtime.spawn(Role.REWARD, name, RewardWorker, **arguments))
-        workers = [
-            await self._spawn_worker(f"rollout-{slot}", slot) for slot in range(self._config.rollout.num_workers)
-        ]
-        if isinstance(self._learner, LearnerGroup):
-            await self._learner.join(deadline_s=self._config.runtime.start_deadline_s)
-            await asyncio.gather(*(self._greet(rank, watch=False) for rank in self._learner.members))
-        others = (self._queue, self._learner, *self._reward_models, *self._rewards)
-        await asyncio.gather(*(self._greet(handle) for handle in others))
-        healths = await asyncio.gather(*(self._greet(handle, watch=False) for handle in workers))
-        await self.publish(step=0)
-        for slot, (handle, health) in enumerate(zip(workers, healths, strict=True)):
-            await self._refit(handle)
-            self.supervisor.watch(handle, slot=slot, health=health)
 
     async def publish(self, *, step: int) -> WeightVersion:
         """Take the learner's weights, and a canary when one is due.
@@ -131,14 +150,16 @@ class Crew:
         return identity
 
     async def pull(self) -> None:
-        """Have every working rollout worker pull the newest weights; replace those that cannot."""
-        await asyncio.gather(*(self._pull_or_replace(handle) for handle in self.working))
+        """Have every working rollout worker and every teacher pull the newest weights; replace those that cannot."""
+        handles = (*self.working, *self.teachers.following)
+        await asyncio.gather(*(self._pull_or_replace(handle) for handle in handles))
 
     async def drain(self) -> ActorReport:
         """Events and spans of all actors since the last call."""
         events: list[Event] = []
         spans: list[Span] = []
-        for handle in (self.queue, self.learner, *self._reward_models, *self._rewards, *self.working):
+        scorers = (*self._reward_models, *self._rewards, *self.teachers.handles)
+        for handle in (self.queue, self.learner, *scorers, *self.working):
             try:
                 report: ActorReport = await handle.call("drain", deadline_s=_CONTROL_S)
             except (ActorLostError, DeadlineError):
@@ -165,7 +186,8 @@ class Crew:
         self._emit_event(Event(kind=kind, actor=actor, time=time.time(), detail=detail))
 
     async def _spawn_worker(self, name: str, slot: int) -> ActorHandle:
-        arguments = {**self._arguments.rollout, "name": name, "queue": self.queue, "rewards": tuple(self._rewards)}
+        handles = {"queue": self.queue, "rewards": tuple(self._rewards), "teachers": self.teachers.by_teacher}
+        arguments = {**self._arguments.rollout, **handles, "name": name}
         handle = await self._runtime.spawn(Role.ROLLOUT, name, RolloutWorker, slot=slot, **arguments)
         self._workers.add(handle)
         return handle
@@ -197,8 +219,9 @@ class Crew:
             self._emit(EventKind.CANARY, handle.name, version=version, **proof)
 
     async def _pull_or_replace(self, handle: ActorHandle) -> None:
+        pull = self.teachers.pull if handle.role is Role.TEACHER else self._pull_one
         try:
-            await self._pull_one(handle)
+            await pull(handle)
         except (WeightError, EngineError, ActorLostError, DeadlineError) as error:
             if isinstance(error, WeightError):
                 self._emit(EventKind.CANARY, handle.name, agrees=False, detail=str(error))
@@ -227,10 +250,19 @@ class Crew:
         else:
             self._count_restart(watched, reason)
             health, handle = await self._await_rebirth(watched)
+            if role is Role.TEACHER:
+                await self._feed(handle)
         self.supervisor.watch(handle, slot=watched.slot, restarts=watched.restarts, health=health)
         self._emit(
             EventKind.ACTOR_RESTARTED, handle.name, replaces=name, pid=health.pid, seconds=round(time.time() - begin, 3)
         )
+
+    async def _feed(self, handle: ActorHandle) -> None:
+        """Give a teacher that came back its weights; one that is lost meanwhile is found by the next probe."""
+        try:
+            await self.teachers.feed(handle)
+        except (ActorLostError, DeadlineError) as error:
+            self._emit(EventKind.WARNING, handle.name, detail=f"it could not be given its weights: {error}")
 
     def _count_restart(self, watched: Watched, reason: str) -> None:
         allowed = self._config.runtime.max_restarts
@@ -262,7 +294,8 @@ class Crew:
         """End all actors for good, before a session begins anew from a checkpoint."""
         for watched in self.supervisor.watched:
             self.supervisor.forget(watched.handle.name)
-        known = (*ranks_of(self._learner), *self._rewards, *self._reward_models, *self._workers)
+        scorers = (*self._rewards, *self._reward_models, *self.teachers.handles)
+        known = (*ranks_of(self._learner), *scorers, *self._workers)
         await asyncio.gather(*(self._runtime.end(handle) for handle in (self.queue, *known)))
 
     async def _discard(self, handle: ActorHandle) -> None:
@@ -310,4 +343,6 @@ class Crew:
         reason = f"{name} answers from another process than before"
         self._emit(EventKind.ACTOR_LOST, name, reason=reason)
         self._count_restart(watched, reason)
+        if watched.handle.role is Role.TEACHER:
+            await self._feed(watched.handle)
         self._emit(EventKind.ACTOR_RESTARTED, name, replaces=name, pid=health.pid)

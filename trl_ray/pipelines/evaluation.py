@@ -1,6 +1,7 @@
 """Answers held-out prompts on the rollout workers, beside the work they have in flight.
 
-prompts --split evenly--> RolloutWorker.evaluate (one completion each, scored) --> answers
+prompts --split evenly--> RolloutWorker.evaluate (one completion each, scored, taught) --> answers
+answers --held_out_loss--> learner.evaluate --> how far the student is from its teachers on its own answers
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trl_ray.actors.rollout_worker import EvaluatedPrompt
+from trl_ray.algorithms.micro_batches import CutRules, train_batch
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError
+from trl_ray.pipelines.objectives import DistillationObjective, Objective
+from trl_ray.pipelines.updates import AskLearner
+from trl_ray.types import Evaluation as LearnerEvaluation
 from trl_ray.types import Handle, Prompt
 
 
@@ -48,3 +53,35 @@ async def evaluate(workers: Sequence[Handle], prompts: Sequence[Prompt], *, seed
         else:
             answers.extend(outcome)
     return Evaluation(answers=tuple(answers), lost=tuple(lost))
+
+
+async def held_out_loss(
+    answers: Sequence[EvaluatedPrompt],
+    *,
+    step: int,
+    objective: Objective,
+    cut: CutRules,
+    ask_learner: AskLearner,
+    deadline_s: float,
+) -> LearnerEvaluation | None:
+    """The loss on held-out answers that teachers were asked about; None where the loss is none of teachers alone.
+
+    Args:
+        answers: of `evaluate`.
+        step: finished optimizer steps.
+        objective: of the run.
+        cut: how the answers are cut into micro-batches.
+        ask_learner: calls a method of the learner.
+        deadline_s: for the call.
+
+    Raises:
+        LearnerLostError: the learner died or hung.
+    """
+    if not isinstance(objective, DistillationObjective):
+        return None
+    groups = [answer.as_group(number) for number, answer in enumerate(answers) if answer.contexts]
+    if not groups:
+        return None
+    batch = train_batch(objective.build(groups).samples, step=step + 1, rules=cut)
+    found: LearnerEvaluation = await ask_learner("evaluate", batch, deadline_s=deadline_s)
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
@@ -25,6 +25,8 @@ from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report import build_report
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import Observer
+from trl_ray.pipelines.callback_loading import make_callbacks, specs_with
+from trl_ray.pipelines.callbacks import CallbackList
 from trl_ray.pipelines.record import RunRecorder
 from trl_ray.pipelines.signals import run_to_end
 from trl_ray.runtime.local import LocalRuntime
@@ -92,6 +94,7 @@ class Opening:
     """Its step; 0 without one."""
     resuming: bool
     """Whether anything was trained before."""
+    callbacks: CallbackList
 
 
 class Session(ABC):
@@ -119,11 +122,19 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
     config_class: ClassVar[type[RunConfig]]
     name: ClassVar[str]
 
-    def __init__(self, *, model: str | None, args: ConfigT | None, peft_config: object | None, **changes: Any) -> None:
+    def __init__(
+        self,
+        *,
+        model: str | None,
+        args: ConfigT | None,
+        peft_config: object | None,
+        callbacks: Sequence[Any] | None = None,
+        **changes: Any,
+    ) -> None:
         """Resolve the configuration: `args`, with what is given beside it put in.
 
         Raises:
-            ConfigError: `args` is of another pipeline.
+            ConfigError: `args` is of another pipeline, or `callbacks` is no list.
             ModelError: `peft_config` is no `peft.LoraConfig`, or asks for what engines cannot be given.
         """
         given = args if args is not None else cast(ConfigT, self.config_class())
@@ -133,8 +144,12 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             changes["model_name_or_path"] = model
         if peft_config is not None:
             changes |= adapter_options(peft_config)
+        if callbacks is not None:
+            changes["callbacks"] = specs_with(given.callbacks, callbacks)
         self.config: ConfigT = given.replace(**changes) if changes else given
         self._resume = False
+        self._given_callbacks = callbacks
+        self._callbacks = CallbackList((), args=self.config)
 
     @classmethod
     def from_run(cls, run_dir: str | Path, **inputs: Any) -> Self:
@@ -165,6 +180,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
         """
         if not self._resume:
             RunDirectory.check_free(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
+        self._callbacks = make_callbacks(self.config, self._given_callbacks)
         return self._prepare()
 
     def train(self) -> TrainOutput:
@@ -184,6 +200,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             directory = self._open_directory()
             return await self._sessions(plan, runtime, directory, stop)
         finally:
+            self._callbacks.close()
             await runtime.close()
 
     async def _sessions(
@@ -241,6 +258,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
                 checkpoint=found.path,
                 step=step,
                 resuming=resuming,
+                callbacks=self._callbacks,
             ),
         )
         for problem in found.problems:

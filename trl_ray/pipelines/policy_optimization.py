@@ -1,4 +1,4 @@
-"""The pipelines that train a policy on rewards: `grpo`, `async-grpo`, `rloo`.
+"""The pipelines that train a policy on its own completions: `grpo`, `async-grpo`, `rloo`, `sdpo`, `distill`.
 
 prepare -> session: [crew of actors -> walk] -> how it ended          (the rest of a run's life: pipeline.py)
 """
@@ -6,6 +6,7 @@ prepare -> session: [crew of actors -> walk] -> how it ended          (the rest 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,9 @@ from typing import Any, ClassVar
 
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.grpo import GRPOConfig
+from trl_ray.config.rollout_runs import RolloutRunConfig
 from trl_ray.config.run import RunConfig
+from trl_ray.pipelines.callbacks import Course
 from trl_ray.pipelines.crew import Crew
 from trl_ray.pipelines.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.preparation import FROM_PYTHON, Inputs, Preparation, RewardFunction, prepare
@@ -28,15 +31,23 @@ class PolicySession(Session):
 
     recorder: Recorder
 
-    def __init__(self, *, preparation: Preparation, crew: Crew, recorder: Recorder, start_step: int) -> None:
-        self._preparation, self._crew, self.recorder, self._start_step = preparation, crew, recorder, start_step
+    def __init__(self, *, preparation: Preparation, crew: Crew, recorder: Recorder, opening: Opening) -> None:
+        self._preparation, self._crew, self.recorder, self._opening = preparation, crew, recorder, opening
 
     async def run(self, stop: asyncio.Event) -> TrainOutput:
         """See `Session.run`."""
         crew, recorder, begin = self._crew, self.recorder, time.time()
         await crew.start()
         recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
-        walk = Walk(preparation=self._preparation, crew=crew, recorder=recorder, start_step=self._start_step, stop=stop)
+        await self._begin_callbacks()
+        walk = Walk(
+            preparation=self._preparation,
+            crew=crew,
+            recorder=recorder,
+            callbacks=self._opening.callbacks,
+            start_step=self._opening.step,
+            stop=stop,
+        )
         await walk.run()
         await crew.ask_queue("finish")
         recorder.report(await crew.drain())
@@ -50,13 +61,27 @@ class PolicySession(Session):
             worst_age=recorder.worst_age,
         )
 
+    async def _begin_callbacks(self) -> None:
+        """Tell callbacks that the session starts, and where."""
+        plan, opening = self._preparation, self._opening
+        course = Course(
+            step=opening.step,
+            max_steps=plan.total_steps,
+            epoch=plan.epoch_after(opening.step),
+            num_train_epochs=math.ceil(plan.epoch_after(plan.total_steps)),
+            checkpoints=opening.directory.checkpoints,
+            can_evaluate=plan.config.eval_steps > 0,
+            can_stop_epoch=False,
+        )
+        await opening.callbacks.begin(course, checkpoint=opening.checkpoint, say=self.recorder.say)
+
     async def dismiss(self) -> None:
         """See `Session.dismiss`."""
         await self._crew.dismiss()
 
 
-class PolicyOptimizationPipeline(Pipeline[GRPOConfig, Preparation]):
-    """Trains a policy on rewards.
+class PolicyOptimizationPipeline(Pipeline[RolloutRunConfig, Preparation]):
+    """Trains a policy on its own completions: on their rewards, or on what teachers say of them.
 
     Example::
 
@@ -76,12 +101,13 @@ class PolicyOptimizationPipeline(Pipeline[GRPOConfig, Preparation]):
         self,
         model: str | None = None,
         reward_funcs: str | RewardFunction | Sequence[str | RewardFunction] | None = None,
-        args: GRPOConfig | None = None,
+        args: RolloutRunConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         peft_config: object | None = None,
+        callbacks: Sequence[Any] | None = None,
     ) -> None:
-        """Take what TRL's trainer takes; what is None comes from `args`.
+        """Take what TRL's trainer takes; what is None comes from `args`, and `callbacks` follow those of `args`.
 
         Raises:
             ConfigError: `args` is of another pipeline.
@@ -97,7 +123,7 @@ class PolicyOptimizationPipeline(Pipeline[GRPOConfig, Preparation]):
                 function if isinstance(function, str) else f"{FROM_PYTHON}{getattr(function, '__name__', 'reward')}"
                 for function in separated.functions
             ]
-        super().__init__(model=model, args=args, peft_config=peft_config, **changes)
+        super().__init__(model=model, args=args, peft_config=peft_config, callbacks=callbacks, **changes)
         self._inputs = Inputs(train_dataset=train_dataset, eval_dataset=eval_dataset, reward_funcs=separated.given)
 
     def _prepare(self) -> Preparation:
@@ -119,6 +145,7 @@ class PolicyOptimizationPipeline(Pipeline[GRPOConfig, Preparation]):
             resume_from=opening.step if opening.resuming else None,
             incarnation=uuid.uuid4().hex,
         )
+        plan.restore_objective(opening.checkpoint)
         crew = Crew(
             runtime=opening.runtime,
             config=self.config,
@@ -126,4 +153,4 @@ class PolicyOptimizationPipeline(Pipeline[GRPOConfig, Preparation]):
             canary_ids=plan.canary_ids,
             emit=recorder.emit,
         )
-        return PolicySession(preparation=plan, crew=crew, recorder=recorder, start_step=opening.step)
+        return PolicySession(preparation=plan, crew=crew, recorder=recorder, opening=opening)

@@ -5,24 +5,31 @@ args, model, reward_funcs, datasets --> tokenizer, prompts, reward specs, length
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trl_ray.algorithms.micro_batches import CutRules
-from trl_ray.config.advantages import ZeroVariance
+from trl_ray.config.distill import DistillConfig
 from trl_ray.config.grpo import GRPOConfig
-from trl_ray.config.loss import LossConfig
+from trl_ray.config.rollout_runs import RolloutRunConfig
+from trl_ray.config.sdpo import SDPOConfig
 from trl_ray.config.sections import Dtype, GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
+from trl_ray.config.teachers import TeacherKind
+from trl_ray.data.given_completions import GivenCompletions
 from trl_ray.data.prompts import PromptSource, load_prompts
 from trl_ray.errors import ConfigError
 from trl_ray.models.load import count_parameters, load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.crew import ActorArguments
 from trl_ray.pipelines.memory import GIB, PROCESS, dtype_bytes, learner_memory
+from trl_ray.pipelines.objectives import Objective, objective_of
 from trl_ray.pipelines.planning import cut_rules, total_steps
 from trl_ray.pipelines.reward_models import PreparedRewardModel, prepare_reward_models, reward_model_arguments
+from trl_ray.pipelines.teachers import PreparedTeachers, check_taught_prompts, prepare_teachers
 from trl_ray.rewards.registry import RewardSpec, make_specs
 from trl_ray.runtime.runtime import Role
 from trl_ray.types import IntArray, Prompt
@@ -33,6 +40,8 @@ if TYPE_CHECKING:
 RewardFunction = Callable[..., Any]
 FROM_PYTHON = "python:"
 """Stands in config.yaml before the name of a reward function that was given as an object."""
+OBJECTIVE_STATE = "objective.json"
+"""The file of a checkpoint with what the objective remembers."""
 _CANARY_TOKENS = 16
 
 
@@ -49,7 +58,7 @@ class Inputs:
 class Preparation:
     """A run that is ready to start."""
 
-    config: GRPOConfig
+    config: RolloutRunConfig
     prompts: PromptSource
     eval_prompts: tuple[Prompt, ...]
     rewards: tuple[RewardSpec, ...]
@@ -62,23 +71,31 @@ class Preparation:
     """Nats."""
     cut: CutRules
     """How the samples of an update become micro-batches."""
+    objective: Objective
     reward_models: tuple[PreparedRewardModel, ...] = ()
+    teachers: PreparedTeachers | None = None
 
-    @property
-    def loss(self) -> LossConfig:
-        """The policy objective."""
-        return self.config.part(LossConfig)
+    def epoch_after(self, step: int) -> float:
+        """Passes over the prompts once so many steps are trained."""
+        return step * self.config.groups_per_step / len(self.prompts)
+
+    def restore_objective(self, checkpoint: str | None) -> None:
+        """Have the objective go on from what it had remembered at a checkpoint; None: from the beginning."""
+        file = None if checkpoint is None else Path(checkpoint) / OBJECTIVE_STATE
+        known = file is not None and file.is_file()
+        self.objective.load_state_dict(json.loads(file.read_text()) if file is not None and known else {})
 
     def arguments(
         self, *, journal: str, checkpoint: str | None, resume_from: int | None, incarnation: str
     ) -> ActorArguments:
         """Constructor arguments of every actor."""
-        config = self.config
+        config, teachers = self.config, self.teachers
         return ActorArguments(
             learner={
                 "model": config.part(ModelConfig),
                 "training": config.part(TrainingConfig),
-                "loss": self.loss,
+                "loss": self.objective.loss,
+                "teacher": None if teachers is None else teachers.in_learner,
                 "temperature": config.temperature,
                 "total_updates": self.total_steps * config.updates_per_step,
                 "max_completion_length": config.max_completion_length,
@@ -93,8 +110,8 @@ class Preparation:
                 "window": config.window,
                 "max_attempts": config.max_attempts,
                 "lease_s": config.rollout.lease_s,
-                "drop_zero_variance": config.zero_variance_groups is ZeroVariance.DROP,
-                "mask_truncated": config.mask_truncated_completions,
+                "drop_zero_variance": config.drops_zero_variance,
+                "mask_truncated": config.masks_truncated,
                 "adaptive_slots": config.adapts_slots,
                 "resume_from_step": resume_from,
                 "resume_version": resume_from,
@@ -107,15 +124,21 @@ class Preparation:
                 "seed": config.seed,
                 "max_model_len": self.max_model_len,
                 "canary_tolerance": self.canary_tolerance,
+                "teaching": None if teachers is None else teachers.plan,
             },
-            reward={
-                "functions": self.rewards,
-                "weights": config.reward_weights,
-                "timeout_s": config.reward.timeout_s,
-                "isolation": config.reward.isolation,
-            },
+            reward=self._reward_arguments() if config.has_rewards else None,
             reward_models=reward_model_arguments(config),
+            teachers=() if teachers is None else teachers.acting,
         )
+
+    def _reward_arguments(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "functions": self.rewards,
+            "weights": config.reward_weights,
+            "timeout_s": config.reward.timeout_s,
+            "isolation": config.reward.isolation,
+        }
 
     def actors(self) -> dict[str, ActorPlan]:
         """See `trl_ray.pipelines.pipeline.Plan`."""
@@ -124,7 +147,11 @@ class Preparation:
 
         config = self.config
         return plan_actors(
-            runtime=config.runtime, rollout=config.rollout, reward=config.reward, reward_models=config.scoring_models
+            runtime=config.runtime,
+            rollout=config.rollout,
+            reward=config.reward if config.has_rewards else None,
+            reward_models=config.scoring_models,
+            teachers=config.acting_teachers,
         )
 
     def describe(self) -> Mapping[str, Any]:
@@ -143,7 +170,14 @@ class Preparation:
             "tokens per sequence": self.max_model_len,
             "reward functions": ", ".join(spec.name for spec in self.rewards) or "none",
             **({"reward models": models} if models else {}),
+            **({"teachers": self._describe_teachers()} if self.teachers is not None else {}),
         }
+
+    def _describe_teachers(self) -> str:
+        where = "the learner" if self.config.teacher_in_learner else "actors"
+        where = "the rollout engines" if self.config.teacher_on_engines else where
+        names = [f"{source.name} ({source.kind.value})" for source in self.config.teacher_sources]
+        return f"{', '.join(names)}, held by {where}"
 
     def expected_memory(self) -> Mapping[str, float]:
         """Bytes that one actor of each role is expected to hold: weights, optimizer, caches, and its Python."""
@@ -151,15 +185,27 @@ class Preparation:
         parameters = count_parameters(model).base
         engine = parameters * dtype_bytes(config.rollout.dtype or config.dtype)
         return {
-            Role.LEARNER: learner_memory(model, has_reference=config.beta > 0),
+            Role.LEARNER: learner_memory(model, has_reference=self._has_reference) + self._resident_memory(),
             Role.QUEUE: 0.2 * GIB,
             Role.ROLLOUT: engine + config.rollout.kv_cache_memory_gib * GIB + PROCESS,
             Role.REWARD: 0.2 * GIB,
             **{model.plan: model.memory for model in self.reward_models},
+            **(self.teachers.memory if self.teachers is not None else {}),
         }
 
+    @property
+    def _has_reference(self) -> bool:
+        return isinstance(self.config, GRPOConfig) and self.config.beta > 0
 
-def prepare(config: GRPOConfig, inputs: Inputs) -> Preparation:
+    def _resident_memory(self) -> float:
+        """Bytes of the teacher that the learner holds."""
+        source = None if self.teachers is None else self.teachers.in_learner
+        if source is None or source.kind is TeacherKind.LIVE or (source.follows_policy and source.model.use_peft):
+            return 0.0
+        return count_parameters(source.model).base * dtype_bytes(source.model.dtype)
+
+
+def prepare(config: RolloutRunConfig, inputs: Inputs) -> Preparation:
     """Resolve a configuration.
 
     Raises:
@@ -167,17 +213,32 @@ def prepare(config: GRPOConfig, inputs: Inputs) -> Preparation:
     """
     functions = inputs.reward_funcs or config.reward_funcs
     _check_given(functions)
+    objective = objective_of(config)
     _check_weights(config, functions)
     model = config.part(ModelConfig)
     tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
     max_model_len = _max_model_len(config, max_positions(model))
     data, limit = config.part(PromptConfig), max_model_len - config.max_completion_length
-    prompts = load_prompts(data, tokenizer, seed=config.seed, max_prompt_tokens=limit, dataset=inputs.train_dataset)
+    prompts = load_prompts(
+        data,
+        tokenizer,
+        seed=config.seed,
+        max_prompt_tokens=limit,
+        dataset=inputs.train_dataset,
+        completions=_given_completions(config),
+        max_prompt_length=_max_prompt_length(config),
+    )
     eval_prompts = _eval_prompts(config, inputs, tokenizer, limit) if config.eval_steps else ()
-    specs = make_specs(functions, columns=prompts.columns) if functions or not config.scoring_models else ()
+    rewarded = config.has_rewards and (functions or not config.scoring_models)
+    specs = make_specs(functions, columns=prompts.columns) if rewarded else ()
     models = prepare_reward_models(config, functions=[spec.name for spec in specs], prompt=prompts.prompt(0))
+    teachers = prepare_teachers(
+        config, tokenizer=tokenizer, vocab_size=shape.vocab_size, prompts=prompts, max_model_len=max_model_len
+    )
     return Preparation(
         config=config,
+        objective=objective,
+        teachers=teachers,
         prompts=prompts,
         eval_prompts=eval_prompts,
         rewards=specs,
@@ -190,6 +251,22 @@ def prepare(config: GRPOConfig, inputs: Inputs) -> Preparation:
     )
 
 
+def _given_completions(config: RolloutRunConfig) -> GivenCompletions | None:
+    """Which prompts are answered by the dataset."""
+    if not isinstance(config, DistillConfig) or config.lmbda == 1:
+        return None
+    return GivenCompletions(
+        column=config.dataset_completion_column,
+        share=1 - config.lmbda,
+        seed=config.seed,
+        max_tokens=config.max_completion_length,
+    )
+
+
+def _max_prompt_length(config: RolloutRunConfig) -> int | None:
+    return config.max_prompt_length if isinstance(config, SDPOConfig) else None
+
+
 def _check_given(functions: Sequence[str | RewardFunction]) -> None:
     missing = [name for name in functions if isinstance(name, str) and name.startswith(FROM_PYTHON)]
     if missing:
@@ -199,7 +276,7 @@ def _check_given(functions: Sequence[str | RewardFunction]) -> None:
         )
 
 
-def _check_weights(config: GRPOConfig, functions: Sequence[str | RewardFunction]) -> None:
+def _check_weights(config: RolloutRunConfig, functions: Sequence[str | RewardFunction]) -> None:
     weights = config.reward_weights
     if weights is not None and len(weights) != len(functions):
         raise ConfigError(
@@ -208,7 +285,7 @@ def _check_weights(config: GRPOConfig, functions: Sequence[str | RewardFunction]
         )
 
 
-def _max_model_len(config: GRPOConfig, positions: int | None) -> int:
+def _max_model_len(config: RolloutRunConfig, positions: int | None) -> int:
     wanted = config.rollout.max_model_len or positions
     if wanted is None:
         raise ConfigError(
@@ -226,7 +303,7 @@ def _max_model_len(config: GRPOConfig, positions: int | None) -> int:
     return wanted
 
 
-def _eval_prompts(config: GRPOConfig, inputs: Inputs, tokenizer: Any, limit: int) -> tuple[Prompt, ...]:
+def _eval_prompts(config: RolloutRunConfig, inputs: Inputs, tokenizer: Any, limit: int) -> tuple[Prompt, ...]:
     if inputs.eval_dataset is None and config.dataset_name is None:
         raise ConfigError(
             f"eval_steps={config.eval_steps} needs held-out prompts, but there are none. Pass eval_dataset, name a "
@@ -239,7 +316,9 @@ def _eval_prompts(config: GRPOConfig, inputs: Inputs, tokenizer: Any, limit: int
         max_prompt_tokens=limit,
         dataset=inputs.eval_dataset,
         evaluation=True,
+        max_prompt_length=_max_prompt_length(config),
     )
+    check_taught_prompts(config, source)
     return tuple(source.prompt(ordinal) for ordinal in range(min(config.eval_num_prompts, len(source))))
 
 
@@ -250,7 +329,7 @@ def _canary(prompts: PromptSource, max_model_len: int) -> IntArray:
     return np.tile(ids, repeats)[: min(_CANARY_TOKENS, max_model_len)].astype(np.int32)
 
 
-def _canary_tolerance(config: GRPOConfig) -> float:
+def _canary_tolerance(config: RolloutRunConfig) -> float:
     if config.rollout.canary_tolerance is not None:
         return config.rollout.canary_tolerance
     exact = config.dtype is Dtype.FLOAT32 and config.rollout.dtype in (None, Dtype.FLOAT32) and not config.bf16

@@ -18,7 +18,7 @@ from trl_ray.observe.metrics import MetricBag
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import Observer, TrainedGroups
 from trl_ray.observe.staleness import StalenessMonitor
-from trl_ray.types import ActorReport, Event, EventKind, Metric, RolloutGroup, StepResult
+from trl_ray.types import ActorReport, Evaluation, Event, EventKind, Metric, RolloutGroup, StepResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +128,19 @@ class Recorder(RunRecorder):
             TrainedGroups(step=step, groups=groups, advantages=built.advantages, learner_version=step - 1)
         )
 
-    def evaluated(self, step: int, answers: Sequence[EvaluatedPrompt], seconds: float) -> None:
-        """Write down an evaluation on held-out prompts."""
+    def evaluated(
+        self, step: int, answers: Sequence[EvaluatedPrompt], held_out: Evaluation | None, seconds: float
+    ) -> dict[str, float]:
+        """Write down an evaluation on held-out prompts, with what the learner said of the answers.
+
+        Returns:
+            Its numbers, without ``eval/``.
+        """
+        numbers: dict[str, float] = {}
+        if held_out is not None:
+            bag = MetricBag()
+            bag.add(held_out.metrics)
+            numbers = {f"eval/{name}": value for name, value in {"loss": held_out.loss, **bag.reduce()}.items()}
         means = [mean for answer in answers if (mean := mean_reward(answer.scored.rewards)) is not None]
         mean = sum(means) / len(means) if means else None
         self.say(
@@ -138,9 +149,12 @@ class Recorder(RunRecorder):
             step=step,
             prompts=len(answers),
             scored=len(means),
-            **{"reward/mean": mean},
+            **({"reward/mean": mean} if means or not numbers else {}),
+            **numbers,
             seconds=round(seconds, 3),
         )
+        rewards = {"reward/mean": mean} if mean is not None else {}
+        return {**rewards, **{name.removeprefix("eval/"): value for name, value in numbers.items()}}
 
     def _queue(self, snapshot: LedgerSnapshot, slots: int) -> dict[str, float]:
         live = snapshot.live

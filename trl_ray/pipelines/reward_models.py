@@ -12,8 +12,8 @@ from typing import Any
 
 from trl_ray.actors.reward_model_worker import RewardModelWorker, open_reader
 from trl_ray.actors.reward_worker import ScoringModel
-from trl_ray.config.grpo import GRPOConfig
 from trl_ray.config.reward_models import RewardModelOptions, check_reward_models
+from trl_ray.config.rollout_runs import RolloutRunConfig
 from trl_ray.errors import ConfigError, ModelError
 from trl_ray.models.adapter_config import is_adapter_folder
 from trl_ray.models.reward_model import RewardModelFacts, count_reward_parameters, find_reward_model
@@ -34,11 +34,11 @@ class SeparatedRewards:
     given: list[str | Callable[..., Any]] | None
     """The same, or None where Python gave none."""
     changes: dict[str, Any]
-    """Options of `GRPOConfig` that take the models in; without `reward_funcs`."""
+    """Options of `RolloutRunConfig` that take the models in; without `reward_funcs`."""
 
 
 def separate_reward_models(
-    reward_funcs: Sequence[str | Callable[..., Any]] | None, args: GRPOConfig | None
+    reward_funcs: Sequence[str | Callable[..., Any]] | None, args: RolloutRunConfig | None
 ) -> SeparatedRewards:
     """Tell reward functions from folders of models, which TRL takes in the same list; weights go along.
 
@@ -49,7 +49,7 @@ def separate_reward_models(
         args: as Python gave them.
     """
     # Other pipelines' options are refused later, with a better message.
-    args = args if isinstance(args, GRPOConfig) else GRPOConfig()
+    args = args if isinstance(args, RolloutRunConfig) else RolloutRunConfig()
     given = list(args.reward_funcs) if reward_funcs is None else list(reward_funcs)
     folders = [isinstance(each, str) and is_model_folder(each) for each in given]
     functions = [each for each, is_model in zip(given, folders, strict=True) if not is_model]
@@ -97,7 +97,7 @@ class PreparedRewardModel:
 
 
 def prepare_reward_models(
-    config: GRPOConfig, *, functions: Collection[str], prompt: Prompt
+    config: RolloutRunConfig, *, functions: Collection[str], prompt: Prompt
 ) -> tuple[PreparedRewardModel, ...]:
     """Find all reward models and see that they can read the data.
 
@@ -117,7 +117,7 @@ def prepare_reward_models(
     return tuple(_prepare(options, config, prompt) for options in config.scoring_models)
 
 
-def _prepare(options: RewardModelOptions, config: GRPOConfig, prompt: Prompt) -> PreparedRewardModel:
+def _prepare(options: RewardModelOptions, config: RolloutRunConfig, prompt: Prompt) -> PreparedRewardModel:
     facts = find_reward_model(options)
     try:
         open_reader(options, facts, template_kwargs=config.chat_template_kwargs).check(prompt)
@@ -126,7 +126,7 @@ def _prepare(options: RewardModelOptions, config: GRPOConfig, prompt: Prompt) ->
     return PreparedRewardModel(options=options, facts=facts)
 
 
-def reward_model_arguments(config: GRPOConfig) -> tuple[Mapping[str, Any], ...]:
+def reward_model_arguments(config: RolloutRunConfig) -> tuple[Mapping[str, Any], ...]:
     """Constructor arguments of the actors of each reward model, without their names."""
     return tuple(
         {

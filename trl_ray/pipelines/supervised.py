@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,6 +63,8 @@ class SupervisedSession(Session):
             held_out=sets.held_out.examples if sets.held_out is not None else (),
             accounts=accounts,
             stopping=stopping,
+            callbacks=self._opening.callbacks,
+            checkpoint=self._opening.checkpoint,
             stop=stop,
         )
         await walk.run()
@@ -147,14 +150,15 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         peft_config: object | None = None,
+        callbacks: Sequence[Any] | None = None,
     ) -> None:
-        """Take what TRL's trainer takes; what is None comes from `args`.
+        """Take what TRL's trainer takes; what is None comes from `args`, and `callbacks` follow those of `args`.
 
         Raises:
             ConfigError: `args` is of another pipeline.
             ModelError: `peft_config` is no `peft.LoraConfig`.
         """
-        super().__init__(model=model, args=args, peft_config=peft_config)
+        super().__init__(model=model, args=args, peft_config=peft_config, callbacks=callbacks)
         self._inputs = SupervisedInputs(train_dataset=train_dataset, eval_dataset=eval_dataset)
 
     def _task(self) -> ExampleTask:

@@ -38,6 +38,8 @@ class Accounts:
 
     step: int = 0
     """Finished optimizer steps."""
+    left_out: int = 0
+    """Steps that a callback had left out at the ends of epochs."""
     trained: int = 0
     skipped: int = 0
     """Rows of steps that met NaN or infinity."""
@@ -76,6 +78,7 @@ class Accounts:
         """JSON values."""
         return {
             "step": self.step,
+            "left_out": self.left_out,
             "trained": self.trained,
             "skipped": self.skipped,
             "untrained": dict(self.untrained),

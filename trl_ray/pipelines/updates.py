@@ -1,7 +1,7 @@
 """From the finished groups of one step to the learner's updates.
 
-groups --advantages--> samples --(first pass: score)--> samples with old, reference, mask --slices--> learner.step x U
-                 ^------------- KL in the reward ------------'
+groups --Objective.build--> samples --(first pass: score)--> with old, reference, mask --slices--> learner.step x U
+                 ^------------------ KL in the reward ------------'
 """
 
 from __future__ import annotations
@@ -9,19 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from trl_ray.algorithms.batching import BuiltStep, RewardRules, build_step
-from trl_ray.algorithms.first_pass import in_order, needs_first_pass, with_scores
+from trl_ray.algorithms.batching import BuiltStep
+from trl_ray.algorithms.first_pass import in_order
 from trl_ray.algorithms.metrics import merge_metrics
 from trl_ray.algorithms.micro_batches import CutRules, split_updates, train_batch
-from trl_ray.config.advantages import AdvantageConfig
-from trl_ray.config.grpo import GRPOConfig
-from trl_ray.config.loss import LossConfig
+from trl_ray.config.rollout_runs import RolloutRunConfig
+from trl_ray.pipelines.objectives import Objective
 from trl_ray.types import RolloutGroup, StepResult, TrainingSample
 
 AskLearner = Callable[..., Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """The samples of one step, as updates are made on them."""
+
+    built: BuiltStep
+    samples: Sequence[TrainingSample]
+    """Those of `built`, with what a first pass has added."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +39,46 @@ class Updated:
     result: StepResult
 
 
-async def train_on(
-    groups: Sequence[RolloutGroup], *, step: int, config: GRPOConfig, cut: CutRules, ask_learner: AskLearner
-) -> Updated:
-    """Train on the groups of one step, in as many updates as the configuration asks for.
+async def prepare_step(
+    groups: Sequence[RolloutGroup],
+    *,
+    step: int,
+    objective: Objective,
+    cut: CutRules,
+    ask_learner: AskLearner,
+    deadline_s: float,
+) -> Prepared:
+    """Make samples of the groups of one step, and have the learner score them where the objective asks for it.
 
     Args:
         groups: finished, in training order.
+        step: 1-based.
+        objective: of the run.
+        cut: how an update is cut into micro-batches.
+        ask_learner: calls a method of the learner.
+        deadline_s: for one call.
+
+    Raises:
+        LearnerLostError: the learner died or hung.
+    """
+    built = objective.build(groups)
+    if not objective.needs_first_pass:
+        return Prepared(built=built, samples=built.samples)
+    draft = train_batch(built.samples, step=step, rules=cut)
+    scored = await ask_learner("score", draft, deadline_s=deadline_s)
+    scores = in_order(built.samples, [(draft, scored)])
+    if objective.builds_on_scores:
+        built = objective.build(groups, scores=scores)
+    return Prepared(built=built, samples=objective.with_scores(built.samples, scores))
+
+
+async def train_on(
+    prepared: Prepared, *, step: int, config: RolloutRunConfig, cut: CutRules, ask_learner: AskLearner
+) -> Updated:
+    """Train on the samples of one step, in as many updates as the configuration asks for.
+
+    Args:
+        prepared: the samples.
         step: 1-based.
         config: of the run.
         cut: how an update is cut into micro-batches.
@@ -48,27 +88,17 @@ async def train_on(
         LearnerLostError: the learner died or hung.
         NumericsError: NaN or infinity, and the run stops for it.
     """
-    loss, deadline_s = config.part(LossConfig), config.runtime.step_deadline_s
-    build = partial(build_step, groups, config=config.part(AdvantageConfig), rules=RewardRules.of(config))
-    built = build()
-    samples: Sequence[TrainingSample] = built.samples
-    if needs_first_pass(loss, updates_per_step=config.updates_per_step):
-        draft = train_batch(samples, step=step, rules=cut)
-        scored = await ask_learner("score", draft, deadline_s=deadline_s)
-        scores = in_order(samples, [(draft, scored)])
-        if config.kl_in_reward:
-            built = build(scores=scores)
-        samples = with_scores(built.samples, scores, loss=loss, updates_per_step=config.updates_per_step)
     batches = split_updates(
-        samples,
+        prepared.samples,
         step=step,
         updates=config.slices_per_step,
-        iterations=config.num_iterations,
+        iterations=config.passes_per_step,
         seed=config.seed,
         rules=cut,
     )
+    deadline_s = config.runtime.step_deadline_s
     results = [await ask_learner("step", batch, deadline_s=deadline_s) for batch in batches]
-    return Updated(built=built, result=merge_results(results))
+    return Updated(built=prepared.built, result=merge_results(results))
 
 
 def merge_results(results: Sequence[StepResult]) -> StepResult:

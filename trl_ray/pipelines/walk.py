@@ -1,8 +1,8 @@
 """The walk of a datum in policy optimisation: three loops around the queue, shared by every RL pipeline.
 
-dataset -> _admit -> RolloutQueue -> rollout workers -> rewards -> RolloutQueue -> _train -> learner
-             ^                                                                       |
-             +------------- release, once the weights are pulled <------- publish ---+
+dataset -> _admit -> RolloutQueue -> rollout workers -> rewards, teachers -> RolloutQueue -> _train -> learner
+             ^                                                                                 |
+             +----------------- release, once the weights are pulled <------------- publish ---+
 
 _admit   consumes: free slots, prompts.  produces: tickets.      waits for: a slot.
          unblocked by: release, and drops.
@@ -18,23 +18,43 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trl_ray.errors import (
     InterruptedRun,
     RewardError,
     StallError,
+    TeacherError,
 )
 from trl_ray.models.checkpoint import prune
+from trl_ray.pipelines.callbacks import CallbackList
 from trl_ray.pipelines.crew import Crew
-from trl_ray.pipelines.evaluation import evaluate
-from trl_ray.pipelines.preparation import Preparation
+from trl_ray.pipelines.evaluation import evaluate, held_out_loss
+from trl_ray.pipelines.objectives import with_metrics
+from trl_ray.pipelines.preparation import OBJECTIVE_STATE, Preparation
 from trl_ray.pipelines.record import Recorder, StepTimes
-from trl_ray.pipelines.updates import Updated, train_on
+from trl_ray.pipelines.teacher_crew import FOLDER
+from trl_ray.pipelines.updates import Prepared, Updated, prepare_step, train_on
 from trl_ray.types import Event, EventKind, Metric, RolloutGroup, StepResult
 
 _POLL_S = 2.0
 _SAY_WAITING_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TooManyFailures:
+    """Groups in a row that were dropped for one reason."""
+
+    count: int
+    allowed: int
+    last: Event
+
+    def describe(self, what: str) -> str:
+        """What must hold, and what was given."""
+        return (
+            f"fewer than {self.allowed} groups in a row may lose {what}, but {self.count} did without one trained "
+            f"step. The last one: {dict(self.last.detail)}."
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,14 +71,21 @@ class Walk:
     """Runs the loops from one checkpoint to the end of training."""
 
     def __init__(
-        self, *, preparation: Preparation, crew: Crew, recorder: Recorder, start_step: int, stop: asyncio.Event
+        self,
+        *,
+        preparation: Preparation,
+        crew: Crew,
+        recorder: Recorder,
+        callbacks: CallbackList,
+        start_step: int,
+        stop: asyncio.Event,
     ) -> None:
         self._preparation, self._config = preparation, preparation.config
-        self._crew, self._recorder, self._stop = crew, recorder, stop
+        self._crew, self._recorder, self._callbacks, self._stop = crew, recorder, callbacks, stop
         self.progress = Progress(step=start_step, saved=start_step)
         self._pulling: asyncio.Task[None] | None = None
         self._staleness: dict[str, Metric] = {}
-        self._reward_failures = 0
+        self._failures = dict.fromkeys((EventKind.REWARD_FAILED, EventKind.TEACHER_FAILED), 0)
 
     async def run(self) -> None:
         """Train to the last step.
@@ -99,10 +126,10 @@ class Walk:
 
     async def _train(self) -> None:
         """See the module."""
-        config, total = self._config, self._preparation.total_steps
-        if config.eval_steps and self.progress.step == 0:
+        if self._config.eval_steps and self.progress.step == 0:
             await self._evaluate()
-        while self.progress.step < total:
+        while not self._is_over:
+            await self._callbacks.step_begin()
             step, begin = self.progress.step + 1, time.time()
             groups = await self._take(step)
             taken = time.time()
@@ -113,16 +140,37 @@ class Walk:
             published = time.time()
             self.progress.step = step
             times = StepTimes(begin=begin, taken=taken, trained=trained, published=published)
+            await self._callbacks.step_end(step=step, epoch=self._preparation.epoch_after(step))
             await self._record(step, groups, updated, times, version)
-            if config.eval_steps and step % config.eval_steps == 0:
-                await self._evaluate()
-            if config.save_steps and step % config.save_steps == 0 and step < total:
-                await self.save()
-            if self._stop.is_set() and step < total:
-                await self._interrupt()
+            await self._finish(step)
         if self._pulling is not None:
             await self._pulling
-        await self.save()
+        if self.progress.saved != self.progress.step or self.progress.step == 0:
+            await self.save()
+        await self._callbacks.train_end()
+
+    @property
+    def _is_over(self) -> bool:
+        return self._callbacks.control.should_training_stop or self.progress.step >= self._preparation.total_steps
+
+    async def _finish(self, step: int) -> None:
+        """What follows a step and its line: evaluation, a checkpoint, and perhaps the end."""
+        config, callbacks = self._config, self._callbacks
+        await callbacks.logged(self._recorder.last)
+        if callbacks.control.should_evaluate or (config.eval_steps and step % config.eval_steps == 0):
+            await self._evaluate()
+        await callbacks.epoch_end()
+        if callbacks.control.should_evaluate:
+            await self._evaluate()
+        if self._is_over:
+            if callbacks.stopped_by is not None:
+                detail = f"training ends early: the callback {callbacks.stopped_by} asked for it"
+                self._recorder.say(EventKind.WARNING, "driver", step=step, detail=detail)
+            return
+        if callbacks.control.should_save or (config.save_steps and step % config.save_steps == 0):
+            await self.save()
+        if self._stop.is_set():
+            await self._interrupt()
 
     async def _take(self, step: int) -> list[RolloutGroup]:
         """Wait for the groups of one step; say who is waited for, and give up when nothing moves any more."""
@@ -161,19 +209,36 @@ class Walk:
 
     async def _optimize(self, step: int, groups: list[RolloutGroup]) -> Updated:
         self._staleness = self._recorder.check_staleness(step, groups)
+        prepared = await self._prepare(step, groups)
         return await train_on(
-            groups,
+            prepared,
             step=step,
             config=self._config,
             cut=self._preparation.cut,
             ask_learner=self._crew.ask_learner,
         )
 
+    async def _prepare(self, step: int, groups: list[RolloutGroup]) -> Prepared:
+        """Samples of one step, and what there is to say of their groups."""
+        objective = self._preparation.objective
+        prepared = await prepare_step(
+            groups,
+            step=step,
+            objective=objective,
+            cut=self._preparation.cut,
+            ask_learner=self._crew.ask_learner,
+            deadline_s=self._config.runtime.step_deadline_s,
+        )
+        observed = objective.observe(groups)
+        for warning in observed.warnings:
+            self._recorder.say(EventKind.WARNING, "driver", step=step, detail=warning)
+        return replace(prepared, built=with_metrics(prepared.built, observed.metrics))
+
     async def _settle(self, step: int, result: StepResult) -> None:
         """Tell the ledger what became of the groups of this step."""
         await self._crew.ask_queue("skip" if result.skipped else "trained", step=step)
         if not result.skipped:
-            self._reward_failures = 0
+            self._failures = dict.fromkeys(self._failures, 0)
             return
         self._recorder.say(
             EventKind.WARNING,
@@ -215,21 +280,29 @@ class Walk:
         )
 
     async def _drain(self) -> None:
-        """Write down what the actors have to tell, and stop when rewards fail without end."""
+        """Write down what the actors have to tell, and stop when rewards or teachers fail without end."""
         report = await self._crew.drain()
         self._recorder.report(report)
-        self._count_reward_failures(report.events)
-
-    def _count_reward_failures(self, events: Sequence[Event]) -> None:
-        failed = [event for event in events if event.kind is EventKind.REWARD_FAILED]
-        self._reward_failures += len(failed)
-        allowed = self._config.reward.max_failures_in_a_row
-        if self._reward_failures >= allowed:
+        allowed: int | None = self._config.reward.max_failures_in_a_row
+        rewards = self._count_failures(EventKind.REWARD_FAILED, report.events, allowed)
+        if rewards is not None:
             raise RewardError(
-                f"at most {allowed} groups in a row may lose their rewards (reward.max_failures_in_a_row), but "
-                f"{self._reward_failures} did without one trained step. The last one: {dict(failed[-1].detail)}. Mend "
-                "the reward function, then resume."
+                f"{rewards.describe('their rewards (reward.max_failures_in_a_row)')} Mend the reward function, then "
+                "resume."
             )
+        allowed = min((source.options.max_failures_in_a_row for source in self._config.teacher_sources), default=None)
+        teachers = self._count_failures(EventKind.TEACHER_FAILED, report.events, allowed)
+        if teachers is not None:
+            raise TeacherError(
+                f"{teachers.describe('their teacher (max_failures_in_a_row)')} Bring the teacher back, then resume."
+            )
+
+    def _count_failures(self, kind: EventKind, events: Sequence[Event], allowed: int | None) -> TooManyFailures | None:
+        failed = [event for event in events if event.kind is kind]
+        self._failures[kind] += len(failed)
+        if not failed or allowed is None or self._failures[kind] < allowed:
+            return None
+        return TooManyFailures(count=self._failures[kind], allowed=allowed, last=failed[-1])
 
     async def _evaluate(self) -> None:
         """Answer the held-out prompts, once the workers hold the newest weights."""
@@ -244,17 +317,34 @@ class Walk:
         )
         for reason in evaluation.lost:
             self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of the evaluation was lost: {reason}")
-        self._recorder.evaluated(self.progress.step, evaluation.answers, time.time() - begin)
+        held_out = await held_out_loss(
+            evaluation.answers,
+            step=self.progress.step,
+            objective=self._preparation.objective,
+            cut=self._preparation.cut,
+            ask_learner=self._crew.ask_learner,
+            deadline_s=self._config.runtime.step_deadline_s,
+        )
+        numbers = self._recorder.evaluated(self.progress.step, evaluation.answers, held_out, time.time() - begin)
+        await self._callbacks.evaluated(numbers)
 
     async def save(self) -> None:
         """Write a checkpoint of the last finished step, then let the journal forget what it no longer needs."""
         step, begin = self.progress.step, time.time()
         path = self._recorder.directory.checkpoint(step)
         snapshot = await self._crew.ask_queue("snapshot")
-        extra = {"ledger.json": json.dumps(snapshot.to_json()).encode()}
+        extra = {
+            "ledger.json": json.dumps(snapshot.to_json()).encode(),
+            OBJECTIVE_STATE: json.dumps(self._preparation.objective.state_dict()).encode(),
+            **self._callbacks.files(),
+        }
+        beside = path.with_name(f"{FOLDER}-{step}.tmp")
+        adopt = {FOLDER: str(beside)} if await self._crew.teachers.save(beside) else {}
+        deadline_s = self._config.runtime.step_deadline_s
         await self._crew.ask_learner(
-            "save", str(path.parent), step=step, extra=extra, deadline_s=self._config.runtime.step_deadline_s
+            "save", str(path.parent), step=step, extra=extra, adopt=adopt, deadline_s=deadline_s
         )
+        self._crew.teachers.checkpoint = str(path)
         # One checkpoint behind, so that a run whose newest checkpoint is damaged can go back to the one before.
         if self.progress.saved not in (0, step):
             await self._crew.ask_queue("checkpoint", step=self.progress.saved)
@@ -262,6 +352,7 @@ class Walk:
         self._recorder.checkpoint(path, step=step, seconds=time.time() - begin)
         if self._config.save_total_limit is not None:
             prune(path.parent, keep=self._config.save_total_limit)
+        await self._callbacks.saved()
 
     async def _interrupt(self) -> None:
         if self._pulling is not None:

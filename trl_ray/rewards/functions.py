@@ -16,6 +16,7 @@ RewardFunction = Callable[..., Any]
 """Returns a list of G numbers or None, or an awaitable of one."""
 
 _BARE_INTEGER = re.compile(r"[+-]?[0-9]{1,50}")
+_INTEGER = re.compile(r"-?[0-9]{1,50}")
 _THINK = re.compile(r"^<think>(?!.*<think>)(.*?)</think>.*$", re.DOTALL | re.MULTILINE)
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -47,6 +48,15 @@ def _arithmetic(text: str, wanted: Any) -> float | None:
     if not _BARE_INTEGER.fullmatch(text):
         return 0.0
     return 1.0 if int(text) == int(wanted) else 0.5
+
+
+def last_number(completions: list[Any], answer: list[Any], **columns: Any) -> list[float | None]:
+    """1 where the last integer of the completion is the one in the column `answer`, whatever stands around it."""
+    found = [_INTEGER.findall(text_of(completion)) for completion in completions]
+    return [
+        None if wanted is None else float(bool(numbers) and int(numbers[-1]) == int(wanted))
+        for numbers, wanted in zip(found, answer, strict=True)
+    ]
 
 
 def think_format(completions: list[Any], **columns: Any) -> list[float]:

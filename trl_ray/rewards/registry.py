@@ -7,20 +7,16 @@
 from __future__ import annotations
 
 import ast
-import importlib
-import importlib.util
 import inspect
 import re
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cloudpickle
 
 from trl_ray.config.messages import nearest
+from trl_ray.config.object_paths import find_object
 from trl_ray.errors import ConfigError
 from trl_ray.rewards import functions
 from trl_ray.rewards.functions import RewardFunction
@@ -28,6 +24,7 @@ from trl_ray.rewards.functions import RewardFunction
 REGISTERED: Mapping[str, RewardFunction] = {
     "arithmetic": functions.arithmetic,
     "exact_answer": functions.exact_answer,
+    "last_number": functions.last_number,
     "reasoning_gym": functions.reasoning_gym,
     "think_format": functions.think_format,
 }
@@ -153,24 +150,14 @@ def resolve(reference: str) -> RewardFunction:
     call = _CALL.fullmatch(reference)
     if call or reference in FACTORIES:
         return _build(call[1], call[2], reference) if call else _build(reference, "", reference)
-    module_name, colon, attribute = reference.rpartition(":")
-    if not colon:
+    if ":" not in reference:
         guess = nearest(reference, [*REGISTERED, *FACTORIES])
         hint = f"Did you mean {guess!r}?" if guess else f"Known names: {', '.join(known_names())}."
         raise ConfigError(
             f"A reward function must be a known name, package.module:function or file.py:function, got {reference!r}. "
             + hint
         )
-    module = _module(module_name, reference)
-    found: Any = module
-    for part in attribute.split("."):
-        found = getattr(found, part, None)
-    if found is None:
-        guess = nearest(attribute, [name for name in vars(module) if not name.startswith("_")])
-        raise ConfigError(
-            f"Reward function {reference!r} does not exist: {module_name} has no {attribute!r}. "
-            + (f"Did you mean {module_name}:{guess}?" if guess else "Check the name after the colon.")
-        )
+    found = find_object(reference, what="Reward function")
     if inspect.isclass(found) or not callable(found):
         raise ConfigError(f"Reward function {reference!r} must be a function, it is {type(found).__name__}.")
     function: RewardFunction = found
@@ -194,37 +181,3 @@ def _build(name: str, arguments: str, reference: str) -> RewardFunction:
     except (SyntaxError, TypeError, ValueError) as error:
         options = ", ".join(f"{parameter}=..." for parameter in inspect.signature(factory).parameters)
         raise ConfigError(f"{reference!r} must read {name}({options}): {error}.") from error
-
-
-def _module(name: str, reference: str) -> ModuleType:
-    try:
-        return _module_of_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
-    except FileNotFoundError as error:
-        raise ConfigError(f"Reward function {reference!r} must name a file that exists, got {name!r}.") from error
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"Reward function {reference!r} must be importable: {error}. Install the package, start in the folder "
-            "that holds it, or write path/to/file.py:function."
-        ) from error
-    except Exception as error:  # a user's module may raise anything while it is imported
-        raise ConfigError(
-            f"Reward function {reference!r} must be importable: {type(error).__name__}: {error}. Mend {name}."
-        ) from error
-
-
-def _module_of_file(path: Path) -> ModuleType:
-    """Import a file under a name of its own, once."""
-    name = "trl_ray_reward_file_" + re.sub(r"\W", "_", str(path.resolve()))
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError(path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module

@@ -96,6 +96,19 @@ def plan_learner(runtime: RuntimeConfig) -> ActorPlan:
     )
 
 
+def plan_rewards(reward: RewardConfig) -> ActorPlan:
+    """The plan for reward workers."""
+    return ActorPlan(
+        role=Role.REWARD,
+        count=reward.num_workers,
+        num_cpus=reward.num_cpus,
+        num_gpus=0,
+        max_restarts=_FOREVER,
+        threads=1,
+        is_async=True,
+    )
+
+
 def plan_reward_model(options: RewardModelOptions) -> ActorPlan:
     """The plan for the copies of one reward model."""
     return ActorPlan(
@@ -131,7 +144,7 @@ def plan_actors(
     *,
     runtime: RuntimeConfig,
     rollout: RolloutConfig,
-    reward: RewardConfig,
+    reward: RewardConfig | None,
     reward_models: Sequence[RewardModelOptions] = (),
     teachers: Sequence[TeacherSource] = (),
 ) -> dict[str, ActorPlan]:
@@ -151,15 +164,7 @@ def plan_actors(
             is_async=True,
             environment=_KEEP_FREED_MEMORY,
         ),
-        ActorPlan(
-            role=Role.REWARD,
-            count=reward.num_workers,
-            num_cpus=reward.num_cpus,
-            num_gpus=0,
-            max_restarts=_FOREVER,
-            threads=1,
-            is_async=True,
-        ),
+        *([plan_rewards(reward)] if reward is not None else []),
         *(plan_reward_model(options) for options in reward_models),
         *(plan_teacher(source) for source in teachers),
     )

@@ -10,7 +10,18 @@ from hypothesis import given, settings
 
 from trl_ray.actors.rollout_codec import decode_group, decode_prompt, encode_group, encode_prompt
 from trl_ray.errors import DataError, JournalError
-from trl_ray.types import Completion, FinishReason, GroupTicket, Prompt, Reward, RolloutGroup, Span, VersionSpan
+from trl_ray.types import (
+    Completion,
+    FinishReason,
+    GroupTicket,
+    Prompt,
+    Reward,
+    RolloutGroup,
+    Span,
+    TeacherContext,
+    TeacherScores,
+    VersionSpan,
+)
 
 PROMPT = Prompt(
     prompt_id="0:17",
@@ -41,6 +52,35 @@ def group(*completions: Completion, **changes: Any) -> RolloutGroup:
         **changes,
     }
     return RolloutGroup(**fields)
+
+
+def scores(length: int = 3, width: int = 2, **changes: Any) -> TeacherScores:
+    fields: dict[str, Any] = {
+        "teacher": "maths",
+        "version": 4,
+        "logprobs": np.linspace(-2, -1, length, dtype=np.float32),
+        "top_ids": np.arange(length * width, dtype=np.int32).reshape(length, width),
+        "top_logprobs": np.linspace(-9, -1, length * width, dtype=np.float32).reshape(length, width),
+        "tail": np.full(length, -np.inf, dtype=np.float32),
+        **changes,
+    }
+    return TeacherScores(**fields)
+
+
+def context(**changes: Any) -> TeacherContext:
+    return TeacherContext(
+        **{"prompt_ids": np.array([7, 8], dtype=np.int32), "demonstration": 1, "num_cut": 3} | changes
+    )
+
+
+def taught(*teachings: TeacherScores | None, **changes: Any) -> RolloutGroup:
+    """One completion of three tokens for each teaching."""
+    fields: dict[str, Any] = {
+        "contexts": tuple(context(demonstration=None, is_distilled=each is not None) for each in teachings),
+        "teachings": teachings,
+        **changes,
+    }
+    return group(*(completion() for _ in teachings), **fields)
 
 
 def same(left: Any, right: Any) -> bool:
@@ -167,3 +207,144 @@ def test_a_column_that_is_not_json_is_named(value: Any) -> None:
 def test_numpy_scalars_in_columns_become_numbers() -> None:
     prompt = dataclasses.replace(PROMPT, columns={"n": np.int64(3), "x": np.float32(0.5)})
     assert decode_prompt(encode_prompt(prompt)).columns == {"n": 3, "x": 0.5}
+
+
+def test_what_teachers_say_survives_exactly() -> None:
+    tricky = np.array([[-0.0, -np.inf], [-1e-45, -88.0], [-np.inf, -np.inf]], dtype=np.float32)
+    original = group(
+        completion(),
+        completion(is_sampled=False),
+        completion(),
+        contexts=(
+            context(has_feedback=True, uses_feedback=True),
+            context(prompt_ids=np.zeros(0, dtype=np.int32), is_distilled=False, demonstration=None, num_cut=0),
+            context(),
+        ),
+        teachings=(
+            scores(top_logprobs=tricky),
+            None,
+            TeacherScores(teacher="base", version=None, logprobs=np.array([-1, -2, -3], dtype=np.float32)),
+        ),
+    )
+    decoded = decode_group(encode_group(original))
+    assert same(decoded, original)
+    assert decoded.teachings[0] is not None and decoded.teachings[0].top_ids is not None
+    assert decoded.teachings[0].top_ids.flags.writeable
+
+
+def test_contexts_travel_without_teachings_and_prompts_with_their_completion() -> None:
+    given_prompt = dataclasses.replace(PROMPT, given_ids=np.array([1, 2**31 - 1], dtype=np.int32))
+    ticket = GroupTicket(group_id=3, attempt=1, prompt=given_prompt, admitted_at_version=2)
+    original = group(completion(), ticket=ticket, contexts=(context(demonstration=0),))
+    assert same(decode_group(encode_group(original)), original)
+    assert same(decode_prompt(encode_prompt(given_prompt)), given_prompt)
+
+
+@st.composite
+def any_scores(draw: st.DrawFn, length: int) -> TeacherScores:
+    numbers = st.floats(max_value=0, allow_nan=False, allow_infinity=False, width=32)
+    width = draw(st.integers(0, 3))
+
+    def drawn(elements: st.SearchStrategy[Any], *shape: int, dtype: type) -> np.ndarray:
+        size = int(np.prod(shape))
+        return np.array(draw(st.lists(elements, min_size=size, max_size=size)), dtype=dtype).reshape(shape)
+
+    return TeacherScores(
+        teacher=draw(st.text()),
+        version=draw(st.none() | st.integers(0, 2**40)),
+        logprobs=drawn(numbers, length, dtype=np.float32),
+        top_ids=drawn(st.integers(0, 2**31 - 1), length, width, dtype=np.int32) if width else None,
+        top_logprobs=drawn(numbers | st.just(-np.inf), length, width, dtype=np.float32) if width else None,
+        tail=drawn(numbers | st.just(-np.inf), length, dtype=np.float32) if draw(st.booleans()) else None,
+    )
+
+
+@given(data=st.data(), lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3))
+@settings(max_examples=50)
+def test_any_teaching_survives(data: st.DataObject, lengths: list[int]) -> None:
+    spans = [(VersionSpan(version=0, start=0, end=length),) for length in lengths]
+    teachings = tuple(data.draw(st.none() | any_scores(length)) for length in lengths)
+    facts = st.fixed_dictionaries(
+        {
+            "has_feedback": st.booleans(),
+            "uses_feedback": st.booleans(),
+            "num_cut": st.integers(0, 2**40),
+            "demonstration": st.none() | st.integers(0, len(lengths) - 1),
+        }
+    )
+    original = group(
+        *(completion(length, versions=span) for length, span in zip(lengths, spans, strict=True)),
+        contexts=tuple(context(is_distilled=each is not None, **data.draw(facts)) for each in teachings),
+        teachings=teachings,
+    )
+    assert same(decode_group(encode_group(original)), original)
+
+
+def test_every_cut_of_a_taught_group_is_refused() -> None:
+    data = encode_group(taught(scores(), None))
+    for cut in range(len(data)):
+        with pytest.raises(JournalError, match="stored bytes"):
+            decode_group(data[:cut])
+    with pytest.raises(JournalError, match="4 bytes are left over"):
+        decode_group(data + bytes(4))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"top_ids":[3,2]', b'"top_ids":[2,3]'),
+        (b'"top_ids":[3,2]', b'"top_ids":[6]'),
+        (b'"top_ids":[3,2]', b'"top_ids":[]'),
+        (b'"top_ids":[3,2]', b'"top_ids":[-3,-2]'),
+        (b'"tail":3', b'"tail":true'),
+        (b'"version":4,', b'"version":"4",'),
+        (b'"num_cut":3', b'"num_cut":-3'),
+        (b'"num_cut":3', b'"num_cut":0.5'),
+        (b'"is_distilled":true', b'"is_distilled":1'),
+        (b'"is_distilled":false', b'"is_distilled":true'),
+        (b'"demonstration":null', b'"demonstration":2'),
+        (b'"is_sampled":true', b'"is_sampled":"yes"'),
+        (b'"has_feedback":false,', b""),
+        (b'"contexts":[', b'"contexts":7,"more":['),
+    ],
+)
+def test_a_header_that_contradicts_itself_about_teachers_is_refused(old: bytes, new: bytes) -> None:
+    data = encode_group(taught(scores(), None))
+    assert old in data
+    changed = data.replace(old, new)
+    # The header's length is true, so that only what it says is wrong.
+    length = int.from_bytes(data[4:8], "little") + len(changed) - len(data)
+    with pytest.raises(JournalError):
+        decode_group(changed[:4] + length.to_bytes(4, "little") + changed[8:])
+
+
+def test_damaged_numbers_are_refused() -> None:
+    data = encode_group(taught(scores(top_ids=None, top_logprobs=None, tail=None)))
+    with pytest.raises(JournalError, match="finite"):
+        decode_group(data[:-4] + np.array(np.nan, dtype="<f4").tobytes())
+    with_tail = encode_group(taught(scores(top_ids=None, top_logprobs=None)))
+    with pytest.raises(JournalError, match="tail must be numbers"):
+        decode_group(with_tail[:-4] + np.array(np.nan, dtype="<f4").tobytes())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (taught(scores(4)), "must score all 3 tokens"),
+        (taught(scores(tail=np.zeros(2, np.float32))), "must score all 3 tokens"),
+        (taught(scores(top_ids=None)), "must come with top_logprobs"),
+        (taught(scores(top_ids=np.zeros((3, 1), np.int32))), "one shape"),
+        (taught(scores(top_ids=np.zeros((3, 2), np.int64))), "top_ids of a teacher must be int32 with two axes"),
+        (taught(scores(top_ids=np.zeros(6, np.int32), top_logprobs=np.zeros(6, np.float32))), "one shape"),
+        (taught(scores(logprobs=np.full(3, -np.inf, np.float32))), "finite"),
+        (taught(scores(top_logprobs=np.full((3, 2), -1.0))), "top_logprobs of a teacher must be float32"),
+        (taught(scores(), contexts=()), "with their contexts"),
+        (taught(scores(), contexts=(context(),) * 2), "no contexts or one per completion"),
+        (taught(scores(), teachings=(scores(),) * 2), "no teachings or one per completion"),
+        (taught(None, contexts=(context(demonstration=0),)), "that is distilled must be taught"),
+        (taught(scores(), contexts=(context(demonstration=1),)), "a completion of 1 or None"),
+    ],
+)
+def test_a_teaching_that_contradicts_its_group_is_not_stored(wrong: RolloutGroup, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        encode_group(wrong)

@@ -477,3 +477,24 @@ def test_a_long_poll_that_outlives_its_worker_leases_nothing(tmp_path: Path) -> 
         queue.close()
 
     run(scenario())
+
+
+def test_every_attempt_that_a_teacher_failed_is_an_event_and_the_last_one_a_drop(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        queue = make(tmp_path, max_attempts=2)
+        await fill(queue)
+        failed = {"detail": "teacher t (error): HTTP 500", "exhausted": DropReason.TEACHER_FAILED}
+        await queue.fail(group_id=0, attempt=0, **failed)
+        [event] = [each for each in await queue.drain_events() if each.kind is EventKind.TEACHER_FAILED]
+        assert event.detail == {"group_id": 0, "attempt": 0, "detail": "teacher t (error): HTTP 500"}
+        # The same failure told twice, and one of an attempt that is over, are nothing new.
+        await queue.fail(group_id=0, attempt=0, **failed)
+        assert EventKind.TEACHER_FAILED not in await kinds(queue)
+        await queue.lease(worker="rollout-0", capacity=1, wait_s=0)
+        await queue.fail(group_id=0, attempt=1, **failed)
+        assert await kinds(queue) == [EventKind.TEACHER_FAILED, EventKind.GROUP_DROPPED]
+        assert (await queue.snapshot()).dropped == {"teacher_failed": 1}
+        await queue.fail(group_id=1, attempt=0, detail="judge", exhausted=DropReason.REWARD_FAILED)
+        assert EventKind.TEACHER_FAILED not in await kinds(queue)
+
+    run(scenario())

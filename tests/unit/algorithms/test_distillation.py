@@ -13,7 +13,6 @@ from torch import Tensor
 from trl_ray.algorithms.distillation import (
     DistillationInputs,
     SDPOInputs,
-    TeacherSignal,
     clipped_ratio,
     distillation_loss,
     sdpo_loss,
@@ -23,6 +22,7 @@ from trl_ray.algorithms.divergence import SupportLogprobs
 from trl_ray.algorithms.loss import LossOutput
 from trl_ray.algorithms.metrics import merge_metrics
 from trl_ray.algorithms.sequences import TokenSequences
+from trl_ray.algorithms.teacher_signal import TeacherSignal
 from trl_ray.config.distillation import (
     DistillationLossConfig,
     DistillationMode,

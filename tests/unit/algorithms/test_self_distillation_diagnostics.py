@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from trl_ray.algorithms.self_distillation_diagnostics import (
     Degeneracy,
     SelfDistillationDiagnostics,
     SelfDistillationGroup,
+    self_distillation_group,
     self_distillation_metrics,
 )
+from trl_ray.types import GroupTicket, Prompt, Reward, RolloutGroup, TeacherContext
 
 
 def group(rewards: list[float], **changes: Any) -> SelfDistillationGroup:
@@ -30,6 +33,34 @@ def group(rewards: list[float], **changes: Any) -> SelfDistillationGroup:
 def metrics(*groups: SelfDistillationGroup) -> dict[str, float]:
     found = self_distillation_metrics(groups, flat_tolerance=1e-8)
     return {name.removeprefix("self_distillation/"): value for name, value in found.items()}
+
+
+def test_facts_of_a_group_are_told_from_its_rewards_and_contexts() -> None:
+    prompt = Prompt(prompt_id="0:0", token_ids=np.array([1], np.int32))
+    contexts = (
+        TeacherContext(prompt_ids=prompt.token_ids, demonstration=1, has_feedback=True, uses_feedback=True, num_cut=3),
+        TeacherContext(prompt_ids=prompt.token_ids, is_distilled=False, has_feedback=True),
+        TeacherContext(prompt_ids=prompt.token_ids, demonstration=1),
+    )
+    finished = RolloutGroup(
+        ticket=GroupTicket(group_id=0, attempt=0, prompt=prompt, admitted_at_version=0),
+        completions=(),
+        rewards=tuple(
+            Reward(total=total, parts=parts)
+            for total, parts in ((0.0, {"right": 0.0}), (0.75, {"right": 1.0, "short": None}), (None, {}))
+        ),
+        worker="rollout-0",
+        contexts=contexts,
+    )
+    facts = self_distillation_group(finished, threshold=0.75)
+    np.testing.assert_array_equal(facts.rewards, np.array([0, 0.75, np.nan], np.float32))
+    np.testing.assert_array_equal(facts.parts["right"], np.array([0, 1, np.nan], np.float32))
+    assert np.isnan(facts.parts["short"]).all()
+    assert facts.has_success
+    assert not self_distillation_group(finished, threshold=0.76).has_success
+    assert (facts.num_demonstrated, facts.num_with_feedback, facts.num_feedback_used) == (2, 2, 1)
+    assert (facts.num_distilled, facts.num_cut) == (2, 1)
+    assert self_distillation_group(replace(finished, contexts=()), threshold=0.75).num_distilled == 0
 
 
 def test_metrics_are_those_of_the_whole_step() -> None:

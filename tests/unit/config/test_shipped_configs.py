@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from trl_ray.config.base import Section
+from trl_ray.config.distill import DistillConfig
 from trl_ray.config.grpo import AsyncGRPOConfig, GRPOConfig, RLOOConfig
 from trl_ray.config.load import build, dump_yaml, load_config, parse_yaml
+from trl_ray.config.sdpo import SDPOConfig
 from trl_ray.config.supervised_runs import (
     CPOConfig,
     DPOConfig,
@@ -35,6 +37,8 @@ CONFIGS: dict[str, type[Section]] = {
     "grpo": GRPOConfig,
     "rloo": RLOOConfig,
     "async-grpo": AsyncGRPOConfig,
+    "sdpo": SDPOConfig,
+    "distill": DistillConfig,
     **SUPERVISED,
 }
 

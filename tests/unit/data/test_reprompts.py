@@ -10,9 +10,11 @@ import pytest
 from tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tokenizer
 from trl_ray.config.distillation import RepromptConfig
 from trl_ray.data.chat_rendering import ChatFormat
-from trl_ray.data.reprompts import Attempt, RepromptedGroup, reprompt_group, require_user_turn
+from trl_ray.data.reprompts import Attempt, gather_feedback, reprompt_group, require_user_turn
 from trl_ray.errors import ConfigError, DataError
-from trl_ray.types import Message, Prompt
+from trl_ray.types import Message, Prompt, Reward, TeacherContext
+
+Contexts = tuple[TeacherContext, ...]
 
 TOKENIZER = build_tokenizer()
 CHAT = ChatFormat(template=CHAT_TEMPLATE)
@@ -34,7 +36,7 @@ def reprompt(
     texts: tuple[str, ...] = ("a", "b", "c"),
     feedback: tuple[Any, ...] = (None, None, None),
     **options: Any,
-) -> RepromptedGroup:
+) -> Contexts:
     """Prompt "q" and completions "a", "b" and "c"."""
     prompt = Prompt(prompt_id="0:0", token_ids=ids("q"), messages=messages, text=None if messages else "q")
     attempts = [
@@ -45,26 +47,30 @@ def reprompt(
     return reprompt_group(prompt, attempts, config=config, tokenizer=TOKENIZER, chat=CHAT)
 
 
-def shown(group: RepromptedGroup) -> list[str]:
-    return [TOKENIZER.decode(prompt.token_ids) for prompt in group.prompts]
+def shown(group: Contexts) -> list[str]:
+    return [TOKENIZER.decode(context.prompt_ids) for context in group]
 
 
-def demonstrations(group: RepromptedGroup) -> list[int | None]:
-    return [prompt.hints.demonstration for prompt in group.prompts]
+def demonstrations(group: Contexts) -> list[int | None]:
+    return [context.demonstration for context in group]
+
+
+def mask(group: Contexts) -> list[bool]:
+    return [context.is_distilled for context in group]
 
 
 def test_the_first_success_of_a_sibling_is_shown() -> None:
     group = reprompt([0, 1, 1])
     assert demonstrations(group) == [1, 2, 1]
     assert shown(group) == ["q+b!", "q+c!", "q+b!"]
-    assert group.mask.tolist() == [True, True, True]
+    assert mask(group) == [True, True, True]
 
 
 def test_the_only_success_has_nothing_to_be_shown_and_keeps_its_prompt() -> None:
     group = reprompt([0, 1, 0])
     assert demonstrations(group) == [1, None, 1]
     assert shown(group) == ["q+b!", "q", "q+b!"]
-    assert group.mask.tolist() == [True, False, True]
+    assert mask(group) == [True, False, True]
 
 
 def test_a_success_may_be_its_own_demonstration_if_that_is_allowed() -> None:
@@ -79,8 +85,7 @@ def test_a_success_is_a_reward_at_the_threshold_or_above() -> None:
 def test_successes_are_not_shown_if_they_are_not_wanted() -> None:
     group = reprompt([1, 1, 1], use_successful_as_teacher=False)
     assert demonstrations(group) == [None, None, None]
-    assert not group.mask.any()
-    assert group.facts.has_success
+    assert mask(group) == [False, False, False]
 
 
 def test_feedback_is_shown_if_it_is_wanted_and_says_anything() -> None:
@@ -88,7 +93,7 @@ def test_feedback_is_shown_if_it_is_wanted_and_says_anything() -> None:
     assert shown(reprompt([0, 0, 0], feedback=feedback)) == ["q", "q", "q"]
     group = reprompt([0, 0, 0], feedback=feedback, include_environment_feedback=True)
     assert shown(group) == ["q-late!", "q", "q"]
-    assert group.mask.tolist() == [True, False, False]
+    assert mask(group) == [True, False, False]
 
 
 def test_feedback_joins_a_demonstration_or_stands_back_behind_it() -> None:
@@ -136,7 +141,7 @@ def test_padding_is_left_out_even_if_the_tokenizer_would_write_it() -> None:
         for text, reward in (("a", 0.0), ("b_c_", 1.0))
     ]
     group = reprompt_group(prompt, attempts, config=RepromptConfig(**SHORT), tokenizer=Letters(), chat=CHAT)
-    assert Letters().decode(group.prompts[0].token_ids.tolist()) == "q+bc!"
+    assert Letters().decode(group[0].prompt_ids.tolist()) == "q+bc!"
 
 
 @pytest.mark.parametrize(
@@ -188,17 +193,29 @@ def test_a_conversation_that_does_not_end_with_the_user_is_refused_when_hints_ar
 def test_the_last_tokens_of_a_prompt_are_kept() -> None:
     group = reprompt([0, 1, 0], texts=("a", "bcd", "e"), max_reprompt_len=4)
     assert shown(group) == ["bcd!", "q", "bcd!"]
-    assert [prompt.num_cut for prompt in group.prompts] == [2, 0, 2]
+    assert [context.num_cut for context in group] == [2, 0, 2]
 
 
-def test_the_facts_are_counted() -> None:
-    facts = reprompt(
-        [0, 1, None], feedback=("late", "", "odd"), include_environment_feedback=True, max_reprompt_len=6
-    ).facts
-    np.testing.assert_array_equal(facts.rewards, np.array([0, 1, np.nan], np.float32))
-    assert facts.has_success
-    assert (facts.num_demonstrated, facts.num_with_feedback, facts.num_feedback_used) == (2, 2, 2)
-    assert (facts.num_distilled, facts.num_cut) == (2, 2)
+def test_contexts_say_what_is_in_them() -> None:
+    group = reprompt([0, 1, None], feedback=("late", "", "odd"), include_environment_feedback=True, max_reprompt_len=6)
+    assert demonstrations(group) == [1, None, 1]
+    assert [context.has_feedback for context in group] == [True, False, True]
+    assert [context.uses_feedback for context in group] == [True, False, True]
+    assert [context.num_cut > 0 for context in group] == [True, False, True]
+    unused = reprompt([0, 0, 0], feedback=("late", None, None))
+    assert [context.has_feedback for context in unused] == [True, False, False]
+    assert not any(context.uses_feedback for context in unused)
+
+
+def test_feedback_is_what_the_row_says_and_then_what_was_logged() -> None:
+    def gathered(row: Any, logged: Any) -> str | None:
+        prompt = Prompt(prompt_id="0:0", token_ids=ids("q"), columns={"privileged_context": row, "feedback": "no"})
+        return gather_feedback(prompt, Reward(total=0.0, parts={}, extra={"feedback": logged}))
+
+    assert gathered(" late", "odd") == " late\nodd"
+    assert (gathered("late", "  "), gathered(3, "odd"), gathered(None, ["odd"])) == ("late", "odd", None)
+    plain = Prompt(prompt_id="0:0", token_ids=ids("q"))
+    assert gather_feedback(plain, Reward(total=0.0, parts={})) is None
 
 
 def test_a_template_with_unknown_fields_is_refused() -> None:

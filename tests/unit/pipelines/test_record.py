@@ -110,9 +110,9 @@ def test_an_evaluation_is_the_mean_over_prompts_that_were_scored(stage):
         ScoredGroup(failure=failure),
     ]
     answers = [EvaluatedPrompt(prompt=prompt(0), completions=(completion(),), scored=each) for each in scored]
-    recorder.evaluated(3, answers, 1.23456)
+    recorder.evaluated(3, answers, None, 1.23456)
     [event] = notes.events
     assert isinstance(event, Event)
     assert dict(event.detail) == {"step": 3, "prompts": 4, "scored": 2, "reward/mean": 0.75, "seconds": 1.235}
-    recorder.evaluated(3, answers[2:], 1)
+    recorder.evaluated(3, answers[2:], None, 1)
     assert notes.events[-1].detail["reward/mean"] is None

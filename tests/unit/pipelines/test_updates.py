@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 from fakes import group
 from trl_ray.algorithms.micro_batches import CutRules
 from trl_ray.config.grpo import GRPOConfig
-from trl_ray.pipelines.updates import Updated, merge_results, train_on
-from trl_ray.types import Metric, Reduce, SampleScores, StepResult, TrainBatch
+from trl_ray.pipelines.objectives import objective_of
+from trl_ray.pipelines.updates import AskLearner, Updated, merge_results, prepare_step, train_on
+from trl_ray.types import Metric, Reduce, RolloutGroup, SampleScores, StepResult, TrainBatch
 
 
 class Learner:
@@ -54,11 +56,20 @@ def result(number: int, *, skipped: bool = False) -> StepResult:
     )
 
 
+def one_step(groups: Sequence[RolloutGroup], config: GRPOConfig, cut: CutRules, ask: AskLearner) -> Updated:
+    async def updated() -> Updated:
+        objective = objective_of(config)
+        prepared = await prepare_step(groups, step=5, objective=objective, cut=cut, ask_learner=ask, deadline_s=60.0)
+        return await train_on(prepared, step=5, config=config, cut=cut, ask_learner=ask)
+
+    return asyncio.run(updated())
+
+
 def run(learner: Learner, **options: Any) -> Updated:
     values = {"num_generations": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **options}
     groups = [group(number, (0.0, 1.0)) for number in (0, 1)]
     cut = CutRules(max_samples=2)
-    return asyncio.run(train_on(groups, step=5, config=GRPOConfig(**values), cut=cut, ask_learner=learner.ask))
+    return one_step(groups, GRPOConfig(**values), cut, learner.ask)
 
 
 def test_one_update_needs_no_first_pass() -> None:
@@ -123,8 +134,7 @@ def test_scores_find_their_samples_however_the_first_pass_was_cut() -> None:
         scale_rewards="none",
     )
     groups = [group(number, (0.0, 1.0, 2.0)) for number in (0, 1)]
-    ask = Telling().ask
-    updated = asyncio.run(train_on(groups, step=1, config=config, cut=CutRules(max_samples=2), ask_learner=ask))
+    updated = one_step(groups, config, CutRules(max_samples=2), Telling().ask)
     # reward - 0.5 * 2 tokens * reward
     assert [values.tolist() for values in updated.built.advantages] == [[0.0] * 3] * 2
 

@@ -1,6 +1,14 @@
 import pytest
 
-from trl_ray.rewards.functions import arithmetic, exact_answer, reasoning_gym, soft_overlong, text_of, think_format
+from trl_ray.rewards.functions import (
+    arithmetic,
+    exact_answer,
+    last_number,
+    reasoning_gym,
+    soft_overlong,
+    text_of,
+    think_format,
+)
 
 
 def chat(*texts):
@@ -12,6 +20,11 @@ def test_arithmetic_gives_half_for_a_bare_integer_and_half_for_the_right_one():
     assert arithmetic(completions=texts, answer=["7"] * 10) == [1, 1, 1, 0.5, 0.5, 0, 0, 0, 0, 0]
     assert arithmetic(completions=chat("7", "x"), answer=["7", "7"]) == [1, 0]
     assert arithmetic(completions=["7"], answer=[None]) == [None]
+
+
+def test_last_number_reads_the_last_integer_and_abstains_without_an_answer():
+    texts = ["7 + 5 = 12", "12, as 7 + 5", "none", "-3", "12"]
+    assert last_number(completions=texts, answer=["12", "12", "12", -3, None]) == [1, 0, 0, 1, None]
 
 
 def test_exact_answer_ignores_white_space_around_and_abstains_without_an_answer():
