@@ -8,12 +8,14 @@ MODEL       ?= models/SmolLM2-135M-Instruct
 PIPELINE    ?= async-grpo
 CONFIG      ?= configs/$(PIPELINE)/quickstart.yaml
 OUTPUT      ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
-# What the student of PIPELINE=distill learns from; made when it is not there.
-TEACHER     ?= runs/distill-teacher
+# What the student of PIPELINE=distill learns from and PIPELINE=sdpo begins with; made when it is not there.
+SUMS        ?= runs/sums
 # More overrides for the quickstart: make quickstart ARGS="seed=1 max_steps=8"
 ARGS        ?=
 
-TEACHES := $(if $(filter distill,$(PIPELINE)),teacher_model_name_or_path=$(TEACHER)/checkpoints/step-16)
+SUMS_AS.distill := teacher_model_name_or_path=$(SUMS)/checkpoints/step-20
+SUMS_AS.sdpo    := model_name_or_path=$(SUMS)/checkpoints/step-20
+SUMS_AS         := $(SUMS_AS.$(PIPELINE))
 
 RUN    := $(VENV)/bin/python
 SETUP  := $(PYTHON) tools/setup_environment.py --venv $(VENV) --accelerator $(ACCELERATOR)
@@ -33,10 +35,10 @@ help:
 quickstart: environment
 	@$(RUN) -c 'import pathlib, sys; sys.exit(not pathlib.Path("$(MODEL)", "generation_config.json").is_file())' \
 	    || $(RUN) examples/fetch_smollm2.py $(MODEL)
-	@if [ "$(PIPELINE)" = distill ] && [ ! -d $(TEACHER)/checkpoints/step-16 ]; then \
-	    $(VENV)/bin/trl-ray sft --config configs/sft/teacher.yaml model_name_or_path=$(MODEL) output_dir=$(TEACHER) \
+	@if [ -n "$(SUMS_AS)" ] && [ ! -d $(SUMS)/checkpoints/step-20 ]; then \
+	    $(VENV)/bin/trl-ray sft --config configs/sft/sums.yaml model_name_or_path=$(MODEL) output_dir=$(SUMS) \
 	        overwrite_output_dir=true; fi
-	$(VENV)/bin/trl-ray $(PIPELINE) --config $(CONFIG) model_name_or_path=$(MODEL) output_dir=$(OUTPUT) $(TEACHES) $(ARGS)
+	$(VENV)/bin/trl-ray $(PIPELINE) --config $(CONFIG) model_name_or_path=$(MODEL) output_dir=$(OUTPUT) $(SUMS_AS) $(ARGS)
 
 environment:
 	@$(SETUP) --extras quickstart

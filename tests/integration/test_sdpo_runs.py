@@ -136,6 +136,33 @@ def test_feedback_of_the_dataset_and_of_a_reward_function_reaches_the_teacher(mo
         assert line["grad_norm"] > 0
 
 
+def test_callbacks_see_what_the_teacher_is_shown(model: str, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class Watcher:
+        """Looks at the four hooks of self-distillation."""
+
+        def on_generation_prompts_selected(self, generation_prompts: Any, **kwargs: Any) -> None:
+            seen.append(f"prompts {len(generation_prompts)}")
+
+        def on_teacher_context_built(
+            self, teacher_input_ids: Any, teacher_attention_mask: Any, self_distillation_mask: Any, **kwargs: Any
+        ) -> None:
+            assert teacher_input_ids.shape == teacher_attention_mask.shape
+            seen.append(f"contexts {len(teacher_input_ids)} of {int(self_distillation_mask.sum())}")
+
+        def on_self_distillation_batch_prepared(self, prompt_ids: Any, old_per_token_logps: Any, **kwargs: Any) -> None:
+            assert old_per_token_logps is None
+            seen.append(f"batch {len(prompt_ids)}")
+
+        def on_generation_batch_built(self, generate_every: int, steps_per_generation: int, **kwargs: Any) -> None:
+            seen.append(f"built {generate_every} {steps_per_generation}")
+
+    run = train(sdpo(model, tmp_path / "run", max_steps=1), callbacks=[Watcher()])
+    distilled = lines(run / "metrics.jsonl")[0]["self_distillation/reprompt_sample_fraction"] * 16
+    assert seen == ["prompts 16", f"contexts 16 of {distilled:.0f}", "batch 16", "built 2 2"]
+
+
 def test_a_blend_has_a_policy_part_and_a_clip_where_there_are_several_updates(model: str, tmp_path: Path) -> None:
     config = sdpo(
         model, tmp_path / "run", max_steps=2, distillation_weight=0.5, num_iterations=2, gradient_accumulation_steps=2

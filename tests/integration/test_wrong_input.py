@@ -36,6 +36,7 @@ class Models:
     judge: str
     three_labels: str
     silent_judge: str
+    other_words: str
     no_template: str
     no_weights: str
 
@@ -59,6 +60,9 @@ class Case:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     base = tmp_path_factory.mktemp("models")
     no_template, no_weights = base / "no_template", base / "no_weights"
+    other_words = Path(build_tiny_model(base / "other_words"))
+    words = other_words / "tokenizer.json"
+    words.write_text(words.read_text().replace("<|pad|>", "<|filler|>"))
     tokenizer = build_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(no_template)
@@ -69,6 +73,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         judge=build_reward_model(base / "judge"),
         three_labels=build_reward_model(base / "three_labels", num_labels=3),
         silent_judge=build_reward_model(base / "silent_judge", tokenizer=tokenizer),
+        other_words=str(other_words),
         no_template=str(no_template),
         no_weights=str(no_weights),
     )
@@ -234,6 +239,136 @@ CASES = [
         arguments=["reward_models=[{{model_name_or_path: {models.judge}, name: exact_answer}}]"],
         says=["'exact_answer' appears twice"],
     ),
+    # Options of TRL's that have another name here
+    Case(name="the engine under TRL's name", changes={"use_vllm": True}, says=["'use_vllm'", "rollout.engine"]),
+    Case(name="a strategy", arguments=["eval_strategy=steps"], says=["'eval_strategy'", "Set eval_steps"]),
+    Case(
+        name="an argument for from_pretrained",
+        changes={"model_init_kwargs": {"device_map": "auto"}},
+        says=["model_init_kwargs", "'device_map'", "torch_dtype"],
+    ),
+    Case(
+        name="an argument for generate",
+        changes={"generation_kwargs": {"num_beams": 4}},
+        says=["generation_kwargs", "'num_beams'", "min_new_tokens"],
+    ),
+    # Self-distillation
+    Case(
+        name="TRL's example of a teacher server",
+        command="sdpo",
+        arguments=["use_vllm=true", "vllm_mode=server", "use_teacher_server=true", "teacher_model_kind=live"],
+        says=["'use_vllm'", "rollout.engine", "'vllm_mode'", "rollout.num_workers"],
+    ),
+    Case(
+        name="a served average",
+        command="sdpo",
+        changes={"use_teacher_server": True},
+        says=["teacher_model_kind must be live", "use_teacher_server"],
+    ),
+    Case(
+        name="top without a number",
+        command="sdpo",
+        changes={"distillation_mode": "topk_logits"},
+        says=["distillation_topk must be set", "topk_logits"],
+    ),
+    Case(
+        name="one token for a divergence",
+        command="sdpo",
+        changes={"distillation_alpha": 0.5},
+        says=["distillation_alpha must be 1", "sampled_token", "got 0.5"],
+    ),
+    Case(
+        name="a template with a field of its own",
+        command="sdpo",
+        changes={"solution_template": "{{answer}}"},
+        says=["solution_template", "{successful_previous_attempt}", "'{answer}'"],
+    ),
+    Case(
+        name="another model as self-teacher",
+        command="sdpo",
+        changes={"teacher_model_name_or_path": "{models.good}"},
+        says=["'teacher_model_name_or_path'", "pipeline distill"],
+    ),
+    Case(
+        name="a prompt that the assistant ends",
+        command="sdpo",
+        rows=[{"prompt": [*QUESTIONS[0]["prompt"], {"role": "assistant", "content": "It is"}], "answer": "1"}],
+        says=["user's turn", "'assistant'"],
+    ),
+    Case(
+        name="a teacher without room",
+        command="sdpo",
+        changes={
+            "use_teacher_server": True,
+            "teacher_model_kind": "live",
+            "max_prompt_length": 1,
+            "max_completion_length": 127,
+        },
+        says=["max_completion_length", "128 tokens", "got 127"],
+    ),
+    Case(name="self-distillation without rewards", command="sdpo", changes={"reward_funcs": []}, says=["reward_funcs"]),
+    # Distillation
+    Case(name="no teacher", command="distill", says=["there must be a teacher", "teacher_model_name_or_path"]),
+    Case(
+        name="no such teacher",
+        command="distill",
+        changes={"teacher_model_name_or_path": "{tmp}/nope"},
+        says=["teacher", "nope"],
+    ),
+    Case(
+        name="a teacher of other words",
+        command="distill",
+        changes={"teacher_model_name_or_path": "{models.other_words}"},
+        says=["student's vocabulary", "<|filler|>", "sft"],
+    ),
+    Case(
+        name="a teacher that reads less",
+        command="distill",
+        arguments=["teachers=[{{model_name_or_path: {models.good}, max_model_len: 64}}]"],
+        says=["128 tokens", "reads 64", "rollout.max_model_len"],
+    ),
+    Case(
+        name="an option that teachers do not have",
+        command="distill",
+        arguments=["teachers=[{{model_name_or_path: {models.good}, dtpye: bfloat16}}]"],
+        says=["teachers.0.dtpye", "'dtype'"],
+    ),
+    Case(
+        name="a teacher with a model and a server",
+        command="distill",
+        arguments=["teachers=[{{model_name_or_path: {models.good}, server: {{url: 'http://127.0.0.1:1'}}}}]"],
+        says=["either model_name_or_path or server"],
+    ),
+    Case(
+        name="the whole vocabulary over HTTP",
+        command="distill",
+        arguments=["teachers=[{{server: {{url: 'http://127.0.0.1:1'}}}}]", "loss_support=full"],
+        says=["loss_support", "server", "got full"],
+    ),
+    Case(
+        name="two teachers and no column",
+        command="distill",
+        arguments=["teacher_model_name_or_path={models.good}", "teachers=[{{model_name_or_path: x, name: x}}]"],
+        says=["teacher_column", "'x'"],
+    ),
+    Case(
+        name="no completions in the dataset",
+        command="distill",
+        arguments=["teacher_model_name_or_path={models.good}", "lmbda=0.5"],
+        says=["'completion'", "answer"],
+    ),
+    Case(
+        name="importance weights of what was not sampled",
+        command="distill",
+        arguments=["teacher_model_name_or_path={models.good}", "lmbda=0.5", "distillation_objective=iw_opd"],
+        says=["lmbda must be 1", "iw_opd"],
+    ),
+    Case(
+        name="TRL's whole vocabulary",
+        command="distill",
+        arguments=["teacher_model_name_or_path={models.good}", "loss_top_k=0"],
+        says=["loss_top_k", "loss_support=full"],
+    ),
 ]
 
 
@@ -253,7 +388,7 @@ def test_a_dry_run_refuses_what_a_run_would_refuse(
 ) -> None:
     config = write_config(tmp_path, models, case)
     overrides = [argument.format(models=models, tmp=tmp_path) for argument in case.arguments]
-    arguments = ["grpo", "--config", str(config), "--dry-run", *overrides]
+    arguments = [case.command, "--config", str(config), "--dry-run", *overrides]
     refuse(arguments, case.says, folder=tmp_path, capsys=capsys)
 
 

@@ -31,6 +31,9 @@ from trl_ray.types import FloatArray, Metric, SampleLabel, SampleScores, Teacher
 Samples = Sequence[TrainingSample]
 ReferenceLogprobs = Callable[[Samples], Tensor | None]
 
+OF_TEACHER = "the teacher's log-probs"
+"""The quantity, where those of the policy are sound."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NonFinite:
@@ -213,7 +216,9 @@ class Passes:
     ) -> NonFinite | None:
         bad = first_non_finite_sample(inputs)
         if bad is not None:
-            return self._blame(step, "log-probs", micro_batch, samples, part.samples[bad])
+            is_teachers = first_non_finite_sample(replace(inputs, teacher=None)) is None
+            quantity = OF_TEACHER if is_teachers else "log-probs"
+            return self._blame(step, quantity, micro_batch, samples, part.samples[bad])
         # A loss can be infinite although all that goes into it is finite.
         return None if math.isfinite(loss) else self._blame(step, "the loss", micro_batch, samples, None)
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from trl_ray.actors.learner_passes import NonFinite, Passed, Passes
+from trl_ray.actors.learner_passes import OF_TEACHER, NonFinite, Passed, Passes
 from trl_ray.actors.random_state import keep_random_state, random_state, set_random_state
 from trl_ray.algorithms.loss import HeadKind, Loss
 from trl_ray.algorithms.losses import LossOptions, build_loss
@@ -374,12 +374,15 @@ class PolicyLearner:
 
     def _skip(self, problem: NonFinite) -> None:
         self._skipped_in_a_row += 1
+        teacher_remedy = "Check the teacher's weights." if problem.quantity == OF_TEACHER else None
         if self._training.on_non_finite is OnNonFinite.STOP:
-            raise NumericsError(f"{problem}. The weights are as before. Lower learning_rate, or inspect the batch.")
+            remedy = teacher_remedy or "Lower learning_rate, or inspect the batch."
+            raise NumericsError(f"{problem}. The weights are as before. {remedy}")
         if self._skipped_in_a_row > self._training.max_skipped_steps:
             raise NumericsError(
                 f"{problem}; {self._skipped_in_a_row} steps in a row were skipped, max_skipped_steps allows "
-                f"{self._training.max_skipped_steps}. Go on from an earlier checkpoint with a lower learning_rate."
+                f"{self._training.max_skipped_steps}. "
+                f"{teacher_remedy or 'Go on from an earlier checkpoint with a lower learning_rate.'}"
             )
         if self._ranks.is_first:
             detail = {"message": f"{problem}; the step was skipped", **asdict(problem)}

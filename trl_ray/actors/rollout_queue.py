@@ -112,6 +112,7 @@ class RolloutQueue:
         # A long-poll outlives the worker that sent it, and must not lease to the dead. Names are never used again.
         self._lost_workers: set[str] = set()
         self._progress = 0
+        self._scorers_failed = 0
         self._closed = False
         _wait_for_lock(journal_path)
         self._store = DurableLedger(
@@ -257,6 +258,8 @@ class RolloutQueue:
             outcome = self._store.fail(group_id=group_id, attempt=attempt, because=detail, exhausted=exhausted, now=now)
         else:
             outcome = self._store.drop(group_id=group_id, attempt=attempt, reason=drop, because=detail, now=now)
+        # The learner, who may be waiting for groups, decides whether there were too many.
+        self._scorers_failed += bool({drop, exhausted} & {DropReason.REWARD_FAILED, DropReason.TEACHER_FAILED})
         if outcome is Outcome.APPLIED and DropReason.TEACHER_FAILED in (drop, exhausted):
             self._event(EventKind.TEACHER_FAILED, group_id=group_id, attempt=attempt, detail=detail)
         return self._done(outcome)
@@ -273,7 +276,8 @@ class RolloutQueue:
     # ---- the learner's side ------------------------------------------------------------------------------
 
     async def take(self, *, n: int, step: int, wait_s: float) -> list[RolloutGroup]:
-        """The `n` groups of `step`, by ascending group id; [] when the deadline passed before they were ready.
+        """The `n` groups of `step`, by ascending group id; [] when the deadline passed before they were ready, or when
+        rewards or teacher of a group failed meanwhile, so that the caller may look into it.
 
         Asking again for the same step answers the same groups.
 
@@ -288,7 +292,8 @@ class RolloutQueue:
             return self._store.take(count=n, step=step, now=now)
 
         nothing: list[int] = []
-        taken = await self._poll(attempt, nothing, wait_s)
+        failed = self._scorers_failed
+        taken = await self._poll(attempt, nothing, wait_s, until=lambda: self._scorers_failed > failed)
         if taken:
             self._done(None)
         return [decode_group(self._store.payload(group_id)) for group_id in taken]
@@ -402,8 +407,10 @@ class RolloutQueue:
         self._wake()
         return answer
 
-    async def _poll(self, attempt: Callable[[], T], nothing: T, wait_s: float) -> T:
-        """Answer the first thing that is there, or nothing at the deadline.
+    async def _poll(
+        self, attempt: Callable[[], T], nothing: T, wait_s: float, *, until: Callable[[], bool] = lambda: False
+    ) -> T:
+        """Answer the first thing that is there, or nothing at the deadline, or as soon as `until` holds.
 
         Waits for: any call with effect (`_done` wakes all waiters) or the deadline.
         """
@@ -412,7 +419,7 @@ class RolloutQueue:
         while not self._closed:
             answer = attempt()
             left = end - loop.time()
-            if answer or left <= 0:
+            if answer or left <= 0 or until():
                 return answer
             woken = loop.create_future()
             self._waiters.add(woken)

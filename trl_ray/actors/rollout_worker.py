@@ -191,15 +191,16 @@ class RolloutWorker:
         return report
 
     async def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> list[EvaluatedPrompt]:
-        """Answer, score and teach held-out prompts, one completion each, beside the work in flight.
+        """Answer, score and teach held-out prompts, beside the work in flight.
 
         A teacher that fails is a warning among the events of `drain`.
 
         Raises:
             EngineError: the engine failed.
         """
+        count = self._generation.completions_per_held_out_prompt
         requests = [
-            self._request(f"eval-{seed}-{index}", prompt, n=1, seed=_mix(seed, index))
+            self._request(f"eval-{seed}-{index}", prompt, n=count, seed=_mix(seed, index))
             for index, prompt in enumerate(prompts)
         ]
         futures = self._complete(prompts, requests)
@@ -210,10 +211,10 @@ class RolloutWorker:
         )
 
     async def _judge(self, prompt: Prompt, completions: tuple[Completion, ...]) -> EvaluatedPrompt:
-        """Reward and teaching of a held-out prompt's completion."""
+        """Reward of a held-out prompt's completions, and teaching where it is all that is learnt."""
         scored = await self._score(prompt, completions)
         evaluated = EvaluatedPrompt(prompt=prompt, completions=completions, scored=scored)
-        if self._teaching is None:
+        if self._teaching is None or self._teaching.reprompts:
             return evaluated
         rewards = scored.rewards or _unscored(len(completions)).rewards
         taught = await self._teaching.teach(prompt, completions, rewards)
@@ -466,6 +467,7 @@ def sampling_params(generation: GenerationConfig) -> SamplingParams:
         min_p=generation.min_p,
         repetition_penalty=generation.repetition_penalty,
         stop=tuple(generation.stop),
+        min_tokens=generation.min_tokens,
     )
 
 

@@ -229,7 +229,8 @@ class Teacher:
         return self._joined
 
     def _ask_server(self, server: TeacherServerConfig) -> Scoring:
-        client = teacher_client(name=self._source.name, server=server, teacher=self._options)
+        # One attempt: who asks this actor asks again, and counts.
+        client = teacher_client(name=self._source.name, server=server, teacher=self._options.replace(max_attempts=1))
         return AskedScoring(client.score, actor=self.name, threads=server.max_concurrent_requests)
 
     def _ask_engine(self, options: TeacherOptions) -> Scoring:

@@ -38,6 +38,8 @@ from trl_ray.types import (
     TeacherScores,
 )
 
+_MAX_DELAY_S = 10.0
+
 
 class TeacherSeat(enum.StrEnum):
     """Who says what the teacher says."""
@@ -96,6 +98,8 @@ class TeachingPlan:
     """For one attempt; a teacher that comes back in the middle of it has as long again."""
     max_attempts: int = 3
     """Times a group is sent to its teacher before it fails."""
+    retry_delay_s: float = 0.0
+    """Before the second attempt; doubled before each further one, up to 10 s."""
 
     def __post_init__(self) -> None:
         assert self.max_attempts >= 1 and self.timeout_s > 0, f"a teacher is asked at least once, for a while: {self}"
@@ -171,11 +175,16 @@ class Teaching:
         template = own_template(tokenizer) if tokenizer is not None and tokenizer.chat_template else ""
         self._chat = ChatFormat(template=template, template_kwargs=plan.chat_template_kwargs)
 
+    @property
+    def reprompts(self) -> bool:
+        """Whether teachers are shown more than the student's prompt."""
+        return self._plan.reprompt is not None
+
     async def teach(self, prompt: Prompt, completions: Sequence[Completion], rewards: Sequence[Reward]) -> Taught:
         """Ask about one group: only of what is distilled, again after a failure, and at another copy if there is one.
 
         consumes: one group. produces: its teaching or a failure. waits for: its teacher, at most `max_attempts` times
-        twice `timeout_s`. unblocked by: an answer, the deadline.
+        twice `timeout_s`, and the delays between. unblocked by: an answer, the deadline.
 
         Args:
             prompt: of the group; its column may name the teacher.
@@ -256,6 +265,8 @@ class Teaching:
             if not isinstance(answer, TeacherFailure):
                 return answer, attempt
             failure = answer
+            if attempt < self._plan.max_attempts:
+                await asyncio.sleep(min(self._plan.retry_delay_s * 2 ** (attempt - 1), _MAX_DELAY_S))
         assert failure is not None, "it was asked at least once"
         detail = f"asked {self._plan.max_attempts} times; the last time: {failure.detail}"
         return replace(failure, detail=detail), self._plan.max_attempts

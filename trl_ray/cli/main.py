@@ -70,6 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    # A console script begins without it, `python -m` with it: reward functions and callbacks are named by module.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     try:
         return _dispatch(_parse(sys.argv[1:] if argv is None else list(argv)))
     except InputError as error:

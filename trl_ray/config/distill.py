@@ -25,6 +25,11 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
 
     pipeline: str = "distill"
     """Which pipeline this configuration is for; written to config.yaml so that a run can be resumed by its folder."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    max_prompt_length: Positive | None = None
+    """Longer prompts lose their head, for the student and its teachers. None refuses what the model does not hold."""
+    max_completion_length: Positive = 512
+    """Tokens."""
     num_generations: Positive = 1
     """Completions per prompt."""
     lmbda: Fraction = 1.0
@@ -33,6 +38,8 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
     """The column with those: text, or messages where prompts are conversations. Not read with lmbda=1."""
     teacher_model_name_or_path: str | None = None
     """One teacher with default options, before those of `teachers`; its name is ``teacher``."""
+    teacher_model_revision: str | None = None
+    """Of that one; None takes ``main``."""
     teacher_dtype: Annotated[Dtype, FROM_STRING] = Dtype.FLOAT32
     teachers: list[TeacherOptions] = Field(default_factory=list)
     teacher_column: str | None = None
@@ -42,8 +49,11 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
     def all_teachers(self) -> tuple[TeacherOptions, ...]:
         """Every teacher, the default one first."""
         short = self.teacher_model_name_or_path
-        first = [TeacherOptions(model_name_or_path=short, dtype=self.teacher_dtype)] if short is not None else []
-        return (*first, *self.teachers)
+        if short is None:
+            return tuple(self.teachers)
+        revision = self.teacher_model_revision or "main"
+        first = TeacherOptions(model_name_or_path=short, model_revision=revision, dtype=self.teacher_dtype)
+        return (first, *self.teachers)
 
     @property
     def teacher_sources(self) -> tuple[TeacherSource, ...]:
@@ -67,6 +77,15 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
         return bool(self.reward_funcs or self.scoring_models)
 
     @model_validator(mode="after")
+    def _check_default_teacher(self) -> Self:
+        if self.teacher_model_revision is not None and self.teacher_model_name_or_path is None:
+            raise ValueError(
+                "teacher_model_name_or_path must be set with teacher_model_revision="
+                f"{self.teacher_model_revision}, got None. Set it, or model_revision in teachers."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_teachers(self) -> Self:
         names = [each.name for each in self.all_teachers]
         if len(set(names)) < len(names):
@@ -81,7 +100,13 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
     @model_validator(mode="after")
     def _check_placement(self) -> Self:
         if self.teacher_in_learner:
-            if len(self.all_teachers) > 1 or any(each.server for each in self.all_teachers):
+            names = [each.name for each in self.all_teachers]
+            if len(names) > 1 and any(each.placement is TeacherPlacement.LEARNER for each in self.all_teachers):
+                raise ValueError(
+                    f"placement must not be learner with several teachers, got {names}: the learner holds one. Remove "
+                    "placement, or all teachers but one."
+                )
+            if len(names) > 1 or any(each.server for each in self.all_teachers):
                 raise ValueError(
                     f"loss_support must be teacher, realised or sampled with several teachers or a server, got "
                     f"{self.loss_support.value}: the learner must hold the teacher for it, and holds one. Change "

@@ -10,9 +10,9 @@ RepromptConfig           what the self-teacher is shown
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from trl_ray.config.base import Section
 from trl_ray.config.fields import FROM_STRING, Fraction, Natural, Positive
@@ -37,6 +37,13 @@ class Support(enum.StrEnum):
     """The completion's own token, alone: the score-function form of the reverse KL."""
 
 
+def _refuse_zero(value: Any) -> Any:
+    """TRL's 0 is the whole vocabulary."""
+    if value == 0 and isinstance(value, int) and not isinstance(value, bool):
+        raise ValueError("it must be at least 1, got 0. For the whole vocabulary set loss_support=full.")
+    return value
+
+
 class DivergenceConfig(Section):
     """The generalised Jensen-Shannon divergence between teacher and student."""
 
@@ -44,7 +51,7 @@ class DivergenceConfig(Section):
     """0 is KL(teacher || student), 1 is KL(student || teacher); in between the mixture is (1 - beta) student + beta
     teacher (https://arxiv.org/abs/2306.13649)."""
     loss_support: Annotated[Support, FROM_STRING] = Support.TEACHER
-    loss_top_k: Positive = 20
+    loss_top_k: Annotated[Positive, BeforeValidator(_refuse_zero)] = 20
     """Tokens of the support on each side; full, sampled and realised with beta=1 take none."""
     loss_add_tail: bool = True
     """One more outcome for all the mass that the support leaves out; else both sides are normalised over it."""

@@ -8,6 +8,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from trl_ray.config.counterparts import counterpart
+
 
 def nearest(key: str, known: Iterable[str]) -> str | None:
     """The known key most like a mistyped one, or None when nothing is close."""
@@ -39,6 +41,9 @@ def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
 def unknown_key(path: str, known: Iterable[str]) -> str:
     """The message for a key that no owner reads."""
     known = list(known)
+    instead = counterpart(path, known)
+    if instead is not None:
+        return f"{path!r} is not an option here. {instead}"
     guess = nearest(path.rpartition(".")[2], known)
     hint = f"Did you mean {guess!r}?" if guess else f"Known keys: {', '.join(sorted(known))}."
     return f"{path!r} is not an option here. {hint}"

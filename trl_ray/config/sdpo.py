@@ -30,6 +30,15 @@ class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig)
 
     pipeline: str = "sdpo"
     """Which pipeline this configuration is for; written to config.yaml so that a run can be resumed by its folder."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    num_generations: Positive = 8
+    """Completions per prompt: the group size G; one alone has no siblings and learns from feedback only."""
+    num_generations_eval: Positive | None = None
+    """Completions per held-out prompt; None takes `num_generations`."""
+    use_liger_kernel: bool = False
+    """Liger's kernels in the model's layers (GPUs only), under TRL's constraints. The divergence needs none: it is
+    taken tile by tile in every mode."""
     max_staleness: Natural = 0
     """Optimizer steps S between the weights that sampled a token and the weights that train on it; 0 waits."""
     old_logprobs: Annotated[OldLogprobs, FROM_STRING] = OldLogprobs.POLICY
@@ -108,6 +117,41 @@ class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig)
                 "teacher_adapter_average must be product with teacher.placement=actor, got factors: weights are "
                 "published with the adapter merged. Set product, or remove placement."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_lone_completions(self) -> Self:
+        if self.num_generations > 1:
+            return self
+        if self.distillation_weight < 1:
+            raise ValueError(
+                f"num_generations must be at least 2 with distillation_weight={self.distillation_weight}, got 1: the "
+                "policy loss compares completions of one prompt. Raise it, or set distillation_weight=1."
+            )
+        if not self.include_environment_feedback and self.dont_reprompt_on_self_success:
+            raise ValueError(
+                "num_generations must be at least 2 with include_environment_feedback=false, got 1: a lone completion "
+                "has no sibling to learn from. Raise it, or set include_environment_feedback=true."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_liger(self) -> Self:
+        if not self.use_liger_kernel:
+            return self
+        wanted: list[tuple[str, object, object]] = [
+            ("use_teacher_server", self.use_teacher_server, False),
+            ("distillation_weight", self.distillation_weight, 1.0),
+            ("distillation_mode", self.distillation_mode.value, DistillationMode.FULL_LOGITS.value),
+            ("distillation_is_clip", self.distillation_is_clip, None),
+        ]
+        for name, value, needed in wanted:
+            if value != needed:
+                asked, given = ("null" if each is None else str(each).lower() for each in (needed, value))
+                raise ValueError(
+                    f"{name} must be {asked} with use_liger_kernel=true, got {given}: TRL's kernel computes nothing "
+                    f"else. Set use_liger_kernel=false, which saves memory in every mode, or {name}={asked}."
+                )
         return self
 
     @model_validator(mode="after")

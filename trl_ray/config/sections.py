@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from trl_ray.config.base import Section
 from trl_ray.config.callbacks import CallbackField
 from trl_ray.config.deepspeed_file import read_deepspeed
-from trl_ray.config.fields import FROM_STRING, Fraction, Natural, Positive, Seconds
+from trl_ray.config.fields import FROM_STRING, Fraction, Natural, Positive, Seconds, none_is, none_is_empty
+from trl_ray.config.keyword_options import GENERATION_KWARGS, MODEL_INIT_KWARGS, spread
 
 
 class Dtype(enum.StrEnum):
@@ -95,6 +96,8 @@ class ModelConfig(Section):
     """Path of a jinja file that replaces the tokenizer's template."""
     use_liger_kernel: bool = False
     """Liger's kernels in the model's layers (GPUs only)."""
+    model_init_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
+    """TRL's spelling of dtype, attn_implementation, revision and trust_remote_code: read into these, and empty then."""
 
     use_peft: bool = False
     """Train an adapter (LoRA) beside frozen weights; a folder with adapter_config.json goes on with its adapter."""
@@ -114,6 +117,11 @@ class ModelConfig(Section):
     """Quantise the frozen weights (QLoRA); needs bitsandbytes."""
     bnb_4bit_quant_type: Annotated[QuantType, FROM_STRING] = QuantType.NF4
     use_bnb_nested_quant: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_model_init_kwargs(cls, values: Any) -> Any:
+        return spread(values, "model_init_kwargs", MODEL_INIT_KWARGS)
 
     @model_validator(mode="after")
     def _check_adapter(self) -> Self:
@@ -176,7 +184,7 @@ class DataConfig(Section):
     """A mixture instead of `dataset_name`."""
     mixture_stopping: Annotated[MixtureStopping, FROM_STRING] = MixtureStopping.FIRST_EXHAUSTED
     shuffle_dataset: bool = True
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
 
 
 class PromptConfig(DataConfig):
@@ -237,9 +245,34 @@ class GenerationConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Natural = 0
-    min_p: Fraction = 0.0
+    min_p: Annotated[Fraction, none_is(0.0)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     stop: list[str] = Field(default_factory=list)
+    min_tokens: Natural = 0
+    """Tokens of a completion before which it may not end."""
+    generation_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
+    """TRL's spelling of min_tokens (min_new_tokens) and stop (stop_strings): read into these, and empty then."""
+    num_generations_eval: Positive | None = 1
+    """Completions per held-out prompt; None takes `num_generations`."""
+
+    @property
+    def completions_per_held_out_prompt(self) -> int:
+        """`num_generations_eval`, or `num_generations` where it is None."""
+        return self.num_generations_eval or self.num_generations
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_generation_kwargs(cls, values: Any) -> Any:
+        return spread(values, "generation_kwargs", GENERATION_KWARGS)
+
+    @model_validator(mode="after")
+    def _check_min_tokens(self) -> Self:
+        if self.min_tokens > self.max_completion_length:
+            raise ValueError(
+                f"min_tokens must be at most max_completion_length, got {self.min_tokens} and "
+                f"{self.max_completion_length}. Lower it."
+            )
+        return self
 
 
 class RewardConfig(Section):
@@ -326,6 +359,12 @@ class RuntimeConfig(Section):
         return self.learner_threads or max(1, int(self.learner_num_cpus))
 
 
+def _read_report_to(value: Any) -> Any:
+    """One name stands for a list of it, as in TRL, and ``none`` for no name."""
+    names = [value] if isinstance(value, str) else value
+    return [] if names in (None, ["none"]) else names
+
+
 class ReportConfig(Section):
     """The run directory and what is shown."""
 
@@ -337,11 +376,14 @@ class ReportConfig(Section):
     """Steps between checkpoints; 0 writes only the last."""
     save_total_limit: Positive | None = None
     """Older checkpoints are deleted once a newer one is complete."""
-    eval_steps: Natural = 0
+    eval_steps: Annotated[Natural, none_is(0)] = 0
     """Steps between evaluations on held-out prompts; 0 never."""
     log_completions: bool = True
     num_completions_to_print: Natural = 0
-    report_to: list[Annotated[str, Field(pattern="^(wandb)$")]] = Field(default_factory=list)
+    report_to: Annotated[list[Annotated[str, Field(pattern="^(wandb)$")]], BeforeValidator(_read_report_to)] = Field(
+        default_factory=list
+    )
+    """``wandb`` or ``none``, or a list of them."""
     wandb_project: str = "trl_ray"
     html_report: bool = True
     callbacks: list[CallbackField] = Field(default_factory=list)

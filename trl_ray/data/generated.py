@@ -159,13 +159,13 @@ def _reworded(item: Mapping[str, Any], wording: object, name: str) -> dict[str, 
     """The item with its question in the run's own words; other items' braces are left alone."""
     if wording is None:
         return dict(item)
-    metadata = item["metadata"]
+    metadata = {**item["metadata"], "answer": item["answer"]}
     known = {key for key, value in metadata.items() if isinstance(value, (str, int, float))}
     wanted = set(re.findall(r"\{(\w+)\}", wording)) if isinstance(wording, str) else set()
     if not wanted or not wanted <= known:
         raise DataError(
-            f"dataset_kwargs.question of {name} must be a text with {{name}} of an entry of the task's metadata, got "
-            f"{wording!r}. Entries: {', '.join(sorted(known))}."
+            f"dataset_kwargs.question of {name} must be a text with {{answer}} or the {{name}} of an entry of the task's "
+            f"metadata, got {wording!r}. Entries: {', '.join(sorted(known))}."
         )
     return {**item, "question": re.sub(r"\{(\w+)\}", lambda match: str(metadata[match[1]]), str(wording))}
 

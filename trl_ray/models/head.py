@@ -126,7 +126,7 @@ def check_head(model: nn.Module) -> None:
     """Prove on two tokens that head, scale and soft-capping make the model's logits of its hidden states.
 
     Raises:
-        ModelError: they do not; log-probs computed from the head would be wrong.
+        ModelError: they do not, and log-probs computed from the head would be wrong; or the logits are NaN.
     """
     head, transform = head_module(model), logit_transform(model)
     training = model.training
@@ -138,6 +138,12 @@ def check_head(model: nn.Module) -> None:
     actual = actual * transform.scale
     if transform.softcap is not None:
         actual = transform.softcap * torch.tanh(actual / transform.softcap)
+    if expected.isnan().any():
+        damaged = next((name for name, weight in model.named_parameters() if weight.isnan().any()), None)
+        raise ModelError(
+            f"the weights of {causal_model(model).config.name_or_path or type(model).__name__} must be numbers, but "
+            f"{f'{damaged} holds' if damaged else 'its logits are'} NaN. Fetch or save them again."
+        )
     if not torch.allclose(expected.float(), actual, rtol=1e-2, atol=1e-3):
         raise ModelError(
             f"logits must be the head times the hidden states, scaled by {transform.scale:g} and soft-capped at "

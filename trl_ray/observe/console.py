@@ -29,6 +29,7 @@ _STYLES = {
     EventKind.ACTOR_RESTARTED: "yellow",
     EventKind.LEASE_EXPIRED: "yellow",
     EventKind.REWARD_FAILED: "yellow",
+    EventKind.TEACHER_FAILED: "yellow",
     EventKind.WARNING: "yellow",
     EventKind.WAITING: "yellow",
     EventKind.EVALUATED: "green",

@@ -36,6 +36,7 @@ _ATTENTION = _LOSSES | {
     EventKind.GROUP_REISSUED,
     EventKind.GROUP_DROPPED,
     EventKind.REWARD_FAILED,
+    EventKind.TEACHER_FAILED,
     EventKind.WAITING,
     EventKind.INTERRUPTED,
 }

@@ -219,7 +219,7 @@ class Crew:
             self._emit(EventKind.CANARY, handle.name, version=version, **proof)
 
     async def _pull_or_replace(self, handle: ActorHandle) -> None:
-        pull = self.teachers.pull if handle.role is Role.TEACHER else self._pull_one
+        pull = self.teachers.follow if handle.role is Role.TEACHER else self._pull_one
         try:
             await pull(handle)
         except (WeightError, EngineError, ActorLostError, DeadlineError) as error:
@@ -239,6 +239,7 @@ class Crew:
         name, role = watched.handle.name, watched.handle.role
         self.supervisor.forget(name)
         self._working.pop(name, None)
+        self.teachers.lose(watched.handle)
         if role is Role.LEARNER:
             # Told once, by the pipeline: a call of its own may have met the loss first.
             raise LearnerLostError(reason)

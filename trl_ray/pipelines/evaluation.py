@@ -1,6 +1,6 @@
 """Answers held-out prompts on the rollout workers, beside the work they have in flight.
 
-prompts --split evenly--> RolloutWorker.evaluate (one completion each, scored, taught) --> answers
+prompts --split evenly--> RolloutWorker.evaluate (scored, taught) --> answers
 answers --held_out_loss--> learner.evaluate --> how far the student is from its teachers on its own answers
 """
 

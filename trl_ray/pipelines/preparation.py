@@ -19,13 +19,13 @@ from trl_ray.config.grpo import GRPOConfig
 from trl_ray.config.rollout_runs import RolloutRunConfig
 from trl_ray.config.sdpo import SDPOConfig
 from trl_ray.config.sections import Dtype, GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
-from trl_ray.config.teachers import TeacherKind
+from trl_ray.config.teachers import TeacherKind, TeacherOptions, TeacherSource
 from trl_ray.data.given_completions import GivenCompletions
 from trl_ray.data.prompts import PromptSource, load_prompts
 from trl_ray.errors import ConfigError
 from trl_ray.models.load import count_parameters, load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.crew import ActorArguments
-from trl_ray.pipelines.memory import GIB, PROCESS, dtype_bytes, learner_memory
+from trl_ray.pipelines.memory import GIB, PROCESS, dtype_bytes, learner_memory, teacher_memory
 from trl_ray.pipelines.objectives import Objective, objective_of
 from trl_ray.pipelines.planning import cut_rules, total_steps
 from trl_ray.pipelines.reward_models import PreparedRewardModel, prepare_reward_models, reward_model_arguments
@@ -72,6 +72,8 @@ class Preparation:
     cut: CutRules
     """How the samples of an update become micro-batches."""
     objective: Objective
+    pad_token_id: int
+    """For callbacks that are shown rectangles of token ids."""
     reward_models: tuple[PreparedRewardModel, ...] = ()
     teachers: PreparedTeachers | None = None
 
@@ -176,8 +178,7 @@ class Preparation:
     def _describe_teachers(self) -> str:
         where = "the learner" if self.config.teacher_in_learner else "actors"
         where = "the rollout engines" if self.config.teacher_on_engines else where
-        names = [f"{source.name} ({source.kind.value})" for source in self.config.teacher_sources]
-        return f"{', '.join(names)}, held by {where}"
+        return f"{', '.join(_named(source) for source in self.config.teacher_sources)}, held by {where}"
 
     def expected_memory(self) -> Mapping[str, float]:
         """Bytes that one actor of each role is expected to hold: weights, optimizer, caches, and its Python."""
@@ -202,7 +203,15 @@ class Preparation:
         source = None if self.teachers is None else self.teachers.in_learner
         if source is None or source.kind is TeacherKind.LIVE or (source.follows_policy and source.model.use_peft):
             return 0.0
-        return count_parameters(source.model).base * dtype_bytes(source.model.dtype)
+        return teacher_memory(source)
+
+
+def _named(source: TeacherSource) -> str:
+    """A teacher as the dry run calls it, with where its weights come from unless that is its name."""
+    if source.kind is not TeacherKind.EXTERNAL:
+        return source.kind.value
+    server = source.options.server if isinstance(source.options, TeacherOptions) else None
+    return f"{source.name} ({source.model.model_name_or_path if server is None else server.url})"
 
 
 def prepare(config: RolloutRunConfig, inputs: Inputs) -> Preparation:
@@ -238,6 +247,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs) -> Preparation:
     return Preparation(
         config=config,
         objective=objective,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,
         eval_prompts=eval_prompts,
@@ -264,7 +274,7 @@ def _given_completions(config: RolloutRunConfig) -> GivenCompletions | None:
 
 
 def _max_prompt_length(config: RolloutRunConfig) -> int | None:
-    return config.max_prompt_length if isinstance(config, SDPOConfig) else None
+    return config.max_prompt_length if isinstance(config, (SDPOConfig, DistillConfig)) else None
 
 
 def _check_given(functions: Sequence[str | RewardFunction]) -> None:

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from trl_ray.actors.teacher import Teacher
 from trl_ray.config.teachers import TeacherKind, TeacherSource
-from trl_ray.models.checkpoint import checkpoint_step
+from trl_ray.errors import ActorLostError, DeadlineError
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime, teacher_plan
 from trl_ray.runtime.weights import Published, WeightTransport
-from trl_ray.types import Event, EventKind
+from trl_ray.types import Event, EventKind, Health
 
 FOLDER = "teacher"
 """Of a teacher's state, below a checkpoint."""
+_PAUSE_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +102,14 @@ class TeacherCrew:
         """Give every fresh teacher that follows the policy its weights."""
         await asyncio.gather(*(self.feed(handle) for handle in self.handles))
 
+    def lose(self, handle: ActorHandle) -> None:
+        """A teacher is gone, or about to be replaced: it follows nothing until it is fed."""
+        self._fed.discard(handle.name)
+
     async def feed(self, handle: ActorHandle) -> None:
         """Give a fresh teacher what it had at the last checkpoint, then the newest weights.
+
+        One that was only slow to answer still has its weights, and keeps them.
 
         Raises:
             WeightError, CheckpointError: they do not fit.
@@ -111,14 +118,23 @@ class TeacherCrew:
         source = self._sources[handle.name]
         if not source.follows_policy:
             return
-        self._fed.discard(handle.name)
-        if source.kind is TeacherKind.EMA:
+        self.lose(handle)
+        if source.kind is TeacherKind.EMA and await self._version(handle) is None:
             await self._restore(handle)
         pulled: Published | None = None
         while pulled is not self._weights.newest:
             pulled = self._weights.newest
             await self.pull(handle)
         self._fed.add(handle.name)
+
+    async def follow(self, handle: ActorHandle) -> None:
+        """Have one teacher pull the newest weights; see `pull`.
+
+        NOTE: one that died and came back unnoticed has none, and an average must not begin anew here: it waits for
+        `feed`.
+        """
+        if await self._version(handle) is not None:
+            await self.pull(handle)
 
     async def pull(self, handle: ActorHandle) -> None:
         """Have one teacher pull the newest weights.
@@ -134,33 +150,53 @@ class TeacherCrew:
         )
 
     async def save(self, folder: Path) -> bool:
-        """Have the averages written into a folder.
+        """Have the averages written into a folder; a teacher that is being replaced is waited for.
 
         Returns:
             Whether there is anything in it.
 
         Raises:
             CheckpointError: it cannot be written.
+            ActorLostError, DeadlineError: of the teacher, when it does not come back in time.
         """
-        saved = False
-        for source in self._sources.values():
-            if source.kind is TeacherKind.EMA and not saved:
-                first = self.by_teacher[source.name][0]
-                saved = await first.call("save", str(folder), deadline_s=self._deadline_s)
-        return saved
+        averaged = [name for name, source in self._sources.items() if source.kind is TeacherKind.EMA]
+        if not averaged:
+            return False
+        [first, *_] = self.by_teacher[self._sources[averaged[0]].name]
+        end = time.monotonic() + self._deadline_s
+        while True:
+            try:
+                # One without weights, or with those of the last checkpoint only, has nothing that may be kept.
+                if first.name in self._fed and await self._version(first) is not None:
+                    saved: bool = await first.call("save", str(folder), deadline_s=self._deadline_s)
+                    return saved
+                missing: ActorLostError | DeadlineError = DeadlineError(
+                    f"{first.name} must have its weights within {self._deadline_s:g} s (runtime.pull_deadline_s) for "
+                    "a checkpoint, but has none."
+                )
+            except ActorLostError as error:
+                missing = error
+            if time.monotonic() >= end:
+                raise missing
+            await asyncio.sleep(_PAUSE_S)
+
+    async def _version(self, handle: ActorHandle) -> int | None:
+        """Of the weights that a teacher holds; None without any."""
+        health: Health = await handle.call("health", deadline_s=self._deadline_s)
+        return health.version
 
     async def _restore(self, handle: ActorHandle) -> None:
         if self.checkpoint is None:
             return
         folder = Path(self.checkpoint) / FOLDER
         await handle.call("restore", str(folder), deadline_s=self._deadline_s)
-        step, newest = checkpoint_step(folder.parent), self._weights.newest
-        if newest is not None and newest.identity.version > step:
+        held, newest = await self._version(handle), self._weights.newest
+        if held is not None and newest is not None and newest.identity.version > held + 1:
             self._say(
                 EventKind.WARNING,
                 handle.name,
-                detail=f"its average goes on from step {step}; version {newest.identity.version} stands in for those "
-                "between",
+                detail=f"its average goes on from version {held}; version {newest.identity.version} stands in for "
+                "those between",
             )
 
     def _say(self, kind: EventKind, actor: str, /, **detail: object) -> None:

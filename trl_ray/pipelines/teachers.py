@@ -5,7 +5,7 @@ config, tokenizer, prompts --prepare_teachers--> vocabulary shared, contexts tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from trl_ray.config.teachers import TeacherKind, TeacherOptions, TeacherSource
 from trl_ray.data.prompts import PromptSource
 from trl_ray.data.reprompts import require_user_turn
 from trl_ray.errors import ConfigError, ModelError
-from trl_ray.models.load import count_parameters, load_model_config, load_tokenizer, max_positions
-from trl_ray.pipelines.memory import PROCESS, dtype_bytes
+from trl_ray.models.load import load_model_config, load_tokenizer, max_positions
+from trl_ray.pipelines.memory import GIB, PROCESS, teacher_memory
 from trl_ray.pipelines.teacher_crew import TeacherArguments
 from trl_ray.runtime.runtime import teacher_plan
 from trl_ray.types import TeacherQuestion
@@ -98,11 +98,13 @@ def _plan(config: RolloutRunConfig, *, vocab_size: int) -> TeachingPlan:
     elif config.teacher_on_engines:
         seat = TeacherSeat.OWN_ENGINE
     patience = [source.options for source in config.teacher_sources]
+    servers = [each.server for each in patience if isinstance(each, TeacherOptions) and each.server is not None]
     shared: dict[str, Any] = {
         "asks": seat,
         "chat_template_kwargs": config.chat_template_kwargs,
         "timeout_s": max(options.timeout_s for options in patience),
         "max_attempts": max(options.max_attempts for options in patience),
+        "retry_delay_s": max((server.retry_delay_s for server in servers), default=0.0),
     }
     if isinstance(config, SDPOConfig):
         top_k = config.distillation_topk if config.distillation_mode is DistillationMode.TOPK_LOGITS else None
@@ -144,8 +146,8 @@ def _reprompt(config: SDPOConfig) -> RepromptConfig:
 
 def _shared_vocabulary(source: TeacherSource, tokenizer: Any, vocab_size: int) -> int:
     """Entries that both heads have; models of one family pad their vocabularies differently."""
-    theirs = load_model_config(source.model).get_text_config().vocab_size
-    own, other = tokenizer.get_vocab(), _teacher_tokenizer(source).get_vocab()
+    theirs = _of_teacher(source, load_model_config).get_text_config().vocab_size
+    own, other = tokenizer.get_vocab(), _of_teacher(source, load_tokenizer).get_vocab()
     different = [token for token in own.keys() | other.keys() if own.get(token) != other.get(token)]
     if different or max(own.values()) >= min(theirs, vocab_size):
         example = f", for example {min(different)!r}" if different else ""
@@ -158,9 +160,10 @@ def _shared_vocabulary(source: TeacherSource, tokenizer: Any, vocab_size: int) -
     return int(min(theirs, vocab_size))
 
 
-def _teacher_tokenizer(source: TeacherSource) -> Any:
+def _of_teacher(source: TeacherSource, load: Callable[[ModelConfig], Any]) -> Any:
+    """What is loaded of a teacher's model, or an error that says whose it is."""
     try:
-        return load_tokenizer(source.model)
+        return load(source.model)
     except ModelError as error:
         raise ModelError(f"teacher {source.name}: {error}") from error
 
@@ -179,5 +182,5 @@ def _check_context(source: TeacherSource, max_model_len: int) -> None:
 
 def _memory(source: TeacherSource) -> float:
     if source.model.model_name_or_path is None:
-        return 0.2 * (1 << 30)
-    return count_parameters(source.model).base * dtype_bytes(source.model.dtype) + PROCESS
+        return 0.2 * GIB
+    return teacher_memory(source) + PROCESS

@@ -33,6 +33,7 @@ from trl_ray.pipelines.evaluation import evaluate, held_out_loss
 from trl_ray.pipelines.objectives import with_metrics
 from trl_ray.pipelines.preparation import OBJECTIVE_STATE, Preparation
 from trl_ray.pipelines.record import Recorder, StepTimes
+from trl_ray.pipelines.self_distillation_hooks import dispatch_self_distillation
 from trl_ray.pipelines.teacher_crew import FOLDER
 from trl_ray.pipelines.updates import Prepared, Updated, prepare_step, train_on
 from trl_ray.types import Event, EventKind, Metric, RolloutGroup, StepResult
@@ -210,6 +211,9 @@ class Walk:
     async def _optimize(self, step: int, groups: list[RolloutGroup]) -> Updated:
         self._staleness = self._recorder.check_staleness(step, groups)
         prepared = await self._prepare(step, groups)
+        if self._config.teacher_sources:
+            pad = self._preparation.pad_token_id
+            await dispatch_self_distillation(self._callbacks, groups, prepared.samples, self._config, pad)
         return await train_on(
             prepared,
             step=step,

@@ -91,6 +91,11 @@ def flat(learner: PolicyLearner) -> Tensor:
     return torch.cat([weight.detach().flatten().clone() for _, weight in learner._backend.weights()])
 
 
+def samples_for(loss: LossOptions, seed: int) -> list[TrainingSample]:
+    """Only self-distillation leaves samples out."""
+    return taught_samples(seed, hinted=isinstance(loss, SDPOObjective))
+
+
 CASES: dict[str, tuple[LossOptions, TeacherKind, dict[str, Any], AdapterAverage]] = {
     "live": (FULL_LOGITS, TeacherKind.LIVE, {}, AdapterAverage.FACTORS),
     "base": (SAMPLED, TeacherKind.BASE, {}, AdapterAverage.FACTORS),
@@ -116,11 +121,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     teacher = held(kind, other if kind is TeacherKind.EXTERNAL else tiny, average)
     straight = learner_of(tiny, loss, teacher, model=model)
     for step in range(1, 4):
-        straight.step(batch_of(taught_samples(step), step=step, size=3))
+        straight.step(batch_of(samples_for(loss, step), step=step, size=3))
     saved = straight.save(str(tmp_path), step=3, extra={})
     resumed = learner_of(tiny, loss, teacher, model=model, checkpoint=saved)
     for step in range(4, 7):
-        batch = batch_of(taught_samples(step), step=step, size=3)
+        batch = batch_of(samples_for(loss, step), step=step, size=3)
         one, two = straight.step(batch), resumed.step(batch)
         assert (one.loss, one.grad_norm) == (two.loss, two.grad_norm) and not one.skipped
     assert torch.equal(flat(straight), flat(resumed))
@@ -134,8 +139,8 @@ def test_how_an_update_is_cut_does_not_matter(case: str, tiny: str, other: str) 
     for size in (8, 3):
         teacher = held(kind, other if kind is TeacherKind.EXTERNAL else tiny, average)
         learner = learner_of(tiny, loss, teacher, model=model, training={"adam_epsilon": 1.0})
-        learner.step(batch_of(taught_samples(1), step=1, size=size))
-        results.append(learner.step(batch_of(taught_samples(3), step=2, size=size)))
+        learner.step(batch_of(samples_for(loss, 1), step=1, size=size))
+        results.append(learner.step(batch_of(samples_for(loss, 3), step=2, size=size)))
     whole, cut = results
     assert cut.loss == pytest.approx(whole.loss, rel=1e-3, abs=1e-5)
     assert cut.grad_norm == pytest.approx(whole.grad_norm, rel=1e-3)
@@ -147,8 +152,8 @@ def test_an_evaluation_is_the_loss_of_the_next_step_and_changes_nothing(case: st
     loss, kind, model, average = CASES[case]
     teacher = held(kind, other if kind is TeacherKind.EXTERNAL else tiny, average)
     learner = learner_of(tiny, loss, teacher, model=model)
-    learner.step(batch_of(taught_samples(1), step=1))
-    batch, before = batch_of(taught_samples(2), step=2, size=3), flat(learner)
+    learner.step(batch_of(samples_for(loss, 1), step=1))
+    batch, before = batch_of(samples_for(loss, 2), step=2, size=3), flat(learner)
     evaluated = learner.evaluate(batch)
     assert torch.equal(flat(learner), before)
     result = learner.step(batch)
@@ -186,7 +191,7 @@ def test_samples_that_teachers_have_scored_need_no_teacher_at_hand(name: str, ti
 
 
 def test_a_student_comes_nearer_to_its_teacher(tiny: str, other: str) -> None:
-    samples = [replace(each, is_distilled=True) for each in taught_samples(1)]
+    samples = taught_samples(1, hinted=False)
     for loss in (
         DistillationLossConfig(beta=0.0, loss_support=Support.FULL),
         DistillationLossConfig(beta=0.5, loss_support=Support.UNION),

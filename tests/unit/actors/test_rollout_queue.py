@@ -152,6 +152,22 @@ def test_long_polls_wake_as_soon_as_there_is_something(tmp_path: Path) -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("reason", [DropReason.REWARD_FAILED, DropReason.TEACHER_FAILED])
+def test_who_waits_for_groups_is_told_of_a_failed_reward_or_teacher_at_once(tmp_path: Path, reason: DropReason) -> None:
+    async def scenario() -> None:
+        queue = make(tmp_path)
+        await fill(queue)
+        for group_id in range(2):
+            learner = asyncio.create_task(queue.take(n=2, step=1, wait_s=3600))
+            await asyncio.sleep(0)
+            await queue.generated(group_id=2, attempt=0)
+            assert not learner.done()
+            await queue.fail(group_id=group_id, attempt=0, detail="no answer", exhausted=reason)
+            assert await asyncio.wait_for(learner, 5) == []
+
+    run(scenario())
+
+
 def test_prompts_admitted_together_are_leased_together(tmp_path: Path) -> None:
     async def scenario() -> None:
         queue = make(tmp_path)

@@ -124,6 +124,7 @@ class Stage:
         teaching=None,
         teachers=None,
         lease_s=40_000.0,
+        generation=None,
         **engine,
     ):
         self.engine, self.queue = FakeEngine(**engine), FakeQueue(*tickets)
@@ -137,7 +138,7 @@ class Stage:
             name="rollout-0",
             model=ModelConfig(model_name_or_path="none"),
             rollout=RolloutConfig(lease_s=lease_s),
-            generation=GenerationConfig(num_generations=G),
+            generation=GenerationConfig(num_generations=G, **generation or {}),
             seed=seed,
             max_model_len=64,
             canary_tolerance=0.01,
@@ -526,6 +527,38 @@ def test_an_evaluation_is_taught_and_can_be_read_as_groups(monkeypatch):
     assert (group.ticket.group_id, group.teachings, group.contexts) == (9, first.teachings, first.contexts)
     assert group.rewards == scored.rewards
     assert stage.worker.drain().events == ()
+
+
+@pytest.mark.parametrize(("asked", "answered"), [(1, 1), (3, 3), (None, G)])
+def test_an_evaluation_takes_as_many_completions_of_a_prompt_as_it_is_told(monkeypatch, asked, answered):
+    scored = ScoredGroup(rewards=(reward(0.5),) * answered)
+    stage = Stage(monkeypatch, scored=scored, generation={"num_generations_eval": asked})
+
+    async def run():
+        task = asyncio.create_task(stage.worker.evaluate([prompt(5), prompt(6)], seed=7))
+        await until(lambda: len(stage.engine.running) == 2)
+        for request_id in list(stage.engine.running):
+            stage.engine.finish(request_id)
+        return await task
+
+    assert [len(each.completions) for each in asyncio.run(run())] == [answered] * 2
+    assert [len(call.kwargs["completions"]) for call in stage.reward.asked("score")] == [answered] * 2
+
+
+def test_a_self_teacher_is_not_asked_in_evaluations_which_measure_rewards(monkeypatch):
+    expert = teacher()
+    teaching = plan(reprompt=RepromptConfig(include_environment_feedback=True))
+    scored = ScoredGroup(rewards=(reward(1.0),))
+    stage = Stage(monkeypatch, scored=scored, teaching=teaching, teachers={"t": (expert,)})
+    [answer_] = evaluated(stage, prompt(5))
+    assert (expert.calls, answer_.contexts, answer_.teacher_failure) == ([], (), None)
+
+
+def test_completions_are_sampled_as_the_options_say():
+    options = {"min_tokens": 3, "stop": ["."], "temperature": 0.5, "top_k": 7, "max_completion_length": 9}
+    sampling = rollout_worker.sampling_params(GenerationConfig(**options))
+    assert (sampling.min_tokens, sampling.stop, sampling.temperature) == (3, (".",), 0.5)
+    assert (sampling.top_k, sampling.max_tokens) == (7, 9)
 
 
 def test_a_teacher_that_fails_in_an_evaluation_is_a_warning(monkeypatch):

@@ -340,13 +340,15 @@ def test_a_server_is_asked_and_its_failures_are_the_teachers() -> None:
 
     with serving(frame_answer, Reply(status=500)) as server:
         options = TeacherOptions(
-            name="far", server={"url": server.url, "retry_delay_s": 0.01}, max_attempts=1, timeout_s=10
+            name="far", server={"url": server.url, "retry_delay_s": 0.01}, max_attempts=3, timeout_s=10
         )
         made = external(options, vocab_size=50)
         scores = asyncio.run(run(made))
         assert [len(each.logprobs) for each in scores] == [3, 5]
         with pytest.raises(TeacherError, match="500"):
             asyncio.run(run(made))
+        # Who asks the actor asks again, and the actor does not.
+        assert len(server.seen) == 2
         assert made.health().problem is None and len(made.drain().spans) == 2
         made.close()
 

@@ -261,6 +261,19 @@ def test_another_copy_is_asked_after_a_failure_at_once(answer: Any) -> None:
     assert (len(first.calls), len(second.calls)) == (1, 1)
 
 
+def test_delays_between_attempts_double_up_to_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    delays: list[float] = []
+    sleep = asyncio.sleep
+
+    async def note(seconds: float) -> None:
+        delays.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", note)
+    assert taught_by(failing(with_nan), max_attempts=7, retry_delay_s=0.5).failure is not None
+    assert delays == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0]
+
+
 def test_after_all_copies_have_failed_the_first_is_asked_again() -> None:
     first, second = failing(with_nan, "teacher-0"), failing(with_nan, "teacher-1")
     assert taught_by(first, second, max_attempts=4).failure is not None

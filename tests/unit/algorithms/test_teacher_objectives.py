@@ -131,6 +131,14 @@ def test_a_label_has_no_sampler_to_weigh_its_advantage_by() -> None:
     assert found.metrics["iw_opd/mean_advantage"].value == pytest.approx(1.5 * (2 - 1) / 2)
 
 
+def test_distillation_leaves_no_sample_out() -> None:
+    given = inputs([sample(1, is_distilled=False)], torch.tensor([-1.0]), TeacherSignal(divergence=torch.tensor([1.0])))
+    with pytest.raises(AssertionError, match="leaves samples out"):
+        DistillationLoss(FULL)(given)
+    empty = inputs([sample(1), sample(0, is_distilled=False)], torch.tensor([-1.0]), given.teacher)
+    assert DistillationLoss(FULL)(empty).loss.item() == 1
+
+
 def test_self_distillation_blends_with_the_whole_policy_loss() -> None:
     """Half of -1 (ratio 1, advantage 1, no correction) and half of (3 + 0) / 2."""
     options = SDPOObjective(distillation_weight=0.5, vllm_importance_sampling_correction=False, **FULL_LOGITS)

@@ -11,6 +11,7 @@ from tiny_reward_models import build_reward_model
 from trl_ray import errors
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.cli.main import ExitCode, main
+from trl_ray.config.load import dump_yaml
 from trl_ray.pipelines.pipeline import Pipeline, TrainOutput
 
 
@@ -120,7 +121,9 @@ def test_each_pipeline_runs_under_its_own_name(monkeypatch, config):
     main(["grpo", "--config", config])
     main(["async-grpo", "--config", config, "max_staleness=1"])
     main(["rloo", "--config", config, "normalize_advantages=true"])
-    assert [made.pipeline for made in seen] == ["grpo", "async-grpo", "rloo"]
+    main(["sdpo", "--config", config, "max_staleness=2"])
+    main(["distill", "--config", config, "lmbda=0.5"])
+    assert [made.pipeline for made in seen] == ["grpo", "async-grpo", "rloo", "sdpo", "distill"]
 
 
 def test_resume_goes_on_with_the_pipeline_that_the_run_was_started_with(monkeypatch, tmp_path):
@@ -131,6 +134,31 @@ def test_resume_goes_on_with_the_pipeline_that_the_run_was_started_with(monkeypa
     seen = ends_with(monkeypatch, output())
     assert main(["resume", str(run)]) == 0
     assert (seen[0].pipeline, seen[0].max_staleness, seen[0].output_dir) == ("async-grpo", 3, str(run))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "options"),
+    [
+        ("sdpo", {"distillation_weight": 0.5, "teacher_update_rate": 0.25, "beta": 0.1, "max_staleness": 1}),
+        ("sdpo", {"teacher": {"placement": "learner"}, "model_init_kwargs": {"dtype": "bfloat16"}}),
+        ("sdpo", {"generation_kwargs": {"min_tokens": 3}, "reprompt_template": "{prompt}: {solution}{feedback}"}),
+        ("distill", {"teachers": [{"server": {"url": "http://127.0.0.1:1"}, "max_attempts": 5}], "lmbda": 0.25}),
+        ("distill", {"teacher_model_name_or_path": "far", "teacher_model_revision": "v2", "max_prompt_length": 9}),
+    ],
+)
+def test_a_resumed_run_keeps_every_option(pipeline, options, monkeypatch, tmp_path):
+    seen = ends_with(monkeypatch, output())
+    config = write_config(
+        tmp_path / "config.yaml", output_dir=str(tmp_path / "run"), model_name_or_path="none", **options
+    )
+    main([pipeline, "--config", config])
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    # What a run writes into its directory.
+    (run / "config.yaml").write_text(dump_yaml(seen[0]))
+    assert main(["resume", str(run)]) == 0
+    assert seen[1] == seen[0]
 
 
 def test_a_run_of_an_unknown_pipeline_is_not_resumed(tmp_path, capsys):
@@ -161,6 +189,55 @@ def test_a_dry_run_shows_reward_models_with_their_actors(tmp_path, monkeypatch, 
     assert "reward models: a_judge (sequence)" in plan
     [row] = [line for line in plan.splitlines() if line.startswith("reward_model a_judge")]
     assert row.split()[2:] == ["2", "0.5", "0", "0.6", "by", "Ray"]
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "teachers", "row"),
+    [
+        (
+            "sdpo",
+            ["teacher.num_workers=2", "teacher.num_cpus=0.5"],
+            "ema, held by actors",
+            ["teacher", "ema", "2", "0.5"],
+        ),
+        ("sdpo", ["distillation_mode=full_logits"], "ema, held by the learner", None),
+        ("sdpo", ["teacher_model_kind=live", "use_teacher_server=true"], "live, held by the rollout engines", None),
+        ("sdpo", ["distillation_weight=0.0"], None, None),
+        (
+            "distill",
+            ["teacher_model_name_or_path=MODEL"],
+            "teacher (MODEL), held by actors",
+            ["teacher", "teacher", "1", "1"],
+        ),
+        (
+            "distill",
+            ["teacher_model_name_or_path=MODEL", "loss_support=full"],
+            "teacher (MODEL), held by the learner",
+            None,
+        ),
+    ],
+)
+def test_a_dry_run_shows_who_teaches_and_where(command, changes, teachers, row, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1 + 1 = ", "answer": "2"}\n' * 6)
+    model = build_tiny_model(tmp_path / "model")
+    config = write_config(
+        tmp_path / "config.yaml",
+        model_name_or_path=model,
+        dataset_name=str(tmp_path / "data.jsonl"),
+        output_dir=str(tmp_path / "run"),
+    )
+    changes = [change.replace("MODEL", model) for change in changes]
+    assert main([command, "--config", config, "--dry-run", *changes]) == 0
+    page = capsys.readouterr().out
+    assert yaml.safe_load(page.partition("# plan")[0])["pipeline"] == command
+    plan = page.partition("# plan")[2].splitlines()
+    told = [line.removeprefix("teachers: ") for line in plan if line.startswith("teachers: ")]
+    assert told == ([] if teachers is None else [teachers.replace("MODEL", model)])
+    rows = [line.split() for line in plan if line.startswith("teacher ")]
+    assert [each[:4] for each in rows] == ([] if row is None else [row])
+    assert all(each[-3:] == ["0.6", "by", "Ray"] for each in rows)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_prints_configuration_actors_and_memory_and_writes_nothing(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,8 @@
 """The crew on a fake runtime: who is ended, told, started and refitted, and in which order."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ from fakes import FakeHandle, health, in_turn
 from trl_ray.actors.rollout_worker import PullReport
 from trl_ray.config.grpo import GRPOConfig
 from trl_ray.config.reward_models import RewardModelOptions
+from trl_ray.config.sections import ModelConfig
+from trl_ray.config.teachers import TeacherConfig, TeacherKind, TeacherOptions, TeacherSource, TeacherWeights
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, RunError, WeightError
 from trl_ray.pipelines.crew import ActorArguments, Crew
+from trl_ray.pipelines.teacher_crew import TeacherArguments
 from trl_ray.runtime.runtime import Role
 from trl_ray.types import ActorReport, Canary, EventKind, WeightVersion
 
@@ -45,7 +49,7 @@ class FakeRuntime:
             }
         if role is Role.ROLLOUT:
             return {"pull": lambda shared, canary: report(shared, canary)}
-        return {}
+        return Weighing(pid=len(self.handles) + 1).answers if role is Role.TEACHER else {}
 
     async def kill(self, handle):
         self.log.append(f"kill {handle.name}")
@@ -54,10 +58,32 @@ class FakeRuntime:
         self.log.append(f"end {handle.name}")
 
     def survives(self, role):
-        return role in (Role.QUEUE, Role.REWARD, Role.REWARD_MODEL)
+        return role in (Role.QUEUE, Role.REWARD, Role.REWARD_MODEL, Role.TEACHER)
 
     async def close(self):
         pass
+
+
+class Weighing:
+    """A teacher that knows which version it holds: none at first, 4 from a checkpoint, else what it pulled."""
+
+    def __init__(self, *, pid):
+        self.health = health(pid=pid)
+        names = ("health", "pull", "restore", "save")
+        self.answers = {name: getattr(self, f"_{name}") for name in names}
+
+    def _health(self):
+        return self.health
+
+    def _pull(self, shared, canary):
+        self.health = replace(self.health, version=shared.version)
+        return report(shared, None)
+
+    def _restore(self, folder):
+        self.health = replace(self.health, version=4)
+
+    def _save(self, folder):
+        return True
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -67,6 +93,8 @@ class LoggedHandle(FakeHandle):
     runtime: FakeRuntime
 
     async def call(self, method, /, *args, deadline_s, **kwargs):
+        if method in ("restore", "save"):
+            self.runtime.log.append(f"{self.name} {method} {args[0]}")
         if method in ("pull", "start"):
             what = f" {args[0].version}" if method == "pull" else ""
             self.runtime.log.append(f"{self.name} {method}{what}")
@@ -83,12 +111,19 @@ def report(shared, canary):
 class Stage:
     """A crew, its runtime and its events."""
 
-    def __init__(self, *, workers=1, max_restarts=10, canary_every=1, models=()):
+    def __init__(self, *, workers=1, max_restarts=10, canary_every=1, models=(), teachers=(), checkpoint=None):
         self.runtime, self.events = FakeRuntime(), []
         config = GRPOConfig(
             rollout={"num_workers": workers, "canary_every": canary_every}, runtime={"max_restarts": max_restarts}
         )
-        arguments = ActorArguments(learner={}, queue={}, rollout={}, reward={}, reward_models=tuple(models))
+        arguments = ActorArguments(
+            learner={} if checkpoint is None else {"checkpoint": checkpoint},
+            queue={},
+            rollout={},
+            reward={} if not teachers else None,
+            reward_models=tuple(models),
+            teachers=tuple(TeacherArguments(source=source, vocab_size=9) for source in teachers),
+        )
         self.crew = Crew(
             runtime=self.runtime,
             config=config,
@@ -385,3 +420,171 @@ def test_dismissing_ends_every_actor_replaced_ones_once():
     asyncio.run(run())
     assert sorted(stage.runtime.log) == ["end learner", "end queue", "end reward-0", "end rollout-0+1"]
     assert stage.watched() == []
+
+
+def teacher(kind, *, copies=1):
+    """One teacher, as the crew is told of it."""
+    external = kind is TeacherKind.EXTERNAL
+    options = TeacherOptions(model_name_or_path="models/far", num_workers=copies) if external else None
+    return TeacherSource(
+        name=kind.value,
+        kind=kind,
+        model=ModelConfig(),
+        options=options or TeacherConfig(num_workers=copies),
+        weights=None if external else TeacherWeights(teacher_model_kind=kind),
+    )
+
+
+def test_teachers_are_started_before_the_workers_that_hold_their_handles_and_fed_before_these_begin():
+    stage = Stage(teachers=[teacher(TeacherKind.EMA, copies=2)])
+    asyncio.run(stage.crew.start())
+    copies = ["teacher-ema-0", "teacher-ema-1"]
+    assert stage.runtime.log == [
+        *(f"spawn {name}" for name in ("queue", "learner", *copies, "rollout-0")),
+        *(f"{name} pull 0" for name in (*copies, "rollout-0")),
+        "rollout-0 start",
+    ]
+    assert stage.watched() == ["learner", "queue", "rollout-0", *copies]
+    given = stage.runtime.given["teacher-ema-1"]
+    assert (given["role"], given["slot"], given["plan"], given["vocab_size"]) == (Role.TEACHER, 1, "teacher ema", 9)
+    handles = tuple(stage.runtime.handles[name] for name in copies)
+    assert stage.runtime.given["rollout-0"]["teachers"] == {"ema": handles}
+
+
+@pytest.mark.parametrize(
+    ("kind", "follows"),
+    [(TeacherKind.EMA, True), (TeacherKind.LIVE, True), (TeacherKind.BASE, False), (TeacherKind.EXTERNAL, False)],
+)
+def test_only_averaged_and_live_teachers_pull_what_is_published(kind, follows):
+    async def run():
+        await stage.crew.start()
+        for step in (1, 2):
+            stage.runtime.published = step
+            await stage.crew.publish(step=step)
+            await stage.crew.pull()
+
+    stage = Stage(teachers=[teacher(kind, copies=2)])
+    asyncio.run(run())
+    for name in (f"teacher-{kind.value}-0", f"teacher-{kind.value}-1"):
+        pulled = [call.args[0].version for call in stage.runtime.handles[name].asked("pull")]
+        assert pulled == ([0, 1, 2] if follows else [])
+
+
+def test_a_run_that_goes_on_gives_averages_back_and_nothing_to_others():
+    sources = [teacher(kind) for kind in (TeacherKind.EMA, TeacherKind.LIVE, TeacherKind.BASE)]
+    stage = Stage(teachers=sources, checkpoint="run/step-4")
+    stage.runtime.published = 4
+    asyncio.run(stage.crew.start())
+    told = [line for line in stage.runtime.log if line.startswith("teacher")]
+    assert sorted(told) == [
+        "teacher-ema-0 pull 4",
+        f"teacher-ema-0 restore {Path('run/step-4/teacher')}",
+        "teacher-live-0 pull 4",
+    ]
+    assert told.index(f"teacher-ema-0 restore {Path('run/step-4/teacher')}") < told.index("teacher-ema-0 pull 4")
+
+
+def test_one_copy_saves_the_average_of_all():
+    async def run(kind):
+        stage = Stage(teachers=[teacher(kind, copies=2)])
+        await stage.start()
+        saved = await stage.crew.teachers.save(Path("draft"))
+        return saved, stage.runtime.log
+
+    assert asyncio.run(run(TeacherKind.EMA)) == (True, ["teacher-ema-0 save draft"])
+    assert asyncio.run(run(TeacherKind.LIVE)) == (False, [])
+    assert asyncio.run(run(TeacherKind.EXTERNAL)) == (False, [])
+
+
+def test_weights_published_while_a_teacher_is_fed_are_pulled_before_it_follows():
+    async def run():
+        await stage.start()
+        fed = stage.runtime.handles["teacher-live-0"]
+        plain = fed.answers["pull"]
+
+        async def publishes_meanwhile(shared, canary):
+            if shared.version == 0:
+                stage.runtime.published = 1
+                await stage.crew.publish(step=1)
+                await stage.crew.pull()
+            return plain(shared, canary)
+
+        fed.answers["pull"] = publishes_meanwhile
+        await stage.lose("teacher-live-0")
+
+    stage = Stage(teachers=[teacher(TeacherKind.LIVE)])
+    asyncio.run(run())
+    # The crew's own pull finds no teacher that follows; the one being fed pulls again by itself.
+    assert [line for line in stage.runtime.log if "teacher" in line] == [
+        "teacher-live-0 pull 0",
+        "teacher-live-0 pull 1",
+    ]
+    assert [handle.name for handle in stage.crew.teachers.following] == ["teacher-live-0"]
+
+
+def test_a_teacher_that_was_born_again_is_fed_from_the_newest_checkpoint():
+    async def run():
+        await stage.start()
+        stage.crew.teachers.checkpoint = "run/step-4"
+        lost = stage.runtime.handles["teacher-ema-0"]
+        lost.answers |= Weighing(pid=99).answers
+        await stage.lose("teacher-ema-0")
+
+    stage = Stage(teachers=[teacher(TeacherKind.EMA)])
+    asyncio.run(run())
+    assert [line for line in stage.runtime.log if "teacher" in line] == [
+        f"teacher-ema-0 restore {Path('run/step-4/teacher')}",
+        "teacher-ema-0 pull 0",
+    ]
+    assert stage.told(EventKind.ACTOR_RESTARTED)[0][1]["pid"] == 99
+    assert "teacher-ema-0" in stage.watched()
+
+
+def test_a_teacher_that_came_back_between_two_probes_is_fed_again():
+    async def run():
+        await stage.start()
+        stage.runtime.handles["teacher-live-0"].answers |= Weighing(pid=98).answers
+        [watched] = [each for each in stage.crew.supervisor.watched if each.handle.name == "teacher-live-0"]
+        await stage.crew._on_reborn(watched, health(pid=98))
+
+    stage = Stage(teachers=[teacher(TeacherKind.LIVE)])
+    asyncio.run(run())
+    assert stage.runtime.log == ["teacher-live-0 pull 0"]
+
+
+@pytest.mark.parametrize("error", [ActorLostError("gone"), DeadlineError("silent"), WeightError("another manifest")])
+def test_a_teacher_that_cannot_pull_is_replaced_and_the_others_go_on(error):
+    async def run():
+        await stage.start()
+        first = stage.runtime.handles["teacher-live-0"]
+        plain = first.answers["pull"]
+        calls = []
+
+        def fails_once(shared, canary):
+            calls.append(shared.version)
+            return error if len(calls) == 1 else plain(shared, canary)
+
+        first.answers["pull"] = fails_once
+        stage.runtime.published = 1
+        await stage.crew.publish(step=1)
+        await stage.crew.pull()
+
+    stage = Stage(teachers=[teacher(TeacherKind.LIVE, copies=2)])
+    asyncio.run(run())
+    assert [name for name, _ in stage.told(EventKind.ACTOR_LOST)] == ["teacher-live-0"]
+    assert [handle.name for handle in stage.crew.teachers.following] == ["teacher-live-0", "teacher-live-1"]
+    pulled = [call.args[0].version for call in stage.runtime.handles["teacher-live-1"].asked("pull")]
+    assert pulled == [0, 1]
+
+
+def test_a_teacher_is_drained_and_dismissed_like_the_others():
+    async def run():
+        await stage.start()
+        stage.runtime.handles["teacher-base-0"].answers["drain"] = ActorReport(spans=["span"])
+        drained = await stage.crew.drain()
+        await stage.crew.dismiss()
+        return drained
+
+    stage = Stage(teachers=[teacher(TeacherKind.BASE)])
+    assert asyncio.run(run()).spans == ["span"]
+    assert "end teacher-base-0" in stage.runtime.log and stage.watched() == []
