@@ -93,7 +93,7 @@ def test_rows_choose_their_teacher(model: str, teacher: str, tmp_path: Path) -> 
         "teacher-first-0",
         "teacher-second-0",
     ]
-    with pytest.raises(DataError, match=r"field 'who' .teacher_column., must be one of first, second, got 'third'"):
+    with pytest.raises(DataError, match=r"field 'who' .teacher_column., must be one of first, second, got str 'third'"):
         train(
             distill(model, None, tmp_path / "other", teachers=teachers, teacher_column="who"),
             rows=[*rows, {**PROMPTS[0], "who": "third"}],
