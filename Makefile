@@ -47,7 +47,7 @@ environment-dev:
 	@$(SETUP) --extras dev,test,quickstart
 
 test: environment-dev lint types
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 check: environment-dev lint types
 	$(RUN) -m pytest -q tests/unit

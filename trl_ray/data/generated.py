@@ -164,8 +164,8 @@ def _reworded(item: Mapping[str, Any], wording: object, name: str) -> dict[str, 
     wanted = set(re.findall(r"\{(\w+)\}", wording)) if isinstance(wording, str) else set()
     if not wanted or not wanted <= known:
         raise DataError(
-            f"dataset_kwargs.question of {name} must be a text with {{answer}} or the {{name}} of an entry of the task's "
-            f"metadata, got {wording!r}. Entries: {', '.join(sorted(known))}."
+            f"dataset_kwargs.question of {name} must be a text with {{answer}} or the {{name}} of an entry of the "
+            f"task's metadata, got {wording!r}. Entries: {', '.join(sorted(known))}."
         )
     return {**item, "question": re.sub(r"\{(\w+)\}", lambda match: str(metadata[match[1]]), str(wording))}
 

@@ -72,6 +72,24 @@ _AFTER_REWARDS = (
             ("advantage/zero_std_fraction", "groups with equal rewards"),
         ),
     ),
+    _Plain(
+        title="Student and teacher",
+        unit="nats per token",
+        held_out=True,
+        keys=(
+            ("distillation/log_ratio", "student above teacher"),
+            ("self_distillation/logprob_abs_diff", "apart, either way"),
+        ),
+    ),
+    _Plain(
+        title="What the self-teacher is shown",
+        unit="fraction",
+        keys=(
+            ("self_distillation/success_group_fraction", "groups with a success"),
+            ("self_distillation/reprompt_sample_fraction", "completions with a hint"),
+            ("self_distillation/feedback_used_fraction", "completions with feedback"),
+        ),
+    ),
 )
 _AFTER_STALENESS = (
     _Plain(
