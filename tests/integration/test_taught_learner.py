@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from taught_ranks import STEPS, Outcome, arguments, flat, run_rank, update
 from tiny_models import build_tiny_model
 from trl_ray.actors.policy_learner import PolicyLearner
 from trl_ray.models.ranks import free_address
 from trl_ray.types import Metric
+from two_ranks import run_two_ranks
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 PEFT = {"use_peft": True, "lora_dropout": 0.0}
@@ -60,8 +60,7 @@ def outcomes(models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) 
     """Of all cases; the processes are started once, because they take seconds to load."""
     pytest.importorskip("deepspeed")
     directory = tmp_path_factory.mktemp("outcomes")
-    addresses = [(free_address(), free_address()) for _ in CASES]
-    mp.spawn(run_rank, (*models, str(directory), CASES, addresses), nprocs=2)  # type: ignore[no-untyped-call]
+    run_two_ranks(run_rank, lambda: (*models, str(directory), CASES, [(free_address(), free_address()) for _ in CASES]))
     found: dict[str, Outcome] = torch.load(directory / "outcomes.pt", weights_only=False)
     return found
 
