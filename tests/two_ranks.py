@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 def run_two_ranks(target: Callable[..., None], arguments: Callable[[], tuple[Any, ...]]) -> None:
     """Run a function in two processes, which get their rank first; once more if one of them was aborted.
 
-    Threads of gloo can outlive their group by a moment, and end a process that opens and leaves dozens of groups one after
-    the other on a busy machine. A learner has one group for its whole life.
+    Threads of gloo can outlive their group by a moment, and end a process that opens and leaves dozens of groups one
+    after the other on a busy machine. A learner has one group for its whole life.
 
     Args:
         target: what they run.
