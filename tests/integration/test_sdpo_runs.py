@@ -115,6 +115,18 @@ def test_the_rollout_engine_stands_in_for_a_live_teacher(model: str, tmp_path: P
     assert not [event for event in events(served, "actor_started") if "teacher" in event["actor"]]
 
 
+@pytest.mark.parametrize("mode", [{}, TOP], ids=["sampled", "top"])
+def test_vllm_stands_in_for_a_live_teacher(model: str, tmp_path: Path, mode: dict[str, Any]) -> None:
+    pytest.importorskip("vllm")
+    rollout = {"engine": "vllm", "max_model_len": 400, "kv_cache_memory_gib": 0.1}
+    options = {"teacher_model_kind": "live", "use_teacher_server": True, "max_steps": 2, "rollout": rollout, **mode}
+    run = train(sdpo(model, tmp_path / "run", **options))
+    assert_balanced(run, trained=8)
+    for line in lines(run / "metrics.jsonl"):
+        assert np.isfinite(line["loss"]) and line["grad_norm"] > 0
+        assert line["self_distillation/logprob_abs_diff"] > 0
+
+
 def test_top_k_of_the_rollout_engine_is_the_teachers(model: str, tmp_path: Path) -> None:
     options = {"teacher_model_kind": "live", "use_teacher_server": True, "max_steps": 2, **TOP}
     run = train(sdpo(model, tmp_path / "run", **options))

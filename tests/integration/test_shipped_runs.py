@@ -26,10 +26,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build_tiny_model(tmp_path_factory.mktemp("shipped") / "tiny")
 
 
-def run_shipped(pipeline: str, tiny: str, folder: Path) -> Path:
+def run_shipped(pipeline: str, tiny: str, folder: Path, *further: str) -> Path:
     """Train as a user would, but in this process; returns the run directory."""
     config = ROOT / "configs" / pipeline / "tiny.yaml"
-    options = [f"model_name_or_path={tiny}", f"output_dir={folder}", "runtime.kind=local"]
+    options = [f"model_name_or_path={tiny}", f"output_dir={folder}", "runtime.kind=local", *further]
     assert main([pipeline, "--config", str(config), *options]) == 0
     return folder
 
@@ -42,6 +42,14 @@ def test_the_shipped_tiny_config_trains_and_lowers_the_held_out_loss(pipeline: s
     evaluated = [event["detail"] for event in events(run, "evaluated")]
     assert [(each["step"], each["examples"]) for each in evaluated] == [(0, 16), (2, 16), (4, 16)]
     assert evaluated[-1]["eval/loss"] < evaluated[0]["eval/loss"]
+
+
+def test_the_shipped_tiny_configs_of_teachers_train(tiny: str, tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    assert_balanced(run_shipped("sdpo", tiny, tmp_path / "sdpo"), trained=16)
+    run = run_shipped("distill", tiny, tmp_path / "distill", f"teacher_model_name_or_path={tiny}")
+    assert_balanced(run, trained=64)
+    assert [event["detail"]["step"] for event in events(run, "evaluated")] == [0, 4]
 
 
 @pytest.mark.parametrize("pipeline", ["sft", "dpo", "kto"])
