@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -17,7 +19,7 @@ def run_two_ranks(target: Callable[..., None], arguments: Callable[[], tuple[Any
 
     Args:
         target: what they run.
-        arguments: makes its further arguments, anew for each try: addresses must be free.
+        arguments: makes its further arguments, anew for each try: meeting places are used once.
     """
     try:
         mp.spawn(target, arguments(), nprocs=2)  # type: ignore[no-untyped-call]
@@ -25,3 +27,8 @@ def run_two_ranks(target: Callable[..., None], arguments: Callable[[], tuple[Any
         if error.signal_name != signal.SIGABRT.name:
             raise
         mp.spawn(target, arguments(), nprocs=2)  # type: ignore[no-untyped-call]
+
+
+def meeting_place(directory: Path) -> str:
+    """Where two ranks on this machine meet; unlike a port, nobody else can take it before they do."""
+    return f"file://{directory}/meeting-{uuid.uuid4().hex}"

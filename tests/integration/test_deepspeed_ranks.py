@@ -13,8 +13,8 @@ import torch
 from deepspeed_ranks import Outcome, build, finish, run_rank, train
 from tiny_models import build_tiny_model
 from trl_ray.config.sections import Dtype
-from trl_ray.models.ranks import SOLO, free_address
-from two_ranks import run_two_ranks
+from trl_ray.models.ranks import SOLO
+from two_ranks import meeting_place, run_two_ranks
 
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -47,7 +47,7 @@ def outcomes(model: str, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """Of all cases; the processes are started once, because they take seconds to load."""
     directory = tmp_path_factory.mktemp("outcomes")
     cases = tuple((STAGES | OTHERS | HALVES).items())
-    run_two_ranks(run_rank, lambda: (free_address(), model, str(directory), cases))
+    run_two_ranks(run_rank, lambda: (meeting_place(directory), model, str(directory), cases))
     found: Outcomes = torch.load(directory / "outcomes.pt", weights_only=False)
     return found
 

@@ -5,6 +5,7 @@ fixture: two processes run every case of taught_ranks --> outcomes.pt --> compar
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,8 @@ import torch
 from taught_ranks import STEPS, Outcome, arguments, flat, run_rank, update
 from tiny_models import build_tiny_model
 from trl_ray.actors.policy_learner import PolicyLearner
-from trl_ray.models.ranks import free_address
 from trl_ray.types import Metric
-from two_ranks import run_two_ranks
+from two_ranks import meeting_place, run_two_ranks
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 PEFT = {"use_peft": True, "lora_dropout": 0.0}
@@ -55,12 +55,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return student, build_tiny_model(tmp_path_factory.mktemp("other"), family="llama", seed=3)
 
 
+def meetings(directory: Path) -> list[tuple[str, str]]:
+    """Of each case, before and after its checkpoint."""
+    return [(meeting_place(directory), meeting_place(directory)) for _ in CASES]
+
+
 @pytest.fixture(scope="module")
 def outcomes(models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """Of all cases; the processes are started once, because they take seconds to load."""
     pytest.importorskip("deepspeed")
     directory = tmp_path_factory.mktemp("outcomes")
-    run_two_ranks(run_rank, lambda: (*models, str(directory), CASES, [(free_address(), free_address()) for _ in CASES]))
+    run_two_ranks(run_rank, lambda: (*models, str(directory), CASES, meetings(directory)))
     found: dict[str, Outcome] = torch.load(directory / "outcomes.pt", weights_only=False)
     return found
 
