@@ -17,9 +17,6 @@ from trl_ray.algorithms.teacher_signal import TeacherNeeds
 from trl_ray.config.distillation import DistillationLossConfig, DistillationObjective, Support
 from trl_ray.types import TrainingSample
 
-_RESIDENT = frozenset({Support.FULL, Support.STUDENT, Support.UNION})
-"""Supports that only who holds both sides knows."""
-
 
 class DistillationLoss(FixedLoss):
     """`distillation_loss` over samples that a teacher has scored, or a learner's own teacher scores; a `Loss`.
@@ -74,5 +71,5 @@ def _teacher_needs(config: DistillationLossConfig) -> TeacherNeeds:
         student_top_k=config.student_top_k,
         own_token=support is Support.REALISED and config.beta < 1,
         beta=config.beta if support is Support.FULL else None,
-        resident=support in _RESIDENT,
+        resident=config.needs_both_sides,
     )

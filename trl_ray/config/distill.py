@@ -15,9 +15,6 @@ from trl_ray.config.rollout_runs import AheadConfig
 from trl_ray.config.sections import Dtype
 from trl_ray.config.teachers import TeacherKind, TeacherOptions, TeacherPlacement, TeacherSource
 
-NEEDS_LEARNER = frozenset({Support.FULL, Support.STUDENT, Support.UNION})
-"""Supports that only who holds both the student and the teacher can take."""
-
 
 class DistillConfig(AheadConfig, DistillationLossConfig):
     """On-policy distillation (https://arxiv.org/abs/2306.13649): a student learns from what a teacher says of its own
@@ -68,7 +65,7 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
         """Whether the learner holds the teacher."""
         wanted = {each.placement for each in self.all_teachers}
         if wanted == {TeacherPlacement.AUTO}:
-            return self.distillation_objective is DistillationObjective.JSD and self.loss_support in NEEDS_LEARNER
+            return self.needs_both_sides
         return TeacherPlacement.LEARNER in wanted
 
     @property
@@ -112,7 +109,7 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
                     f"{self.loss_support.value}: the learner must hold the teacher for it, and holds one. Change "
                     "loss_support, or name one model."
                 )
-        elif self.distillation_objective is DistillationObjective.JSD and self.loss_support in NEEDS_LEARNER:
+        elif self.needs_both_sides:
             raise ValueError(
                 f"placement must be learner with loss_support={self.loss_support.value}, got actor: only who holds "
                 "both models knows both sides. Remove placement, or set loss_support=teacher."

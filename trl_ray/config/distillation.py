@@ -112,6 +112,12 @@ class DistillationLossConfig(DivergenceConfig):
     """Where a completion comes from the dataset, tokens lose (1 - weight) divergence - weight log-prob."""
 
     @property
+    def needs_both_sides(self) -> bool:
+        """Whether only who holds both the student and the teacher can compute it."""
+        both = self.loss_support in (Support.FULL, Support.STUDENT, Support.UNION)
+        return both and self.distillation_objective is DistillationObjective.JSD
+
+    @property
     def teacher_top_k(self) -> int:
         """As without the objective; iw_opd asks for the completions' own tokens alone."""
         return 0 if self.distillation_objective is DistillationObjective.IW_OPD else super().teacher_top_k

@@ -15,12 +15,11 @@ from pathlib import Path
 from trl_ray.actors.teacher import Teacher
 from trl_ray.config.teachers import TeacherKind, TeacherSource
 from trl_ray.errors import ActorLostError, DeadlineError
+from trl_ray.models.resident_teacher import FOLDER
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime, teacher_plan
 from trl_ray.runtime.weights import Published, WeightTransport
 from trl_ray.types import Event, EventKind, Health
 
-FOLDER = "teacher"
-"""Of a teacher's state, below a checkpoint."""
 _PAUSE_S = 0.25
 
 

@@ -27,6 +27,7 @@ from trl_ray.errors import (
     TeacherError,
 )
 from trl_ray.models.checkpoint import prune
+from trl_ray.models.resident_teacher import FOLDER
 from trl_ray.pipelines.callbacks import CallbackList
 from trl_ray.pipelines.crew import Crew
 from trl_ray.pipelines.evaluation import evaluate, held_out_loss
@@ -34,7 +35,6 @@ from trl_ray.pipelines.objectives import with_metrics
 from trl_ray.pipelines.preparation import OBJECTIVE_STATE, Preparation
 from trl_ray.pipelines.record import Recorder, StepTimes
 from trl_ray.pipelines.self_distillation_hooks import dispatch_self_distillation
-from trl_ray.pipelines.teacher_crew import FOLDER
 from trl_ray.pipelines.updates import Prepared, Updated, prepare_step, train_on
 from trl_ray.types import Event, EventKind, Metric, RolloutGroup, StepResult
 
