@@ -11,6 +11,8 @@ Denominators count every trained token and every sample, also where a mask or a 
 
 from __future__ import annotations
 
+from typing import assert_never
+
 from torch import Tensor
 
 from trl_ray.algorithms.loss import LossInputs
@@ -35,3 +37,4 @@ def aggregate(
             return per_token.sum() / samples
         case LossType.BNPO:
             return per_token.sum() / max(inputs.micro_batch_tokens, 1) / max(totals.num_micro_batches, 1)
+    assert_never(loss_type)

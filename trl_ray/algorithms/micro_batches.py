@@ -10,7 +10,7 @@ A group that is torn apart costs its prompt again and is torn only where ranks b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -21,6 +21,8 @@ from trl_ray.types import TrainBatch, TrainingSample
 __all__ = ["CutRules", "MicroBatch", "cut_samples", "filled", "shard", "split_updates", "train_batch"]
 
 MicroBatch: TypeAlias = tuple[TrainingSample, ...]
+TotalsOf: TypeAlias = Callable[[Sequence[TrainingSample]], Mapping[str, float]]
+"""From the samples of a whole update to the denominators that its loss names (`Loss.totals`)."""
 _TORN_GAIN = 0.98
 """Groups are torn into smaller pieces only if the busiest rank's work shrinks to this."""
 
@@ -79,9 +81,14 @@ def _busiest(bins: Sequence[Bin], ranks: int) -> float:
 
 
 def train_batch(
-    samples: Sequence[TrainingSample], *, step: int, rules: CutRules, is_last_update: bool = True
+    samples: Sequence[TrainingSample],
+    *,
+    step: int,
+    rules: CutRules,
+    is_last_update: bool = True,
+    totals_of: TotalsOf | None = None,
 ) -> TrainBatch:
-    """One update on some samples, with its totals."""
+    """One update on some samples, with its totals; `totals_of` adds those of its loss, a first pass needs none."""
     micro_batches = cut_samples(samples, rules)
     kept = [int(sample.surrogate_mask.sum()) for sample in samples if sample.surrogate_mask is not None]
     assert len(kept) in {0, len(samples)}, "all samples of an update have a surrogate mask, or none has"
@@ -93,11 +100,19 @@ def train_batch(
         num_micro_batches=len(micro_batches),
         num_surrogate_tokens=sum(kept) if kept else None,
         is_last_update=is_last_update,
+        totals={} if totals_of is None else dict(totals_of(samples)),
     )
 
 
 def split_updates(
-    samples: Sequence[TrainingSample], *, step: int, updates: int, iterations: int = 1, seed: int, rules: CutRules
+    samples: Sequence[TrainingSample],
+    *,
+    step: int,
+    updates: int,
+    iterations: int = 1,
+    seed: int,
+    rules: CutRules,
+    totals_of: TotalsOf | None = None,
 ) -> tuple[TrainBatch, ...]:
     """Slices of one generation batch, each for an optimizer update of its own.
 
@@ -113,6 +128,7 @@ def split_updates(
         iterations: times each slice is trained on (`num_iterations`).
         seed: with the step, it decides on the order.
         rules: how each slice is cut into micro-batches.
+        totals_of: what the loss divides each slice by, beside the totals of every batch.
 
     Returns:
         ``updates * iterations`` batches; the last one has `is_last_update`.
@@ -128,7 +144,9 @@ def split_updates(
         whole = list(groups.values())
         order = [place for number in shuffled for place in whole[number]]
     slices = [
-        train_batch([samples[i] for i in places], step=step, rules=rules, is_last_update=False)
+        train_batch(
+            [samples[i] for i in places], step=step, rules=rules, is_last_update=False, totals_of=totals_of
+        )
         for places in np.array_split(order, updates)
     ]
     batches = slices * iterations

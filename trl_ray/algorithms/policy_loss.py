@@ -136,15 +136,17 @@ class PolicyLoss:
             return surrogates.sapo(
                 ratio, advantages, positive=config.sapo_temperature_pos, negative=config.sapo_temperature_neg
             )
-        phi = surrogates.vespo_weights(
-            log_ratio,
-            inputs.tokens,
-            correction=weight,
-            positive=(config.vespo_k_pos, config.vespo_lambda_pos),
-            negative=(config.vespo_k_neg, config.vespo_lambda_neg),
-        )
-        metrics.add_by_sample("vespo/phi_seq_mean", phi)
-        return surrogates.weighed(inputs.logprobs, phi, advantages)
+        if config.loss_type is LossType.VESPO:
+            phi = surrogates.vespo_weights(
+                log_ratio,
+                inputs.tokens,
+                correction=weight,
+                positive=(config.vespo_k_pos, config.vespo_lambda_pos),
+                negative=(config.vespo_k_neg, config.vespo_lambda_neg),
+            )
+            metrics.add_by_sample("vespo/phi_seq_mean", phi)
+            return surrogates.weighed(inputs.logprobs, phi, advantages)
+        raise AssertionError(f"a loss_type must have a surrogate of its own, but {config.loss_type} has none")
 
     def _add_clip(self, metrics: TokenMetrics, name: str, clipped: Tensor) -> None:
         if self.config.importance_sampling_level is ImportanceLevel.TOKEN:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from trl_ray.actors.rollout_worker import EvaluatedPrompt
+from trl_ray.algorithms.losses import update_totals
 from trl_ray.algorithms.micro_batches import CutRules, train_batch
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError
 from trl_ray.pipelines.objectives import DistillationObjective, Objective
@@ -82,6 +84,7 @@ async def held_out_loss(
     groups = [answer.as_group(number) for number, answer in enumerate(answers) if answer.contexts]
     if not groups:
         return None
-    batch = train_batch(objective.build(groups).samples, step=step + 1, rules=cut)
+    totals_of = partial(update_totals, objective.loss)
+    batch = train_batch(objective.build(groups).samples, step=step + 1, rules=cut, totals_of=totals_of)
     found: LearnerEvaluation = await ask_learner("evaluate", batch, deadline_s=deadline_s)
     return found

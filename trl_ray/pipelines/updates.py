@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from trl_ray.algorithms.batching import BuiltStep
 from trl_ray.algorithms.first_pass import in_order
+from trl_ray.algorithms.losses import update_totals
 from trl_ray.algorithms.metrics import merge_metrics
 from trl_ray.algorithms.micro_batches import CutRules, split_updates, train_batch
 from trl_ray.config.rollout_runs import RolloutRunConfig
@@ -73,7 +75,13 @@ async def prepare_step(
 
 
 async def train_on(
-    prepared: Prepared, *, step: int, config: RolloutRunConfig, cut: CutRules, ask_learner: AskLearner
+    prepared: Prepared,
+    *,
+    step: int,
+    config: RolloutRunConfig,
+    objective: Objective,
+    cut: CutRules,
+    ask_learner: AskLearner,
 ) -> Updated:
     """Train on the samples of one step, in as many updates as the configuration asks for.
 
@@ -81,6 +89,7 @@ async def train_on(
         prepared: the samples.
         step: 1-based.
         config: of the run.
+        objective: of the run; its loss says what an update is divided by.
         cut: how an update is cut into micro-batches.
         ask_learner: calls a method of the learner.
 
@@ -95,6 +104,7 @@ async def train_on(
         iterations=config.passes_per_step,
         seed=config.seed,
         rules=cut,
+        totals_of=partial(update_totals, objective.loss),
     )
     deadline_s = config.runtime.step_deadline_s
     results = [await ask_learner("step", batch, deadline_s=deadline_s) for batch in batches]

@@ -218,6 +218,7 @@ class Walk:
             prepared,
             step=step,
             config=self._config,
+            objective=self._preparation.objective,
             cut=self._preparation.cut,
             ask_learner=self._crew.ask_learner,
         )

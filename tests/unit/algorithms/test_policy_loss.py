@@ -87,6 +87,19 @@ def test_aggregation_divides_by_totals_of_the_whole_step(loss_type: str, expecte
     assert output.loss.item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("part", ["surrogate", "aggregate"])
+def test_a_loss_type_that_nobody_handles_is_refused_instead_of_trained_as_another(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = _inputs(advantages=[1.0], counts=[2])
+    loss = _loss()
+    loss.config = loss.config.model_copy(update={"loss_type": "sampo"})
+    if part == "aggregate":
+        monkeypatch.setattr(PolicyLoss, "_surrogate", lambda *given: inputs.logprobs)
+    with pytest.raises(AssertionError, match="sampo"):
+        loss(inputs)
+
+
 def test_a_masked_sample_counts_in_the_mean_over_samples() -> None:
     output = _loss(loss_type="grpo")(_inputs(advantages=[2.0, 5.0], counts=[2, 0]))
     assert output.loss.item() == pytest.approx(-2.0 / 2)

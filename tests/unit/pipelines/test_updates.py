@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from fakes import group
+from trl_ray.algorithms.loss import StepTotals
 from trl_ray.algorithms.micro_batches import CutRules
+from trl_ray.algorithms.policy_loss import PolicyLoss
 from trl_ray.config.grpo import GRPOConfig
 from trl_ray.pipelines.objectives import objective_of
 from trl_ray.pipelines.updates import AskLearner, Updated, merge_results, prepare_step, train_on
-from trl_ray.types import Metric, Reduce, RolloutGroup, SampleScores, StepResult, TrainBatch
+from trl_ray.types import Metric, Reduce, RolloutGroup, SampleScores, StepResult, TrainBatch, TrainingSample
 
 
 class Learner:
@@ -60,7 +62,7 @@ def one_step(groups: Sequence[RolloutGroup], config: GRPOConfig, cut: CutRules, 
     async def updated() -> Updated:
         objective = objective_of(config)
         prepared = await prepare_step(groups, step=5, objective=objective, cut=cut, ask_learner=ask, deadline_s=60.0)
-        return await train_on(prepared, step=5, config=config, cut=cut, ask_learner=ask)
+        return await train_on(prepared, step=5, config=config, objective=objective, cut=cut, ask_learner=ask)
 
     return asyncio.run(updated())
 
@@ -79,6 +81,21 @@ def test_one_update_needs_no_first_pass() -> None:
     assert not learner.scored and batch.step == 5 and batch.is_last_update
     assert (batch.num_samples, batch.num_valid_tokens, batch.num_micro_batches) == (4, 8, 2)
     assert updated.result == result(1) and len(updated.built.samples) == 4
+
+
+def test_a_policy_loss_finds_the_totals_that_it_names_of_each_whole_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    def own(self: PolicyLoss, samples: Sequence[TrainingSample]) -> dict[str, float]:
+        return {"rewarded": float(sum(sample.advantage > 0 for sample in samples))}
+
+    monkeypatch.setattr(PolicyLoss, "totals", own)
+    learner = Learner()
+    run(learner)
+    (batch,) = learner.steps
+    # Two groups of one good and one bad completion, in two micro-batches.
+    assert batch.num_micro_batches == 2 and StepTotals.of(batch).count("rewarded") == 2
+    learner = Learner()
+    run(learner, steps_per_generation=4)
+    assert [StepTotals.of(batch).count("rewarded") for batch in learner.steps] == [1, 1]
 
 
 def test_several_updates_get_the_old_policy_of_one_first_pass() -> None:
