@@ -99,9 +99,9 @@ class Measurement:
 
 def rows(count: int) -> list[dict[str, Any]]:
     """The main job's prompts, in the order in which every system meets them."""
-    from trl_ray.config.grpo import AsyncGRPOConfig
     from trl_ray.config.load import load_config
-    from trl_ray.data.generated import generate
+    from trl_ray.config.runs.grpo_config import AsyncGRPOConfig
+    from trl_ray.data.sources.generated import generate
 
     config = load_config(AsyncGRPOConfig, QUICKSTART)
     assert config.dataset_name is not None, f"{QUICKSTART} must name its dataset"
@@ -200,7 +200,7 @@ def measure_trl(settings: Settings) -> Measurement:
 def measure_trl_ray(settings: Settings) -> Measurement:
     """One of trl_ray's pipelines on Ray actors, through its Python interface."""
     began = time.time()
-    from trl_ray.config.grpo import AsyncGRPOConfig, GRPOConfig
+    from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig
     from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
     from trl_ray.pipelines.grpo import GRPOPipeline
 

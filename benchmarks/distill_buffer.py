@@ -154,8 +154,8 @@ def options(settings: Settings, folder: str) -> dict[str, Any]:
 
 def measure(settings: Settings) -> Measurement:
     """One run of `distill`, through its Python interface."""
-    from trl_ray.config.distill import DistillConfig
     from trl_ray.config.load import build
+    from trl_ray.config.runs.distill_config import DistillConfig
     from trl_ray.pipelines.distill import DistillPipeline
 
     prompts = [{"prompt": PROMPT.format(number=number)} for number in range(512)]

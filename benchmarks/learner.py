@@ -110,7 +110,7 @@ def build_model(folder: str, *, layers: int) -> str:
 def make_learner(args: argparse.Namespace, model: str) -> PolicyLearner:
     """Ours, in this process."""
     from trl_ray.actors.policy_learner import PolicyLearner
-    from trl_ray.config.loss import LossConfig, LossType
+    from trl_ray.config.losses.policy_options import LossConfig, LossType
     from trl_ray.config.sections import ModelConfig, Schedule, TrainingConfig
 
     return PolicyLearner(
@@ -133,7 +133,7 @@ def make_learner(args: argparse.Namespace, model: str) -> PolicyLearner:
 
 def make_batch(samples: Sequence[TrainingSample], args: argparse.Namespace, *, step: int) -> TrainBatch:
     """The same samples as the batch of some step."""
-    from trl_ray.algorithms.micro_batches import CutRules, train_batch
+    from trl_ray.algorithms.batches.micro_batches import CutRules, train_batch
 
     rules = CutRules(max_samples=None if args.max_tokens else args.micro_batch, max_tokens=args.max_tokens)
     return train_batch(samples, step=step, rules=rules)

@@ -2,7 +2,7 @@
 
     full       log-softmax and entropy of logits [N, V], in plain torch
     trl        TRL 1.16's chunked kernel, in tiles of 32768 words as its trainers set
-    trl_ray    trl_ray.algorithms.logprobs
+    trl_ray    trl_ray.algorithms.head.logprobs
 
     this process --spawns, in turn--> one child per contender and repeat --its last line, JSON--> figures
 
@@ -113,7 +113,7 @@ def outputs(settings: Settings, hidden: Any, weight: Any, targets: Any) -> tuple
         arguments = (hidden, weight, None, targets, 1.0, TRL_CHUNK, None, 1.0, ("entropy",))
         found = ChunkedLogProbFunction.apply(*arguments)
         return found[0], found[1]
-    from trl_ray.algorithms.logprobs import token_logprobs
+    from trl_ray.algorithms.head.logprobs import token_logprobs
 
     scores = token_logprobs(hidden, weight, targets, temperature=1.0, chunk_size=settings.chunk_size)
     return scores.logprobs, scores.entropy

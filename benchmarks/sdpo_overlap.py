@@ -160,7 +160,7 @@ def options(settings: Settings, folder: str) -> dict[str, Any]:
 def measure(settings: Settings) -> Curve:
     """One run of `sdpo` on Ray, through its Python interface."""
     from trl_ray.config.load import build
-    from trl_ray.config.sdpo import SDPOConfig
+    from trl_ray.config.runs.sdpo_config import SDPOConfig
     from trl_ray.pipelines.sdpo import SDPOPipeline
 
     with tempfile.TemporaryDirectory() as folder:

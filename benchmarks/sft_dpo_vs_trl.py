@@ -257,7 +257,7 @@ def measure_ours(settings: Settings) -> Measurement:
 
     import trl_ray.actors.policy_learner  # noqa: F401
     from trl_ray.config.load import build
-    from trl_ray.config.supervised_runs import DPOConfig, SFTConfig
+    from trl_ray.config.runs.dataset_config import DPOConfig, SFTConfig
     from trl_ray.pipelines.preference import DPOPipeline
     from trl_ray.pipelines.sft import SFTPipeline
 

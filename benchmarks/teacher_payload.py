@@ -2,7 +2,7 @@
 
     json      lists of numbers, log-probs as Python writes them
     base64    TRL v1.1: base64 of float32 [B, C, K] and int32 [B, C, K], padded to the longest completion, in JSON
-    trl_ray   trl_ray.algorithms.teacher_payload, in each of its number formats
+    trl_ray   trl_ray.wire.teacher_payload, in each of its number formats
 
     made-up scores of B completions --encode--> bytes --decode--> scores          for K in 1, 20, 100
 
@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from trl_ray.algorithms.teacher_answers import log_tail
-from trl_ray.algorithms.teacher_payload import decode_scores, encode_scores
-from trl_ray.config.teachers import PayloadDtype, PayloadIds
+from trl_ray.config.teacher_options import PayloadDtype, PayloadIds
 from trl_ray.types import TeacherQuestion, TeacherRequest, TeacherScores
+from trl_ray.wire.teacher_answers import log_tail
+from trl_ray.wire.teacher_payload import decode_scores, encode_scores
 
 FORMATS = {
     "float32_int32": (PayloadDtype.FLOAT32, PayloadIds.INT32),

@@ -12,7 +12,7 @@ import random
 import re
 from typing import Any
 
-from trl_ray.config.grpo import AsyncGRPOConfig
+from trl_ray.config.runs.grpo_config import AsyncGRPOConfig
 from trl_ray.config.sections import RolloutConfig, Schedule
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
 

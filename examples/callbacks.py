@@ -12,9 +12,9 @@ import argparse
 import random
 from typing import Any
 
+from trl_ray.config.runs.dataset_config import SFTConfig
 from trl_ray.config.sections import RuntimeConfig
-from trl_ray.config.supervised_runs import SFTConfig
-from trl_ray.pipelines.callbacks import TrainerControl, TrainerState
+from trl_ray.pipelines.callbacks.hooks import TrainerControl, TrainerState
 from trl_ray.pipelines.sft import SFTPipeline
 
 

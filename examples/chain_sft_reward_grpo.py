@@ -17,13 +17,13 @@ import random
 from pathlib import Path
 from typing import Any
 
-from trl_ray.config.grpo import GRPOConfig
-from trl_ray.config.reward_models import RewardModelOptions
+from trl_ray.config.reward_model_options import RewardModelOptions
+from trl_ray.config.runs.dataset_config import RewardModelConfig, SFTConfig
+from trl_ray.config.runs.grpo_config import GRPOConfig
 from trl_ray.config.sections import EngineChoice, RolloutConfig, RuntimeConfig, RuntimeKind, Schedule
-from trl_ray.config.supervised_runs import RewardModelConfig, SFTConfig
 from trl_ray.pipelines.grpo import GRPOPipeline
-from trl_ray.pipelines.pipeline import TrainOutput
 from trl_ray.pipelines.reward_modelling import RewardPipeline
+from trl_ray.pipelines.run.pipeline import TrainOutput
 from trl_ray.pipelines.sft import SFTPipeline
 
 NAME = "short_answers"

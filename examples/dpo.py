@@ -13,8 +13,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from trl_ray.config.runs.dataset_config import DPOConfig
 from trl_ray.config.sections import RuntimeConfig, Schedule
-from trl_ray.config.supervised_runs import DPOConfig
 from trl_ray.pipelines.preference import DPOPipeline
 
 

@@ -11,8 +11,8 @@ import argparse
 import random
 from typing import Any
 
+from trl_ray.config.runs.dataset_config import KTOConfig
 from trl_ray.config.sections import RuntimeConfig, Schedule
-from trl_ray.config.supervised_runs import KTOConfig
 from trl_ray.pipelines.preference import KTOPipeline
 
 

@@ -13,7 +13,7 @@ import random
 import re
 from typing import Any
 
-from trl_ray.config.grpo import RLOOConfig
+from trl_ray.config.runs.grpo_config import RLOOConfig
 from trl_ray.config.sections import RolloutConfig, Schedule
 from trl_ray.pipelines.rloo import RLOOPipeline
 

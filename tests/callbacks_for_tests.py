@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from trl_ray.pipelines.callbacks import Hook
+from trl_ray.pipelines.callbacks.hooks import Hook
 
 PLAIN = tuple(hook for hook in Hook if not hook.is_of_self_distillation)
 

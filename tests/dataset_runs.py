@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 from runs import comparable, lines, merge
 from trl_ray.config.load import build
-from trl_ray.config.supervised_runs import SupervisedRunConfig
-from trl_ray.pipelines.pipeline import TrainOutput
-from trl_ray.pipelines.registry import PIPELINES
+from trl_ray.config.runs.dataset_config import SupervisedRunConfig
+from trl_ray.pipelines.pipeline_registry import PIPELINES
+from trl_ray.pipelines.run.pipeline import TrainOutput
 
 WORDS = ("one", "two", "three", "four", "five", "six")
 SUPERVISED = ("sft", "dpo", "kto", "cpo", "orpo", "reward", "prm")

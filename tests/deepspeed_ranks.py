@@ -16,15 +16,15 @@ import torch
 
 from training_batches import batch, samples
 from trl_ray.actors.learner_passes import Passes
-from trl_ray.algorithms.policy_loss import PolicyLoss
-from trl_ray.config.loss import LossConfig
+from trl_ray.algorithms.policy.policy_loss import PolicyLoss
+from trl_ray.config.losses.policy_options import LossConfig
 from trl_ray.config.sections import Dtype, ModelConfig, SharePrompt, TrainingConfig
-from trl_ray.models.backend import Backend
-from trl_ray.models.backend_deepspeed import DeepSpeedBackend
-from trl_ray.models.backend_torch import TorchBackend
-from trl_ray.models.load import load_policy
-from trl_ray.models.ranks import Ranks, join_ranks, leave_ranks
-from trl_ray.models.scoring import SampleScorer, ScoringModule
+from trl_ray.models.backends.deepspeed_backend import DeepSpeedBackend
+from trl_ray.models.backends.ranks import Ranks, join_ranks, leave_ranks
+from trl_ray.models.backends.torch_backend import TorchBackend
+from trl_ray.models.backends.training_backend import Backend
+from trl_ray.models.policy_loading import load_policy
+from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
 from trl_ray.types import TrainBatch
 
 STEPS = (1, 2, 3)

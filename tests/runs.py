@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_ray.config.distill import DistillConfig
-from trl_ray.config.grpo import AsyncGRPOConfig, GRPOConfig
 from trl_ray.config.load import build
-from trl_ray.config.sdpo import SDPOConfig
+from trl_ray.config.runs.distill_config import DistillConfig
+from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig
+from trl_ray.config.runs.sdpo_config import SDPOConfig
 
 REWARDS = Path(__file__).parent / "rewards_for_tests.py"
 PROMPTS = [{"prompt": f"count to {number}: "} for number in range(1, 25)]

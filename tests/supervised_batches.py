@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from trl_ray.algorithms.example_batches import example_batch
-from trl_ray.algorithms.losses import LossOptions, update_totals
-from trl_ray.algorithms.work import CutRules
+from trl_ray.algorithms.batches.example_batches import example_batch
+from trl_ray.algorithms.batches.work_sharing import CutRules
+from trl_ray.algorithms.loss_registry import LossOptions, update_totals
 from trl_ray.types import Example, IntArray, SampleLabel, TrainBatch, TrainingSample
 
 END = 258

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from supervised_batches import batch_of, pairs, rated, reward_pairs, solutions, texts
 from trl_ray.actors.policy_learner import PolicyLearner
-from trl_ray.algorithms.example_batches import with_references
-from trl_ray.algorithms.losses import LossOptions
-from trl_ray.algorithms.micro_batches import shard
-from trl_ray.config.preference import PreferenceLossConfig, UnpairedLossConfig
-from trl_ray.config.reward_modelling import RewardLossConfig, StepLossConfig
+from trl_ray.algorithms.batches.example_batches import with_references
+from trl_ray.algorithms.batches.micro_batches import shard
+from trl_ray.algorithms.loss_registry import LossOptions
+from trl_ray.config.losses.preference_options import PreferenceLossConfig, UnpairedLossConfig
+from trl_ray.config.losses.reward_modelling_options import RewardLossConfig, StepLossConfig
+from trl_ray.config.losses.supervised_options import SupervisedLossConfig
 from trl_ray.config.sections import ModelConfig, TrainingConfig
-from trl_ray.config.supervised import SupervisedLossConfig
 from trl_ray.types import Evaluation, Example, StepResult, TrainBatch
 
 STEPS = (1, 2, 3)

@@ -12,19 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from trl_ray.algorithms.work import CutRules
-from trl_ray.config.preference import UnpairedLossConfig
-from trl_ray.config.supervised import SupervisedLossConfig
-from trl_ray.config.supervised_runs import KTOConfig, SFTConfig, SupervisedRunConfig
-from trl_ray.data.examples import ExampleTask
+from trl_ray.algorithms.batches.work_sharing import CutRules
+from trl_ray.config.losses.preference_options import UnpairedLossConfig
+from trl_ray.config.losses.supervised_options import SupervisedLossConfig
+from trl_ray.config.runs.dataset_config import KTOConfig, SFTConfig, SupervisedRunConfig
+from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import EventsFile, MetricsFile, Observer
-from trl_ray.pipelines.callbacks import CallbackList
-from trl_ray.pipelines.example_feed import ShuffledFeed
-from trl_ray.pipelines.stopping import EarlyStopping
-from trl_ray.pipelines.supervised_preparation import SupervisedInputs, SupervisedPlan
-from trl_ray.pipelines.supervised_record import Accounts, SupervisedRecorder
-from trl_ray.pipelines.supervised_walk import PROGRESS, SupervisedWalk
+from trl_ray.pipelines.callbacks.hooks import CallbackList
+from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, SupervisedWalk
+from trl_ray.pipelines.supervised.dataset_preparation import SupervisedInputs, SupervisedPlan
+from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder
+from trl_ray.pipelines.supervised.early_stopping import EarlyStopping
+from trl_ray.pipelines.supervised.example_feed import ShuffledFeed
 from trl_ray.types import (
     ActorReport,
     Evaluation,

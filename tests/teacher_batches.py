@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from trl_ray.algorithms.teacher_answers import log_tail
 from trl_ray.types import FloatArray, IntArray, TeacherQuestion, TeacherRequest, TeacherScores
+from trl_ray.wire.teacher_answers import log_tail
 
 VOCAB = 50
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from teacher_batches import make_scores
-from trl_ray.algorithms.teacher_payload import encode_scores
-from trl_ray.algorithms.teacher_requests import decode_requests
 from trl_ray.types import TeacherQuestion, TeacherRequest, TeacherScores
+from trl_ray.wire.teacher_payload import encode_scores
+from trl_ray.wire.teacher_requests import decode_requests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

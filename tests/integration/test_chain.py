@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from dataset_runs import train, weights
 from runs import assert_balanced, grpo, ledger, lines
 from tiny_models import build_tiny_model
-from trl_ray.data.step_parser import split_steps
+from trl_ray.data.examples.step_parser import split_steps
 from trl_ray.pipelines.grpo import GRPOPipeline
 
 pytestmark = pytest.mark.integration

@@ -13,7 +13,7 @@ import torch
 from deepspeed_ranks import Outcome, build, finish, run_rank, train
 from tiny_models import build_tiny_model
 from trl_ray.config.sections import Dtype
-from trl_ray.models.ranks import SOLO
+from trl_ray.models.backends.ranks import SOLO
 from two_ranks import meeting_place, run_two_ranks
 
 pytest.importorskip("deepspeed")

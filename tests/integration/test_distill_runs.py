@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from runs import PROMPTS, assert_balanced, distill, events, lines
 from tiny_models import build_tiny_model
-from trl_ray.config.distill import DistillConfig
+from trl_ray.config.runs.distill_config import DistillConfig
 from trl_ray.errors import ConfigError, DataError
 from trl_ray.pipelines.distill import DistillPipeline
 

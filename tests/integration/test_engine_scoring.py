@@ -13,7 +13,7 @@ from tiny_models import VOCAB_SIZE, build_tiny_model, random_model
 from trl_ray.engines.factory import create_engine
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import ConfigError
-from trl_ray.models.weights import export_weights
+from trl_ray.models.weight_payload import export_weights
 from trl_ray.types import GenerationRequest, SamplingParams, TeacherQuestion, TeacherRequest
 
 pytestmark = pytest.mark.integration

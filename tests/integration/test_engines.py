@@ -9,7 +9,7 @@ import torch
 from tiny_models import build_tiny_model, random_model
 from trl_ray.engines.factory import create_engine
 from trl_ray.errors import EngineError, WeightError
-from trl_ray.models.weights import export_weights
+from trl_ray.models.weight_payload import export_weights
 from trl_ray.types import FinishReason, GenerationRequest, SamplingParams, VersionSpan
 
 pytestmark = pytest.mark.integration

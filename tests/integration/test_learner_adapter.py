@@ -15,7 +15,7 @@ from training_batches import batch
 from trl_ray.actors.policy_learner import PolicyLearner
 from trl_ray.config.sections import ModelConfig
 from trl_ray.models.checkpoint import verify_checkpoint
-from trl_ray.pipelines.learner_group import LearnerGroup
+from trl_ray.pipelines.run.learner_group import LearnerGroup
 from trl_ray.types import WeightPayload
 
 pytestmark = pytest.mark.integration

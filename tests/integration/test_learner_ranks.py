@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 from tiny_models import build_tiny_model
 from training_batches import batch, samples
 from trl_ray.actors.policy_learner import PolicyLearner
-from trl_ray.config.grpo import GRPOConfig
-from trl_ray.config.loss import LossConfig
+from trl_ray.config.losses.policy_options import LossConfig
+from trl_ray.config.runs.grpo_config import GRPOConfig
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.errors import NumericsError, TrlRayError
-from trl_ray.models.weights import named_tensors
-from trl_ray.pipelines.learner_group import LearnerGroup, spawn_learner
+from trl_ray.models.weight_payload import named_tensors
+from trl_ray.pipelines.run.learner_group import LearnerGroup, spawn_learner
 from trl_ray.runtime.cluster import RayRuntime
 from trl_ray.runtime.remote import plan_actors
 from trl_ray.types import Event, StepResult, TrainBatch, WeightPayload

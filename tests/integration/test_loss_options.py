@@ -12,7 +12,7 @@ import yaml
 from runs import PROMPTS, REWARDS, assert_balanced, lines, values
 from tiny_models import build_tiny_model
 from trl_ray.config.load import load_config
-from trl_ray.pipelines.registry import PIPELINES
+from trl_ray.pipelines.pipeline_registry import PIPELINES
 
 pytestmark = pytest.mark.integration
 STEPS = 2

@@ -139,7 +139,7 @@ def test_a_run_killed_between_checkpoints_repeats_the_lost_steps_exactly(model, 
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     GRPOPipeline(args=grpo(model, straight, max_steps=6, save_steps=2), train_dataset=PROMPTS).train()
 
-    from trl_ray.pipelines.record import Recorder
+    from trl_ray.pipelines.run.recording import Recorder
 
     original = Recorder.step
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from runs import PROMPTS, REWARDS, assert_balanced, comparable, events, lines, sdpo
 from tiny_models import build_tiny_model
-from trl_ray.config.sdpo import SDPOConfig
+from trl_ray.config.runs.sdpo_config import SDPOConfig
 from trl_ray.errors import InterruptedRun
 from trl_ray.pipelines.sdpo import SDPOPipeline
 

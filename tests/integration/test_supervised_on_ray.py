@@ -17,10 +17,10 @@ from dataset_runs import RAY, assert_close_weights, assert_same_run, losses, row
 from runs import Disturbance, assert_balanced, comparable, events, lines, pid_of
 from tiny_models import build_tiny_model
 from trl_ray.errors import InterruptedRun
-from trl_ray.models.reference_cache import ReferenceCache
-from trl_ray.pipelines import references
-from trl_ray.pipelines.registry import PIPELINES
-from trl_ray.pipelines.supervised_record import SupervisedRecorder
+from trl_ray.models.companions.reference_cache import ReferenceCache
+from trl_ray.pipelines.pipeline_registry import PIPELINES
+from trl_ray.pipelines.supervised import reference_pass as references
+from trl_ray.pipelines.supervised.dataset_recording import SupervisedRecorder
 
 pytestmark = pytest.mark.integration
 STEPS = 6

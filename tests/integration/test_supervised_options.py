@@ -15,8 +15,8 @@ from dataset_runs import WORDS, rows, train, values, write_rows
 from runs import ledger, lines
 from tiny_models import build_tiny_model
 from trl_ray.config.load import load_config
-from trl_ray.config.preference import CPOLossType, PreferenceLossType
-from trl_ray.pipelines.registry import PIPELINES
+from trl_ray.config.losses.preference_options import CPOLossType, PreferenceLossType
+from trl_ray.pipelines.pipeline_registry import PIPELINES
 
 pytestmark = pytest.mark.integration
 STEPS = 2

@@ -17,10 +17,10 @@ from dataset_runs import assert_same_run, losses, rows, train
 from runs import events, lines
 from tiny_models import build_tiny_model
 from trl_ray.errors import InterruptedRun
-from trl_ray.models.reference_cache import ReferenceCache
-from trl_ray.pipelines import references
-from trl_ray.pipelines.registry import PIPELINES
-from trl_ray.pipelines.supervised_record import SupervisedRecorder
+from trl_ray.models.companions.reference_cache import ReferenceCache
+from trl_ray.pipelines.pipeline_registry import PIPELINES
+from trl_ray.pipelines.supervised import reference_pass as references
+from trl_ray.pipelines.supervised.dataset_recording import SupervisedRecorder
 
 pytestmark = pytest.mark.integration
 CACHED = {"precompute_ref_log_probs": True}

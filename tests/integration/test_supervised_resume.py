@@ -20,8 +20,8 @@ from dataset_runs import assert_same_run, pipeline, rows, train, write_rows
 from runs import assert_balanced, command, comparable, events, ledger, lines, wait_for_steps
 from tiny_models import build_tiny_model
 from trl_ray.errors import DataError, InterruptedRun
-from trl_ray.pipelines.registry import PIPELINES
-from trl_ray.pipelines.supervised_record import SupervisedRecorder
+from trl_ray.pipelines.pipeline_registry import PIPELINES
+from trl_ray.pipelines.supervised.dataset_recording import SupervisedRecorder
 
 pytestmark = pytest.mark.integration
 STEPS = 6

@@ -24,8 +24,8 @@ from runs import assert_balanced, comparable, events, ledger, lines
 from tiny_models import build_tiny_model
 from trl_ray.config.load import load_config
 from trl_ray.errors import ConfigError, DataError
-from trl_ray.pipelines.pipeline import TrainOutput
-from trl_ray.pipelines.registry import PIPELINES
+from trl_ray.pipelines.pipeline_registry import PIPELINES
+from trl_ray.pipelines.run.pipeline import TrainOutput
 
 pytestmark = pytest.mark.integration
 STEPS = 8
@@ -134,7 +134,7 @@ def test_rows_that_give_nothing_are_dropped_with_their_reason(model: str, tmp_pa
 
 
 def test_rows_of_a_step_that_meets_nan_are_dropped(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trl_ray.models.backend_torch import TorchBackend
+    from trl_ray.models.backends.torch_backend import TorchBackend
 
     original, calls = TorchBackend.reduce, []
 

@@ -25,12 +25,12 @@ from safetensors.numpy import load_file, save_file
 from runs import PROMPTS, Disturbance, assert_balanced, distill, events, ledger, lines, sdpo, values
 from teacher_servers import Babble, Behaviour, Close, Drip, Hang, Reply, frame_answer, serving, vllm_answer
 from tiny_models import VOCAB_SIZE, build_tiny_model, build_tokenizer
-from trl_ray.algorithms.teacher_requests import decode_requests
 from trl_ray.cli.main import main
 from trl_ray.errors import ModelError, NumericsError, TeacherError
 from trl_ray.pipelines.distill import DistillPipeline
 from trl_ray.pipelines.sdpo import SDPOPipeline
 from trl_ray.types import TeacherScores
+from trl_ray.wire.teacher_requests import decode_requests
 
 pytestmark = pytest.mark.integration
 RAY = {"kind": "ray", "health_interval_s": 0.3, "health_deadline_s": 4.0}

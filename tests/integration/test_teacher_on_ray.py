@@ -12,9 +12,8 @@ import pytest
 from teacher_batches import make_requests
 from tiny_models import VOCAB_SIZE, build_tiny_model, random_model
 from trl_ray.actors.teacher import Teacher
-from trl_ray.algorithms.teacher_payload import decode_scores
 from trl_ray.config.sections import ModelConfig
-from trl_ray.config.teachers import (
+from trl_ray.config.teacher_options import (
     PayloadDtype,
     TeacherConfig,
     TeacherEngine,
@@ -23,12 +22,13 @@ from trl_ray.config.teachers import (
     TeacherSource,
     TeacherWeights,
 )
-from trl_ray.models.averaging import Pace
-from trl_ray.models.teacher_model import TeacherModel
-from trl_ray.models.teacher_weights import AveragedWeights
-from trl_ray.models.weights import export_weights
+from trl_ray.models.companions.averaging import Pace
+from trl_ray.models.companions.teacher_model import TeacherModel
+from trl_ray.models.companions.teacher_weights import AveragedWeights
+from trl_ray.models.weight_payload import export_weights
 from trl_ray.runtime.remote import plan_teacher, remote_class
 from trl_ray.types import Health, PullReport, TeacherQuestion, TeacherScores, WeightPayload
+from trl_ray.wire.teacher_payload import decode_scores
 
 pytestmark = pytest.mark.integration
 QUESTION = TeacherQuestion(vocab_size=VOCAB_SIZE, top_k=20, tail=True)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from teacher_batches import make_requests, make_scores
-from trl_ray.algorithms.teacher_payload import decode_scores, encode_scores
 from trl_ray.types import TeacherQuestion
+from trl_ray.wire.teacher_payload import decode_scores, encode_scores
 
 pytestmark = pytest.mark.integration
 

@@ -21,7 +21,7 @@ import pytest
 from completion_scores import check_scores
 from teacher_batches import make_requests
 from tiny_models import VOCAB_SIZE, build_tiny_model, random_model
-from trl_ray.config.teachers import PayloadDtype, PayloadIds
+from trl_ray.config.teacher_options import PayloadDtype, PayloadIds
 from trl_ray.engines.teacher_clients import Chunking, FrameTeacher
 from trl_ray.engines.teacher_transport import ServerAddress, TeacherServer
 from trl_ray.errors import TeacherError

@@ -4,7 +4,7 @@ import torch
 
 from tiny_models import FAMILIES, build_tiny_model, random_model
 from trl_ray.engines.factory import create_engine
-from trl_ray.models.weights import export_weights
+from trl_ray.models.weight_payload import export_weights
 
 pytestmark = pytest.mark.integration
 SEQUENCE = np.frombuffer(b"Once upon a time there was a tokenizer.", dtype=np.uint8).astype(np.int32)

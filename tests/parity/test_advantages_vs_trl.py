@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from trl_ray.algorithms.batching import BuiltStep, RewardRules, build_step
-from trl_ray.algorithms.logprobs import TokenLogprobs
+from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import LossInputs, StepTotals, sample_tokens
-from trl_ray.algorithms.policy_loss import PolicyLoss
-from trl_ray.config.advantages import AdvantageConfig
-from trl_ray.config.grpo import RLOOConfig
+from trl_ray.algorithms.policy.group_samples import BuiltStep, RewardRules, build_step
+from trl_ray.algorithms.policy.policy_loss import PolicyLoss
 from trl_ray.config.load import build
-from trl_ray.config.loss import LossConfig
+from trl_ray.config.losses.advantage_options import AdvantageConfig
+from trl_ray.config.losses.policy_options import LossConfig
+from trl_ray.config.runs.grpo_config import RLOOConfig
 from trl_ray.types import (
     Completion,
     FinishReason,

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from tiny_models import random_model
-from trl_ray.models.averaging import FactorAverage, LoraFactors, Pace, WeightAverage
+from trl_ray.models.companions.averaging import FactorAverage, LoraFactors, Pace, WeightAverage
 
 pytestmark = pytest.mark.parity
 teacher_sync = pytest.importorskip("trl.experimental.sdpo.teacher_sync", reason="the reference is TRL")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tiny_models import build_tokenizer
-from trl_ray.data.chat_rendering import ChatFormat, RenderedChat, render_chat
-from trl_ray.data.training_templates import template_source, training_template
+from trl_ray.data.chat.chat_rendering import ChatFormat, RenderedChat, render_chat
+from trl_ray.data.chat.training_templates import template_source, training_template
 from trl_ray.errors import ModelError
 
 pytestmark = [

@@ -13,11 +13,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trl_ray.data.foreign_formats import to_messages
-from trl_ray.data.formats import Form
-from trl_ray.data.preferences import shared_prompt
-from trl_ray.data.reading import read_records, reader_for
-from trl_ray.data.transcripts import TextFormat, read_transcript, recognise
+from trl_ray.data.formats.detection import Form
+from trl_ray.data.formats.foreign_formats import to_messages
+from trl_ray.data.formats.record_reader import read_records, reader_for
+from trl_ray.data.formats.shared_prompts import shared_prompt
+from trl_ray.data.formats.transcripts import TextFormat, read_transcript, recognise
 
 pytestmark = pytest.mark.parity
 trl = pytest.importorskip("trl", reason="the reference is TRL")

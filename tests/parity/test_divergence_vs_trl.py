@@ -16,24 +16,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.distillation import (
+from trl_ray.algorithms.batches.sequences import TokenSequences
+from trl_ray.algorithms.distillation.distillation_terms import (
     DistillationInputs,
     SDPOInputs,
     distillation_loss,
     sdpo_loss,
 )
-from trl_ray.algorithms.divergence import (
+from trl_ray.algorithms.distillation.teacher_signal import TeacherSignal
+from trl_ray.algorithms.head.divergence import (
     HeadInput,
     SupportLogprobs,
     support_divergence,
     unique_support,
     vocabulary_divergence,
 )
-from trl_ray.algorithms.head_problem import ExtraOutputs, LogitTransform
-from trl_ray.algorithms.logprobs import TokenLogprobs, token_logprobs
-from trl_ray.algorithms.sequences import TokenSequences
-from trl_ray.algorithms.teacher_signal import TeacherSignal
-from trl_ray.config.distillation import (
+from trl_ray.algorithms.head.head_problem import ExtraOutputs, LogitTransform
+from trl_ray.algorithms.head.logprobs import TokenLogprobs, token_logprobs
+from trl_ray.config.losses.distillation_options import (
     DistillationLossConfig,
     DistillationMode,
     DistillationObjective,

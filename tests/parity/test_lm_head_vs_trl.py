@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.head_problem import ExtraOutputs, LogitTransform
-from trl_ray.algorithms.logprobs import token_logprobs
+from trl_ray.algorithms.head.head_problem import ExtraOutputs, LogitTransform
+from trl_ray.algorithms.head.logprobs import token_logprobs
 
 pytestmark = [
     pytest.mark.parity,

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from tiny_models import build_tokenizer
-from trl_ray.config.examples import TruncationMode
-from trl_ray.data.packing import pack
-from trl_ray.data.reading import read_records
-from trl_ray.data.records import Document, PromptCompletion
-from trl_ray.data.supervised import SupervisedData, SupervisedRules, tokenize_records
-from trl_ray.data.training_templates import template_source
-from trl_ray.data.transcripts import TextFormat
+from trl_ray.config.example_options import TruncationMode
+from trl_ray.data.chat.training_templates import template_source
+from trl_ray.data.examples.packing import pack
+from trl_ray.data.examples.supervised_texts import SupervisedData, SupervisedRules, tokenize_records
+from trl_ray.data.formats.record_reader import read_records
+from trl_ray.data.formats.records import Document, PromptCompletion
+from trl_ray.data.formats.transcripts import TextFormat
 
 pytestmark = [
     pytest.mark.parity,

@@ -23,11 +23,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.importance import sampler_correction
-from trl_ray.algorithms.logprobs import TokenLogprobs
+from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import LossInputs, SampleTokens, StepTotals
-from trl_ray.algorithms.policy_loss import PolicyLoss
-from trl_ray.config.loss import CLIPPED, LossConfig, LossType
+from trl_ray.algorithms.policy.importance import sampler_correction
+from trl_ray.algorithms.policy.policy_loss import PolicyLoss
+from trl_ray.config.losses.policy_options import CLIPPED, LossConfig, LossType
 from trl_ray.types import Metric
 
 pytestmark = [

@@ -15,10 +15,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tiny_models import build_tokenizer
-from trl_ray.config.examples import TruncationMode
-from trl_ray.config.supervised_runs import DPOConfig, KTOConfig, RewardModelConfig
-from trl_ray.data.examples import ExampleTask, load_examples
-from trl_ray.data.training_templates import template_source
+from trl_ray.config.example_options import TruncationMode
+from trl_ray.config.runs.dataset_config import DPOConfig, KTOConfig, RewardModelConfig
+from trl_ray.data.chat.training_templates import template_source
+from trl_ray.data.examples.example_set import ExampleTask, load_examples
 from trl_ray.types import TrainingSample
 
 pytestmark = [

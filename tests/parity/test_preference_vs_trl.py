@@ -18,12 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from trl_ray.algorithms.batches.sequences import TokenSequences, sequence_logprobs
 from trl_ray.algorithms.loss import LossOutput
-from trl_ray.algorithms.preference import PairInputs, PairTotals, preference_loss
-from trl_ray.algorithms.reference_free import ReferenceFreeInputs, ReferenceFreeTotals, cpo_loss, orpo_loss
-from trl_ray.algorithms.sequences import TokenSequences, sequence_logprobs
-from trl_ray.algorithms.unpaired_preference import UnpairedInputs, UnpairedTotals, kl_estimate, unpaired_loss
-from trl_ray.config.preference import (
+from trl_ray.algorithms.preference.paired_preference import PairInputs, PairTotals, preference_loss
+from trl_ray.algorithms.preference.reference_free import ReferenceFreeInputs, ReferenceFreeTotals, cpo_loss, orpo_loss
+from trl_ray.algorithms.preference.unpaired_preference import UnpairedInputs, UnpairedTotals, kl_estimate, unpaired_loss
+from trl_ray.config.losses.preference_options import (
     DIFFERENCE_OF_SCORES,
     SMOOTHED,
     SORTING,

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tiny_models import random_model
-from trl_ray.config.loss import LossConfig
+from trl_ray.config.losses.policy_options import LossConfig
 from trl_ray.config.sections import ModelConfig
-from trl_ray.models.adapter_config import lora_config
-from trl_ray.models.reference import SynchronisedReference
+from trl_ray.models.adapters.adapter_config import lora_config
+from trl_ray.models.companions.reference import SynchronisedReference
 
 pytestmark = pytest.mark.parity
 trl = pytest.importorskip("trl", reason="the reference is TRL")

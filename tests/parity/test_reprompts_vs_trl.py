@@ -14,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny_models import CHAT_TEMPLATE, build_tokenizer
-from trl_ray.algorithms.self_distillation_diagnostics import (
+from trl_ray.algorithms.distillation.self_distillation_diagnostics import (
     Degeneracy,
     SelfDistillationDiagnostics,
     SelfDistillationGroup,
     self_distillation_group,
     self_distillation_metrics,
 )
-from trl_ray.config.distillation import RepromptConfig
-from trl_ray.data.chat_rendering import ChatFormat
-from trl_ray.data.reprompts import Attempt, reprompt_group
+from trl_ray.config.losses.distillation_options import RepromptConfig
+from trl_ray.data.chat.chat_rendering import ChatFormat
+from trl_ray.data.prompts.reprompts import Attempt, reprompt_group
 from trl_ray.types import GroupTicket, Prompt, Reward, RolloutGroup
 
 pytestmark = pytest.mark.parity

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.reward_modelling import RatedSteps, RewardPairs, bradley_terry_loss, step_loss
-from trl_ray.config.reward_modelling import RewardLossConfig
+from trl_ray.algorithms.preference.reward_losses import RatedSteps, RewardPairs, bradley_terry_loss, step_loss
+from trl_ray.config.losses.reward_modelling_options import RewardLossConfig
 
 pytestmark = [
     pytest.mark.parity,

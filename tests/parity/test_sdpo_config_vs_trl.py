@@ -19,9 +19,9 @@ from trl.experimental.sdpo import SDPOConfig as TRLSDPOConfig
 
 from trl_ray.config.base import Section
 from trl_ray.config.counterparts import COUNTERPARTS, counterpart
-from trl_ray.config.distill import DistillConfig
-from trl_ray.config.grpo import GRPOConfig
-from trl_ray.config.sdpo import SDPOConfig
+from trl_ray.config.runs.distill_config import DistillConfig
+from trl_ray.config.runs.grpo_config import GRPOConfig
+from trl_ray.config.runs.sdpo_config import SDPOConfig
 from trl_ray.errors import ConfigError
 
 pytestmark = pytest.mark.parity

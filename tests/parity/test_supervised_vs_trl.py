@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.supervised import SupervisedInputs, supervised_loss
-from trl_ray.config.supervised import SupervisedLossConfig
+from trl_ray.algorithms.supervised_loss import SupervisedInputs, supervised_loss
+from trl_ray.config.losses.supervised_options import SupervisedLossConfig
 
 pytestmark = [
     pytest.mark.parity,

@@ -22,7 +22,7 @@ import torch
 
 from tiny_models import build_tiny_model, build_tokenizer, random_model
 from trl_ray.config.load import build
-from trl_ray.config.supervised_runs import DPOConfig, RewardModelConfig, SFTConfig
+from trl_ray.config.runs.dataset_config import DPOConfig, RewardModelConfig, SFTConfig
 
 pytestmark = [
     pytest.mark.parity,

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.labels import precomputed_references, trained_tokens
-from trl_ray.algorithms.logprobs import TokenLogprobs
+from trl_ray.algorithms.batches.trained_tokens import precomputed_references, trained_tokens
+from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import Loss, LossInputs, LossOutput, StepTotals, first_non_finite_sample, sample_tokens
-from trl_ray.models.backend import Backend
-from trl_ray.models.ranks import Ranks
-from trl_ray.models.resident_teacher import ResidentTeacher
-from trl_ray.models.scoring import ClassScores, SampleScorer
-from trl_ray.models.taught_scorer import TaughtScorer, TaughtScores
+from trl_ray.models.backends.ranks import Ranks
+from trl_ray.models.backends.training_backend import Backend
+from trl_ray.models.companions.resident_teacher import ResidentTeacher
+from trl_ray.models.companions.taught_scorer import TaughtScorer, TaughtScores
+from trl_ray.models.scoring.sample_scorer import ClassScores, SampleScorer
 from trl_ray.types import FloatArray, Metric, SampleLabel, SampleScores, TeacherScores, TrainBatch, TrainingSample
 
 Samples = Sequence[TrainingSample]

@@ -31,14 +31,16 @@ import torch
 from trl_ray.actors.learner_passes import OF_TEACHER, NonFinite, Passed, Passes
 from trl_ray.actors.random_state import keep_random_state, random_state, set_random_state
 from trl_ray.algorithms.loss import HeadKind, Loss
-from trl_ray.algorithms.losses import LossOptions, build_loss
-from trl_ray.algorithms.metrics import merge_metrics
+from trl_ray.algorithms.loss_registry import LossOptions, build_loss
+from trl_ray.algorithms.metric_merging import merge_metrics
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.config.sections import NonFinite as OnNonFinite
-from trl_ray.config.teachers import TeacherKind, TeacherSource
+from trl_ray.config.teacher_options import TeacherKind, TeacherSource
 from trl_ray.errors import CheckpointError, NumericsError
-from trl_ray.models.backend import Backend
-from trl_ray.models.backend_torch import TorchBackend
+from trl_ray.models.adapters.merging import merged_weights
+from trl_ray.models.backends.ranks import SOLO, Ranks, free_address, join_ranks, leave_ranks
+from trl_ray.models.backends.torch_backend import TorchBackend
+from trl_ray.models.backends.training_backend import Backend
 from trl_ray.models.checkpoint import (
     begin_checkpoint,
     finish_checkpoint,
@@ -46,15 +48,13 @@ from trl_ray.models.checkpoint import (
     partial_path,
     verify_checkpoint,
 )
-from trl_ray.models.classifier import ClassifierModule, load_classifier, load_classifier_tokenizer
-from trl_ray.models.load import load_policy, load_tokenizer
-from trl_ray.models.merging import merged_weights
-from trl_ray.models.ranks import SOLO, Ranks, free_address, join_ranks, leave_ranks
-from trl_ray.models.reference import ReferenceKind, build_reference, initial_reference
-from trl_ray.models.resident_teacher import ResidentTeacher, build_resident_teacher
-from trl_ray.models.scoring import SampleScorer, ScoringModule
-from trl_ray.models.scoring_module import PredictorModule
-from trl_ray.models.weights import build_manifest, export_weights
+from trl_ray.models.companions.reference import ReferenceKind, build_reference, initial_reference
+from trl_ray.models.companions.resident_teacher import ResidentTeacher, build_resident_teacher
+from trl_ray.models.policy_loading import load_policy, load_tokenizer
+from trl_ray.models.scoring.classifier import ClassifierModule, load_classifier, load_classifier_tokenizer
+from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
+from trl_ray.models.scoring.scoring_module import PredictorModule
+from trl_ray.models.weight_payload import build_manifest, export_weights
 from trl_ray.types import (
     ActorReport,
     Canary,
@@ -242,7 +242,7 @@ class PolicyLearner:
         if self._training.deepspeed is None:
             return TorchBackend(module, self._training, **options)
         # Imported here because it takes seconds.
-        from trl_ray.models.backend_deepspeed import DeepSpeedBackend
+        from trl_ray.models.backends.deepspeed_backend import DeepSpeedBackend
 
         return DeepSpeedBackend(module, self._training, **options)
 

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from trl_ray.config.reward_models import RewardModelKind, RewardModelOptions
-from trl_ray.data.reward_inputs import RatedText, ReadingRules, RewardReader
+from trl_ray.config.reward_model_options import RewardModelKind, RewardModelOptions
+from trl_ray.data.prompts.reward_inputs import RatedText, ReadingRules, RewardReader
 from trl_ray.errors import ModelError
-from trl_ray.models.reward_model import RewardModel, RewardModelFacts, find_reward_model, load_reward_model
+from trl_ray.models.scoring.reward_model import RewardModel, RewardModelFacts, find_reward_model, load_reward_model
 from trl_ray.types import (
     ActorReport,
     Completion,

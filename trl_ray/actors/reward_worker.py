@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from trl_ray.actors.calling import Patience, call_patiently
 from trl_ray.config.sections import Isolation
 from trl_ray.errors import ActorLostError, DeadlineError
-from trl_ray.rewards.registry import RewardSpec, load_function
+from trl_ray.rewards.reward_registry import RewardSpec, load_function
 from trl_ray.rewards.sandbox import Sandbox
 from trl_ray.rewards.scoring import GroupInput, join_scores, score_group, weighted
 from trl_ray.types import (

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from trl_ray.actors.rollout_codec import decode_group, decode_prompt, encode_group, encode_prompt
 from trl_ray.buffer.durable import DurableLedger
 from trl_ray.buffer.entry import BufferRules, Change, ChangeKind, LedgerSnapshot, Outcome, WaitingGroup
 from trl_ray.buffer.journal import lock_path
@@ -31,6 +30,7 @@ from trl_ray.types import (
     Prompt,
     RolloutGroup,
 )
+from trl_ray.wire.group_payload import decode_group, decode_prompt, encode_group, encode_prompt
 
 T = TypeVar("T")
 

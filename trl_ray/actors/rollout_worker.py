@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from trl_ray.actors.calling import Patience, call_patiently
-from trl_ray.actors.given_completions import given_completions
+from trl_ray.actors.dataset_completions import given_completions
 from trl_ray.actors.teaching import Taught, TeacherFailure, TeacherSeat, Teaching, TeachingPlan
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
-from trl_ray.data.reprompts import DecodingTokenizer
+from trl_ray.data.prompts.reprompts import DecodingTokenizer
 from trl_ray.engines.factory import create_engine
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import EngineError, RunError, TrlRayError, WeightError
-from trl_ray.models.load import find_source, load_tokenizer
+from trl_ray.models.policy_loading import find_source, load_tokenizer
 from trl_ray.types import (
     ActorReport,
     Canary,

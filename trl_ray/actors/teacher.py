@@ -20,9 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from trl_ray.actors.teacher_scoring import AskedScoring, JoinedScoring, Scoring
-from trl_ray.algorithms.teacher_payload import encode_scores
 from trl_ray.config.sections import Dtype, EngineChoice
-from trl_ray.config.teachers import (
+from trl_ray.config.teacher_options import (
     PayloadDtype,
     PayloadIds,
     TeacherEngine,
@@ -35,9 +34,9 @@ from trl_ray.engines.factory import create_engine
 from trl_ray.engines.teacher_clients import teacher_client
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import ModelError, TeacherError, WeightError
-from trl_ray.models.load import find_source, max_positions
-from trl_ray.models.teacher_model import TeacherModel, load_teacher_model
-from trl_ray.models.teacher_weights import CopiedWeights, follow_policy
+from trl_ray.models.companions.teacher_model import TeacherModel, load_teacher_model
+from trl_ray.models.companions.teacher_weights import CopiedWeights, follow_policy
+from trl_ray.models.policy_loading import find_source, max_positions
 from trl_ray.types import (
     ActorReport,
     Canary,
@@ -50,6 +49,7 @@ from trl_ray.types import (
     TeacherScores,
     WeightPayload,
 )
+from trl_ray.wire.teacher_payload import encode_scores
 
 _MAX_MODEL_LEN = 2048
 """Where neither the options nor the model say how long a sequence may be."""

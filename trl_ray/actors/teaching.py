@@ -19,13 +19,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from trl_ray.actors.calling import Patience, call_patiently
-from trl_ray.algorithms.teacher_answers import check_answer, join_scores
-from trl_ray.algorithms.teacher_payload import decode_scores
-from trl_ray.config.distillation import RepromptConfig
+from trl_ray.config.losses.distillation_options import RepromptConfig
 from trl_ray.config.messages import nearest
-from trl_ray.config.teachers import PayloadDtype, PayloadIds, TeacherKind
-from trl_ray.data.chat_rendering import ChatFormat, own_template
-from trl_ray.data.reprompts import Attempt, DecodingTokenizer, gather_feedback, reprompt_group
+from trl_ray.config.teacher_options import PayloadDtype, PayloadIds, TeacherKind
+from trl_ray.data.chat.chat_rendering import ChatFormat, own_template
+from trl_ray.data.prompts.reprompts import Attempt, DecodingTokenizer, gather_feedback, reprompt_group
 from trl_ray.errors import ActorLostError, DeadlineError, TeacherError, TrlRayError
 from trl_ray.types import (
     Completion,
@@ -37,6 +35,8 @@ from trl_ray.types import (
     TeacherRequest,
     TeacherScores,
 )
+from trl_ray.wire.teacher_answers import check_answer, join_scores
+from trl_ray.wire.teacher_payload import decode_scores
 
 _MAX_DELAY_S = 10.0
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.logprobs import TokenLogprobs
-from trl_ray.algorithms.sequences import TokenSequences
-from trl_ray.algorithms.teacher_signal import TeacherNeeds, TeacherSignal
+from trl_ray.algorithms.batches.sequences import TokenSequences
+from trl_ray.algorithms.distillation.teacher_signal import TeacherNeeds, TeacherSignal
+from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.types import Metric, TrainBatch, TrainingSample
 
 

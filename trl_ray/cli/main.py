@@ -24,8 +24,8 @@ from trl_ray.config.load import load_config, read_yaml
 from trl_ray.config.messages import nearest
 from trl_ray.errors import ConfigError, InputError, InterruptedRun, RunError, TrlRayError
 from trl_ray.observe.run_directory import RunDirectory
-from trl_ray.pipelines.pipeline import Pipeline, TrainOutput
-from trl_ray.pipelines.registry import PIPELINES
+from trl_ray.pipelines.pipeline_registry import PIPELINES
+from trl_ray.pipelines.run.pipeline import Pipeline, TrainOutput
 
 
 class ExitCode(enum.IntEnum):
@@ -118,7 +118,7 @@ def _dispatch(args: argparse.Namespace) -> int:
         print(format_environment(describe_environment()))
         return ExitCode.DONE
     if args.command == "report":
-        from trl_ray.observe.report import build_report
+        from trl_ray.observe.report.report_page import build_report
 
         print(build_report(RunDirectory.open_existing(args.run_dir).path))
         return ExitCode.DONE

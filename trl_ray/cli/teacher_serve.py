@@ -19,11 +19,11 @@ from aiohttp import web
 
 from trl_ray.actors.teacher import Teacher
 from trl_ray.config.load import apply_overrides, build, dump_yaml, read_yaml
-from trl_ray.config.teachers import TeacherServeConfig
+from trl_ray.config.teacher_options import TeacherServeConfig
 from trl_ray.engines.teacher_clients import SCORE_PATH
 from trl_ray.engines.teacher_service import ServiceLimits, TeacherService
 from trl_ray.errors import ConfigError, InterruptedRun, ResourceError, TeacherError
-from trl_ray.models.load import load_model_config
+from trl_ray.models.policy_loading import load_model_config
 
 _WATCH_S = 2.0
 """Between two looks at the teacher's health."""

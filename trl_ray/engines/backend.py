@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from trl_ray.algorithms.teacher_answers import TeacherAnswer
 from trl_ray.types import (
     Completion,
     FloatArray,
@@ -24,6 +23,7 @@ from trl_ray.types import (
     WeightPayload,
     WeightVersion,
 )
+from trl_ray.wire.teacher_answers import TeacherAnswer
 
 CHECKPOINT_VERSION = WeightVersion(version=0, checksum="checkpoint")
 """What an engine runs before its first update: the weights the run starts from."""

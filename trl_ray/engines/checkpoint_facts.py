@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from trl_ray.errors import ModelError
-from trl_ray.models.weights import build_manifest
+from trl_ray.models.weight_payload import build_manifest
 from trl_ray.types import TensorEntry
 
 _KV_MEMORY_FRACTION = 0.2

@@ -14,15 +14,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trl_ray.algorithms.teacher_answers import (
+from trl_ray.errors import ConfigError
+from trl_ray.types import FloatArray, IntArray, TeacherQuestion, TeacherRequest, TeacherScores
+from trl_ray.wire.teacher_answers import (
     TeacherAnswer,
     check_answer,
     join_scores,
     log_tail,
     split_answer,
 )
-from trl_ray.errors import ConfigError
-from trl_ray.types import FloatArray, IntArray, TeacherQuestion, TeacherRequest, TeacherScores
 
 
 def check_question(question: TeacherQuestion, *, vocab_size: int, engine: str) -> None:

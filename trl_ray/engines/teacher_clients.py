@@ -25,14 +25,14 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from trl_ray.algorithms.teacher_answers import TeacherAnswer, check_answer, log_tail, split_answer
-from trl_ray.algorithms.teacher_frames import MEDIA_TYPE
-from trl_ray.algorithms.teacher_payload import decode_scores
-from trl_ray.algorithms.teacher_requests import TeacherCall, encode_requests
-from trl_ray.config.teachers import PayloadDtype, PayloadIds, TeacherConfig, TeacherProtocol, TeacherServerConfig
+from trl_ray.config.teacher_options import PayloadDtype, PayloadIds, TeacherConfig, TeacherProtocol, TeacherServerConfig
 from trl_ray.engines.teacher_transport import ServerAddress, TeacherServer
 from trl_ray.errors import ConfigError, TeacherError
 from trl_ray.types import FloatArray, IntArray, TeacherQuestion, TeacherRequest, TeacherScores
+from trl_ray.wire.teacher_answers import TeacherAnswer, check_answer, log_tail, split_answer
+from trl_ray.wire.teacher_frames import MEDIA_TYPE
+from trl_ray.wire.teacher_payload import decode_scores
+from trl_ray.wire.teacher_requests import TeacherCall, encode_requests
 
 SCORE_PATH = "/v1/teacher/score"
 """Of our own endpoint: a frame of requests is posted, a frame of scores comes back."""

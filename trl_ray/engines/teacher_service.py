@@ -21,12 +21,12 @@ import numpy as np
 from aiohttp import web
 from numpy.typing import NDArray
 
-from trl_ray.algorithms.teacher_frames import MEDIA_TYPE
-from trl_ray.algorithms.teacher_requests import TeacherCall, decode_requests
-from trl_ray.config.teachers import PayloadDtype, PayloadIds
+from trl_ray.config.teacher_options import PayloadDtype, PayloadIds
 from trl_ray.engines.teacher_clients import SCORE_PATH
 from trl_ray.errors import DeadlineError, InputError, RunError, TeacherError
 from trl_ray.types import Health, TeacherQuestion, TeacherRequest
+from trl_ray.wire.teacher_frames import MEDIA_TYPE
+from trl_ray.wire.teacher_requests import TeacherCall, decode_requests
 
 HEALTH_PATH = "/health"
 _PIECE = 2**18

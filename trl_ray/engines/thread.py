@@ -31,12 +31,11 @@ from typing import Any
 
 import numpy as np
 
-from trl_ray.algorithms.teacher_answers import TeacherAnswer
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Backend, Finished, Limits
 from trl_ray.engines.completion_scoring import check_question, finish_answers
 from trl_ray.engines.sampling import check_sampling
 from trl_ray.errors import DataError, DeadlineError, EngineError, TrlRayError
-from trl_ray.models.weights import verify_payload
+from trl_ray.models.weight_payload import verify_payload
 from trl_ray.types import (
     Completion,
     FloatArray,
@@ -48,6 +47,7 @@ from trl_ray.types import (
     WeightPayload,
     WeightVersion,
 )
+from trl_ray.wire.teacher_answers import TeacherAnswer
 
 _LOG = logging.getLogger(__name__)
 _JOIN_S = 30.0

@@ -22,14 +22,13 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from trl_ray.algorithms.teacher_answers import join_scores
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
 from trl_ray.engines.checkpoint_facts import read_facts, stop_ids_of
 from trl_ray.engines.sampling import BatchSampling, draw, processed_logprobs, sample_seed
 from trl_ray.engines.thread import EngineThread
-from trl_ray.models.head import check_head
-from trl_ray.models.teacher_model import TeacherModel
-from trl_ray.models.weights import build_manifest, named_tensors
+from trl_ray.models.companions.teacher_model import TeacherModel
+from trl_ray.models.scoring.head import check_head
+from trl_ray.models.weight_payload import build_manifest, named_tensors
 from trl_ray.types import (
     Completion,
     FinishReason,
@@ -41,6 +40,7 @@ from trl_ray.types import (
     VersionSpan,
     WeightPayload,
 )
+from trl_ray.wire.teacher_answers import join_scores
 
 _SCORED_TOKENS = 4096
 """Tokens of one forward pass over completions to score, unless one alone has more."""

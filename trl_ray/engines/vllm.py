@@ -27,7 +27,7 @@ from trl_ray.engines.completion_scoring import answer_of, top_width
 from trl_ray.engines.sampling import sample_seed
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import ConfigError
-from trl_ray.models.weights import named_tensors
+from trl_ray.models.weight_payload import named_tensors
 from trl_ray.types import (
     Completion,
     FinishReason,

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_ray.errors import CheckpointError
-from trl_ray.models.adapters import has_adapter, save_adapter
+from trl_ray.models.adapters.lora import has_adapter, save_adapter
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.pt"

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_ray.observe.files import atomic_write, clean_text, to_json
+from trl_ray.observe.run_files import atomic_write, clean_text, to_json
 from trl_ray.observe.sinks import Sink, TrainedGroups
 from trl_ray.types import Completion, Prompt, Reward, RolloutGroup
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from trl_ray.observe.files import jsonable
+from trl_ray.observe.run_files import jsonable
 from trl_ray.observe.sinks import Sink, TrainedGroups
 from trl_ray.types import Event, EventKind
 

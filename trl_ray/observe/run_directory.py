@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trl_ray.errors import ConfigError
-from trl_ray.observe.files import atomic_write_json, atomic_write_text, read_json_lines, to_json, writing
+from trl_ray.observe.run_files import atomic_write_json, atomic_write_text, read_json_lines, to_json, writing
 
 _FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "trace.jsonl", "ledger.json", "journal.bin", "report.html")
 _FOLDERS = ("completions", "checkpoints", "wandb")

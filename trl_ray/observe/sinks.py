@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from trl_ray.observe.files import JsonLines
+from trl_ray.observe.run_files import JsonLines
 from trl_ray.types import ActorReport, Event, EventKind, RolloutGroup, Span
 
 

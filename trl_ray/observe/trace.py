@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_ray.observe.files import JsonLines, atomic_write_json, read_json_lines
+from trl_ray.observe.run_files import JsonLines, atomic_write_json, read_json_lines
 from trl_ray.observe.sinks import Sink
 from trl_ray.types import Span
 

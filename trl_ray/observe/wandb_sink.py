@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from trl_ray.errors import ConfigError
-from trl_ray.observe.files import atomic_write_text, jsonable, writing
 from trl_ray.observe.redact import redact
+from trl_ray.observe.run_files import atomic_write_text, jsonable, writing
 from trl_ray.observe.sinks import Sink
 
 _LOG = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from trl_ray.config.grpo import AsyncGRPOConfig, GRPOConfig
-from trl_ray.pipelines.policy_optimization import PolicyOptimizationPipeline
+from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig
+from trl_ray.pipelines.rollouts.rollout_pipeline import PolicyOptimizationPipeline
 
 
 class AsyncGRPOPipeline(PolicyOptimizationPipeline):

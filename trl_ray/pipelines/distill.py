@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from trl_ray.config.distill import DistillConfig
-from trl_ray.config.run import RunConfig
-from trl_ray.pipelines.policy_optimization import PolicyOptimizationPipeline
-from trl_ray.pipelines.preparation import RewardFunction
+from trl_ray.config.runs.distill_config import DistillConfig
+from trl_ray.config.runs.run_config import RunConfig
+from trl_ray.pipelines.rollouts.preparation import RewardFunction
+from trl_ray.pipelines.rollouts.rollout_pipeline import PolicyOptimizationPipeline
 
 
 class DistillPipeline(PolicyOptimizationPipeline):

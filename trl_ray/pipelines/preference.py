@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 from trl_ray.config.base import Section
-from trl_ray.config.preference import CPOLossConfig, ORPOLossConfig, PreferenceLossConfig, UnpairedLossConfig
-from trl_ray.config.run import RunConfig
-from trl_ray.config.supervised_runs import CPOConfig, DPOConfig, KTOConfig, ORPOConfig
-from trl_ray.data.examples import ExampleTask
-from trl_ray.pipelines.supervised import SupervisedPipeline
+from trl_ray.config.losses.preference_options import (
+    CPOLossConfig,
+    ORPOLossConfig,
+    PreferenceLossConfig,
+    UnpairedLossConfig,
+)
+from trl_ray.config.runs.dataset_config import CPOConfig, DPOConfig, KTOConfig, ORPOConfig
+from trl_ray.config.runs.run_config import RunConfig
+from trl_ray.data.examples.example_set import ExampleTask
+from trl_ray.pipelines.supervised.dataset_pipeline import SupervisedPipeline
 
 
 class DPOPipeline(SupervisedPipeline):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from trl_ray.config.run import RunConfig
-from trl_ray.config.sdpo import SDPOConfig
-from trl_ray.pipelines.policy_optimization import PolicyOptimizationPipeline
+from trl_ray.config.runs.run_config import RunConfig
+from trl_ray.config.runs.sdpo_config import SDPOConfig
+from trl_ray.pipelines.rollouts.rollout_pipeline import PolicyOptimizationPipeline
 
 
 class SDPOPipeline(PolicyOptimizationPipeline):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 from trl_ray.config.base import Section
-from trl_ray.config.run import RunConfig
-from trl_ray.config.supervised import SupervisedLossConfig
-from trl_ray.config.supervised_runs import SFTConfig
-from trl_ray.data.examples import ExampleTask
-from trl_ray.pipelines.supervised import SupervisedPipeline
+from trl_ray.config.losses.supervised_options import SupervisedLossConfig
+from trl_ray.config.runs.dataset_config import SFTConfig
+from trl_ray.config.runs.run_config import RunConfig
+from trl_ray.data.examples.example_set import ExampleTask
+from trl_ray.pipelines.supervised.dataset_pipeline import SupervisedPipeline
 
 
 class SFTPipeline(SupervisedPipeline):

@@ -23,8 +23,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trl_ray.rewards import wire
-from trl_ray.rewards.registry import RewardSpec
+from trl_ray.rewards import sandbox_messages as wire
+from trl_ray.rewards.reward_registry import RewardSpec
 from trl_ray.rewards.scoring import GroupInput
 from trl_ray.types import RewardErrorKind, RewardFailure, ScoredGroup
 

@@ -21,8 +21,8 @@ import threading
 from typing import Any
 
 from trl_ray.errors import ConfigError
-from trl_ray.rewards import wire
-from trl_ray.rewards.registry import load_function
+from trl_ray.rewards import sandbox_messages as wire
+from trl_ray.rewards.reward_registry import load_function
 from trl_ray.rewards.scoring import GroupInput, NamedFunction, score_group, weighted
 from trl_ray.types import RewardErrorKind, RewardFailure, ScoredGroup
 

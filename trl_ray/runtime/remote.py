@@ -28,9 +28,9 @@ from typing import Any
 import ray
 from ray.actor import ActorClass
 
-from trl_ray.config.reward_models import RewardModelOptions
+from trl_ray.config.reward_model_options import RewardModelOptions
 from trl_ray.config.sections import RewardConfig, RolloutConfig, RuntimeConfig
-from trl_ray.config.teachers import TeacherSource
+from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.runtime.runtime import Role, reward_model_plan, teacher_plan
 
 HEALTH_GROUP = "health"

@@ -15,11 +15,11 @@ import torch
 from tiny_models import build_tiny_model
 from trl_ray.actors.policy_learner import PolicyLearner
 from trl_ray.algorithms.loss import LossInputs, LossOutput
-from trl_ray.algorithms.policy_loss import PolicyLoss
-from trl_ray.config.loss import LossConfig, LossType
+from trl_ray.algorithms.policy.policy_loss import PolicyLoss
+from trl_ray.config.losses.policy_options import LossConfig, LossType
 from trl_ray.config.sections import ModelConfig, NonFinite, SharePrompt, TrainingConfig
 from trl_ray.errors import CheckpointError, NumericsError
-from trl_ray.models.weights import named_tensors, verify_checksum
+from trl_ray.models.weight_payload import named_tensors, verify_checksum
 from trl_ray.types import TrainBatch, TrainingSample, WeightPayload
 
 
@@ -189,7 +189,7 @@ class _Treacherous(PolicyLoss):
 
 
 def test_a_gradient_that_is_not_finite_is_traced_to_its_sample(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trl_ray.algorithms.losses.PolicyLoss", _Treacherous)
+    monkeypatch.setattr("trl_ray.algorithms.loss_registry.PolicyLoss", _Treacherous)
     learner = _learner(tiny)
     before = _weights(learner.publish())
     samples = _samples(1)

@@ -16,19 +16,24 @@ from torch import Tensor
 from supervised_batches import COUNT, batch_of, packed, pairs, rated, reward_pairs, solutions, texts
 from tiny_models import build_tiny_model
 from trl_ray.actors.policy_learner import PolicyLearner
-from trl_ray.algorithms.example_batches import (
+from trl_ray.algorithms.batches.example_batches import (
     example_references,
     mismatched_batch,
     mismatched_kl,
     reference_batch,
     with_references,
 )
-from trl_ray.algorithms.losses import LossOptions
-from trl_ray.algorithms.work import CutRules
-from trl_ray.config.preference import CPOLossConfig, ORPOLossConfig, PreferenceLossConfig, UnpairedLossConfig
-from trl_ray.config.reward_modelling import RewardLossConfig, StepLossConfig
+from trl_ray.algorithms.batches.work_sharing import CutRules
+from trl_ray.algorithms.loss_registry import LossOptions
+from trl_ray.config.losses.preference_options import (
+    CPOLossConfig,
+    ORPOLossConfig,
+    PreferenceLossConfig,
+    UnpairedLossConfig,
+)
+from trl_ray.config.losses.reward_modelling_options import RewardLossConfig, StepLossConfig
+from trl_ray.config.losses.supervised_options import SupervisedLossConfig
 from trl_ray.config.sections import ModelConfig, NonFinite, SharePrompt, TrainingConfig
-from trl_ray.config.supervised import SupervisedLossConfig
 from trl_ray.errors import NumericsError
 from trl_ray.types import Example, SampleLabel, TrainBatch
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from taught_batches import TEMPERATURE, batch_of, said, taught_samples
 from tiny_models import build_tiny_model
 from trl_ray.actors.policy_learner import PolicyLearner
-from trl_ray.algorithms.losses import LossOptions
-from trl_ray.config.distillation import (
+from trl_ray.algorithms.loss_registry import LossOptions
+from trl_ray.config.losses.distillation_options import (
     DistillationLossConfig,
     DistillationMode,
     DistillationObjective,
@@ -24,14 +24,14 @@ from trl_ray.config.distillation import (
     Support,
 )
 from trl_ray.config.sections import ModelConfig, TrainingConfig
-from trl_ray.config.teachers import (
+from trl_ray.config.teacher_options import (
     AdapterAverage,
     TeacherConfig,
     TeacherKind,
     TeacherSource,
     TeacherWeights,
 )
-from trl_ray.models.load import load_policy
+from trl_ray.models.policy_loading import load_policy
 from trl_ray.types import StepResult, TrainingSample
 
 SAMPLED = SDPOObjective()

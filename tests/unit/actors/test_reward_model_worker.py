@@ -14,7 +14,7 @@ from fakes import completion, prompt
 from tiny_models import build_tokenizer
 from tiny_reward_models import build_reward_model
 from trl_ray.actors.reward_model_worker import RewardModelWorker
-from trl_ray.config.reward_models import RewardModelOptions
+from trl_ray.config.reward_model_options import RewardModelOptions
 from trl_ray.errors import ModelError
 from trl_ray.types import EventKind, Prompt, RewardErrorKind
 

@@ -11,7 +11,7 @@ from fakes import FakeHandle, until
 from trl_ray.actors.reward_worker import RewardWorker, ScoringModel
 from trl_ray.config.sections import Isolation
 from trl_ray.errors import ActorLostError, DeadlineError
-from trl_ray.rewards.registry import make_spec
+from trl_ray.rewards.reward_registry import make_spec
 from trl_ray.types import (
     Completion,
     EventKind,

@@ -11,8 +11,7 @@ from fakes import FakeHandle, completion, prompt, reward, ticket, until
 from trl_ray.actors import rollout_worker
 from trl_ray.actors.rollout_worker import RolloutWorker
 from trl_ray.actors.teaching import TeacherErrorKind, TeacherSeat, TeachingPlan
-from trl_ray.algorithms.teacher_payload import encode_scores
-from trl_ray.config.distillation import RepromptConfig
+from trl_ray.config.losses.distillation_options import RepromptConfig
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.errors import DataError, EngineError, TeacherError, WeightError
 from trl_ray.types import (
@@ -29,6 +28,7 @@ from trl_ray.types import (
     WeightPayload,
     WeightVersion,
 )
+from trl_ray.wire.teacher_payload import encode_scores
 
 G = 2
 

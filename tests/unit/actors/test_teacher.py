@@ -18,9 +18,8 @@ from teacher_servers import Reply, frame_answer, serving
 from tiny_models import VOCAB_SIZE, build_tiny_model, random_model
 from trl_ray.actors import teacher as teacher_module
 from trl_ray.actors.teacher import Teacher
-from trl_ray.algorithms.teacher_payload import decode_scores
 from trl_ray.config.sections import ModelConfig
-from trl_ray.config.teachers import (
+from trl_ray.config.teacher_options import (
     PayloadDtype,
     PayloadIds,
     TeacherConfig,
@@ -31,8 +30,8 @@ from trl_ray.config.teachers import (
     TeacherWeights,
 )
 from trl_ray.errors import CheckpointError, ConfigError, DataError, ModelError, TeacherError, WeightError
-from trl_ray.models.teacher_model import TeacherModel
-from trl_ray.models.weights import export_weights
+from trl_ray.models.companions.teacher_model import TeacherModel
+from trl_ray.models.weight_payload import export_weights
 from trl_ray.types import (
     Canary,
     EventKind,
@@ -41,6 +40,7 @@ from trl_ray.types import (
     TeacherScores,
     WeightPayload,
 )
+from trl_ray.wire.teacher_payload import decode_scores
 
 QUESTION = TeacherQuestion(vocab_size=VOCAB_SIZE, top_k=4, tail=True)
 REQUESTS = make_requests([5, 2, 9], vocab_size=VOCAB_SIZE)

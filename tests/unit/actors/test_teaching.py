@@ -12,9 +12,8 @@ import pytest
 from fakes import FakeHandle, in_turn, until
 from tiny_models import build_tokenizer
 from trl_ray.actors.teaching import Taught, TeacherErrorKind, TeacherSeat, Teaching, TeachingPlan
-from trl_ray.algorithms.teacher_payload import encode_scores
-from trl_ray.config.distillation import RepromptConfig
-from trl_ray.config.teachers import PayloadDtype, PayloadIds
+from trl_ray.config.losses.distillation_options import RepromptConfig
+from trl_ray.config.teacher_options import PayloadDtype, PayloadIds
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError, TeacherError
 from trl_ray.types import (
     Completion,
@@ -26,6 +25,7 @@ from trl_ray.types import (
     TeacherScores,
     VersionSpan,
 )
+from trl_ray.wire.teacher_payload import encode_scores
 
 VOCAB = 300
 QUESTION = TeacherQuestion(vocab_size=VOCAB, top_k=2, tail=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trl_ray.algorithms.metrics import merge_metrics, token_mean
+from trl_ray.algorithms.metric_merging import merge_metrics, token_mean
 from trl_ray.types import Metric, Reduce
 
 

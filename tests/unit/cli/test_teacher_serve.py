@@ -16,16 +16,16 @@ import pytest
 from fakes import health
 from teacher_batches import VOCAB, make_requests, make_scores
 from tiny_models import VOCAB_SIZE, build_tiny_model
-from trl_ray.algorithms.teacher_payload import encode_scores
 from trl_ray.cli import teacher_serve
 from trl_ray.cli.main import ExitCode, main
 from trl_ray.cli.teacher_serve import load_serve_config
 from trl_ray.config.load import dump_yaml
-from trl_ray.config.teachers import PayloadDtype, PayloadIds, TeacherKind, TeacherServeConfig
+from trl_ray.config.teacher_options import PayloadDtype, PayloadIds, TeacherKind, TeacherServeConfig
 from trl_ray.engines.teacher_clients import Chunking, FrameTeacher
 from trl_ray.engines.teacher_transport import ServerAddress, TeacherServer
 from trl_ray.errors import ConfigError
 from trl_ray.types import Health, TeacherQuestion, TeacherRequest, TeacherScores
+from trl_ray.wire.teacher_payload import encode_scores
 
 QUESTION = TeacherQuestion(vocab_size=VOCAB, top_k=3)
 REQUESTS = make_requests([4, 2])

@@ -9,11 +9,11 @@ import pytest
 
 from trl_ray.config.base import Section
 from trl_ray.config.counterparts import COUNTERPARTS, counterpart
-from trl_ray.config.distill import DistillConfig
-from trl_ray.config.grpo import AsyncGRPOConfig, GRPOConfig, RLOOConfig
 from trl_ray.config.load import build
-from trl_ray.config.sdpo import SDPOConfig
-from trl_ray.config.supervised_runs import DPOConfig, SFTConfig
+from trl_ray.config.runs.dataset_config import DPOConfig, SFTConfig
+from trl_ray.config.runs.distill_config import DistillConfig
+from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig, RLOOConfig
+from trl_ray.config.runs.sdpo_config import SDPOConfig
 from trl_ray.errors import ConfigError
 
 ROLLOUTS: list[type[Section]] = [GRPOConfig, AsyncGRPOConfig, RLOOConfig, SDPOConfig, DistillConfig]

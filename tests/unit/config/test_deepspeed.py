@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from trl_ray.config.deepspeed import DeepSpeedPlan, resolve_deepspeed
-from trl_ray.config.grpo import GRPOConfig
 from trl_ray.config.load import build, dump_yaml, parse_yaml
+from trl_ray.config.runs.grpo_config import GRPOConfig
 from trl_ray.config.sections import Dtype, TrainingConfig
 from trl_ray.errors import ConfigError
 

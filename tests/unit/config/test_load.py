@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_ray.config.grpo import AsyncGRPOConfig
 from trl_ray.config.load import apply_overrides, build, dump_yaml, load_config, parse_yaml, read_yaml
-from trl_ray.config.loss import LossType
+from trl_ray.config.losses.policy_options import LossType
+from trl_ray.config.runs.grpo_config import AsyncGRPOConfig
 from trl_ray.config.sections import EngineChoice, RuntimeConfig
 from trl_ray.errors import ConfigError, InputError
 

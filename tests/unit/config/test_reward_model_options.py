@@ -2,9 +2,9 @@
 
 import pytest
 
-from trl_ray.config.grpo import AsyncGRPOConfig, GRPOConfig, RLOOConfig
 from trl_ray.config.load import dump_yaml, load_config
-from trl_ray.config.reward_models import RewardModelKind, RewardModelOptions, StepFormat
+from trl_ray.config.reward_model_options import RewardModelKind, RewardModelOptions, StepFormat
+from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig, RLOOConfig
 from trl_ray.errors import ConfigError
 
 

@@ -13,7 +13,6 @@ import pytest
 from completion_scores import check_scores
 from teacher_batches import make_requests
 from tiny_models import VOCAB_SIZE, build_tokenizer, random_model
-from trl_ray.algorithms.teacher_answers import TeacherAnswer
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
 from trl_ray.engines.completion_scoring import answer_of, top_width
 from trl_ray.engines.thread import EngineThread
@@ -27,6 +26,7 @@ from trl_ray.types import (
     WeightPayload,
     WeightVersion,
 )
+from trl_ray.wire.teacher_answers import TeacherAnswer
 
 LN2 = math.log(2)
 QUESTION = TeacherQuestion(vocab_size=10, top_k=1, tail=True)

@@ -10,7 +10,7 @@ import torch
 from trl_ray.engines.backend import Finished, Limits
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import DataError, DeadlineError, EngineError, WeightError
-from trl_ray.models.weights import export_weights
+from trl_ray.models.weight_payload import export_weights
 from trl_ray.types import Completion, FinishReason, GenerationRequest, SamplingParams, VersionSpan
 
 WEIGHTS = [("w", torch.arange(4.0))]

@@ -14,7 +14,7 @@ import pytest
 
 from teacher_batches import make_requests, make_scores
 from teacher_servers import Babble, Behaviour, Close, Drip, Hang, Reply, frame_answer, serving, trl_answer, vllm_answer
-from trl_ray.config.teachers import PayloadDtype, PayloadIds, TeacherConfig, TeacherServerConfig
+from trl_ray.config.teacher_options import PayloadDtype, PayloadIds, TeacherConfig, TeacherServerConfig
 from trl_ray.engines.teacher_clients import (
     Chunking,
     FrameTeacher,

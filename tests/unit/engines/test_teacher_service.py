@@ -15,15 +15,15 @@ from aiohttp.test_utils import TestServer
 
 from fakes import health, until
 from teacher_batches import VOCAB, make_requests, make_scores
-from trl_ray.algorithms.teacher_frames import MEDIA_TYPE
-from trl_ray.algorithms.teacher_payload import encode_scores
-from trl_ray.algorithms.teacher_requests import TeacherCall, encode_requests
-from trl_ray.config.teachers import PayloadDtype, PayloadIds
+from trl_ray.config.teacher_options import PayloadDtype, PayloadIds
 from trl_ray.engines.teacher_clients import SCORE_PATH, Chunking, FrameTeacher
 from trl_ray.engines.teacher_service import ServiceLimits, TeacherService
 from trl_ray.engines.teacher_transport import ServerAddress, TeacherServer
 from trl_ray.errors import ConfigError, DeadlineError, TeacherError
 from trl_ray.types import Health, TeacherQuestion, TeacherRequest
+from trl_ray.wire.teacher_frames import MEDIA_TYPE
+from trl_ray.wire.teacher_payload import encode_scores
+from trl_ray.wire.teacher_requests import TeacherCall, encode_requests
 
 REQUESTS = make_requests([5, 1, 9, 3])
 QUESTION = TeacherQuestion(vocab_size=VOCAB, temperature=0.5, top_k=4, tail=True)

@@ -22,7 +22,7 @@ from trl_ray.models.checkpoint import (
     prune,
     verify_checkpoint,
 )
-from trl_ray.models.load import Policy, load_policy
+from trl_ray.models.policy_loading import Policy, load_policy
 
 
 def save_checkpoint(directory: Path, *, step: int, **contents: Any) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_ray.errors import WeightError
-from trl_ray.models.weights import export_weights, named_tensors, verify_payload
+from trl_ray.models.weight_payload import export_weights, named_tensors, verify_payload
 
 TENSORS = [("a", torch.arange(6.0).reshape(2, 3)), ("b", torch.ones(5, dtype=torch.bfloat16)), ("c", torch.tensor(2.0))]
 

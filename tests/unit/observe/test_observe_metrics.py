@@ -1,6 +1,6 @@
 import pytest
 
-from trl_ray.observe.metrics import MetricBag
+from trl_ray.observe.metric_bag import MetricBag
 from trl_ray.types import Metric, Reduce
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from trl_ray.errors import ConfigError, RunError
-from trl_ray.observe.files import JsonLines, atomic_write_json, atomic_write_text, jsonable, read_json_lines
 from trl_ray.observe.run_directory import RunDirectory
+from trl_ray.observe.run_files import JsonLines, atomic_write_json, atomic_write_text, jsonable, read_json_lines
 
 
 def test_create_lays_out_a_new_run_and_open_finds_it(tmp_path: Path) -> None:

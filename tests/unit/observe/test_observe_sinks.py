@@ -12,9 +12,9 @@ import pytest
 from trl_ray.errors import ConfigError, RunError
 from trl_ray.observe.completions import write_completions
 from trl_ray.observe.console import ConsoleSink, duration, printable, progress_line, sparkline
-from trl_ray.observe.files import read_json_lines
 from trl_ray.observe.redact import redact
 from trl_ray.observe.run_directory import RunDirectory
+from trl_ray.observe.run_files import read_json_lines
 from trl_ray.observe.sinks import MetricsFile, Observer, Sink, TrainedGroups
 from trl_ray.observe.wandb_sink import WandbSink
 from trl_ray.types import Event, EventKind, RolloutGroup

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 
 from trl_ray.errors import WeightError
-from trl_ray.observe.metrics import MetricBag
+from trl_ray.observe.metric_bag import MetricBag
 from trl_ray.observe.staleness import StalenessMonitor
 from trl_ray.types import RolloutGroup, Span
 

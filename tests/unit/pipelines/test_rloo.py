@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from trl_ray.config.advantages import AdvantageBaseline
-from trl_ray.config.grpo import GRPOConfig, RLOOConfig
 from trl_ray.config.load import dump_yaml
+from trl_ray.config.losses.advantage_options import AdvantageBaseline
+from trl_ray.config.runs.grpo_config import GRPOConfig, RLOOConfig
 from trl_ray.errors import ConfigError
 from trl_ray.observe.run_directory import RunDirectory
-from trl_ray.pipelines.registry import PIPELINES
+from trl_ray.pipelines.pipeline_registry import PIPELINES
 from trl_ray.pipelines.rloo import RLOOPipeline
 
 

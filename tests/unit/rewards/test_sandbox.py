@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from trl_ray.rewards.registry import make_spec
+from trl_ray.rewards.reward_registry import make_spec
 from trl_ray.rewards.sandbox import LOG_BYTES, Sandbox, child_environment
 from trl_ray.rewards.scoring import GroupInput
 from trl_ray.types import RewardErrorKind
@@ -338,7 +338,7 @@ def test_the_child_dies_with_its_parent(tmp_path):
     script = (
         "import os, sys\n"
         "from trl_ray.rewards.sandbox import Sandbox\n"
-        "from trl_ray.rewards.registry import make_spec\n"
+        "from trl_ray.rewards.reward_registry import make_spec\n"
         "box = Sandbox(functions=[make_spec('arithmetic')], weights=None, timeout_s=5)\n"
         "box.start(); print(box.pid, flush=True); os.kill(os.getpid(), 9)\n"
     )

@@ -1,6 +1,6 @@
 import pytest
 
-from trl_ray.config.reward_models import RewardModelOptions
+from trl_ray.config.reward_model_options import RewardModelOptions
 from trl_ray.config.sections import RewardConfig, RolloutConfig, RuntimeConfig
 from trl_ray.runtime.cluster import missing_resources
 from trl_ray.runtime.remote import ActorPlan, actor_environment, plan_actors

@@ -1,0 +1,158 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_ray.data.chat.tool_schemas import check_tools
+from trl_ray.data.formats.conversations import check_completion, check_messages, check_order
+from trl_ray.data.formats.shared_prompts import shared_prompt
+from trl_ray.errors import DataError
+
+
+def said(*roles):
+    return [{"role": role, "content": role} for role in roles]
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        said("user"),
+        said("system", "user", "assistant", "user", "assistant"),
+        said("system", "developer", "user", "assistant"),
+        said("developer", "user", "assistant"),
+        [*said("user"), CALL, *said("tool", "tool", "assistant", "user")],
+        [*said("user"), CALL, *said("tool"), CALL, *said("tool", "assistant")],
+    ],
+)
+def test_roles_in_order_are_taken(messages):
+    check_order(check_messages(messages, where="m"), where="m")
+
+
+@pytest.mark.parametrize(
+    ("messages", "place", "allowed"),
+    [
+        (said("assistant"), "message 0", "system or developer or user at the start"),
+        (said("user", "system"), "message 1", "assistant after user"),
+        (said("user", "assistant", "assistant"), "message 2", "user after assistant"),
+        (said("user", "user"), "message 1", "assistant after user"),
+        (said("user", "tool"), "message 1", "assistant after user"),
+        (said("user", "assistant", "tool"), "message 2", "user after assistant"),
+        ([*said("user"), CALL, *said("user")], "message 2", "tool after a tool call"),
+        ([*said("user"), CALL, *said("tool", "user")], "message 3", "tool or assistant after tool"),
+    ],
+)
+def test_the_first_message_out_of_order_is_named_with_who_may_stand_there(messages, place, allowed):
+    with pytest.raises(DataError, match=f"{place} must be of {allowed}"):
+        check_order(messages, where="m")
+
+
+def test_a_completion_starts_and_ends_with_the_assistant():
+    check_completion(said("user"), [CALL, *said("tool", "assistant")], where="m")
+    with pytest.raises(DataError, match="must end with the assistant, got 'tool'"):
+        check_completion(said("user"), [CALL, *said("tool")], where="m")
+    with pytest.raises(DataError, match="must be of user after assistant"):
+        check_completion(said("user", "assistant"), said("assistant"), where="m")
+
+
+def test_an_assistant_may_be_silent_only_when_it_calls_or_thinks():
+    calls = check_messages([CALL, {"role": "assistant", "tool_calls": CALL["tool_calls"]}], where="m")
+    assert [message["content"] for message in calls] == ["", ""]
+    check_messages([{"role": "assistant", "content": "", "thinking": "hm"}], where="m")
+    with pytest.raises(DataError, match="message 0 must not be empty"):
+        check_messages([{"role": "assistant", "content": ""}], where="m")
+
+
+def test_arguments_that_arrow_filled_in_are_left_out_of_calls():
+    call = {"function": {"name": "f", "arguments": {"x": 1, "y": None, "z": {"k": None}}}}
+    (message,) = check_messages([{"role": "assistant", "content": None, "tool_calls": [call]}], where="m")
+    assert message["tool_calls"] == [{"function": {"name": "f", "arguments": {"x": 1, "z": {}}}}]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tool_calls": "f"}, "must have a list as tool_calls"),
+        ({"tool_calls": [{"function": {}}]}, "tool call 0 must name its function"),
+        ({"role": "user"}, "must be the assistant's to call tools, got role 'user'"),
+    ],
+)
+def test_a_tool_call_that_is_none_is_refused(change, message):
+    with pytest.raises(DataError, match=message):
+        check_messages([{**CALL, **change}], where="m")
+
+
+def tool(**parameters):
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
+GOOD = tool(
+    type="object",
+    properties={"x": {"type": ["integer", "null"]}, "y": {"type": "array", "items": {"type": "string"}}},
+    required=["x"],
+)
+
+
+def test_tools_are_read_from_lists_and_from_json_without_arrows_none():
+    filled = {**GOOD, "strict": None}
+    assert check_tools([filled], where="t") == (GOOD,)
+    assert check_tools(json.dumps([GOOD]), where="t") == (GOOD,)
+    assert check_tools([{"name": "bare", "parameters": {}}], where="t") == ({"name": "bare", "parameters": {}},)
+    assert check_tools(None, where="t") == check_tools("", where="t") == check_tools([], where="t") == ()
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("[{", "t must be a list of tools or JSON text of one, column 3 is broken"),
+        ("{}", "t must be a list of tools, got {}"),
+        ([7], "t, tool 0 must be an object that describes a function, got int 7"),
+        ([{"type": "function", "function": {}}], "t, tool 0 must have a function with a name"),
+        ([{"type": "retrieval", "function": {"name": "f"}}], "must have the type 'function', got 'retrieval'"),
+        ([GOOD, GOOD], "must name every tool once, got 'f' 2 times"),
+        ([tool(type="objekt")], "(f), parameters must have one of the types array, boolean"),
+        ([tool(type="objekt")], "Did you mean 'object'?"),
+        ([tool(properties=["x"])], "must have an object as properties, got ['x']"),
+        ([tool(properties={"x": {"type": "int"}})], "parameters.x must have one of the types"),
+        ([tool(properties={"x": 3})], "parameters.x must be a JSON schema, got int 3"),
+        ([tool(type="array", items="string")], "parameters[] must be a JSON schema"),
+        ([tool(properties={"x": {}}, required=["y"])], "must describe the required 'y'; it has x"),
+        ([tool(required="x")], "must have a list of names as required"),
+    ],
+)
+def test_a_broken_tool_is_refused_with_the_place_in_its_schema(tools, message):
+    with pytest.raises(DataError) as caught:
+        check_tools(tools, where="t")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("The sky is blue", "The sky is red", "The sky is"),
+        ("ab", "abc", "a"),
+        ("x", "y", ""),
+        (" a", "ba", ""),
+        ("a ", "b", ""),
+    ],
+)
+def test_the_shared_prompt_of_two_texts_ends_before_the_space_where_they_part(chosen, rejected, prompt):
+    assert shared_prompt(chosen, rejected).prompt == prompt
+
+
+@given(prompt=st.text("ab ", max_size=6), chosen=st.text("ab ", min_size=1), rejected=st.text("ab ", min_size=1))
+def test_a_split_pair_puts_together_what_it_took_apart_and_leaves_no_answer_empty(prompt, chosen, rejected):
+    chosen, rejected = prompt + chosen, prompt + rejected
+    split = shared_prompt(chosen, rejected)
+    assert (split.prompt + split.chosen, split.prompt + split.rejected) == (chosen, rejected)
+    assert split.chosen
+    assert split.rejected
+
+
+def test_a_conversation_that_goes_on_keeps_the_answer_on_both_sides():
+    short, long = said("user", "assistant"), said("user", "assistant", "user", "assistant")
+    split = shared_prompt(short, long)
+    assert (split.prompt, split.chosen, split.rejected) == (long[:1], short[1:], long[1:])

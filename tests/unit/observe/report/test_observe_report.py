@@ -1,0 +1,172 @@
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from trl_ray.errors import ConfigError
+from trl_ray.observe.report.report_curves import smoothed
+from trl_ray.observe.report.report_data import Ledger, Status, read_run, thinned
+from trl_ray.observe.report.report_page import build_report
+from trl_ray.observe.report.svg import Chart, Series, compact, draw_chart, ticks
+from trl_ray.observe.run_directory import RunDirectory
+
+VOID = {"meta", "br", "link", "img"}
+LOADING = {"src", "href", "action", "data", "poster", "srcset", "xlink:href", "background"}
+
+
+class Page(HTMLParser):
+    """Checks that tags balance, and gathers scripts, text, and attributes that load something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.scripts = 0
+        self.handlers: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag == "script"
+        self.loads += [value or "" for name, value in attrs if name in LOADING]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def _read(run: RunDirectory) -> Page:
+    page = Page(build_report(run.path).read_text(encoding="utf-8"))
+    assert page.open == []
+    return page
+
+
+def test_the_report_is_balanced_html_that_loads_nothing(finished_run: RunDirectory) -> None:
+    page = _read(finished_run)
+    text = finished_run.report.read_text(encoding="utf-8")
+    assert page.loads and all(target.startswith("#") for target in page.loads)
+    assert page.handlers == []
+    assert not re.search(r"@import|url\(|<link|<img|<iframe", text)
+    assert "default-src 'none'" in text and "unsafe-inline" not in text
+
+
+def test_hostile_text_stays_text(finished_run: RunDirectory) -> None:
+    page = _read(finished_run)
+    text = finished_run.report.read_text(encoding="utf-8")
+    assert page.scripts == 1
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;" in text and "<script>alert" not in text
+    assert "<b>killed" not in text and "\x1b" not in text
+
+
+def test_the_report_says_what_the_run_did(finished_run: RunDirectory) -> None:
+    page = _read(finished_run)
+    for expected in ("finished", "balanced", "bound 2", "actor lost", "Step 1", "Step 2", "Step 3", "end of run"):
+        assert expected in page.text
+    assert "6 groups issued = 3 trained + 2 dropped + 1 live" in re.sub(r"\s+", " ", page.text)
+    assert "hunter2" not in finished_run.report.read_text() and "[removed]" in page.text
+
+
+def test_an_unbalanced_ledger_is_an_alarm(finished_run: RunDirectory) -> None:
+    finished_run.write_ledger({"issued": 7, "trained": 3, "dropped": {"end_of_run": 2}, "live": {"ready": 1}})
+    assert "unbalanced: +1 unaccounted for" in _read(finished_run).text
+    assert not Ledger(issued=7, trained=3, dropped={"x": 2}, live={}).balanced
+
+
+@pytest.mark.parametrize(
+    "missing", ["config.yaml", "events.jsonl", "ledger.json", "trace.jsonl", "completions", "metrics.jsonl"]
+)
+def test_any_file_may_be_missing(finished_run: RunDirectory, missing: str) -> None:
+    target = finished_run.path / missing
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    _read(finished_run)
+
+
+def test_torn_files_cost_only_what_is_torn(finished_run: RunDirectory) -> None:
+    with finished_run.metrics.open("a") as stream:
+        stream.write('{"step":4,"rew')
+    finished_run.config.write_text("a: [1,")
+    finished_run.ledger.write_text('{"issued":')
+    finished_run.completions_file(2).write_bytes(b"PAR1 torn")
+    data = read_run(finished_run)
+    assert [row["step"] for row in data.rows] == [1, 2, 3] and data.ledger is None and data.config == {}
+    assert [samples.step for samples in data.samples] == [1, 3]
+    assert data.total_steps is None and data.staleness_bound is None
+    _read(finished_run)
+
+
+def test_one_step_and_no_step_make_a_report(finished_run: RunDirectory) -> None:
+    finished_run.truncate_after(1)
+    assert "of the only step" in _read(finished_run).text
+    finished_run.truncate_after(0)
+    assert "No step was finished." in _read(finished_run).text
+
+
+def test_an_empty_run_makes_a_report(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run")
+    assert "unfinished" in _read(run).text
+    with pytest.raises(ConfigError):
+        build_report(tmp_path)
+
+
+def test_the_status_is_what_happened_last(finished_run: RunDirectory) -> None:
+    with finished_run.events.open("a") as stream:
+        stream.write('{"kind":"run_resumed","actor":"driver","time":200,"detail":{"staleness_bound":4}}\n')
+    data = read_run(finished_run)
+    assert data.status is Status.UNFINISHED and data.staleness_bound == 4
+
+
+def test_losses_come_first_and_drops_at_the_end_of_the_run_are_ordinary(finished_run: RunDirectory) -> None:
+    with finished_run.events.open("a") as stream:
+        stream.write('{"kind":"warning","actor":"queue","time":1,"detail":{}}\n')
+        stream.write('{"kind":"group_dropped","actor":"queue","time":2,"detail":{"reason":"end_of_run"}}\n')
+        stream.write('{"kind":"actor_lost","actor":"reward-0","time":3,"detail":{}}\n')
+    text = _read(finished_run).text
+    order = [text.index(word) for word in ("actor lost", "reward-0", "warning", "ordinary events", "group dropped")]
+    assert order == sorted(order)
+
+
+def test_a_step_trained_twice_shows_its_last_numbers(finished_run: RunDirectory) -> None:
+    with finished_run.metrics.open("a") as stream:
+        stream.write('{"step":2,"reward/mean":0.9}\n')
+    assert read_run(finished_run).values("reward/mean") == [0.1, 0.9, 0.3]
+
+
+def test_thinning_averages_but_keeps_maxima_and_the_last_step() -> None:
+    rows = [{"step": float(step), "loss": float(step), "staleness/max": float(step == 1)} for step in range(1, 5)]
+    assert thinned(rows, limit=2) == [
+        {"step": 2.0, "loss": 1.5, "staleness/max": 1.0},
+        {"step": 4.0, "loss": 3.5, "staleness/max": 0.0},
+    ]
+
+
+def test_smoothing_is_unbiased_at_the_start_and_keeps_gaps() -> None:
+    assert smoothed([1.0, None, 2.0]) == [1.0, None, 2.0]
+    values = smoothed([1.0] * 20 + [2.0] * 20)
+    assert values[0] == 1.0 and values[20] == pytest.approx(1.25, abs=0.01)
+
+
+def test_numbers_and_ticks_are_round() -> None:
+    shown = [compact(value) for value in (0, 0.5, 1234, 12345, 2.5e6, 1e-5, None, float("nan"))]
+    assert shown == ["0", "0.5", "1234", "12.3k", "2.5M", "1e-5", "n/a", "n/a"]
+    assert ticks(0.0, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_chart_of_nothing_is_nothing_and_a_flat_line_is_drawn() -> None:
+    empty = Chart(title="x", steps=[1, 2], series=[Series(name="a", values=[None, None], color=0)])
+    assert draw_chart(empty) == ""
+    flat = Chart(title="x", steps=[1, 2], series=[Series(name="<a>", values=[0.0, 0.0], color=0)])
+    assert "polyline" in draw_chart(flat) and "&lt;a&gt;" in draw_chart(flat) and "<a>" not in draw_chart(flat)

@@ -1,0 +1,140 @@
+"""What a run resolves before anything starts: lengths, steps, the canary and its tolerance."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tiny_models import MAX_POSITIONS, build_tiny_model
+from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig
+from trl_ray.errors import ConfigError, DataError
+from trl_ray.pipelines.rollouts.preparation import Inputs, prepare
+
+ROWS = [{"prompt": f"count to {number}: "} for number in range(1, 11)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def score(completions, **columns):
+    return [0.0 for _ in completions]
+
+
+def prepared(model, *, rows=ROWS, inputs=None, kind=GRPOConfig, **changes):
+    options = {
+        "model_name_or_path": model,
+        "num_generations": 2,
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 16,
+        "max_steps": 3,
+        **changes,
+    }
+    given = {"train_dataset": rows, "reward_funcs": [score], **(inputs or {})}
+    return prepare(kind(**options), Inputs(**given))
+
+
+def test_sequences_are_as_long_as_the_model_allows_unless_the_run_says_less(model):
+    assert prepared(model).max_model_len == MAX_POSITIONS == 512
+    assert prepared(model, rollout={"max_model_len": 100}).max_model_len == 100
+    assert prepared(model, rollout={"max_model_len": MAX_POSITIONS}).max_model_len == MAX_POSITIONS
+
+
+def test_sequences_longer_than_the_model_are_refused(model):
+    with pytest.raises(ConfigError, match="512 positions, got 513"):
+        prepared(model, rollout={"max_model_len": MAX_POSITIONS + 1})
+
+
+def test_a_model_that_does_not_say_how_long_it_is_must_be_told(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_ray.pipelines.rollouts.preparation.max_positions", lambda model: None)
+    with pytest.raises(ConfigError, match=r"rollout\.max_model_len must be set"):
+        prepared(model)
+    assert prepared(model, rollout={"max_model_len": 4096}).max_model_len == 4096
+
+
+def test_a_completion_must_leave_room_for_at_least_one_token_of_prompt(model):
+    assert prepared(model, rows=[{"prompt": "x"}], max_completion_length=511).max_model_len == 512
+    with pytest.raises(ConfigError, match=r"max_completion_length.*got 512"):
+        prepared(model, rows=[{"prompt": "x"}], max_completion_length=512)
+
+
+def test_a_prompt_may_fill_what_the_completion_leaves_and_no_more(model):
+    # The tokenizer makes one token of a byte.
+    limits = {"rollout": {"max_model_len": 40}, "max_completion_length": 16}
+    assert prepared(model, rows=[{"prompt": "x" * 24}], **limits).prompts.longest == 24
+    with pytest.raises(DataError, match="24 tokens"):
+        prepared(model, rows=[{"prompt": "x" * 25}], **limits)
+
+
+def test_steps_are_given_or_follow_from_the_epochs(model):
+    assert prepared(model, max_steps=7).total_steps == 7
+    # 10 rows, 4 groups a step: 2.5 steps an epoch.
+    assert prepared(model, max_steps=-1).total_steps == 3
+    assert prepared(model, max_steps=-1, num_train_epochs=2.0).total_steps == 5
+    assert prepared(model, max_steps=-1, num_train_epochs=0.01).total_steps == 1
+    with pytest.raises(ConfigError, match="max_steps"):
+        prepared(model, max_steps=0)
+
+
+def test_the_canary_is_the_first_prompt_cut_or_repeated_and_the_same_every_time(model):
+    long = prepared(model, rows=[{"prompt": "abcdefghijklmnopqrstuvwxyz"}]).canary_ids
+    assert (len(long), long.dtype) == (16, np.int32)
+    short = prepared(model, rows=[{"prompt": "abc"}]).canary_ids
+    assert list(short) == [*short[:3]] * 3
+    assert np.array_equal(prepared(model).canary_ids, prepared(model).canary_ids)
+
+
+def test_the_canary_tolerance_is_tight_only_where_both_sides_compute_in_float32(model):
+    assert prepared(model).canary_tolerance == 1e-3
+    assert prepared(model, rollout={"dtype": "float32"}).canary_tolerance == 1e-3
+    assert prepared(model, rollout={"dtype": "bfloat16"}).canary_tolerance == 0.2
+    assert prepared(model, dtype="bfloat16").canary_tolerance == 0.2
+    assert prepared(model, bf16=True).canary_tolerance == 0.2
+    assert prepared(model, rollout={"canary_tolerance": 0.5}).canary_tolerance == 0.5
+
+
+def test_reward_functions_of_the_caller_need_as_many_weights(model):
+    with pytest.raises(ConfigError, match="2 weights for 1 functions"):
+        prepared(model, reward_weights=[1.0, 2.0])
+
+
+def test_evaluation_needs_prompts_of_its_own_and_takes_as_many_as_asked(model):
+    with pytest.raises(ConfigError, match="eval_steps=2 needs held-out prompts"):
+        prepared(model, eval_steps=2)
+    held_out = {"eval_dataset": ROWS[:5]}
+    made = prepared(model, eval_steps=2, eval_num_prompts=3, inputs=held_out)
+    assert [prompt.text for prompt in made.eval_prompts] == [row["prompt"] for row in ROWS[:3]]
+    assert prepared(model, inputs=held_out).eval_prompts == ()
+
+
+def test_the_queue_learns_how_far_generation_may_run_ahead(model):
+    made = prepared(model, kind=AsyncGRPOConfig, max_staleness=2, max_look_ahead=3, zero_variance_groups="drop")
+    arguments = made.arguments(journal="j", checkpoint=None, resume_from=4, incarnation="job-1")
+    queue = arguments.queue
+    assert (queue["groups_per_step"], queue["max_staleness"], queue["window"]) == (4, 2, 3)
+    assert (queue["drop_zero_variance"], queue["adaptive_slots"]) == (True, True)
+    assert (queue["resume_from_step"], queue["resume_version"], queue["incarnation"]) == (4, 4, "job-1")
+    synchronous = prepared(model).arguments(journal="j", checkpoint=None, resume_from=None, incarnation="job-1").queue
+    assert (synchronous["max_staleness"], synchronous["window"], synchronous["adaptive_slots"]) == (0, 1, False)
+
+
+def test_the_plan_in_numbers(model):
+    plan = prepared(model, kind=AsyncGRPOConfig, max_staleness=2).describe()
+    assert json.loads(json.dumps(plan)) == {
+        "optimizer steps": 3,
+        "updates per step": 1,
+        "learner ranks": 1,
+        "prompt groups per step": 4,
+        "completions per step": 8,
+        "training prompts": 10,
+        "staleness bound (steps)": 2,
+        "admission slots": 12,
+        "tokens per sequence": 512,
+        "reward functions": "score",
+    }
+
+
+def test_a_run_of_functions_given_in_python_says_how_to_resume_it(model):
+    with pytest.raises(ConfigError, match=r"python:judge.*from_run"):
+        prepared(model, reward_funcs=["python:judge"], inputs={"reward_funcs": None})

@@ -1,0 +1,102 @@
+"""The loop of steps over a dataset, with a learner whose answers a test writes: order, accounts, stops, resumption."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from supervised_walks import Learner, Run, Watch
+from trl_ray.config.runs.dataset_config import KTOConfig, SFTConfig
+from trl_ray.errors import InterruptedRun, LearnerLostError
+from trl_ray.pipelines.supervised.dataset_recording import Accounts
+from trl_ray.pipelines.supervised.example_feed import Fed
+
+
+def test_steps_take_their_examples_in_order_and_the_ledger_balances(tmp_path: Path) -> None:
+    run = Run(tmp_path).go()
+    assert run.rows == [[0, 1], [2, 3], [4], [0, 1], [2, 3], [4]]
+    last = run.lines("metrics.jsonl")[-1]
+    assert (last["ledger/issued"], last["ledger/trained"], last["ledger/dropped"]) == (10, 10, 0)
+    assert (last["epoch"], last["tokens/seen"], last["tokens/trained"]) == (2.0, 4, 2)
+
+
+def test_rows_of_a_skipped_step_are_dropped_with_their_reason(tmp_path: Path) -> None:
+    run = Run(tmp_path, learner=Learner(skips=frozenset({2})), total=3).go()
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    assert (ledger["issued"], ledger["trained"], ledger["dropped"]) == (5, 3, {"numerics": 2})
+    assert any("not finite" in str(event["detail"]) for event in run.lines("events.jsonl"))
+
+
+def test_checkpoints_are_written_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
+    run = Run(tmp_path, total=5).go()
+    assert sorted(run.learner.saved) == [2, 4, 5]
+    assert run.learner.saved[4]["accounts"]["trained"] == 7
+
+
+def test_a_resumed_walk_takes_the_examples_that_follow(tmp_path: Path) -> None:
+    whole = Run(tmp_path).go()
+    state = whole.learner.saved[4]["accounts"]
+    resumed = Run(tmp_path, accounts=Accounts.from_state(state)).go()
+    assert resumed.rows == whole.rows[4:]
+    assert [batch.step for batch in resumed.learner.batches] == [5, 6]
+    assert resumed.lines("metrics.jsonl")[-1]["ledger/issued"] == 10
+
+
+def test_held_out_examples_are_evaluated_before_the_first_step_and_after_every_so_many(tmp_path: Path) -> None:
+    config = SFTConfig(per_device_train_batch_size=2, save_steps=0, eval_steps=2)
+    run = Run(tmp_path, config=config, total=5, held_out=3).go()
+    told = [
+        (e["detail"]["step"], e["detail"]["eval/loss"]) for e in run.lines("events.jsonl") if "evaluated" in e["kind"]
+    ]
+    assert told == [(0, 5.0), (2, 4.0), (4, 3.0), (5, 2.0)]
+    assert [line.get("eval/loss") for line in run.lines("metrics.jsonl")] == [None, 4.0, None, 3.0, 2.0]
+
+
+def test_it_ends_when_the_held_out_loss_gets_no_better(tmp_path: Path) -> None:
+    config = SFTConfig(per_device_train_batch_size=2, save_steps=0, eval_steps=1, early_stopping_patience=2)
+    run = Run(tmp_path, config=config, held_out=1, learner=Learner(eval_losses=[3.0, 2.0, 2.5, 2.0, 9.0])).go()
+    assert len(run.learner.batches) == 3 and list(run.learner.saved) == [3]
+    assert run.learner.saved[3]["stopping"] == {"best": 2.0, "best_step": 1, "worse": 2}
+
+
+def test_a_stop_ends_the_run_after_the_step_with_a_checkpoint(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.learner.on_step = lambda step: run.stop.set() if step == 3 else None
+    with pytest.raises(InterruptedRun, match="after step 3"):
+        run.go()
+    assert sorted(run.learner.saved) == [2, 3]
+
+
+def test_a_lost_learner_ends_the_walk(tmp_path: Path) -> None:
+    run = Run(tmp_path, learner=Learner(supervisor=Watch(LearnerLostError("learner died"))))
+    with pytest.raises(LearnerLostError, match="learner died"):
+        run.go()
+
+
+def test_kto_gets_the_kl_of_the_weights_as_they_are_at_every_step_and_evaluation(tmp_path: Path) -> None:
+    config = KTOConfig(per_device_train_batch_size=2, save_steps=0, eval_steps=3)
+    run = Run(tmp_path, config=config, total=3, held_out=2, mismatched=True).go()
+    # Two tokens of a nat each above the reference.
+    assert [batch.totals["kl"] for batch in run.learner.batches] == [2.0, 2.0, 2.0]
+    assert [batch.num_samples for batch in run.learner.scored] == [2, 2, 2, 1, 2]
+
+
+def test_the_next_examples_are_made_while_the_learner_trains(tmp_path: Path) -> None:
+    run, second_made = Run(tmp_path, total=2), threading.Event()
+    walk = run.walk()
+    take = walk._feed.take
+
+    def note(step: int) -> Fed:
+        if step == 2:
+            second_made.set()
+        return take(step)
+
+    setattr(walk._feed, "take", note)  # noqa: B010
+    found: list[bool] = []
+    run.learner.on_step = lambda step: found.append(second_made.wait(timeout=10.0))
+    asyncio.run(walk.run())
+    assert found == [True, True]

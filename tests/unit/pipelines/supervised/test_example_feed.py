@@ -1,0 +1,108 @@
+"""Which examples a step trains on: every one once per epoch, in an order that only seed and epoch decide."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from trl_ray.data.examples.example_set import StreamedExample
+from trl_ray.data.examples.left_out_rows import Untrained
+from trl_ray.errors import DataError
+from trl_ray.pipelines.supervised.example_feed import Fed, ShuffledFeed, StreamFeed, StreamPlace, place_of, state_of
+from trl_ray.types import Example, TrainingSample
+
+
+def example(row: int) -> Example:
+    sample = TrainingSample(
+        group_id=row,
+        prompt_ids=np.array([1], np.int32),
+        completion_ids=np.array([2], np.int32),
+        loss_mask=np.ones(1, np.bool_),
+    )
+    return Example(row=row, samples=(sample,))
+
+
+def rows(fed: Fed) -> list[int]:
+    return [one.row for one in fed.examples]
+
+
+def feed(count: int = 7, **options: object) -> ShuffledFeed:
+    values = {"per_step": 3, "seed": 5, "shuffle": True, **options}
+    return ShuffledFeed([example(row) for row in range(count)], **values)  # type: ignore[arg-type]
+
+
+def test_every_example_comes_once_in_an_epoch_and_the_last_step_takes_what_is_left() -> None:
+    made = feed()
+    taken = [rows(made.take(step)) for step in (1, 2, 3)]
+    assert made.steps_per_epoch == 3
+    assert [len(one) for one in taken] == [3, 3, 1]
+    assert sorted(itertools.chain(*taken)) == list(range(7))
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    made = feed(count=30, per_step=30)
+    first, second = rows(made.take(1)), rows(made.take(2))
+    assert first != second and sorted(first) == sorted(second)
+
+
+def test_a_step_depends_on_nothing_but_seed_and_number() -> None:
+    assert rows(feed().take(5)) == rows(feed().take(5))
+    assert rows(feed(count=30).take(2)) != rows(feed(count=30, seed=6).take(2))
+
+
+def test_without_shuffling_the_order_is_that_of_the_dataset() -> None:
+    made = feed(shuffle=False)
+    assert [rows(made.take(step)) for step in (1, 3, 4)] == [[0, 1, 2], [6], [0, 1, 2]]
+
+
+def test_the_epoch_counts_passes_over_the_data() -> None:
+    made = feed(count=4, per_step=2)
+    assert [made.take(step).epoch for step in (1, 2, 3)] == [0.5, 1.0, 1.5]
+
+
+WINDOWS = ((0, 1, 2), (3, 4), (5,))
+"""Rows of each window; one row of window 1 cannot be trained on."""
+
+
+def stream(epoch: int, start_window: int) -> Iterator[StreamedExample]:
+    untrained: dict[Untrained, int] = {}
+    for window, numbers in list(enumerate(WINDOWS))[start_window:]:
+        if window == 1:
+            untrained = {Untrained.NO_TARGET: 1}
+        for place, row in enumerate(numbers):
+            yield StreamedExample(
+                example=example(100 * epoch + row), window=window, place=place, next_row=row + 1, untrained=untrained
+            )
+
+
+def streamed(place: StreamPlace | None = None) -> StreamFeed:
+    return StreamFeed(stream, per_step=4, place=place or StreamPlace())
+
+
+def test_a_stream_begins_again_where_it_ends() -> None:
+    made = streamed()
+    assert [rows(made.take(step)) for step in (1, 2, 3)] == [[0, 1, 2, 3], [4, 5, 100, 101], [102, 103, 104, 105]]
+
+
+def test_a_stream_goes_on_from_the_place_that_a_checkpoint_kept() -> None:
+    whole, first = streamed(), streamed()
+    expected = [whole.take(step) for step in range(1, 8)]
+    for step in range(1, 7):
+        resumed = streamed(place_of(state_of(first.take(step).place))).take(step + 1)
+        assert rows(resumed) == rows(expected[step])
+        assert resumed.untrained == expected[step].untrained
+
+
+def test_rows_that_are_left_out_are_counted_in_every_pass() -> None:
+    made = streamed()
+    counts = [dict(made.take(step).untrained or {}) for step in (1, 2, 3)]
+    assert counts == [{"no_target": 1}, {"no_target": 1}, {"no_target": 2}]
+
+
+def test_a_stream_without_examples_is_refused() -> None:
+    empty = StreamFeed(lambda epoch, window: iter(()), per_step=1, place=StreamPlace())
+    with pytest.raises(DataError, match="at least one example"):
+        empty.take(1)

@@ -1,0 +1,74 @@
+import threading
+
+import pytest
+
+from trl_ray.errors import ConfigError
+from trl_ray.rewards.functions import arithmetic
+from trl_ray.rewards.reward_registry import RewardSpec, load_function, make_spec, make_specs, required_columns, resolve
+
+
+def test_names_paths_files_and_callables_all_resolve(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def best(completions, **columns):\n    return [2.0] * len(completions)\n")
+    bonus = 3.0
+    assert resolve("arithmetic") is arithmetic
+    assert resolve("trl_ray.rewards.functions:arithmetic") is arithmetic
+    assert resolve(f"{file}:best")(completions=["x"]) == [2.0]
+    spec = make_spec(lambda completions, **columns: [bonus] * len(completions))
+    assert load_function(spec)(completions=["a", "b"]) == [3.0, 3.0]
+    assert (make_spec("arithmetic").name, make_spec(f"{file}:best").name) == ("arithmetic", "best")
+
+
+def test_a_factory_takes_literal_arguments_by_name():
+    spec = make_spec("soft_overlong(max_completion_len=10, soft_punish_cache=5)")
+    assert spec.name == "soft_overlong"
+    assert load_function(spec)(completion_ids=[[0] * 10]) == [-1.0]
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("aritmetic", "Did you mean 'arithmetic'"),
+        ("zzz", "Known names: arithmetic, exact_answer"),
+        ("trl_ray.rewards.functions:aritmetic", "Did you mean trl_ray.rewards.functions:arithmetic"),
+        ("no_such_package.mod:f", "No module named 'no_such_package'"),
+        ("nowhere/mine.py:f", "must name a file that exists, got 'nowhere/mine.py'"),
+        ("trl_ray.types:Reward", "must be a function, it is type"),
+        ("soft_overlong", r"must read soft_overlong\(max_completion_len"),
+        ("soft_overlong(10, 5)", "must be given as name=value"),
+        ("soft_overlong(max_completion_len=__import__('os'), soft_punish_cache=1)", "must read"),
+        ("arithmetic(x=1)", "Only soft_overlong take"),
+    ],
+)
+def test_a_name_that_does_not_resolve_is_explained(reference, message):
+    with pytest.raises(ConfigError, match=message):
+        make_spec(reference)
+
+
+def test_a_file_that_does_not_import_is_named(tmp_path):
+    (tmp_path / "bad.py").write_text("raise RuntimeError('no GPU')")
+    with pytest.raises(ConfigError, match=r"RuntimeError: no GPU. Mend .*bad.py"):
+        resolve(f"{tmp_path}/bad.py:f")
+
+
+def test_what_cannot_travel_is_refused_at_once():
+    lock = threading.Lock()
+    with pytest.raises(ConfigError, match="must be picklable"):
+        make_spec(lambda completions, **columns: lock)
+    with pytest.raises(ConfigError, match="must be a function or a name"):
+        make_spec(3)
+    with pytest.raises(ConfigError, match="neither"):
+        load_function(RewardSpec(name="f"))
+
+
+def test_a_function_that_asks_for_a_column_the_dataset_lacks_is_refused():
+    with pytest.raises(ConfigError, match=r"exact_answer asks for the column 'answer'.*Did you mean 'answers'"):
+        make_specs(["exact_answer"], columns=["answers"])
+    assert required_columns(lambda prompts, completions, solution, hint=None, **rest: []) == {"solution"}
+
+
+def test_function_names_must_differ_and_one_must_be_given():
+    with pytest.raises(ConfigError, match="arithmetic appears twice"):
+        make_specs(["arithmetic", "trl_ray.rewards.functions:arithmetic"], columns=["answer"])
+    with pytest.raises(ConfigError, match="at least one function"):
+        make_specs([], columns=[])

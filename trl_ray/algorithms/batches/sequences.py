@@ -1,0 +1,74 @@
+"""The trained tokens of several completions in one row, and sums over them.
+
+tokens [N] --sums--> completions [B]            means_of: {name: tensor} --one transfer--> {name: Metric}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trl_ray.algorithms.metric_merging import token_mean
+from trl_ray.types import Metric
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenSequences:
+    """Which of B completions each of N trained tokens belongs to; tokens of a completion stand together, in order."""
+
+    sample_index: Tensor
+    """[N] int64, from 0 to B - 1; counts up."""
+    num_sequences: int
+    """B; a completion may have no tokens."""
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sums [B] by completion of token values [N]."""
+        return values.new_zeros(self.num_sequences).index_add(0, self.sample_index, values)
+
+    def counts(self) -> Tensor:
+        """[B] int64 trained tokens of each completion."""
+        # Unlike a bincount it does not wait for the device.
+        ones = torch.ones_like(self.sample_index)
+        return self.sample_index.new_zeros(self.num_sequences).index_add(0, self.sample_index, ones)
+
+    def positions(self) -> Tensor:
+        """[N] int64, which trained token of its completion a token is; the first is 0."""
+        counts = self.counts()
+        starts = counts.cumsum(0) - counts
+        return torch.arange(len(self.sample_index), device=self.sample_index.device) - starts[self.sample_index]
+
+    def means(self, values: Tensor) -> Tensor:
+        """Means [B] by completion of token values [N]; 0 where a completion has no tokens."""
+        return self.sums(values) / self.counts().clamp(min=1)
+
+
+def sequence_logprobs(logprobs: Tensor, tokens: TokenSequences, *, ld_alpha: float | None) -> Tensor:
+    """Log-probs [B] of completions from those of tokens [N].
+
+    With `ld_alpha`, tokens beyond the length of the pair's shorter completion count that much (LD-DPO,
+    https://arxiv.org/abs/2409.06411), lengths being numbers of trained tokens.
+
+    Args:
+        logprobs: [N]
+        tokens: with `ld_alpha`, of pairs, chosen and rejected in turn.
+        ld_alpha: from 0 to 1; None: all tokens count alike.
+    """
+    if ld_alpha is None:
+        return tokens.sums(logprobs)
+    shared = tokens.counts().view(-1, 2).amin(dim=1).repeat_interleave(2)
+    in_tail = tokens.positions() >= shared[tokens.sample_index]
+    return tokens.sums(torch.where(in_tail, ld_alpha * logprobs, logprobs))
+
+
+def means_of(values: Mapping[str, Tensor]) -> dict[str, Metric]:
+    """Means over all entries of tensors of numbers or truths, which leave the device together.
+
+    A tensor without entries gives a mean of weight 0, which joining ignores.
+    """
+    if not values:
+        return {}
+    sums = torch.stack([value.detach().double().sum() for value in values.values()]).tolist()
+    return {name: token_mean(total, value.numel()) for (name, value), total in zip(values.items(), sums, strict=True)}

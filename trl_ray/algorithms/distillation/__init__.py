@@ -1,0 +1,1 @@
+"""Losses of distillation and self-distillation, and what they ask of teachers."""

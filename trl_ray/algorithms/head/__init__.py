@@ -1,0 +1,1 @@
+"""The language-model head: log-probs, entropies and divergences without `[tokens, vocabulary]`."""

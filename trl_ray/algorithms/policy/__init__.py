@@ -1,0 +1,1 @@
+"""Policy optimisation: advantages, samples of groups, the policy objective."""

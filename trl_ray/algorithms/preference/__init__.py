@@ -1,0 +1,1 @@
+"""Losses of preferences, with and without a reference, and of reward models."""

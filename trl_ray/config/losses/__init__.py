@@ -1,0 +1,1 @@
+"""Options of losses, one section per loss."""

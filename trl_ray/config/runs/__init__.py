@@ -1,0 +1,1 @@
+"""Options of whole runs, one model per pipeline."""

@@ -1,0 +1,139 @@
+"""The configurations of the pipelines that train on datasets: `sft`, `dpo`, `kto`, `orpo`, `cpo`, `reward`, `prm`.
+
+flat, TRL's names: SupervisedRunConfig (RunConfig + ExampleConfig) + the options of its loss
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trl_ray.config.example_options import ExampleConfig, PackingStrategy, SteppedExampleConfig, SupervisedExampleConfig
+from trl_ray.config.losses.preference_options import (
+    CPOLossConfig,
+    ORPOLossConfig,
+    PreferenceLossConfig,
+    UnpairedLossConfig,
+)
+from trl_ray.config.losses.reward_modelling_options import RewardLossConfig, StepLossConfig
+from trl_ray.config.losses.supervised_options import SupervisedLossConfig
+from trl_ray.config.runs.run_config import RunConfig
+
+LearningRate = Annotated[float, Field(gt=0)]
+
+
+class SupervisedRunConfig(RunConfig, ExampleConfig):
+    """A run that trains on a dataset; batch sizes count examples."""
+
+    ref_log_probs_cache_dir: str | None = None
+    """Where precomputed log-probs of the reference are kept; None: in the user's cache folder."""
+
+    @property
+    def examples_per_step(self) -> int:
+        """Examples of one optimizer step over all ranks."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.runtime.num_learners
+
+    @property
+    def has_sequential_order(self) -> bool:
+        """Whether steps take rows in the order of the dataset."""
+        return not self.shuffle_dataset
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> Self:
+        if self.dataset_streaming and self.max_steps < 1:
+            raise ValueError(
+                f"max_steps must be at least 1 with dataset_streaming=true, got {self.max_steps}: a stream does not "
+                "say how long it is. Set max_steps."
+            )
+        if self.dataset_streaming and getattr(self, "precompute_ref_log_probs", False):
+            raise ValueError(
+                "precompute_ref_log_probs must be false with dataset_streaming=true, got true: what comes is not known "
+                "before training. Remove one of the two."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_early_stopping(self) -> Self:
+        if self.early_stopping_patience is not None and not self.eval_steps:
+            raise ValueError(
+                f"eval_steps must be at least 1 with early_stopping_patience={self.early_stopping_patience}, got 0: "
+                "nothing would be evaluated. Set eval_steps."
+            )
+        return self
+
+
+class SFTConfig(SupervisedRunConfig, SupervisedExampleConfig, SupervisedLossConfig):
+    """Supervised fine-tuning; names and defaults are those of TRL's SFTConfig."""
+
+    pipeline: Literal["sft"] = "sft"
+    learning_rate: LearningRate = 2e-5
+
+    @model_validator(mode="after")
+    def _check_packing(self) -> Self:
+        if (self.packing or self.eval_packing) and self.max_length is None:
+            raise ValueError("max_length must be set with packing=true, got None: it is the length of a row. Set it.")
+        if self.packing_strategy is not PackingStrategy.BFD and not (self.packing or self.eval_packing):
+            raise ValueError(
+                f"packing must be true with packing_strategy={self.packing_strategy.value}, got false: nothing would "
+                "be packed. Set packing=true or remove packing_strategy."
+            )
+        return self
+
+
+class DPOConfig(SupervisedRunConfig, PreferenceLossConfig):
+    """Preference optimisation against a reference; names and defaults are those of TRL's DPOConfig."""
+
+    pipeline: Literal["dpo"] = "dpo"
+
+    @model_validator(mode="after")
+    def _check_adapter_reference(self) -> Self:
+        if self.sync_ref_model and self.use_peft:
+            raise ValueError(
+                "sync_ref_model must be false with use_peft=true, got true: the reference of an adapter is the frozen "
+                "model beneath it, of which there is no copy to move. Set sync_ref_model=false, or train all weights."
+            )
+        return self
+
+
+class KTOConfig(SupervisedRunConfig, UnpairedLossConfig):
+    """Preference optimisation on rated completions; names and defaults are those of TRL's KTOConfig."""
+
+    pipeline: Literal["kto"] = "kto"
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        if self.needs_kl and self.examples_per_step < 2:
+            raise ValueError(
+                "per_device_train_batch_size * gradient_accumulation_steps * runtime.num_learners must be at least 2 "
+                f"with loss_type=kto, got {self.examples_per_step}: the KL is an average over an update. Raise one."
+            )
+        return self
+
+
+class CPOConfig(SupervisedRunConfig, CPOLossConfig):
+    """Preference optimisation without a reference (CPO, SimPO); names and defaults are those of TRL's CPOConfig."""
+
+    pipeline: Literal["cpo"] = "cpo"
+
+
+class ORPOConfig(SupervisedRunConfig, ORPOLossConfig):
+    """Odds-ratio preference optimisation; names and defaults are those of TRL's ORPOConfig."""
+
+    pipeline: Literal["orpo"] = "orpo"
+
+
+class RewardModelConfig(SupervisedRunConfig, RewardLossConfig):
+    """Reward modelling on pairs; names and defaults are those of TRL's RewardConfig."""
+
+    pipeline: Literal["reward"] = "reward"
+    learning_rate: LearningRate = 1e-4
+    metric_for_best_model: str = "accuracy"
+
+
+class PRMConfig(SupervisedRunConfig, SteppedExampleConfig, StepLossConfig):
+    """Process-reward modelling on rated steps; names and defaults are those of TRL's PRMConfig."""
+
+    pipeline: Literal["prm"] = "prm"
+    learning_rate: LearningRate = 1e-5
+    metric_for_best_model: str = "accuracy"

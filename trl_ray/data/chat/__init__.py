@@ -1,0 +1,1 @@
+"""Chat templates, and what is written with them."""

@@ -1,0 +1,201 @@
+"""Turns preferences into samples: pairs to be compared by likelihood, rated answers, pairs to be scored.
+
+    prompt, prompt + chosen, prompt + rejected ─ encode ─► the prompt's tokens: as far as all of them agree
+                                                           answers: what follows ─ cut ─► TrainingSample each
+
+    compared (DPO, CPO)    [prompt | chosen] [prompt | rejected]              trained: the answers
+    with likelihood (ORPO) the same, and [first token | rest of the prompt]   trained: the rest as well
+    rated (KTO)            [prompt | answer], [prompt | another row's answer]
+    scored (reward)        [what both begin with | rest, end token]           "trained": the end token, a stand-in; the
+                                                                              score is read at the token before it
+
+Borders, end-of-sequence tokens and cuts are those of TRL's trainers: with `keep_start` a row whose prompt fills
+`max_length` is left out; of what is scored, nothing is cut and longer rows are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trl_ray.data.examples.left_out_rows import Untrained
+from trl_ray.data.examples.tokenisation import Encoded, ExampleTokenizer, Text, TextRules, Writer, common_prefix_length
+from trl_ray.data.formats.records import PreferencePair, Record, UnpairedPreference
+from trl_ray.data.validation import show
+from trl_ray.errors import DataError
+from trl_ray.types import IntArray, SampleLabel, TrainingSample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Comparison:
+    """A prompt and what was answered to it, as tokens, not cut."""
+
+    row: int
+    prompt_ids: IntArray
+    """``[P]``"""
+    answers: tuple[IntArray, ...]
+    """Each ``[L]``."""
+    prompt_diverges: bool
+    """The prompt alone is tokenised differently from the prompt before its answers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PairSamples:
+    """The samples of a row, and what became of its tokens."""
+
+    row: int
+    samples: tuple[TrainingSample, ...]
+    is_cut: bool
+    prompt_diverges: bool
+
+
+def write_pair(pair: PreferencePair, tokenizer: ExampleTokenizer, rules: TextRules, *, where: str) -> tuple[Text, ...]:
+    """Prompt, prompt + chosen, prompt + rejected; see `Writer` for what is raised."""
+    writer = Writer(record=pair, tokenizer=tokenizer, rules=rules, where=where)
+    answers = (writer.answered(pair.prompt, answer) for answer in (pair.chosen, pair.rejected))
+    return (writer.prompt(pair.prompt), *answers)
+
+
+def write_rated(
+    rated: UnpairedPreference, tokenizer: ExampleTokenizer, rules: TextRules, *, where: str
+) -> tuple[Text, ...]:
+    """Prompt, prompt + completion; see `Writer` for what is raised."""
+    writer = Writer(record=rated, tokenizer=tokenizer, rules=rules, where=where)
+    return (writer.prompt(rated.prompt), writer.answered(rated.prompt, rated.completion))
+
+
+def write_scored(
+    pair: PreferencePair, tokenizer: ExampleTokenizer, rules: TextRules, *, where: str
+) -> tuple[Text, ...]:
+    """Prompt + chosen, prompt + rejected; see `Writer` for what is raised."""
+    return write_pair(pair, tokenizer, rules, where=where)[1:]
+
+
+def compare(encoded: Sequence[Encoded], *, row: int) -> Comparison:
+    """The tokens of a prompt alone, and of the prompt with each answer, taken apart where they part."""
+    prompt_ids = encoded[0].token_ids
+    shared = min(common_prefix_length(prompt_ids, whole.token_ids) for whole in encoded[1:])
+    return Comparison(
+        row=row,
+        prompt_ids=encoded[1].token_ids[:shared],
+        answers=tuple(whole.token_ids[shared:] for whole in encoded[1:]),
+        prompt_diverges=shared < len(prompt_ids),
+    )
+
+
+def read_pair(encoded: Sequence[Encoded], rules: TextRules, *, row: int, likelihood: bool) -> PairSamples | Untrained:
+    """Chosen and rejected, and with `likelihood` the prompt as it stands before the chosen answer.
+
+    Where a prompt has a single token, there is nothing in it to train and no third sample.
+    """
+    found = compare(encoded, row=row)
+    samples = []
+    for answer in found.answers:
+        sample = answer_sample(found.prompt_ids, answer, rules, group_id=row)
+        if isinstance(sample, Untrained):
+            return sample
+        samples.append(sample)
+    prompt_ids = samples[0].prompt_ids
+    if likelihood and len(prompt_ids) > 1:
+        samples.append(_trained(prompt_ids[:1], prompt_ids[1:], group_id=row, label=None))
+    longest = len(found.prompt_ids) + max(map(len, found.answers))
+    return PairSamples(
+        row=row,
+        samples=tuple(samples),
+        is_cut=rules.max_length is not None and longest > rules.max_length,
+        prompt_diverges=found.prompt_diverges,
+    )
+
+
+def answer_sample(
+    prompt_ids: IntArray, answer_ids: IntArray, rules: TextRules, *, group_id: int, desirable: bool | None = None
+) -> TrainingSample | Untrained:
+    """A prompt ``[P]`` and an answer ``[L]``, cut, all of the answer trained; or why nothing of it is.
+
+    Where no token of the prompt is kept, the answer's first one stands in for it: nothing predicts it, but it counts
+    in `label.length`.
+    """
+    if len(prompt_ids) + len(answer_ids) < 2 or not len(answer_ids):
+        return Untrained.NO_TARGET
+    kept = rules.kept(len(prompt_ids) + len(answer_ids))
+    context = prompt_ids[kept.start : kept.stop]
+    answer = answer_ids[max(0, kept.start - len(prompt_ids)) : max(0, kept.stop - len(prompt_ids))]
+    length = None
+    if not len(context):
+        context, answer, length = answer[:1], answer[1:], len(answer)
+    if not len(answer):
+        return Untrained.TRUNCATED
+    label = None if desirable is None and length is None else SampleLabel(desirable=desirable, length=length)
+    return _trained(context, answer, group_id=group_id, label=label)
+
+
+def mismatched_sample(prompt_ids: IntArray, answer_ids: IntArray, rules: TextRules, *, group_id: int) -> TrainingSample:
+    """A prompt with the answer to another one; where nothing of the answer is trained, its mask says so."""
+    sample = answer_sample(prompt_ids, answer_ids, rules, group_id=group_id)
+    if not isinstance(sample, Untrained):
+        return sample
+    ids = np.concatenate([prompt_ids, answer_ids])[rules.kept(len(prompt_ids) + len(answer_ids))]
+    return TrainingSample(
+        group_id=group_id, prompt_ids=ids[:1], completion_ids=ids[1:], loss_mask=np.zeros(len(ids) - 1, np.bool_)
+    )
+
+
+def _trained(prompt_ids: IntArray, answer_ids: IntArray, *, group_id: int, label: SampleLabel | None) -> TrainingSample:
+    return TrainingSample(
+        group_id=group_id,
+        prompt_ids=prompt_ids,
+        completion_ids=answer_ids,
+        loss_mask=np.ones(len(answer_ids), np.bool_),
+        label=label,
+    )
+
+
+def read_scored(
+    encoded: Sequence[Encoded], rules: TextRules, *, row: int, end_id: int, margin: float | None
+) -> PairSamples | Untrained:
+    """Chosen and rejected as sequences that are scored at their last token; they share what both begin with.
+
+    Args:
+        encoded: prompt + chosen, prompt + rejected.
+        rules: `max_length` is the longest that is taken; nothing is cut.
+        row: becomes the group.
+        end_id: the token that stands in for the one after the last.
+        margin: by how much chosen should win; None: nobody says.
+    """
+    wholes = [whole.token_ids for whole in encoded]
+    if not all(map(len, wholes)):
+        return Untrained.NO_TARGET
+    if rules.max_length is not None and max(map(len, wholes)) > rules.max_length:
+        return Untrained.TOO_LONG
+    shared = max(1, common_prefix_length(*wholes))
+    label = None if margin is None else SampleLabel(margin=margin)
+    samples = []
+    for ids in wholes:
+        rest = np.append(ids[shared:], np.int32(end_id))
+        mask = np.zeros(len(rest), np.bool_)
+        mask[-1] = True
+        samples.append(
+            TrainingSample(group_id=row, prompt_ids=ids[:shared], completion_ids=rest, loss_mask=mask, label=label)
+        )
+    return PairSamples(row=row, samples=tuple(samples), is_cut=False, prompt_diverges=False)
+
+
+def margin_of(record: Record, *, where: str) -> float | None:
+    """The `margin` column; None where there is none.
+
+    Raises:
+        DataError: it is no finite number; names `where`.
+    """
+    if "margin" not in record.columns:
+        return None
+    value = record.columns["margin"]
+    try:  # a table of text holds numbers as text
+        number = math.nan if isinstance(value, (bool, np.bool_)) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{where}, field 'margin', must be a finite number, got {show(value)}. Mend or remove the row.")
+    return number

@@ -1,0 +1,188 @@
+"""Turns records to be learnt by heart into token ids and the mask of what is trained.
+
+    Document            ─┐                                          every token
+    PromptCompletion    ─┴─ write ─ encode ─► ids [T], mask [T] ◄── what the assistant wrote
+                                     │                              what follows the prompt
+                                  truncate ─► SupervisedSample, or why nothing of it is trained
+
+A token is trained when it is a target: the mask of the first token is always False, for nothing predicts it. Texts
+without roles end with the tokenizer's end-of-sequence token, conversations with whatever their template says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trl_ray.data.examples.left_out_rows import Untrained, report_rows
+from trl_ray.data.examples.tokenisation import (
+    Encoded,
+    ExampleTokenizer,
+    Text,
+    TextRules,
+    Writer,
+    common_prefix_length,
+    encode,
+)
+from trl_ray.data.formats.records import Document, PromptCompletion
+from trl_ray.errors import DataError
+from trl_ray.types import BoolArray, IntArray, TrainingSample
+
+IGNORED_LABEL = -100
+
+SupervisedRecord: TypeAlias = Document | PromptCompletion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisedRules(TextRules):
+    """Which tokens are kept, and which of them are trained."""
+
+    completion_only_loss: bool | None = None
+    """Train only what follows the prompt; None: where a row has a prompt, TRL's default."""
+    assistant_only_loss: bool = False
+    """Train only what stands between the template's generation markers; needs conversations."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SupervisedSample:
+    """One example: its tokens and which of them are targets."""
+
+    row: int
+    token_ids: IntArray
+    """``[T]``"""
+    loss_mask: BoolArray
+    """``[T]``, the first is False"""
+    cut_tokens: int
+    """Tokens beyond `max_length` that were cut off."""
+    prompt_diverges: bool
+    """The prompt alone is tokenised differently from the prompt within the example: the model is trained on a
+    context that it will not see. Tokens merge across the border, or the template renders the two differently."""
+
+    def labels(self) -> NDArray[np.int64]:
+        """``[T]``: the token where it is trained, elsewhere -100, not shifted: what transformers calls labels."""
+        return np.where(self.loss_mask, self.token_ids, IGNORED_LABEL).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SupervisedData:
+    """All examples of a data set of which something is trained, and what became of the others."""
+
+    name: str
+    samples: tuple[SupervisedSample, ...]
+    untrained: Mapping[int, Untrained]
+    """Why, by row number."""
+
+    def report(self) -> tuple[str, ...]:
+        """One sentence for each thing a user should know about the rows; none when all is well."""
+        return report_rows(
+            self.name,
+            total=len(self.samples) + len(self.untrained),
+            untrained=self.untrained,
+            cut=[sample.row for sample in self.samples if sample.cut_tokens],
+            diverging=[sample.row for sample in self.samples if sample.prompt_diverges],
+        )
+
+
+def tokenize_records(
+    records: Iterable[SupervisedRecord], tokenizer: ExampleTokenizer, rules: SupervisedRules, *, name: str
+) -> SupervisedData:
+    """Tokenise every record; rows with nothing to train are left out and listed.
+
+    Raises:
+        DataError, ModelError: see `write_supervised`.
+    """
+    samples, untrained = [], {}
+    for row, record in enumerate(records):
+        found = tokenize_record(record, tokenizer, rules, row=row, name=name)
+        if isinstance(found, Untrained):
+            untrained[row] = found
+        else:
+            samples.append(found)
+    return SupervisedData(name=name, samples=tuple(samples), untrained=untrained)
+
+
+def tokenize_record(
+    record: SupervisedRecord, tokenizer: ExampleTokenizer, rules: SupervisedRules, *, row: int, name: str
+) -> SupervisedSample | Untrained:
+    """One record as tokens and targets, or why there is nothing to train in it; a pure function of its arguments.
+
+    Raises:
+        DataError, ModelError: see `write_supervised`.
+    """
+    texts = write_supervised(record, tokenizer, rules, where=f"row {row} of {name}")
+    return read_supervised(record, encode(tokenizer, texts, masks=rules.assistant_only_loss), rules, row=row)
+
+
+def write_supervised(
+    record: SupervisedRecord, tokenizer: ExampleTokenizer, rules: SupervisedRules, *, where: str
+) -> tuple[Text, ...]:
+    """The texts of one record: its prompt where it has one, and the whole.
+
+    Raises:
+        DataError: only assistant turns are to be trained, and the record is text.
+        ModelError: the chat template is missing, refuses the record, or leaves out a tool or a call of it.
+    """
+    writer = Writer(record=record, tokenizer=tokenizer, rules=rules, where=where)
+    said = record.content if isinstance(record, Document) else record.completion
+    if rules.assistant_only_loss and isinstance(said, str):
+        raise DataError(
+            f"assistant_only_loss needs conversations, and {where} is text: {said[:80]!r}. Set assistant_only_loss to "
+            "False, or write the rows as messages."
+        )
+    if isinstance(record, PromptCompletion):
+        return (writer.prompt(record.prompt), writer.answered(record.prompt, record.completion))
+    if isinstance(record.content, str):
+        return (writer.text(writer.with_end(record.content)),)
+    return (writer.chat(record.content),)
+
+
+def read_supervised(
+    record: SupervisedRecord, encoded: Sequence[Encoded], rules: SupervisedRules, *, row: int
+) -> SupervisedSample | Untrained:
+    """The tokens of the texts that `write_supervised` wrote, cut, with their targets."""
+    whole = encoded[-1]
+    mask = np.ones(len(whole.token_ids), dtype=np.bool_)
+    if rules.assistant_only_loss:
+        assert whole.assistant_mask is not None, "assistant turns were asked for"
+        mask = whole.assistant_mask
+    diverges = False
+    if isinstance(record, PromptCompletion):
+        prompt_ids = encoded[0].token_ids
+        shared = common_prefix_length(prompt_ids, whole.token_ids)
+        diverges = shared < len(prompt_ids)
+        if rules.completion_only_loss is not False:
+            mask[:shared] = False
+    mask[:1] = False
+    if not mask.any():
+        return Untrained.NO_TARGET
+    kept = rules.kept(len(mask))
+    mask = mask[kept]
+    mask[0] = False
+    if not mask.any():
+        return Untrained.TRUNCATED
+    return SupervisedSample(
+        row=row,
+        token_ids=whole.token_ids[kept],
+        loss_mask=mask,
+        cut_tokens=len(whole.token_ids) - len(mask),
+        prompt_diverges=diverges,
+    )
+
+
+def as_training_sample(token_ids: IntArray, loss_mask: BoolArray, *, group_id: int) -> TrainingSample:
+    """Tokens and targets ``[T]`` as a sample: what stands before the first target is its prompt.
+
+    The arrays are views. The first token must not be a target, and one of the others must be.
+    """
+    first = int(loss_mask.argmax())
+    assert first > 0, "the first token has no context, and without a target there is nothing to train"
+    return TrainingSample(
+        group_id=group_id,
+        prompt_ids=token_ids[:first],
+        completion_ids=token_ids[first:],
+        loss_mask=loss_mask[first:],
+    )

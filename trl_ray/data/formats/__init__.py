@@ -1,0 +1,1 @@
+"""Rows of any known convention, turned into records."""

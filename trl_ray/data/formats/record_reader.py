@@ -1,0 +1,125 @@
+"""Reads any dataset row by row into records: what the first row is, every row must be.
+
+rows ─► RowConverter (ShareGPT, Alpaca, texts ─► messages) ─► RecordReader (checks) ─► records, one per row
+first row and columns ─► convention, text format, DatasetFormat ─┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trl_ray.data.formats.detection import ALL_TYPES, DatasetFormat, DatasetType, detect
+from trl_ray.data.formats.foreign_formats import RowConverter, converter_for
+from trl_ray.data.formats.records import Record, RecordReader
+from trl_ray.data.formats.transcripts import TextFormat
+from trl_ray.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetReader:
+    """Reads the rows of one dataset in any order; it remembers nothing between rows."""
+
+    converter: RowConverter
+    records: RecordReader
+    text_field: str = "text"
+    """How the column of plain texts is called."""
+
+    @property
+    def format(self) -> DatasetFormat:
+        """What the rows are after their conversion."""
+        return self.records.format
+
+    def read(self, number: int, row: Mapping[str, Any]) -> Record:
+        """Row `number` as a record.
+
+        Raises:
+            DataError: the row is not what the first row is, or not what it must be; names row and field.
+        """
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"Row {number} of {self.records.name} must be an object with columns, got {type(row).__name__} "
+                f"{str(row)[:80]!r}."
+            )
+        return self.records.read(number, self.converter.convert(number, _renamed(row, self.text_field)))
+
+
+def _renamed(row: Mapping[str, Any], text_field: str) -> Mapping[str, Any]:
+    if text_field == "text" or text_field not in row:
+        return row
+    return {("text" if column == text_field else column): value for column, value in row.items() if column != "text"}
+
+
+def reader_for(
+    row: Mapping[str, Any],
+    *,
+    name: str,
+    columns: Collection[str] | None = None,
+    accept: Collection[DatasetType] = ALL_TYPES,
+    text_format: TextFormat | None = None,
+    text_field: str = "text",
+) -> DatasetReader:
+    """How to read a dataset, told from its first row.
+
+    Args:
+        row: the first row.
+        name: names the dataset in messages.
+        columns: all columns, where they are known; else those of the first row.
+        accept: the types that the caller can use; they also settle what would otherwise have two readings.
+        text_format: how texts are written. None recognises it; `plain` takes texts as they are, markers and all.
+        text_field: the column of rows that are plain text; where it is there, a column `text` is not looked at.
+
+    Raises:
+        DataError: the columns are of no format, of several, or of one that is not accepted.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"Row 0 of {name} must be an object with columns, got {type(row).__name__} {str(row)[:80]!r}.")
+    known = tuple(dict.fromkeys([*row, *(columns or ())]))
+    given = row
+    if text_field != "text" and text_field in known:
+        known = tuple("text" if column == text_field else column for column in known if column != "text")
+        row = _renamed(row, text_field)
+    converter = converter_for(row, name=name, columns=known, text_format=text_format)
+    converted = converter.convert(0, row)
+    now = [*converted, *(column for column in known if column not in row)]
+    found = detect(now, converted, name=name, accept=accept)
+    written = {column: _source(column, row) for column in converted if column not in row}
+    if row is not given:
+        written = {"text": text_field, **{column: text_field for column, source in written.items() if source == "text"}}
+    return DatasetReader(
+        converter=converter,
+        records=RecordReader(name=name, format=found, written=written),
+        text_field=text_field,
+    )
+
+
+def _source(column: str, row: Mapping[str, Any]) -> str:
+    """The column of a foreign row that a converted one came from."""
+    sources = {"messages": ("conversations", "text"), "prompt": ("instruction",), "completion": ("output",)}
+    return next((source for source in sources.get(column, ()) if source in row), column)
+
+
+def read_records(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    name: str,
+    columns: Collection[str] | None = None,
+    accept: Collection[DatasetType] = ALL_TYPES,
+    text_format: TextFormat | None = None,
+    text_field: str = "text",
+) -> Iterator[Record]:
+    """One record per row, lazily; see `reader_for`.
+
+    Raises:
+        DataError: there is no row at all, or one that is not what it must be.
+    """
+    reader = None
+    for number, row in enumerate(rows):
+        if reader is None:
+            reader = reader_for(
+                row, name=name, columns=columns, accept=accept, text_format=text_format, text_field=text_field
+            )
+        yield reader.read(number, row)
+    if reader is None:
+        raise DataError(f"A dataset must have at least one row, {name} has none. Check the file or the split.")

@@ -1,0 +1,250 @@
+"""Rows of a known format, checked one by one and turned into records; lazily, so that streams can be read.
+
+    Mapping ─► RecordReader(name, format).read(row number, row) ─► Document | PromptOnly | PromptCompletion
+                                                                   PreferencePair | UnpairedPreference | SteppedSolution
+
+What is said is text, or a tuple of messages where the dataset is conversational.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from trl_ray.data.chat.tool_schemas import Tool, check_tools
+from trl_ray.data.formats.conversations import check_completion, check_messages, check_order, check_prompt_order
+from trl_ray.data.formats.detection import DatasetFormat, DatasetType, Form, check_form
+from trl_ray.data.formats.shared_prompts import shared_prompt
+from trl_ray.data.validation import check_unicode, show
+from trl_ray.errors import DataError
+from trl_ray.types import Message
+
+_WORDS = {"true": True, "false": False, "1": True, "0": False}
+Said: TypeAlias = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carried:
+    """What every record brings along."""
+
+    tools: tuple[Tool, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """All columns that the format does not know, as they came."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document(Carried):
+    """Something to be learnt as a whole: a text, or a conversation."""
+
+    content: Said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptOnly(Carried):
+    """Something to be answered."""
+
+    prompt: Said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptCompletion(Carried):
+    """A prompt and the answer to learn."""
+
+    prompt: Said
+    completion: Said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair(Carried):
+    """A prompt, the better answer and the worse one."""
+
+    prompt: Said
+    chosen: Said
+    rejected: Said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnpairedPreference(Carried):
+    """A prompt and an answer that is wanted or not."""
+
+    prompt: Said
+    completion: Said
+    label: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteppedSolution(Carried):
+    """A prompt and a solution in steps, each right or wrong."""
+
+    prompt: Said
+    steps: tuple[str, ...]
+    labels: tuple[bool, ...]
+
+
+Record: TypeAlias = Document | PromptOnly | PromptCompletion | PreferencePair | UnpairedPreference | SteppedSolution
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordReader:
+    """Reads the rows of one dataset; it remembers nothing between rows, so any row may be read at any time."""
+
+    name: str
+    """Names the dataset in messages."""
+    format: DatasetFormat
+    written: Mapping[str, str] = field(default_factory=dict)
+    """How a column was called before the rows were converted, for messages."""
+
+    def read(self, number: int, row: Mapping[str, Any]) -> Record:
+        """One row as a record.
+
+        Raises:
+            DataError: names the row, the field, what it must be and what it is.
+        """
+        for column in self.format.columns:
+            if row.get(column) is None:
+                given = "None" if column in row else "no such column"
+                raise DataError(f"{self._at(number, column)} must be given, got {given}. Fill it or remove the row.")
+        readers: dict[DatasetType, Callable[[int, Mapping[str, Any]], Record]] = {
+            DatasetType.LANGUAGE_MODELING: self._document,
+            DatasetType.PROMPT_ONLY: self._prompt_only,
+            DatasetType.PROMPT_COMPLETION: self._prompt_completion,
+            DatasetType.PREFERENCE: self._pair,
+            DatasetType.IMPLICIT_PREFERENCE: self._implicit_pair,
+            DatasetType.UNPAIRED_PREFERENCE: self._unpaired,
+            DatasetType.STEPWISE_SUPERVISION: self._stepped,
+        }
+        return readers[self.format.type](number, row)
+
+    def _document(self, number: int, row: Mapping[str, Any]) -> Document:
+        (column,) = self.format.columns
+        content = self._said(number, row, column)
+        if not isinstance(content, str):
+            check_order(content, where=self._at(number, column))
+        return Document(content=content, **self._carried(number, row))
+
+    def _prompt_only(self, number: int, row: Mapping[str, Any]) -> PromptOnly:
+        return PromptOnly(prompt=self._prompt(number, row), **self._carried(number, row))
+
+    def _prompt_completion(self, number: int, row: Mapping[str, Any]) -> PromptCompletion:
+        prompt = self._prompt(number, row)
+        completion = self._answer(number, row, "completion", prompt)
+        return PromptCompletion(prompt=prompt, completion=completion, **self._carried(number, row))
+
+    def _pair(self, number: int, row: Mapping[str, Any]) -> PreferencePair:
+        prompt = self._prompt(number, row)
+        chosen = self._answer(number, row, "chosen", prompt)
+        rejected = self._answer(number, row, "rejected", prompt)
+        self._check_differ(number, chosen, rejected)
+        return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, **self._carried(number, row))
+
+    def _implicit_pair(self, number: int, row: Mapping[str, Any]) -> PreferencePair:
+        chosen, rejected = self._said(number, row, "chosen"), self._said(number, row, "rejected")
+        self._check_differ(number, chosen, rejected)
+        where = f"Row {number} of {self.name}, fields 'chosen' and 'rejected'"
+        split = shared_prompt(chosen, rejected)
+        prompt, chosen, rejected = split.prompt, split.chosen, split.rejected
+        if not (prompt.strip() if isinstance(prompt, str) else prompt):
+            raise DataError(f"{where} must start with the prompt they share, they share nothing. Add a prompt column.")
+        if not isinstance(prompt, str):
+            check_prompt_order(prompt, where=f"{where}, the prompt they share")
+            self._check_repeated_prompt(number, row, prompt)
+        for column, answer in (("chosen", chosen), ("rejected", rejected)):
+            self._check_answer(number, column, prompt, answer)
+        return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, **self._carried(number, row))
+
+    def _check_repeated_prompt(self, number: int, row: Mapping[str, Any], prompt: tuple[Message, ...]) -> None:
+        if "prompt" not in self.format.columns:
+            return
+        given = row["prompt"]
+        check_form(given, Form.STANDARD, where=self._at(number, "prompt"))
+        if given.strip() not in [message["content"].strip() for message in prompt if message["content"]]:
+            raise DataError(
+                f"{self._at(number, 'prompt')} must be a message that 'chosen' and 'rejected' start with, or a list of "
+                f"messages that they follow, got {show(given)}. Mend it or remove the column."
+            )
+
+    def _unpaired(self, number: int, row: Mapping[str, Any]) -> UnpairedPreference:
+        prompt = self._prompt(number, row)
+        completion = self._answer(number, row, "completion", prompt)
+        label = _label(row["label"], where=self._at(number, "label"))
+        return UnpairedPreference(prompt=prompt, completion=completion, label=label, **self._carried(number, row))
+
+    def _stepped(self, number: int, row: Mapping[str, Any]) -> SteppedSolution:
+        prompt = self._prompt(number, row)
+        steps, labels = row["completions"], row["labels"]
+        for column, value in (("completions", steps), ("labels", labels)):
+            if not isinstance(value, (list, tuple)) or not value:
+                raise DataError(
+                    f"{self._at(number, column)} must be a list with one entry per step, got {show(value)}. Mend the "
+                    "row."
+                )
+        if len(steps) != len(labels):
+            raise DataError(
+                f"{self._at(number, 'labels')} must have one label per step, got {len(labels)} labels for {len(steps)} "
+                "steps in 'completions'. Mend the row."
+            )
+        return SteppedSolution(
+            prompt=prompt,
+            steps=tuple(_text(s, where=f"{self._at(number, 'completions')}, step {i}") for i, s in enumerate(steps)),
+            labels=tuple(_label(v, where=f"{self._at(number, 'labels')}, step {i}") for i, v in enumerate(labels)),
+            **self._carried(number, row),
+        )
+
+    def _prompt(self, number: int, row: Mapping[str, Any]) -> Said:
+        prompt = self._said(number, row, "prompt")
+        if not isinstance(prompt, str):
+            check_prompt_order(prompt, where=self._at(number, "prompt"))
+        return prompt
+
+    def _answer(self, number: int, row: Mapping[str, Any], column: str, prompt: Said) -> Said:
+        answer = self._said(number, row, column)
+        self._check_answer(number, column, prompt, answer)
+        return answer
+
+    def _check_answer(self, number: int, column: str, prompt: Said, answer: Said) -> None:
+        if isinstance(prompt, str) or isinstance(answer, str):
+            _text(answer, where=self._at(number, column))
+        else:
+            check_completion(prompt, answer, where=self._at(number, column))
+
+    def _check_differ(self, number: int, chosen: Said, rejected: Said) -> None:
+        if chosen == rejected:
+            raise DataError(
+                f"{self._at(number, 'rejected')} must differ from 'chosen', both are {show(chosen)}. Remove the row: "
+                "there is nothing to prefer."
+            )
+
+    def _said(self, number: int, row: Mapping[str, Any], column: str) -> Said:
+        value, where = row[column], self._at(number, column)
+        check_form(value, self.format.form, where=where)
+        return _text(value, where=where) if isinstance(value, str) else check_messages(value, where=where)
+
+    def _carried(self, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
+        where = self._at(number, "tools")
+        tools = check_tools(row.get("tools"), where=where)
+        if tools and self.format.form is Form.STANDARD:
+            raise DataError(f"{where} must be empty, because text has no place for tools. Use messages.")
+        known = {*self.format.columns, "tools"}
+        return {"tools": tools, "columns": {str(key): value for key, value in row.items() if key not in known}}
+
+    def _at(self, number: int, column: str) -> str:
+        return f"Row {number} of {self.name}, field {self.written.get(column, column)!r}"
+
+
+def _text(value: object, *, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where} must be text, got {show(value)}. Mend or remove the row.")
+    if not value.strip():
+        raise DataError(f"{where} must not be empty, got {value!r}. Fill it or remove the row.")
+    return check_unicode(value, where)
+
+
+def _label(value: object, *, where: str) -> bool:
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, (int, np.integer)) and value in (0, 1)):
+        return bool(value)
+    if isinstance(value, str) and value.strip().lower() in _WORDS:  # all that a table of text can hold
+        return _WORDS[value.strip().lower()]
+    raise DataError(f"{where} must be true or false (or 1 or 0), got {show(value)}. Map or remove the row.")

@@ -1,0 +1,1 @@
+"""What rollout workers, reward models and teachers are asked."""

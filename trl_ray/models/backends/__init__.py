@@ -1,0 +1,1 @@
+"""Gradients summed, clipped and applied: torch and DeepSpeed."""

@@ -1,0 +1,124 @@
+"""Plain torch: every rank holds the whole model, and gradients are summed once per update.
+
+backward x micro-batches --> [all-reduce of flat buckets] --> norm, clip --> fused AdamW --> schedule
+
+Ranks exchange nothing before the update's last backward pass, so they may run different numbers of them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trl_ray.config.sections import TrainingConfig
+from trl_ray.errors import CheckpointError
+from trl_ray.models.backends.optimizer import build_optimizer, build_scheduler
+from trl_ray.models.backends.ranks import Ranks
+from trl_ray.models.scoring.scoring_module import PredictorModule
+
+_BUCKET_BYTES = 64 << 20
+
+
+class TorchBackend:
+    """See `Backend`."""
+
+    in_step = False
+    splits_weights = False
+
+    def __init__(self, module: PredictorModule, training: TrainingConfig, *, total_updates: int, ranks: Ranks) -> None:
+        self.module: nn.Module = module
+        self._policy = module.policy
+        self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._max_norm = training.max_grad_norm or math.inf
+        self._ranks = ranks
+        self._optimizer = build_optimizer(self._policy, training)
+        self._scheduler = build_scheduler(self._optimizer, training, total_steps=total_updates)
+
+    @property
+    def learning_rate(self) -> float:
+        """See `Backend`."""
+        return float(self._scheduler.get_last_lr()[0])
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """See `Backend`; nothing is exchanged here."""
+        del is_last
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def reduce(self) -> float:
+        """See `Backend`."""
+        if self._ranks.size > 1:
+            self._sum_over_ranks()
+        return float(torch.nn.utils.clip_grad_norm_(self._trained, self._max_norm))
+
+    def _sum_over_ranks(self) -> None:
+        # A parameter without a gradient anywhere must keep none, or AdamW would decay it.
+        touched = torch.tensor([float(p.grad is not None) for p in self._trained], device=self._trained[0].device)
+        dist.all_reduce(touched)
+        moving = [p for p, count in zip(self._trained, touched.tolist(), strict=True) if count]
+        for bucket in _buckets(moving):
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            dist.all_reduce(flat)
+            for parameter, piece in zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True):
+                parameter.grad = piece.view_as(parameter)
+
+    def update(self) -> None:
+        """See `Backend`."""
+        self._optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """See `Backend`."""
+        self._optimizer.zero_grad(set_to_none=True)
+        with warnings.catch_warnings():
+            # torch warns when the very first step is one that is skipped.
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+            self._scheduler.step()
+
+    def gather(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """See `Backend`; they are whole as they are."""
+        del parameters
+        return nullcontext()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Backend`; every rank has all of them, so nothing is exchanged."""
+        yield from self._policy.named_parameters()
+
+    def save_state(self, directory: Path) -> dict[str, Any]:
+        """See `Backend`; all ranks hold the same, and no file is written."""
+        del directory
+        return {"optimizer": self._optimizer.state_dict(), "scheduler": self._scheduler.state_dict()}
+
+    def load_state(self, directory: Path, state: dict[str, Any]) -> None:
+        """See `Backend`; the number of ranks may have changed."""
+        try:
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._scheduler.load_state_dict(state["scheduler"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the trainer state in {directory} must fit this model and optimizer, but: {error}. "
+                "Resume with the configuration of the run that wrote it."
+            ) from error
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters of one dtype that fit a bucket, in order; a large one has a bucket of its own."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        num_bytes = parameter.numel() * parameter.element_size()
+        if bucket and (size + num_bytes > _BUCKET_BYTES or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += num_bytes
+    if bucket:
+        yield bucket

@@ -1,0 +1,1 @@
+"""Models beside the policy: references and teachers."""

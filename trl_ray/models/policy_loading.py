@@ -1,0 +1,432 @@
+"""Loading policies and tokenizers, and saying plainly why one cannot be used.
+
+ModelConfig --find_source--> frozen or trained base model [+ adapter, models.adapters] --check_head--> policy
+            --load_tokenizer--> tokenizer
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trl_ray.config.sections import Dtype, ModelConfig
+from trl_ray.errors import ModelError
+from trl_ray.models.adapters.adapter_config import adapter_size, base_of_adapter, is_adapter_folder
+from trl_ray.models.adapters.lora import REFERENCE, attach_adapter, load_adapter
+from trl_ray.models.scoring.head import check_head
+
+Policy: TypeAlias = PreTrainedModel
+_DTYPES = {Dtype.FLOAT32: torch.float32, Dtype.BFLOAT16: torch.bfloat16}
+_WEIGHTS = ("*.safetensors", "*.bin")
+# What transformers raises for a model it cannot build: SafetensorError and torch's loader are no OSErrors.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError)
+
+
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    """The torch dtype of a configured one."""
+    return _DTYPES[dtype]
+
+
+def check_model_path(name: str | None) -> str:
+    """Check what can be checked of a model's name or folder without loading it.
+
+    Raises:
+        ModelError: no name, no such directory, or a directory without config.json or weights.
+    """
+    if not name:
+        raise ModelError("model_name_or_path must name a model, got none. Set it to a local folder or a hub name.")
+    path = Path(name).expanduser()
+    if not path.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+            raise ModelError(f"model_name_or_path must exist, but there is no such directory: {name}. Check the path.")
+        return name
+    if not path.is_dir():
+        raise ModelError(f"model_name_or_path must be a directory, but {name} is a file. Give the folder it lies in.")
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"a model directory must hold config.json, but {name} does not. Give a folder written by save_pretrained."
+        )
+    return str(path)
+
+
+def require_weights(name: str) -> None:
+    """Check that a model's directory holds weights; a hub name is not looked at.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in _WEIGHTS):
+        raise ModelError(f"a model directory must hold weights (*.safetensors), but {name} has none. Save it again.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """Where a policy's weights come from."""
+
+    base: str
+    """Folder or hub name of the whole model: what tokenizers, engines and configurations are read from."""
+    revision: str | None
+    """Of a hub name; None for a folder."""
+    adapter: str | None = None
+    """Folder of the adapter to go on with; None for a new one, or none."""
+    initial_adapter: str | None = None
+    """Folder of the adapter that training started from, which is part of the reference; None where it was new."""
+
+
+def find_source(model: ModelConfig, *, path: str | None = None) -> ModelSource:
+    """Tell whole models from adapters and check what can be checked without loading.
+
+    Args:
+        model: names a whole model, or an adapter's folder; then its base model is what the adapter says.
+        path: a checkpoint that takes the place of the model's own weights or adapter.
+
+    Raises:
+        ModelError: a folder is missing or incomplete, or holds an adapter where there must be none, or the reverse.
+    """
+    name = model.model_name_or_path if model.model_name_or_path is not None else path
+    initial = str(Path(name).expanduser()) if name is not None and is_adapter_folder(name) else None
+    found = path if path is not None else name
+    adapter = str(Path(found).expanduser()) if found is not None and is_adapter_folder(found) else None
+    if adapter is not None and not model.use_peft:
+        raise ModelError(
+            f"use_peft must be true for {adapter}, which holds an adapter, got false. Set use_peft=true to train it "
+            "on, or merge it first (trl_ray.models.adapters.merging.export_merged)."
+        )
+    if path is not None and adapter is None and model.use_peft:
+        raise ModelError(
+            f"use_peft must be false for {path}, which holds a whole model, got true. Resume with the configuration of "
+            "the run that wrote it."
+        )
+    if initial is not None:
+        base, revision = base_of_adapter(initial)
+        try:
+            base = check_model_path(base)
+        except ModelError as error:
+            raise ModelError(f"the adapter in {initial} must name its base model, but: {error}") from error
+    else:
+        base, revision = check_model_path(path if adapter is None and path is not None else name), model.model_revision
+    return ModelSource(
+        base=base,
+        revision=None if Path(base).is_dir() else revision or "main",
+        adapter=adapter,
+        initial_adapter=initial,
+    )
+
+
+def load_policy(
+    model: ModelConfig,
+    *,
+    path: str | None = None,
+    device: torch.device | str = "cpu",
+    disable_dropout: bool = True,
+    trainable: bool = True,
+    seed: int = 0,
+    with_reference: bool = False,
+) -> Policy:
+    """Load a causal language model in the dtype whose weights are updated.
+
+    Args:
+        model: name or folder, revision, dtype, attention implementation, gradient checkpointing, adapter.
+        path: a checkpoint to read weights or adapter from instead of the model's own folder.
+        device: where its weights live.
+        disable_dropout: set every dropout probability to 0, the adapter's too.
+        trainable: False for a reference: frozen, and in evaluation mode.
+        seed: of a new adapter's weights; the same on all ranks.
+        with_reference: where training started from an adapter, hold it a second time, frozen (`as_reference`).
+
+    Raises:
+        ModelError: it cannot be loaded, lacks weights, or has a head this package cannot compute log-probs from.
+    """
+    source = find_source(model, path=path)
+    policy, missing = load_base(model, source, device=device)
+    refuse_missing(source.base, missing)
+    prepare_model(
+        policy,
+        model,
+        source,
+        device=device,
+        disable_dropout=disable_dropout,
+        trainable=trainable,
+        seed=seed,
+        with_reference=with_reference,
+    )
+    check_head(policy)
+    return policy
+
+
+def load_base(
+    model: ModelConfig,
+    source: ModelSource,
+    *,
+    device: torch.device | str,
+    auto: Any = AutoModelForCausalLM,
+    changes: Mapping[str, Any] | None = None,
+) -> tuple[Policy, set[str]]:
+    """Load a whole model.
+
+    Args:
+        model: its dtype, attention implementation and quantisation.
+        source: where it is.
+        device: where quantised weights live.
+        auto: which of transformers' classes to ask for the architecture.
+        changes: of its configuration.
+
+    Returns:
+        The model, and the names of parameters it has and the source has not; those are random.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    name = source.base
+    require_weights(name)
+    options: dict[str, Any] = {"dtype": torch_dtype(model.dtype), "trust_remote_code": model.trust_remote_code}
+    options |= changes or {}
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
+    if source.revision is not None:
+        options["revision"] = source.revision
+    if _is_quantised(model):
+        options |= {"quantization_config": quantization(model, torch.device(device)), "device_map": {"": device}}
+    try:
+        loaded = auto.from_pretrained(name, output_loading_info=True, **options)
+    except LOAD_ERRORS as error:
+        raise ModelError(_why_not(name, error)) from error
+    policy, info = cast("tuple[Policy, dict[str, Any]]", loaded)
+    policy.config.use_cache = False
+    return policy, set(info["missing_keys"])
+
+
+def refuse_missing(name: str, missing: Iterable[str]) -> None:
+    """Refuse a model some of whose weights would be random.
+
+    Raises:
+        ModelError: there are missing ones.
+    """
+    missing = sorted(missing)
+    if missing:
+        raise ModelError(
+            f"{name} must hold every weight of its model, but {len(missing)} are missing, first {missing[:3]}; they "
+            "would be random. Save the model again or give another."
+        )
+
+
+def prepare_model(
+    policy: Policy,
+    model: ModelConfig,
+    source: ModelSource,
+    *,
+    device: torch.device | str,
+    disable_dropout: bool,
+    trainable: bool,
+    seed: int,
+    with_reference: bool = False,
+) -> None:
+    """Do to a loaded model what training, or scoring with it, asks for; see `load_policy` for the arguments.
+
+    Raises:
+        ModelError: its adapter or its kernels cannot be used.
+    """
+    if model.use_liger_kernel:
+        _apply_liger(policy, device=torch.device(device))
+    if not model.use_peft:
+        policy.requires_grad_(trainable)
+    elif source.adapter is None:
+        attach_adapter(policy, model, seed=seed)
+    else:
+        load_adapter(policy, source.adapter)
+    if with_reference and source.initial_adapter is not None:
+        load_adapter(policy, source.initial_adapter, name=REFERENCE, trainable=False)
+    if not trainable:
+        policy.requires_grad_(False)
+    if disable_dropout:
+        switch_off_dropout(policy)
+    if model.gradient_checkpointing:
+        # Reentrant checkpointing would lose gradients: the embeddings are the first to have one, or frozen.
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not _is_quantised(model):
+        nn.Module.to(policy, device)
+    policy.train(trainable)
+
+
+def _is_quantised(model: ModelConfig) -> bool:
+    return model.load_in_4bit or model.load_in_8bit
+
+
+def quantization(model: ModelConfig, device: torch.device) -> BitsAndBytesConfig:
+    """How bitsandbytes stores the frozen weights (QLoRA, https://arxiv.org/abs/2305.14314).
+
+    Raises:
+        ModelError: bitsandbytes is not installed, or there is no GPU.
+    """
+    option = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+    if device.type == "cpu":
+        # bitsandbytes 0.50 has kernels for CPUs, but its 4-bit ones give no gradients, without an error.
+        raise ModelError(f"{option}=true needs a GPU, but the model is on {device.type}. Set {option}=false.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"{option}=true needs the package bitsandbytes, which is not installed. pip install bitsandbytes, or set "
+            f"{option}=false."
+        )
+    if model.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if model.bf16 else torch_dtype(model.dtype),
+        bnb_4bit_quant_type=model.bnb_4bit_quant_type.value,
+        bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
+    )
+
+
+def _apply_liger(policy: Policy, *, device: torch.device) -> None:
+    """Liger's kernels for norms, rotary embeddings and MLPs; head and loss stay this package's."""
+    if device.type != "cuda":
+        raise ModelError(f"use_liger_kernel=true needs a GPU, but the model is on {device.type}. Set it to false.")
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ModelError(
+            "use_liger_kernel=true needs the package liger-kernel, which is not installed. pip install liger-kernel, "
+            "or set it to false."
+        )
+    from transformers.integrations.liger import apply_liger_kernel
+
+    try:
+        kernels = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+        apply_liger_kernel(policy, kernels)  # type: ignore[no-untyped-call]
+    except (ImportError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"Liger must know {type(policy).__name__}, but: {error}. Set use_liger_kernel=false."
+        ) from error
+
+
+def _why_not(name: str, error: BaseException) -> str:
+    first_line = str(error).strip().split("\n")[0]
+    if Path(name).is_dir():
+        damaged = isinstance(error, SafetensorError) or "safetensors" in first_line.lower()
+        hint = "A weight file is truncated or damaged: copy the model again." if damaged else "Check its config.json."
+        return f"the model in {name} must load, but: {type(error).__name__}: {first_line}. {hint}"
+    return (
+        f"model_name_or_path must be a local directory or a model on the hub; {name} is no directory here, and the "
+        f"hub gave: {type(error).__name__}: {first_line}. Check the name, or that the hub can be reached."
+    )
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, in modules and where attention keeps its own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  (modules declare no such attribute)
+
+
+def load_model_config(model: ModelConfig, *, path: str | None = None) -> PretrainedConfig:
+    """The model's own configuration, or that of a checkpoint of it, without the weights.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    source = find_source(model, path=path)
+    name = source.base
+    options = {} if source.revision is None else {"revision": source.revision}
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            name, trust_remote_code=model.trust_remote_code, **options
+        )
+    except LOAD_ERRORS as error:
+        raise ModelError(f"the configuration of {name} must load, but: {_why_not(name, error)}") from error
+    return config
+
+
+def max_positions(model: ModelConfig) -> int | None:
+    """Tokens a model allows in prompt plus completion; None where its configuration does not say.
+
+    Raises:
+        ModelError: its configuration cannot be loaded.
+    """
+    value = getattr(load_model_config(model).get_text_config(), "max_position_embeddings", None)
+    return int(value) if value else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterCount:
+    """Numbers of parameters of a policy."""
+
+    base: int
+    """Of the model itself."""
+    adapter: int
+    """Of the adapter and of layers trained in full beside it; 0 without one."""
+
+    @property
+    def trained(self) -> int:
+        """Those that have gradients and optimizer state."""
+        return self.adapter or self.base
+
+
+def count_parameters(
+    model: ModelConfig, *, auto: Any = AutoModelForCausalLM, changes: Mapping[str, Any] | None = None
+) -> ParameterCount:
+    """Parameters of the model, counted without allocating them; `auto` and `changes` as for `load_base`.
+
+    Raises:
+        ModelError: its configuration cannot be loaded or used, or its adapter does not fit.
+    """
+    source, config = find_source(model), load_model_config(model)
+    for name, value in (changes or {}).items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        try:
+            empty = auto.from_config(config, trust_remote_code=model.trust_remote_code)
+        except LOAD_ERRORS as error:
+            raise ModelError(_why_not(source.base, error)) from error
+        base = sum(parameter.numel() for parameter in empty.parameters())
+        if not model.use_peft:
+            return ParameterCount(base=base, adapter=0)
+        if source.adapter is None:
+            attach_adapter(empty, model, seed=0)
+    if source.adapter is not None:
+        return ParameterCount(base=base, adapter=adapter_size(source.adapter))
+    return ParameterCount(base=base, adapter=sum(p.numel() for p in empty.parameters() if p.requires_grad))
+
+
+def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer, with a padding token and, where configured, another chat template.
+
+    Raises:
+        ModelError: it cannot be loaded, has no end-of-sequence token, or the template file cannot be read.
+    """
+    source = find_source(model, path=path)
+    # An adapter's folder has a tokenizer only if whoever saved it put one there.
+    own = source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file()
+    name = cast(str, source.adapter) if own else source.base
+    options = {} if own or source.revision is None else {"revision": source.revision}
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=model.trust_remote_code, **options
+        )
+    except LOAD_ERRORS as error:
+        raise ModelError(f"the tokenizer of {name} must load, but: {str(error).strip().split(chr(10))[0]}") from error
+    if tokenizer.eos_token is None:
+        raise ModelError(f"the tokenizer of {name} must have an end-of-sequence token: completions could not end.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(model.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"chat_template must be a readable file, got {model.chat_template}: {error}") from error
+    return tokenizer

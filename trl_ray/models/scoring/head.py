@@ -1,0 +1,152 @@
+"""The head of a model and the hidden states it is applied to, and the proof that both give the model's logits.
+
+hidden states [R,T,H] --head_module--> [R,T,V] --logit_transform: scale, soft-capping--> the model's logits [R,T,V]
+hidden states [R,T,H] --class_head---> [R,T,C]                                      a classifier's logits [R,T,C]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trl_ray.algorithms.head.head_problem import LogitTransform
+from trl_ray.errors import ModelError
+
+_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+"""Names in model configurations of what logits are multiplied by: Cohere, Muse Glimmer, Falcon-H1."""
+_DIVISORS = ("logits_scaling",)
+"""Of what they are divided by: Granite, MiniCPM3."""
+_MULTIPLYING_TYPES = frozenset({"hyperclovax"})
+"""Model types that multiply by what others of that name divide by."""
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Of the soft cap: Gemma, RecurrentGemma, xLSTM."""
+
+
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """The causal language model itself, without a PeftModel around it; its layers hold the adapters all the same."""
+    unwrap = getattr(model, "get_base_model", None)
+    inner = unwrap() if callable(unwrap) else model
+    assert isinstance(inner, PreTrainedModel), f"a policy is a transformers model, got {type(inner).__name__}"
+    return inner
+
+
+def head_module(model: nn.Module) -> nn.Linear:
+    """The language-model head: weight [V, H], bias [V] or None.
+
+    Raises:
+        ModelError: the model has no linear head.
+    """
+    inner = causal_model(model)
+    head: object = inner.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(head, nn.Linear):
+        raise ModelError(
+            f"the model must end in a linear head, but {type(inner).__name__} ends in {type(head).__name__}. "
+            "Use a causal language model."
+        )
+    return head
+
+
+CLASS_HEADS = ("score", "classifier")
+"""Names of the heads of transformers' classifiers."""
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """True for a model that ends in classes rather than in the vocabulary."""
+    return type(causal_model(model)).__name__.endswith(("ForSequenceClassification", "ForTokenClassification"))
+
+
+def class_head_name(model: nn.Module) -> str:
+    """The name of a classifier's head.
+
+    Raises:
+        ModelError: it has none of a known name.
+    """
+    inner = causal_model(model)
+    names = [name for name in CLASS_HEADS if isinstance(getattr(inner, name, None), nn.Module)]
+    if len(names) != 1:
+        raise ModelError(
+            f"a classifier must end in a linear layer named {' or '.join(CLASS_HEADS)}, but {type(inner).__name__} has "
+            f"{names or 'none'}. Use another model."
+        )
+    return names[0]
+
+
+def class_head(model: nn.Module) -> nn.Module:
+    """A classifier's head: weight [C, H], bias [C] or None; PEFT's stand-in for it where it is trained with an adapter.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    head: nn.Module = getattr(causal_model(model), class_head_name(model))
+    return head
+
+
+def head_weight(model: nn.Module) -> Tensor:
+    """The weight of whatever head the model has: [V, H] or [C, H].
+
+    Raises:
+        ModelError: it has none.
+    """
+    weight: Tensor = (class_head(model) if is_classifier(model) else head_module(model)).weight  # type: ignore[assignment]
+    return weight
+
+
+def logit_transform(model: nn.Module) -> LogitTransform:
+    """What the model's configuration says it does to the output of its head; `check_head` proves it.
+
+    Raises:
+        ModelError: a scale or a cap is not positive.
+    """
+    config = causal_model(model).config.get_text_config()
+    values: dict[str, float] = {}
+    for name in (*_MULTIPLIERS, *_DIVISORS, *_CAPS):
+        value = getattr(config, name, None)
+        if isinstance(value, int | float):
+            if value <= 0:
+                raise ModelError(f"{name} of the model's configuration must be positive, got {value}. Correct it.")
+            values[name] = float(value)
+    scale = 1.0
+    for name in _MULTIPLIERS:
+        scale *= values.get(name, 1.0)
+    for name in _DIVISORS:
+        divisor = values.get(name, 1.0)
+        scale *= divisor if config.model_type in _MULTIPLYING_TYPES else 1.0 / divisor
+    return LogitTransform(scale=scale, softcap=next((values[name] for name in _CAPS if name in values), None))
+
+
+def hidden_states(model: nn.Module, **inputs: Tensor | None) -> Tensor:
+    """Final hidden states [R, T, H], after the last norm and before the head."""
+    states: Tensor = causal_model(model).base_model(**inputs, use_cache=False).last_hidden_state
+    return states
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Prove on two tokens that head, scale and soft-capping make the model's logits of its hidden states.
+
+    Raises:
+        ModelError: they do not, and log-probs computed from the head would be wrong; or the logits are NaN.
+    """
+    head, transform = head_module(model), logit_transform(model)
+    training = model.training
+    model.train(False)
+    ids = torch.tensor([[1, 2]], device=head.weight.device)
+    expected = model(input_ids=ids, use_cache=False).logits
+    actual = torch.nn.functional.linear(hidden_states(model, input_ids=ids), head.weight, head.bias).float()
+    model.train(training)
+    actual = actual * transform.scale
+    if transform.softcap is not None:
+        actual = transform.softcap * torch.tanh(actual / transform.softcap)
+    if expected.isnan().any():
+        damaged = next((name for name, weight in model.named_parameters() if weight.isnan().any()), None)
+        raise ModelError(
+            f"the weights of {causal_model(model).config.name_or_path or type(model).__name__} must be numbers, but "
+            f"{f'{damaged} holds' if damaged else 'its logits are'} NaN. Fetch or save them again."
+        )
+    if not torch.allclose(expected.float(), actual, rtol=1e-2, atol=1e-3):
+        raise ModelError(
+            f"logits must be the head times the hidden states, scaled by {transform.scale:g} and soft-capped at "
+            f"{transform.softcap} as its configuration says, but {type(causal_model(model)).__name__} changes them "
+            "otherwise (a soft-capping or logit scale of another name, for instance). Use another model."
+        )

@@ -1,0 +1,1 @@
+"""Callbacks of users: hooks, loading, states."""

@@ -1,0 +1,350 @@
+"""Checks everything that can be wrong before anything is started or written, and resolves it.
+
+args, model, reward_funcs, datasets --> tokenizer, prompts, reward specs, lengths, steps --> Preparation
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trl_ray.algorithms.batches.micro_batches import CutRules
+from trl_ray.config.runs.distill_config import DistillConfig
+from trl_ray.config.runs.grpo_config import GRPOConfig
+from trl_ray.config.runs.rollout_config import RolloutRunConfig
+from trl_ray.config.runs.sdpo_config import SDPOConfig
+from trl_ray.config.sections import Dtype, GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
+from trl_ray.config.teacher_options import TeacherKind, TeacherOptions, TeacherSource
+from trl_ray.data.prompts.given_completions import GivenCompletions
+from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
+from trl_ray.errors import ConfigError
+from trl_ray.models.policy_loading import count_parameters, load_model_config, load_tokenizer, max_positions
+from trl_ray.pipelines.rollouts.objective import Objective, objective_of
+from trl_ray.pipelines.rollouts.reward_model_actors import (
+    PreparedRewardModel,
+    prepare_reward_models,
+    reward_model_arguments,
+)
+from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
+from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, check_taught_prompts, prepare_teachers
+from trl_ray.pipelines.run.memory import GIB, PROCESS, dtype_bytes, learner_memory, teacher_memory
+from trl_ray.pipelines.run.planning import cut_rules, total_steps
+from trl_ray.rewards.reward_registry import RewardSpec, make_specs
+from trl_ray.runtime.runtime import Role
+from trl_ray.types import IntArray, Prompt
+
+if TYPE_CHECKING:
+    from trl_ray.runtime.remote import ActorPlan
+
+RewardFunction = Callable[..., Any]
+FROM_PYTHON = "python:"
+"""Stands in config.yaml before the name of a reward function that was given as an object."""
+OBJECTIVE_STATE = "objective.json"
+"""The file of a checkpoint with what the objective remembers."""
+_CANARY_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Inputs:
+    """What a user gives in Python beside the configuration; None takes it from the configuration."""
+
+    train_dataset: Any = None
+    eval_dataset: Any = None
+    reward_funcs: Sequence[str | RewardFunction] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Preparation:
+    """A run that is ready to start."""
+
+    config: RolloutRunConfig
+    prompts: PromptSource
+    eval_prompts: tuple[Prompt, ...]
+    rewards: tuple[RewardSpec, ...]
+    max_model_len: int
+    """Tokens of prompt and completion together."""
+    total_steps: int
+    canary_ids: IntArray
+    """[T] a prompt of the training set, fixed for the whole run."""
+    canary_tolerance: float
+    """Nats."""
+    cut: CutRules
+    """How the samples of an update become micro-batches."""
+    objective: Objective
+    pad_token_id: int
+    """For callbacks that are shown rectangles of token ids."""
+    reward_models: tuple[PreparedRewardModel, ...] = ()
+    teachers: PreparedTeachers | None = None
+
+    def epoch_after(self, step: int) -> float:
+        """Passes over the prompts once so many steps are trained."""
+        return step * self.config.groups_per_step / len(self.prompts)
+
+    def restore_objective(self, checkpoint: str | None) -> None:
+        """Have the objective go on from what it had remembered at a checkpoint; None: from the beginning."""
+        file = None if checkpoint is None else Path(checkpoint) / OBJECTIVE_STATE
+        known = file is not None and file.is_file()
+        self.objective.load_state_dict(json.loads(file.read_text()) if file is not None and known else {})
+
+    def arguments(
+        self, *, journal: str, checkpoint: str | None, resume_from: int | None, incarnation: str
+    ) -> ActorArguments:
+        """Constructor arguments of every actor."""
+        config, teachers = self.config, self.teachers
+        return ActorArguments(
+            learner={
+                "model": config.part(ModelConfig),
+                "training": config.part(TrainingConfig),
+                "loss": self.objective.loss,
+                "teacher": None if teachers is None else teachers.in_learner,
+                "temperature": config.temperature,
+                "total_updates": self.total_steps * config.updates_per_step,
+                "max_completion_length": config.max_completion_length,
+                "checkpoint": checkpoint,
+                "threads": config.runtime.threads_of_learner,
+            },
+            queue={
+                "name": "queue",
+                "journal_path": journal,
+                "groups_per_step": config.groups_per_step,
+                "max_staleness": config.lag,
+                "window": config.window,
+                "max_attempts": config.max_attempts,
+                "lease_s": config.rollout.lease_s,
+                "drop_zero_variance": config.drops_zero_variance,
+                "mask_truncated": config.masks_truncated,
+                "adaptive_slots": config.adapts_slots,
+                "resume_from_step": resume_from,
+                "resume_version": resume_from,
+                "incarnation": incarnation,
+            },
+            rollout={
+                "model": config.part(ModelConfig),
+                "rollout": config.rollout,
+                "generation": config.part(GenerationConfig),
+                "seed": config.seed,
+                "max_model_len": self.max_model_len,
+                "canary_tolerance": self.canary_tolerance,
+                "teaching": None if teachers is None else teachers.plan,
+            },
+            reward=self._reward_arguments() if config.has_rewards else None,
+            reward_models=reward_model_arguments(config),
+            teachers=() if teachers is None else teachers.acting,
+        )
+
+    def _reward_arguments(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "functions": self.rewards,
+            "weights": config.reward_weights,
+            "timeout_s": config.reward.timeout_s,
+            "isolation": config.reward.isolation,
+        }
+
+    def actors(self) -> dict[str, ActorPlan]:
+        """See `trl_ray.pipelines.run.pipeline.Plan`."""
+        # Imported here so that runtime.kind=local starts without Ray's import.
+        from trl_ray.runtime.remote import plan_actors
+
+        config = self.config
+        return plan_actors(
+            runtime=config.runtime,
+            rollout=config.rollout,
+            reward=config.reward if config.has_rewards else None,
+            reward_models=config.scoring_models,
+            teachers=config.acting_teachers,
+        )
+
+    def describe(self) -> Mapping[str, Any]:
+        """The plan in numbers, for the dry run."""
+        config = self.config
+        models = ", ".join(f"{model.options.label} ({model.facts.kind})" for model in self.reward_models)
+        return {
+            "optimizer steps": self.total_steps,
+            "updates per step": config.updates_per_step,
+            "learner ranks": config.runtime.num_learners,
+            "prompt groups per step": config.groups_per_step,
+            "completions per step": config.completions_per_step,
+            "training prompts": len(self.prompts),
+            "staleness bound (steps)": config.staleness_bound,
+            "admission slots": (config.lag + 1) * config.groups_per_step,
+            "tokens per sequence": self.max_model_len,
+            "reward functions": ", ".join(spec.name for spec in self.rewards) or "none",
+            **({"reward models": models} if models else {}),
+            **({"teachers": self._describe_teachers()} if self.teachers is not None else {}),
+        }
+
+    def _describe_teachers(self) -> str:
+        where = "the learner" if self.config.teacher_in_learner else "actors"
+        where = "the rollout engines" if self.config.teacher_on_engines else where
+        return f"{', '.join(_named(source) for source in self.config.teacher_sources)}, held by {where}"
+
+    def expected_memory(self) -> Mapping[str, float]:
+        """Bytes that one actor of each role is expected to hold: weights, optimizer, caches, and its Python."""
+        config, model = self.config, self.config.part(ModelConfig)
+        parameters = count_parameters(model).base
+        engine = parameters * dtype_bytes(config.rollout.dtype or config.dtype)
+        return {
+            Role.LEARNER: learner_memory(model, has_reference=self._has_reference) + self._resident_memory(),
+            Role.QUEUE: 0.2 * GIB,
+            Role.ROLLOUT: engine + config.rollout.kv_cache_memory_gib * GIB + PROCESS,
+            Role.REWARD: 0.2 * GIB,
+            **{model.plan: model.memory for model in self.reward_models},
+            **(self.teachers.memory if self.teachers is not None else {}),
+        }
+
+    @property
+    def _has_reference(self) -> bool:
+        return isinstance(self.config, GRPOConfig) and self.config.beta > 0
+
+    def _resident_memory(self) -> float:
+        """Bytes of the teacher that the learner holds."""
+        source = None if self.teachers is None else self.teachers.in_learner
+        if source is None or source.kind is TeacherKind.LIVE or (source.follows_policy and source.model.use_peft):
+            return 0.0
+        return teacher_memory(source)
+
+
+def _named(source: TeacherSource) -> str:
+    """A teacher as the dry run calls it, with where its weights come from unless that is its name."""
+    if source.kind is not TeacherKind.EXTERNAL:
+        return source.kind.value
+    server = source.options.server if isinstance(source.options, TeacherOptions) else None
+    return f"{source.name} ({source.model.model_name_or_path if server is None else server.url})"
+
+
+def prepare(config: RolloutRunConfig, inputs: Inputs) -> Preparation:
+    """Resolve a configuration.
+
+    Raises:
+        InputError: anything that is wrong with the configuration, the model, the data or the reward functions.
+    """
+    functions = inputs.reward_funcs or config.reward_funcs
+    _check_given(functions)
+    objective = objective_of(config)
+    _check_weights(config, functions)
+    model = config.part(ModelConfig)
+    tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
+    max_model_len = _max_model_len(config, max_positions(model))
+    data, limit = config.part(PromptConfig), max_model_len - config.max_completion_length
+    prompts = load_prompts(
+        data,
+        tokenizer,
+        seed=config.seed,
+        max_prompt_tokens=limit,
+        dataset=inputs.train_dataset,
+        completions=_given_completions(config),
+        max_prompt_length=_max_prompt_length(config),
+    )
+    eval_prompts = _eval_prompts(config, inputs, tokenizer, limit) if config.eval_steps else ()
+    rewarded = config.has_rewards and (functions or not config.scoring_models)
+    specs = make_specs(functions, columns=prompts.columns) if rewarded else ()
+    models = prepare_reward_models(config, functions=[spec.name for spec in specs], prompt=prompts.prompt(0))
+    teachers = prepare_teachers(
+        config, tokenizer=tokenizer, vocab_size=shape.vocab_size, prompts=prompts, max_model_len=max_model_len
+    )
+    return Preparation(
+        config=config,
+        objective=objective,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        teachers=teachers,
+        prompts=prompts,
+        eval_prompts=eval_prompts,
+        rewards=specs,
+        reward_models=models,
+        max_model_len=max_model_len,
+        total_steps=total_steps(config, len(prompts), per_step=config.groups_per_step),
+        canary_ids=_canary(prompts, max_model_len),
+        canary_tolerance=_canary_tolerance(config),
+        cut=cut_rules(config, shape, max_samples=config.per_device_train_batch_size),
+    )
+
+
+def _given_completions(config: RolloutRunConfig) -> GivenCompletions | None:
+    """Which prompts are answered by the dataset."""
+    if not isinstance(config, DistillConfig) or config.lmbda == 1:
+        return None
+    return GivenCompletions(
+        column=config.dataset_completion_column,
+        share=1 - config.lmbda,
+        seed=config.seed,
+        max_tokens=config.max_completion_length,
+    )
+
+
+def _max_prompt_length(config: RolloutRunConfig) -> int | None:
+    return config.max_prompt_length if isinstance(config, (SDPOConfig, DistillConfig)) else None
+
+
+def _check_given(functions: Sequence[str | RewardFunction]) -> None:
+    missing = [name for name in functions if isinstance(name, str) and name.startswith(FROM_PYTHON)]
+    if missing:
+        raise ConfigError(
+            f"reward_funcs must name functions that can be found again, got {missing}: they were given as objects, in "
+            "Python. Resume there too: Pipeline.from_run(run_dir, reward_funcs=..., train_dataset=...).train()"
+        )
+
+
+def _check_weights(config: RolloutRunConfig, functions: Sequence[str | RewardFunction]) -> None:
+    weights = config.reward_weights
+    if weights is not None and len(weights) != len(functions):
+        raise ConfigError(
+            f"reward_weights must have one weight per reward function, got {len(weights)} weights for "
+            f"{len(functions)} functions. Add or remove weights."
+        )
+
+
+def _max_model_len(config: RolloutRunConfig, positions: int | None) -> int:
+    wanted = config.rollout.max_model_len or positions
+    if wanted is None:
+        raise ConfigError(
+            "rollout.max_model_len must be set, as the model's configuration does not say how long its context is."
+        )
+    if positions is not None and wanted > positions:
+        raise ConfigError(
+            f"rollout.max_model_len must be at most the model's {positions} positions, got {wanted}. Lower it."
+        )
+    if config.max_completion_length >= wanted:
+        raise ConfigError(
+            f"max_completion_length must leave room for a prompt within {wanted} tokens (rollout.max_model_len or the "
+            f"model's own limit), got {config.max_completion_length}. Lower it."
+        )
+    return wanted
+
+
+def _eval_prompts(config: RolloutRunConfig, inputs: Inputs, tokenizer: Any, limit: int) -> tuple[Prompt, ...]:
+    if inputs.eval_dataset is None and config.dataset_name is None:
+        raise ConfigError(
+            f"eval_steps={config.eval_steps} needs held-out prompts, but there are none. Pass eval_dataset, name a "
+            "dataset with dataset_test_split, or set eval_steps=0."
+        )
+    source = load_prompts(
+        config.part(PromptConfig),
+        tokenizer,
+        seed=config.seed,
+        max_prompt_tokens=limit,
+        dataset=inputs.eval_dataset,
+        evaluation=True,
+        max_prompt_length=_max_prompt_length(config),
+    )
+    check_taught_prompts(config, source)
+    return tuple(source.prompt(ordinal) for ordinal in range(min(config.eval_num_prompts, len(source))))
+
+
+def _canary(prompts: PromptSource, max_model_len: int) -> IntArray:
+    """The first prompt, repeated when it is too short to say anything, cut to what an engine can score."""
+    ids = prompts.prompt(0).token_ids
+    repeats = max(1, -(-8 // max(1, len(ids))))
+    return np.tile(ids, repeats)[: min(_CANARY_TOKENS, max_model_len)].astype(np.int32)
+
+
+def _canary_tolerance(config: RolloutRunConfig) -> float:
+    if config.rollout.canary_tolerance is not None:
+        return config.rollout.canary_tolerance
+    exact = config.dtype is Dtype.FLOAT32 and config.rollout.dtype in (None, Dtype.FLOAT32) and not config.bf16
+    return 1e-3 if exact else 0.2

@@ -1,0 +1,156 @@
+"""The pipelines that train a policy on its own completions: `grpo`, `async-grpo`, `rloo`, `sdpo`, `distill`.
+
+prepare -> session: [crew of actors -> walk] -> how it ended          (the rest of a run's life: pipeline.py)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from trl_ray.buffer.entry import LedgerSnapshot
+from trl_ray.config.runs.grpo_config import GRPOConfig
+from trl_ray.config.runs.rollout_config import RolloutRunConfig
+from trl_ray.config.runs.run_config import RunConfig
+from trl_ray.pipelines.callbacks.hooks import Course
+from trl_ray.pipelines.rollouts.preparation import FROM_PYTHON, Inputs, Preparation, RewardFunction, prepare
+from trl_ray.pipelines.rollouts.reward_model_actors import separate_reward_models
+from trl_ray.pipelines.rollouts.rollout_actors import Crew
+from trl_ray.pipelines.rollouts.rollout_loop import Walk
+from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
+from trl_ray.pipelines.run.recording import Recorder
+from trl_ray.types import EventKind
+
+
+class PolicySession(Session):
+    """One life of the crew, from a checkpoint on."""
+
+    recorder: Recorder
+
+    def __init__(self, *, preparation: Preparation, crew: Crew, recorder: Recorder, opening: Opening) -> None:
+        self._preparation, self._crew, self.recorder, self._opening = preparation, crew, recorder, opening
+
+    async def run(self, stop: asyncio.Event) -> TrainOutput:
+        """See `Session.run`."""
+        crew, recorder, begin = self._crew, self.recorder, time.time()
+        await crew.start()
+        recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
+        await self._begin_callbacks()
+        walk = Walk(
+            preparation=self._preparation,
+            crew=crew,
+            recorder=recorder,
+            callbacks=self._opening.callbacks,
+            start_step=self._opening.step,
+            stop=stop,
+        )
+        await walk.run()
+        await crew.ask_queue("finish")
+        recorder.report(await crew.drain())
+        snapshot: LedgerSnapshot = await crew.ask_queue("snapshot")
+        recorder.directory.write_ledger(snapshot.to_json())
+        return TrainOutput(
+            steps=walk.progress.step,
+            run_dir=recorder.directory.path,
+            metrics=dict(recorder.last),
+            ledger=snapshot,
+            worst_age=recorder.worst_age,
+        )
+
+    async def _begin_callbacks(self) -> None:
+        """Tell callbacks that the session starts, and where."""
+        plan, opening = self._preparation, self._opening
+        course = Course(
+            step=opening.step,
+            max_steps=plan.total_steps,
+            epoch=plan.epoch_after(opening.step),
+            num_train_epochs=math.ceil(plan.epoch_after(plan.total_steps)),
+            checkpoints=opening.directory.checkpoints,
+            can_evaluate=plan.config.eval_steps > 0,
+            can_stop_epoch=False,
+        )
+        await opening.callbacks.begin(course, checkpoint=opening.checkpoint, say=self.recorder.say)
+
+    async def dismiss(self) -> None:
+        """See `Session.dismiss`."""
+        await self._crew.dismiss()
+
+
+class PolicyOptimizationPipeline(Pipeline[RolloutRunConfig, Preparation]):
+    """Trains a policy on its own completions: on their rewards, or on what teachers say of them.
+
+    Example::
+
+        pipeline = AsyncGRPOPipeline(
+            model="HuggingFaceTB/SmolLM2-135M-Instruct",
+            reward_funcs=my_reward,              # TRL's signature
+            args=AsyncGRPOConfig(max_staleness=2, max_steps=24),
+            train_dataset=dataset,
+        )
+        output = pipeline.train()
+    """
+
+    config_class: ClassVar[type[RunConfig]] = GRPOConfig
+    name: ClassVar[str] = "grpo"
+
+    def __init__(
+        self,
+        model: str | None = None,
+        reward_funcs: str | RewardFunction | Sequence[str | RewardFunction] | None = None,
+        args: RolloutRunConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        peft_config: object | None = None,
+        callbacks: Sequence[Any] | None = None,
+    ) -> None:
+        """Take what TRL's trainer takes; what is None comes from `args`, and `callbacks` follow those of `args`.
+
+        Raises:
+            ConfigError: `args` is of another pipeline.
+            ModelError: `peft_config` is no `peft.LoraConfig`, or asks for what engines cannot be given.
+        """
+        if isinstance(reward_funcs, str) or callable(reward_funcs):
+            reward_funcs = [reward_funcs]
+        separated = separate_reward_models(reward_funcs, args)
+        changes = separated.changes
+        if reward_funcs is not None or changes:
+            # Functions given as objects cannot be written to config.yaml; a run of named ones resumes by its folder.
+            changes["reward_funcs"] = [
+                function if isinstance(function, str) else f"{FROM_PYTHON}{getattr(function, '__name__', 'reward')}"
+                for function in separated.functions
+            ]
+        super().__init__(model=model, args=args, peft_config=peft_config, callbacks=callbacks, **changes)
+        self._inputs = Inputs(train_dataset=train_dataset, eval_dataset=eval_dataset, reward_funcs=separated.given)
+
+    def _prepare(self) -> Preparation:
+        return prepare(self.config, self._inputs)
+
+    def _announcement(self) -> Mapping[str, Any]:
+        return {"staleness_bound": self.config.staleness_bound}
+
+    def _make_session(self, plan: Preparation, opening: Opening) -> PolicySession:
+        recorder = Recorder(
+            directory=opening.directory,
+            observer=opening.observer,
+            staleness_bound=self.config.staleness_bound,
+            start_step=opening.step,
+        )
+        arguments = plan.arguments(
+            journal=str(opening.directory.journal),
+            checkpoint=opening.checkpoint,
+            resume_from=opening.step if opening.resuming else None,
+            incarnation=uuid.uuid4().hex,
+        )
+        plan.restore_objective(opening.checkpoint)
+        crew = Crew(
+            runtime=opening.runtime,
+            config=self.config,
+            arguments=arguments,
+            canary_ids=plan.canary_ids,
+            emit=recorder.emit,
+        )
+        return PolicySession(preparation=plan, crew=crew, recorder=recorder, opening=opening)

@@ -1,0 +1,1 @@
+"""What all runs share: their life, plan, learner and record."""

@@ -1,0 +1,299 @@
+"""The life of a run, whatever the pipeline: prepare, open its directory and a runtime, train in sessions, tell the end.
+
+prepare -> run directory -> runtime -> [session: actors, loop, final checkpoint] -> report
+                                        ^     | learner lost
+                                        +-----+ (again, from the last checkpoint)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
+
+from trl_ray.buffer.entry import LedgerSnapshot
+from trl_ray.config.load import dump_yaml, load_config
+from trl_ray.config.runs.run_config import RunConfig
+from trl_ray.config.sections import RuntimeKind
+from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, TrlRayError
+from trl_ray.models.adapters.adapter_config import adapter_options
+from trl_ray.models.checkpoint import checkpoint_step, latest_checkpoint
+from trl_ray.observe.observer import open_observer
+from trl_ray.observe.report.report_page import build_report
+from trl_ray.observe.run_directory import RunDirectory
+from trl_ray.observe.sinks import Observer
+from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
+from trl_ray.pipelines.callbacks.hooks import CallbackList
+from trl_ray.pipelines.run.recording import RunRecorder
+from trl_ray.pipelines.run.signals import run_to_end
+from trl_ray.runtime.local import LocalRuntime
+from trl_ray.runtime.runtime import Runtime
+from trl_ray.types import EventKind
+
+if TYPE_CHECKING:
+    from trl_ray.runtime.remote import ActorPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOutput:
+    """How a run ended."""
+
+    steps: int
+    run_dir: Path
+    metrics: dict[str, float]
+    """The last step's line of metrics.jsonl."""
+    ledger: LedgerSnapshot
+    """Of prompt groups, or of rows where a dataset is trained on."""
+    worst_age: int | None = None
+    """The oldest token trained on, in optimizer steps; None where nothing was sampled."""
+
+
+class Plan(Protocol):
+    """A run that is ready to start, as the dry run shows it."""
+
+    @property
+    def config(self) -> RunConfig:
+        """Resolved options."""
+        ...
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """The plan in numbers."""
+        ...
+
+    def expected_memory(self) -> Mapping[str, float]:
+        """Bytes that an actor of each plan is expected to hold, by `ActorPlan.key`; activations are not counted."""
+        ...
+
+    def actors(self) -> dict[str, ActorPlan]:
+        """How many actors there are and what each gets, by the key of its plan."""
+        ...
+
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+PlanT = TypeVar("PlanT", bound=Plan)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Opening:
+    """What a session starts from."""
+
+    runtime: Runtime
+    directory: RunDirectory
+    observer: Observer
+    checkpoint: str | None
+    """The newest good one."""
+    step: int
+    """Its step; 0 without one."""
+    resuming: bool
+    """Whether anything was trained before."""
+    callbacks: CallbackList
+
+
+class Session(ABC):
+    """One life of the actors, from a checkpoint on."""
+
+    recorder: RunRecorder
+
+    @abstractmethod
+    async def run(self, stop: asyncio.Event) -> TrainOutput:
+        """Start the actors and train to the end.
+
+        Raises:
+            LearnerLostError: another session may go on from the last checkpoint.
+            InterruptedRun: the stop event was set; a checkpoint was written.
+        """
+
+    @abstractmethod
+    async def dismiss(self) -> None:
+        """End the actors for good."""
+
+
+class Pipeline(ABC, Generic[ConfigT, PlanT]):
+    """The life of a run; subclasses say what is prepared and what a session does."""
+
+    config_class: ClassVar[type[RunConfig]]
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        model: str | None,
+        args: ConfigT | None,
+        peft_config: object | None,
+        callbacks: Sequence[Any] | None = None,
+        **changes: Any,
+    ) -> None:
+        """Resolve the configuration: `args`, with what is given beside it put in.
+
+        Raises:
+            ConfigError: `args` is of another pipeline, or `callbacks` is no list.
+            ModelError: `peft_config` is no `peft.LoraConfig`, or asks for what engines cannot be given.
+        """
+        given = args if args is not None else cast(ConfigT, self.config_class())
+        if type(given) is not self.config_class:
+            raise ConfigError(f"args must be a {self.config_class.__name__}, got a {type(given).__name__}.")
+        if model is not None:
+            changes["model_name_or_path"] = model
+        if peft_config is not None:
+            changes |= adapter_options(peft_config)
+        if callbacks is not None:
+            changes["callbacks"] = specs_with(given.callbacks, callbacks)
+        self.config: ConfigT = given.replace(**changes) if changes else given
+        self._resume = False
+        self._given_callbacks = callbacks
+        self._callbacks = CallbackList((), args=self.config)
+
+    @classmethod
+    def from_run(cls, run_dir: str | Path, **inputs: Any) -> Self:
+        """The pipeline of an interrupted run, ready to go on; `inputs` are those that Python gave the first time.
+
+        Raises:
+            ConfigError: there is no run, or not of this pipeline.
+        """
+        directory = RunDirectory.open_existing(run_dir)
+        config = load_config(cls.config_class, directory.config).replace(output_dir=str(directory.path))
+        pipeline = cls(args=config, **inputs)  # type: ignore[arg-type]
+        pipeline._resume = True
+        return pipeline
+
+    @abstractmethod
+    def _prepare(self) -> PlanT:
+        """Check and resolve everything."""
+
+    @abstractmethod
+    def _make_session(self, plan: PlanT, opening: Opening) -> Session:
+        """The session that goes on from there; starts nothing."""
+
+    def prepare(self) -> PlanT:
+        """Check and resolve everything, starting and writing nothing.
+
+        Raises:
+            InputError: what is wrong, and what to do.
+        """
+        if not self._resume:
+            RunDirectory.check_free(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
+        self._callbacks = make_callbacks(self.config, self._given_callbacks)
+        return self._prepare()
+
+    def train(self) -> TrainOutput:
+        """Run to the end.
+
+        Raises:
+            InputError: the input was wrong; nothing was started.
+            RunError: the run failed; its last checkpoint and its journal are kept.
+            InterruptedRun: it was interrupted, and a checkpoint was written.
+        """
+        plan = self.prepare()
+        return run_to_end(lambda stop: self._train(plan, stop))
+
+    async def _train(self, plan: PlanT, stop: asyncio.Event) -> TrainOutput:
+        runtime = self._open_runtime(plan)
+        try:
+            directory = self._open_directory()
+            return await self._sessions(plan, runtime, directory, stop)
+        finally:
+            self._callbacks.close()
+            await runtime.close()
+
+    async def _sessions(
+        self, plan: PlanT, runtime: Runtime, directory: RunDirectory, stop: asyncio.Event
+    ) -> TrainOutput:
+        """One session after the other, each from the last checkpoint, until training ends."""
+        restarts = 0
+        while True:
+            session = self._open_session(plan, runtime, directory, resuming=self._resume or restarts > 0)
+            try:
+                output = await session.run(stop)
+            except LearnerLostError as error:
+                restarts += 1
+                session.recorder.say(EventKind.ACTOR_LOST, "learner", reason=str(error))
+                if restarts > self.config.runtime.max_learner_restarts:
+                    self._end(session.recorder, EventKind.RUN_FAILED, error)
+                    raise
+                session.recorder.close()
+                await session.dismiss()
+            except InterruptedRun as error:
+                self._end(session.recorder, EventKind.INTERRUPTED, error)
+                raise
+            except (TrlRayError, asyncio.CancelledError, KeyboardInterrupt) as error:
+                self._end(session.recorder, EventKind.RUN_FAILED, error)
+                raise
+            else:
+                self._end(session.recorder, EventKind.RUN_FINISHED, None)
+                return output
+
+    def _open_session(self, plan: PlanT, runtime: Runtime, directory: RunDirectory, *, resuming: bool) -> Session:
+        """Rewind the run directory to the last good checkpoint, and make the session that goes on from it."""
+        config = self.config
+        found = latest_checkpoint(directory.checkpoints)
+        step = checkpoint_step(found.path) if found.path is not None else 0
+        if resuming:
+            # Before the files are opened: what is written must follow what was kept.
+            directory.truncate_after(step)
+        observer = open_observer(
+            directory,
+            config=config.model_dump(mode="json"),
+            total_steps=plan.total_steps,
+            report_to=config.report_to,
+            wandb_project=config.wandb_project,
+            run_name=config.run_name,
+            print_completions=config.num_completions_to_print,
+            logging_steps=config.logging_steps,
+            log_completions=config.log_completions,
+        )
+        session = self._make_session(
+            plan,
+            Opening(
+                runtime=runtime,
+                directory=directory,
+                observer=observer,
+                checkpoint=found.path,
+                step=step,
+                resuming=resuming,
+                callbacks=self._callbacks,
+            ),
+        )
+        for problem in found.problems:
+            session.recorder.say(EventKind.WARNING, "driver", detail=f"a checkpoint cannot be used: {problem}")
+        session.recorder.say(
+            EventKind.RUN_RESUMED if resuming else EventKind.RUN_STARTED,
+            "driver",
+            pipeline=self.name,
+            step=step,
+            total_steps=plan.total_steps,
+            **self._announcement(),
+        )
+        return session
+
+    def _announcement(self) -> Mapping[str, Any]:
+        """What else a run says of itself when it starts."""
+        return {}
+
+    def _end(self, recorder: RunRecorder, kind: EventKind, error: BaseException | None) -> None:
+        recorder.say(kind, "driver", **({"error": f"{type(error).__name__}: {error}"} if error is not None else {}))
+        recorder.close()
+        if self.config.html_report:
+            build_report(recorder.directory.path)
+
+    def _open_directory(self) -> RunDirectory:
+        if self._resume:
+            return RunDirectory.open_existing(self.config.output_dir)
+        directory = RunDirectory.create(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
+        directory.write_config(dump_yaml(self.config))
+        return directory
+
+    def _open_runtime(self, plan: PlanT) -> Runtime:
+        if self.config.runtime.kind is RuntimeKind.LOCAL:
+            return LocalRuntime()
+        # Imported here so that runtime.kind=local starts without Ray's import.
+        from trl_ray.runtime.cluster import RayRuntime
+
+        return RayRuntime(self.config.runtime, plan.actors())

@@ -1,0 +1,190 @@
+"""Writes down a run: one metrics line per step, events, spans, the ledger, completions.
+
+Walk --> Recorder --> Observer (console, metrics.jsonl, events.jsonl, wandb) and the run directory's files
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_ray.actors.rollout_worker import EvaluatedPrompt, mean_reward
+from trl_ray.algorithms.policy.group_samples import BuiltStep
+from trl_ray.buffer.entry import LedgerSnapshot
+from trl_ray.observe.metric_bag import MetricBag
+from trl_ray.observe.run_directory import RunDirectory
+from trl_ray.observe.sinks import Observer, TrainedGroups
+from trl_ray.observe.staleness import StalenessMonitor
+from trl_ray.types import ActorReport, Evaluation, Event, EventKind, Metric, RolloutGroup, StepResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """When the parts of one step ended, in seconds since the epoch."""
+
+    begin: float
+    taken: float
+    trained: float
+    published: float
+
+
+class RunRecorder:
+    """What every run leaves behind, except its checkpoints: events, spans, metrics, the ledger."""
+
+    def __init__(self, *, directory: RunDirectory, observer: Observer) -> None:
+        self.directory = directory
+        self.last: dict[str, float] = {}
+        self._observer = observer
+        self._ended: float | None = None
+
+    def emit(self, event: Event) -> None:
+        """Write down one event."""
+        self._observer.event(event)
+
+    def say(self, kind: EventKind, actor: str, /, **detail: Any) -> None:
+        """Write down one event of the driver's own."""
+        self.emit(Event(kind=kind, actor=actor, time=time.time(), detail=detail))
+
+    def report(self, report: ActorReport) -> None:
+        """Write down what actors had to tell."""
+        self._observer.report(report)
+
+    def checkpoint(self, path: Path, *, step: int, seconds: float) -> None:
+        """Write down a checkpoint."""
+        self.say(EventKind.CHECKPOINT, "learner", step=step, path=path.name, seconds=round(seconds, 3))
+
+    def close(self) -> None:
+        """Flush and close all sinks."""
+        self._observer.close()
+
+    def _write_step(self, step: int, record: Mapping[str, float], ledger: LedgerSnapshot) -> None:
+        """The line of one optimizer step, and the ledger after it."""
+        self.last = dict(record)
+        self._observer.step(step, record)
+        self.directory.write_ledger(ledger.to_json())
+
+    def _elapsed(self, begin: float, end: float) -> float:
+        """Seconds from the end of the step before to the end of this one."""
+        # A checkpoint or an evaluation between two steps counts to the second.
+        elapsed, self._ended = end - (self._ended or begin), end
+        return elapsed
+
+
+class Recorder(RunRecorder):
+    """Everything a run of policy optimisation leaves behind, except its checkpoints and its journal.
+
+    `pulled_version` is the version that every working rollout worker has pulled; tickets carry it.
+    """
+
+    def __init__(self, *, directory: RunDirectory, observer: Observer, staleness_bound: int, start_step: int) -> None:
+        super().__init__(directory=directory, observer=observer)
+        self.pulled_version = start_step
+        self._monitor = StalenessMonitor(bound=staleness_bound)
+
+    @property
+    def worst_age(self) -> int:
+        """The oldest token that was trained on, in optimizer steps."""
+        return self._monitor.worst
+
+    def check_staleness(self, step: int, groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
+        """Measure the age of every token about to be trained on.
+
+        Raises:
+            WeightError: a token is older than the bound.
+        """
+        return self._monitor.observe(groups, learner_version=step - 1, taken_at=time.time())
+
+    def step(
+        self,
+        step: int,
+        *,
+        groups: Sequence[RolloutGroup],
+        built: BuiltStep,
+        result: StepResult,
+        times: StepTimes,
+        version: int,
+        snapshot: LedgerSnapshot,
+        slots: int,
+        staleness: Mapping[str, Metric],
+    ) -> None:
+        """Write the line of one optimizer step, its ledger and its completions."""
+        bag = MetricBag()
+        for metrics in (built.metrics, result.metrics, staleness):
+            bag.add(metrics)
+        record: dict[str, float] = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            **bag.reduce(),
+            "weights/version": version,
+            **self._queue(snapshot, slots),
+            **self._speed(groups, built, result, times),
+        }
+        self._write_step(step, record, snapshot)
+        self._observer.completions(
+            TrainedGroups(step=step, groups=groups, advantages=built.advantages, learner_version=step - 1)
+        )
+
+    def evaluated(
+        self, step: int, answers: Sequence[EvaluatedPrompt], held_out: Evaluation | None, seconds: float
+    ) -> dict[str, float]:
+        """Write down an evaluation on held-out prompts, with what the learner said of the answers.
+
+        Returns:
+            Its numbers, without ``eval/``.
+        """
+        numbers: dict[str, float] = {}
+        if held_out is not None:
+            bag = MetricBag()
+            bag.add(held_out.metrics)
+            numbers = {f"eval/{name}": value for name, value in {"loss": held_out.loss, **bag.reduce()}.items()}
+        means = [mean for answer in answers if (mean := mean_reward(answer.scored.rewards)) is not None]
+        mean = sum(means) / len(means) if means else None
+        self.say(
+            EventKind.EVALUATED,
+            "evaluation",
+            step=step,
+            prompts=len(answers),
+            scored=len(means),
+            **({"reward/mean": mean} if means or not numbers else {}),
+            **numbers,
+            seconds=round(seconds, 3),
+        )
+        rewards = {"reward/mean": mean} if mean is not None else {}
+        return {**rewards, **{name.removeprefix("eval/"): value for name, value in numbers.items()}}
+
+    def _queue(self, snapshot: LedgerSnapshot, slots: int) -> dict[str, float]:
+        live = snapshot.live
+        ready = live.get("ready", 0)
+        return {
+            "queue/ready": ready,
+            "queue/in_flight": snapshot.live_total - ready - live.get("taken", 0),
+            "queue/slots": slots,
+            "ledger/issued": snapshot.issued,
+            "ledger/trained": snapshot.trained,
+            "ledger/dropped": snapshot.dropped_total,
+            "ledger/reissued": snapshot.reissued,
+        }
+
+    def _speed(
+        self, groups: Sequence[RolloutGroup], built: BuiltStep, result: StepResult, times: StepTimes
+    ) -> dict[str, float]:
+        elapsed = self._elapsed(times.begin, times.published)
+        generated = sum(len(completion.token_ids) for group in groups for completion in group.completions)
+        trained = built.num_valid_tokens
+        # The learner's own time; what the call adds to it is orchestration.
+        wait, learn = times.taken - times.begin, result.seconds
+        return {
+            "time/step_s": elapsed,
+            "time/wait_s": wait,
+            "time/learner_s": learn,
+            "time/publish_s": times.published - times.trained,
+            "time/other_s": max(0.0, elapsed - wait - learn - (times.published - times.trained)),
+            "tokens/trained": trained,
+            "tokens/generated": generated,
+            "throughput/trained_tokens_per_s": trained / elapsed,
+            "throughput/generated_tokens_per_s": generated / elapsed,
+        }

@@ -1,0 +1,1 @@
+"""What pipelines share that train on datasets."""

@@ -1,0 +1,174 @@
+"""The pipelines that train on datasets: SFT, preference optimisation, reward models.
+
+prepare: read, tokenise -> session: [learner -> reference's log-probs, where they are precomputed -> walk]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trl_ray.algorithms.loss_registry import LossOptions
+from trl_ray.config.base import Section
+from trl_ray.config.runs.dataset_config import SupervisedRunConfig
+from trl_ray.config.runs.run_config import RunConfig
+from trl_ray.data.examples.example_set import ExampleTask
+from trl_ray.errors import DataError
+from trl_ray.pipelines.run.learner_actors import LearnerCrew, under_watch
+from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
+from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, SupervisedWalk
+from trl_ray.pipelines.supervised.dataset_preparation import SupervisedInputs, SupervisedPlan, prepare_supervised
+from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder
+from trl_ray.pipelines.supervised.early_stopping import EarlyStopping
+from trl_ray.pipelines.supervised.example_feed import StreamPlace
+from trl_ray.pipelines.supervised.reference_pass import LabelledSets, with_references
+from trl_ray.types import EventKind
+
+
+class SupervisedSession(Session):
+    """One life of the learner, from a checkpoint on."""
+
+    recorder: SupervisedRecorder
+
+    def __init__(self, *, plan: SupervisedPlan, opening: Opening, recorder: SupervisedRecorder) -> None:
+        self._plan, self._opening, self.recorder = plan, opening, recorder
+        self._crew = self._learner(opening.checkpoint)
+
+    def _learner(self, checkpoint: str | None) -> LearnerCrew:
+        return LearnerCrew(
+            runtime=self._opening.runtime,
+            config=self._plan.config,
+            arguments=self._plan.arguments(checkpoint=checkpoint),
+            emit=self.recorder.emit,
+        )
+
+    async def run(self, stop: asyncio.Event) -> TrainOutput:
+        """See `Session.run`."""
+        plan, recorder, begin = self._plan, self.recorder, time.time()
+        accounts, stopping = self._progress()
+        self._say_rows()
+        sets = await self._references(stop)
+        if not self._crew.is_started:
+            await self._crew.start()
+        recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
+        walk = SupervisedWalk(
+            plan=plan,
+            crew=self._crew,
+            recorder=recorder,
+            feed=plan.feed(accounts.place or StreamPlace(), sets.train),
+            held_out=sets.held_out.examples if sets.held_out is not None else (),
+            accounts=accounts,
+            stopping=stopping,
+            callbacks=self._opening.callbacks,
+            checkpoint=self._opening.checkpoint,
+            stop=stop,
+        )
+        await walk.run()
+        recorder.report(await self._crew.drain())
+        snapshot = walk.accounts.snapshot()
+        recorder.directory.write_ledger(snapshot.to_json())
+        return TrainOutput(
+            steps=walk.accounts.step, run_dir=recorder.directory.path, metrics=dict(recorder.last), ledger=snapshot
+        )
+
+    async def _references(self, stop: asyncio.Event) -> LabelledSets:
+        """The examples, with what the reference says of them where that is asked before training."""
+        # A run that goes on although the reference's answers were lost asks a learner at the initial weights, and ends
+        # it before its own starts: there may be room for one.
+        initial = self._crew if self._opening.step == 0 else self._learner(None)
+        try:
+            work = with_references(self._plan, crew=initial, say=self.recorder.say, stop=stop)
+            return await under_watch(initial.supervisor, work)
+        finally:
+            if initial is not self._crew:
+                await initial.dismiss()
+
+    def _say_rows(self) -> None:
+        """What a user should know of the rows, once."""
+        if self._opening.resuming:
+            return
+        for found in (self._plan.train, self._plan.evaluation):
+            for sentence in found.report() if found is not None else ():
+                self.recorder.say(EventKind.WARNING, "data", detail=sentence)
+
+    def _progress(self) -> tuple[Accounts, EarlyStopping]:
+        """As the checkpoint kept them; at the start, rows of the dataset that are in no example are dropped."""
+        stopping, train = EarlyStopping.of(self._plan.config), self._plan.train
+        if self._opening.checkpoint is not None:
+            kept = json.loads((Path(self._opening.checkpoint) / PROGRESS).read_text(encoding="utf-8"))
+            self._check_rows(kept["examples"])
+            stopping.load_state_dict(kept["stopping"])
+            return Accounts.from_state(kept["accounts"]), stopping
+        untrained: dict[str, int] = {}
+        for reason in train.untrained.values() if train is not None else ():
+            untrained[str(reason)] = untrained.get(str(reason), 0) + 1
+        return Accounts(untrained=untrained), stopping
+
+    def _check_rows(self, before: int | None) -> None:
+        """In another dataset the steps to come would be other ones, with rows trained twice and rows left out."""
+        train = self._plan.train
+        now = None if train is None else len(train)
+        if now != before:
+            counts = ["a stream" if count is None else f"{count} examples" for count in (before, now)]
+            raise DataError(
+                f"A run must go on with the rows that it began with, they gave {counts[0]} then and {counts[1]} now. "
+                "Give the same rows, or begin a new run from the checkpoint: model_name_or_path="
+                f"{self._opening.checkpoint}."
+            )
+
+    async def dismiss(self) -> None:
+        """See `Session.dismiss`."""
+        await self._crew.dismiss()
+
+
+class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
+    """Trains on a dataset.
+
+    Example::
+
+        pipeline = SFTPipeline(
+            model="HuggingFaceTB/SmolLM2-135M-Instruct",
+            args=SFTConfig(packing=True, max_steps=100),
+            train_dataset=dataset,
+        )
+        output = pipeline.train()
+    """
+
+    config_class: ClassVar[type[RunConfig]] = SupervisedRunConfig
+    loss_class: ClassVar[type[Section]]
+    """The part of the configuration that says what is minimised."""
+    task: ClassVar[ExampleTask]
+
+    def __init__(
+        self,
+        model: str | None = None,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        peft_config: object | None = None,
+        callbacks: Sequence[Any] | None = None,
+    ) -> None:
+        """Take what TRL's trainer takes; what is None comes from `args`, and `callbacks` follow those of `args`.
+
+        Raises:
+            ConfigError: `args` is of another pipeline.
+            ModelError: `peft_config` is no `peft.LoraConfig`.
+        """
+        super().__init__(model=model, args=args, peft_config=peft_config, callbacks=callbacks)
+        self._inputs = SupervisedInputs(train_dataset=train_dataset, eval_dataset=eval_dataset)
+
+    def _task(self) -> ExampleTask:
+        return self.task
+
+    def _prepare(self) -> SupervisedPlan:
+        loss: Any = self.config.part(self.loss_class)
+        options: LossOptions = loss
+        return prepare_supervised(self.config, self._inputs, task=self._task(), loss=options)
+
+    def _make_session(self, plan: SupervisedPlan, opening: Opening) -> SupervisedSession:
+        recorder = SupervisedRecorder(directory=opening.directory, observer=opening.observer)
+        return SupervisedSession(plan=plan, opening=opening, recorder=recorder)

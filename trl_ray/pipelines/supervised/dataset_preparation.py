@@ -1,0 +1,210 @@
+"""Checks everything that can be wrong with a run on a dataset, and tokenises it, before anything is started or written.
+
+args, model, datasets --> tokenizer, examples or stream, held-out examples, steps --> SupervisedPlan
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_ray.algorithms.batches.work_sharing import CutRules
+from trl_ray.algorithms.loss_registry import LossOptions, build_loss
+from trl_ray.config.runs.dataset_config import SupervisedRunConfig
+from trl_ray.config.sections import ModelConfig, TrainingConfig
+from trl_ray.data.examples.example_set import ExampleSet, ExampleTask, load_examples, stream_examples
+from trl_ray.errors import ConfigError
+from trl_ray.models.companions.reference_cache import default_cache_dir
+from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
+from trl_ray.pipelines.run.memory import learner_memory
+from trl_ray.pipelines.run.planning import cut_rules, total_steps
+from trl_ray.pipelines.supervised.example_feed import Feed, ShuffledFeed, StreamFeed, StreamPlace
+from trl_ray.runtime.runtime import Role
+
+if TYPE_CHECKING:
+    from trl_ray.runtime.remote import ActorPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SupervisedInputs:
+    """What a user gives in Python beside the configuration; None takes it from the configuration."""
+
+    train_dataset: Any = None
+    eval_dataset: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SupervisedPlan:
+    """A run on a dataset that is ready to start."""
+
+    config: SupervisedRunConfig
+    task: ExampleTask
+    loss: LossOptions
+    inputs: SupervisedInputs
+    tokenizer: Any
+    train: ExampleSet | None
+    """None where it is streamed."""
+    evaluation: ExampleSet | None
+    total_steps: int
+    cut: CutRules
+    """How the examples of a step become micro-batches."""
+    eval_cut: CutRules
+
+    @property
+    def precomputes_reference(self) -> bool:
+        """Whether the reference is asked once, before training."""
+        return bool(getattr(self.loss, "precompute_ref_log_probs", False))
+
+    def feed(self, place: StreamPlace, train: ExampleSet | None) -> Feed:
+        """Where steps take their examples from; `train` stands in for the plan's own, with references filled in."""
+        config = self.config
+        if train is not None:
+            return ShuffledFeed(
+                train.examples,
+                per_step=config.examples_per_step,
+                seed=config.seed,
+                shuffle=config.shuffle_dataset,
+            )
+        return StreamFeed(self._open_stream, per_step=config.examples_per_step, place=place)
+
+    def check_stream(self) -> None:
+        """Make the first window's examples, so that a stream of another kind is refused before anything starts.
+
+        Raises:
+            InputError: there is no such stream, it has no example, or a row of the window cannot be used.
+        """
+        self.feed(StreamPlace(), None).take(1)
+
+    def _open_stream(self, epoch: int, start_window: int) -> Any:
+        return stream_examples(
+            self.config,
+            self.tokenizer,
+            task=self.task,
+            dataset=self.inputs.train_dataset,
+            start_window=start_window,
+            seed=self.config.seed + epoch,
+        )
+
+    def arguments(self, *, checkpoint: str | None) -> dict[str, Any]:
+        """Constructor arguments of the learner."""
+        return {
+            "model": self.config.part(ModelConfig),
+            "training": self.config.part(TrainingConfig),
+            "loss": self.loss,
+            "temperature": 1.0,
+            "total_updates": self.total_steps,
+            "checkpoint": checkpoint,
+            "threads": self.config.runtime.threads_of_learner,
+        }
+
+    def actors(self) -> dict[str, ActorPlan]:
+        """See `trl_ray.pipelines.run.pipeline.Plan`."""
+        # Imported here so that runtime.kind=local starts without Ray's import.
+        from trl_ray.runtime.remote import plan_learner
+
+        return {Role.LEARNER: plan_learner(self.config.runtime)}
+
+    def describe(self) -> Mapping[str, Any]:
+        """The plan in numbers, for the dry run."""
+        config, train, held_out = self.config, self.train, self.evaluation
+        numbers: dict[str, Any] = {
+            "optimizer steps": self.total_steps,
+            "learner ranks": config.runtime.num_learners,
+            "examples per step": config.examples_per_step,
+        }
+        if train is not None:
+            rows = {"training rows": train.num_rows, "rows left out": len(train.untrained)}
+            tokens = sum(example.num_tokens for example in train.examples)
+            numbers |= {**rows, "training examples": len(train.examples), "tokens per epoch": tokens}
+        if held_out is not None:
+            numbers["held-out examples"] = len(held_out.examples)
+        return numbers
+
+    def expected_memory(self) -> Mapping[str, float]:
+        """See `trl_ray.pipelines.run.pipeline.Plan`."""
+        has_reference = build_loss(self.loss).needs.reference
+        return {Role.LEARNER: learner_memory(self.config.part(ModelConfig), has_reference=has_reference)}
+
+
+def prepare_supervised(
+    config: SupervisedRunConfig, inputs: SupervisedInputs, *, task: ExampleTask, loss: LossOptions
+) -> SupervisedPlan:
+    """Resolve a configuration.
+
+    Raises:
+        InputError: anything that is wrong with the configuration, the model or the data.
+    """
+    model = config.part(ModelConfig)
+    tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
+    _check_length(config, max_positions(model))
+    if getattr(loss, "precompute_ref_log_probs", False):
+        _check_cache_dir(config.ref_log_probs_cache_dir)
+    _check_stream(config, inputs.train_dataset)
+    load = partial(load_examples, config, tokenizer, task=task)
+    train = None if config.dataset_streaming else load(dataset=inputs.train_dataset)
+    if train is not None:
+        train.require_examples()
+    plan = SupervisedPlan(
+        config=config,
+        task=task,
+        loss=loss,
+        inputs=inputs,
+        tokenizer=tokenizer,
+        train=train,
+        evaluation=_held_out(config, inputs, load),
+        total_steps=_total_steps(config, train),
+        cut=cut_rules(config, shape, max_examples=config.per_device_train_batch_size),
+        eval_cut=cut_rules(config, shape, max_examples=config.per_device_eval_batch_size),
+    )
+    if train is None:
+        plan.check_stream()
+    return plan
+
+
+def _held_out(config: SupervisedRunConfig, inputs: SupervisedInputs, load: Any) -> ExampleSet | None:
+    if not config.eval_steps:
+        return None
+    if inputs.eval_dataset is None and config.dataset_name is None and not config.datasets:
+        raise ConfigError(
+            f"eval_steps={config.eval_steps} needs held-out rows, but there are none. Pass eval_dataset, name a "
+            "dataset with dataset_test_split, or set eval_steps=0."
+        )
+    found: ExampleSet = load(dataset=inputs.eval_dataset, evaluation=True)
+    found.require_examples()
+    return found
+
+
+def _check_length(config: SupervisedRunConfig, positions: int | None) -> None:
+    if config.max_length is not None and positions is not None and config.max_length > positions:
+        raise ConfigError(
+            f"max_length must be at most the model's {positions} positions, got {config.max_length}. Lower it."
+        )
+
+
+def _check_stream(config: SupervisedRunConfig, dataset: object) -> None:
+    if not config.dataset_streaming and isinstance(dataset, Iterable) and not isinstance(dataset, Sized):
+        raise ConfigError(
+            f"dataset_streaming must be true for a dataset that does not say how long it is, got false with a "
+            f"{type(dataset).__name__}. Set dataset_streaming=true and max_steps, or pass a datasets.Dataset or a list."
+        )
+
+
+def _check_cache_dir(given: str | None) -> None:
+    folder = default_cache_dir() if given is None else Path(given).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"ref_log_probs_cache_dir must be a folder that can be written, got {folder}: {there} is none. Give "
+            "another, or set precompute_ref_log_probs=false."
+        )
+
+
+def _total_steps(config: SupervisedRunConfig, train: ExampleSet | None) -> int:
+    # The last step of an epoch may have fewer examples. A stream has no epochs, and its `max_steps` is set.
+    epoch = 0 if train is None else math.ceil(len(train.examples) / config.examples_per_step)
+    return total_steps(config, epoch, per_step=1)

@@ -1,0 +1,116 @@
+"""Asks the reference once, before training, and keeps its answers on disk for runs to come.
+
+examples --missing in the cache--> learner at version 0 (the reference is what training starts from) --> ReferenceCache
+                                                                                                            |
+examples with label.reference, one number per completion  <-------------------------------------------------+
+
+Nothing holds a second model then. Answers are written as they come, so that a run that is stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from trl_ray.algorithms.batches.example_batches import asked_of, example_references, reference_batch
+from trl_ray.algorithms.batches.example_batches import with_references as labelled
+from trl_ray.config.sections import ModelConfig
+from trl_ray.data.examples.example_set import ExampleSet
+from trl_ray.errors import InterruptedRun
+from trl_ray.models.companions.reference_cache import ReferenceCache, reference_key, token_digest
+from trl_ray.pipelines.run.learner_actors import LearnerCrew
+from trl_ray.pipelines.run.signals import heed_signals
+from trl_ray.pipelines.supervised.dataset_preparation import SupervisedPlan
+from trl_ray.types import EventKind, Example
+
+Say = Callable[..., None]
+_EXAMPLES_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LabelledSets:
+    """The examples of a run; with what the reference says of them, where that is asked before training."""
+
+    train: ExampleSet | None
+    held_out: ExampleSet | None
+
+
+async def with_references(plan: SupervisedPlan, *, crew: LearnerCrew, say: Say, stop: asyncio.Event) -> LabelledSets:
+    """The run's examples, with the reference's log-probs where the loss wants them precomputed.
+
+    Args:
+        plan: of the run.
+        crew: a learner at the initial weights, which are the reference's; started only if there is something to ask.
+        say: writes down an event.
+        stop: ends it in order once it is set.
+
+    Raises:
+        InterruptedRun: the stop event was set; what was answered is kept.
+        LearnerLostError: the learner died or hung; what was answered is kept.
+        NumericsError: an answer is not finite.
+    """
+    if not plan.precomputes_reference:
+        return LabelledSets(train=plan.train, held_out=plan.evaluation)
+    assert plan.train is not None, "a stream has no precomputed reference"
+    oracle = _Oracle(plan=plan, crew=crew, say=say, stop=stop)
+    train = replace(plan.train, examples=await oracle.label(plan.train.examples, what="training"))
+    held_out = plan.evaluation
+    if held_out is not None:
+        held_out = replace(held_out, examples=await oracle.label(held_out.examples, what="held-out"))
+    return LabelledSets(train=train, held_out=held_out)
+
+
+class _Oracle:
+    """The reference policy, asked only about what no earlier run has asked."""
+
+    def __init__(self, *, plan: SupervisedPlan, crew: LearnerCrew, say: Say, stop: asyncio.Event) -> None:
+        self._plan, self._crew, self._say, self._stop = plan, crew, say, stop
+
+    async def label(self, examples: Sequence[Example], *, what: str) -> tuple[Example, ...]:
+        config, ld_alpha = self._plan.config, getattr(self._plan.loss, "ld_alpha", None)
+        widths = [len(asked_of(example)) for example in examples]
+        starts = [0, *itertools.accumulate(widths)]
+        folder, samples = config.ref_log_probs_cache_dir, [sample for one in examples for sample in asked_of(one)]
+        tokens = token_digest(samples)
+        key = reference_key(config.part(ModelConfig), tokens=tokens, ld_alpha=ld_alpha, directory=folder)
+        cache = ReferenceCache.open(folder, key=key, size=len(samples))
+        if cache.problem is not None:
+            self._say(EventKind.WARNING, "driver", detail=cache.problem)
+        unknown = set(cache.missing().tolist())
+        asked = [i for i in range(len(examples)) if not unknown.isdisjoint(range(starts[i], starts[i + 1]))]
+        begin = time.time()
+        for first in range(0, len(asked), _EXAMPLES_AT_ONCE):
+            places = asked[first : first + _EXAMPLES_AT_ONCE]
+            chosen = [examples[place] for place in places]
+            values = await self._ask(chosen, ld_alpha)
+            indices = [index for place in places for index in range(starts[place], starts[place + 1])]
+            cache.put(indices, [value for row in values for value in row])
+            await self._heed(f"{first + len(places)} of {len(asked)} {what} examples")
+        self._say(
+            EventKind.SLOTS,
+            "learner",
+            detail=f"log-probs of the reference for {what} examples",
+            asked=len(asked),
+            from_cache=len(examples) - len(asked),
+            seconds=round(time.time() - begin, 3),
+        )
+        known = cache.values().tolist()
+        return tuple(labelled(one, known[starts[i] : starts[i + 1]]) for i, one in enumerate(examples))
+
+    async def _heed(self, done: str) -> None:
+        await heed_signals()
+        if self._stop.is_set():
+            raise InterruptedRun(
+                f"interrupted after the reference was asked about {done}, whose answers are kept; go on with: trl-ray "
+                f"resume {self._plan.config.output_dir}"
+            )
+
+    async def _ask(self, examples: Sequence[Example], ld_alpha: float | None) -> list[tuple[float, ...]]:
+        if not self._crew.is_started:
+            await self._crew.start()
+        batch = reference_batch(examples, rules=self._plan.eval_cut)
+        answers = await self._crew.ask("reference_logprobs", batch)
+        return example_references(examples, batch, answers, ld_alpha=ld_alpha)

@@ -1,0 +1,1 @@
+"""Bytes on the wire and in the journal: encoded, bounded, checked on arrival."""
