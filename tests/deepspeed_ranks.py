@@ -22,7 +22,7 @@ from trl_ray.config.sections import Dtype, ModelConfig, SharePrompt, TrainingCon
 from trl_ray.models.backends.deepspeed_backend import DeepSpeedBackend
 from trl_ray.models.backends.ranks import Ranks, join_ranks, leave_ranks
 from trl_ray.models.backends.torch_backend import TorchBackend
-from trl_ray.models.backends.training_backend import Backend
+from trl_ray.models.backends.training_backend import TrainingBackend
 from trl_ray.models.policy_loading import load_policy
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
 from trl_ray.types import TrainBatch
@@ -35,7 +35,7 @@ class Learner:
     """The parts of a learner that a back end works with."""
 
     module: ScoringModule
-    backend: Backend
+    backend: TrainingBackend
     scorer: SampleScorer
     passes: Passes
     ranks: Ranks
@@ -86,7 +86,7 @@ def build(
     model = ModelConfig(model_name_or_path=path, gradient_checkpointing=checkpointing, dtype=dtype)
     module = ScoringModule(load_policy(model), chunk_size=None)
     kind = TorchBackend if deepspeed is None else DeepSpeedBackend
-    backend: Backend = kind(module, training, total_updates=10, ranks=ranks)
+    backend: TrainingBackend = kind(module, training, total_updates=10, ranks=ranks)
     scorer = SampleScorer(module, share_prompt=SharePrompt.NEVER, temperature=0.9, forward=backend.module)
     passes = Passes(
         scorer=scorer,
@@ -100,12 +100,12 @@ def build(
     return Learner(module=module, backend=backend, scorer=scorer, passes=passes, ranks=ranks)
 
 
-def flat(backend: Backend) -> torch.Tensor:
+def flat(backend: TrainingBackend) -> torch.Tensor:
     """All weights, one after the other."""
     return torch.cat([tensor.detach().flatten().clone() for _, tensor in backend.weights()])
 
 
-def state_bits(backend: Backend) -> list[torch.Tensor]:
+def state_bits(backend: TrainingBackend) -> list[torch.Tensor]:
     """Every number the optimizer keeps on this rank."""
     optimizer: torch.optim.Optimizer = backend._optimizer  # type: ignore[attr-defined]
     return [value.clone() for state in optimizer.state.values() for value in state.values()]

@@ -12,7 +12,7 @@
     │   ├── DeadlineError     an actor or a wait did not answer within its deadline
     │   ├── StallError        work remains, yet nothing has moved
     │   ├── EngineError       an inference engine failed, hung, or holds wrong weights
-    │   ├── WeightError       weights do not match their manifest, checksum or canary
+    │   ├── WeightError       weights do not match their manifest, checksum or weight check
     │   ├── NumericsError     NaN or infinity where a finite number must be
     │   ├── CheckpointError   a checkpoint is missing, truncated, or of another run
     │   ├── JournalError      the ledger's journal cannot be read or written
@@ -75,7 +75,7 @@ class EngineError(RunError):
 
 
 class WeightError(RunError):
-    """Weights do not match their manifest, their checksum or the canary."""
+    """Weights do not match their manifest, their checksum or the weight check."""
 
 
 class NumericsError(RunError, ArithmeticError):

@@ -460,7 +460,7 @@ class WeightPayload:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Canary:
+class WeightCheck:
     """A fixed token sequence and the learner's log-probs of it under one version."""
 
     token_ids: IntArray
@@ -477,9 +477,9 @@ class PullReport:
     version: int
     checksum: str
     seconds: float
-    canary_mean: float | None = None
-    """Mean |learner - engine| log-prob over the canary tokens, in nats; None when no canary came along."""
-    canary_max: float | None = None
+    weight_check_mean: float | None = None
+    """Mean |learner - engine| log-prob over the weight-check tokens, in nats; None when no weight check came along."""
+    weight_check_max: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -523,7 +523,7 @@ class EventKind(enum.StrEnum):
     ACTOR_RESTARTED = "actor_restarted"
     WEIGHTS_PUBLISHED = "weights_published"
     WEIGHTS_PULLED = "weights_pulled"
-    CANARY = "canary"
+    WEIGHT_CHECK = "canary"
     LEASE_EXPIRED = "lease_expired"
     GROUP_REISSUED = "group_reissued"
     GROUP_DROPPED = "group_dropped"

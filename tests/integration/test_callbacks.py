@@ -1,4 +1,4 @@
-"""Callbacks in whole runs: what they are told by every kind of walk, stop, save, evaluate, restart and resume."""
+"""Callbacks in whole runs: what they are told by every kind of loop, stop, save, evaluate, restart and resume."""
 
 import json
 import os

@@ -188,7 +188,7 @@ def test_a_reward_that_always_fails_stops_the_run_and_names_the_function(model, 
     assert lines(run / "metrics.jsonl") == []
 
 
-def test_an_engine_pinned_to_old_weights_raises_the_canary_alarm(model, tmp_path, monkeypatch):
+def test_an_engine_pinned_to_old_weights_raises_the_alarm_of_the_weight_check(model, tmp_path, monkeypatch):
     from trl_ray.engines.transformers import TransformersBackend
 
     run = tmp_path / "run"
@@ -202,7 +202,7 @@ def test_an_engine_pinned_to_old_weights_raises_the_canary_alarm(model, tmp_path
 
     monkeypatch.setattr(TransformersBackend, "load", pinned)
     config = grpo(model, run, runtime={"max_restarts": 1})
-    with pytest.raises(WeightError, match="canary"):
+    with pytest.raises(WeightError, match="weight check"):
         GRPOPipeline(args=config, train_dataset=PROMPTS).train()
     alarms = [event for event in events(run, "canary") if not event["detail"]["agrees"]]
     assert alarms

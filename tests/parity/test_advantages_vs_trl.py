@@ -195,7 +195,7 @@ def scores(built: BuiltStep) -> list[SampleScores]:
 def ours(
     values: np.ndarray, weights: Sequence[float] = WEIGHTS, *, beta: float = 0.0, **options: Any
 ) -> tuple[np.ndarray, BuiltStep]:
-    """[ROWS] as the walk computes them."""
+    """[ROWS] as the loop computes them."""
     rules = RewardRules(reward_weights=tuple(weights), beta=beta, max_completion_length=LENGTH)
     given = {"config": build(AdvantageConfig, options), "rules": rules}
     built = build_step(groups(values, weights), **given)

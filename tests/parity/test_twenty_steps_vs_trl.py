@@ -49,7 +49,7 @@ SHARED: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
+class TrainingSpan:
     """What every step of a run reported."""
 
     losses: list[float]
@@ -98,7 +98,7 @@ def pairs(count: int, *, chosen_size: int | None = None) -> list[dict[str, Any]]
 
 def theirs(
     kind: str, model: str, rows: Sequence[Mapping[str, Any]], folder: Path, options: Mapping[str, Any]
-) -> Course:
+) -> TrainingSpan:
     """TRL's trainer, on the CPU in float32, with rows in their order."""
     import trl
     from datasets import Dataset
@@ -118,27 +118,27 @@ def theirs(
     trainer = getattr(trl, f"{kind}Trainer")(model=model, args=config, train_dataset=Dataset.from_list(list(rows)))
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return Course(
+    return TrainingSpan(
         losses=[entry["loss"] for entry in logs],
         grad_norms=[entry["grad_norm"] for entry in logs],
         learning_rates=[entry["learning_rate"] for entry in logs],
     )
 
 
-def ours(pipeline: type[Any], config: type[Any], model: str, rows: Any, folder: Path, options: Any) -> Course:
+def ours(pipeline: type[Any], config: type[Any], model: str, rows: Any, folder: Path, options: Any) -> TrainingSpan:
     """The pipeline as a user runs it, in this process."""
     local = {"output_dir": str(folder), "shuffle_dataset": False, "save_steps": 0, "html_report": False}
     args = build(config, {**SHARED, **local, **options, "runtime": {"kind": "local"}})
     output = pipeline(model=model, args=args, train_dataset=list(rows)).train()
     lines = [json.loads(line) for line in (output.run_dir / "metrics.jsonl").read_text().splitlines()]
-    return Course(
+    return TrainingSpan(
         losses=[line["loss"] for line in lines],
         grad_norms=[line["grad_norm"] for line in lines],
         learning_rates=[line["lr"] for line in lines],
     )
 
 
-def assert_same(found: Course, wanted: Course) -> None:
+def assert_same(found: TrainingSpan, wanted: TrainingSpan) -> None:
     """At every step, and there was something to compare: the loss falls, gradients are clipped."""
     assert len(found.losses) == len(wanted.losses) == STEPS
     assert found.learning_rates == pytest.approx(wanted.learning_rates, rel=1e-9)

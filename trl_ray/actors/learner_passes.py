@@ -22,7 +22,7 @@ from trl_ray.algorithms.batches.trained_tokens import precomputed_references, tr
 from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import Loss, LossInputs, LossOutput, StepTotals, first_non_finite_sample, sample_tokens
 from trl_ray.models.backends.ranks import Ranks
-from trl_ray.models.backends.training_backend import Backend
+from trl_ray.models.backends.training_backend import TrainingBackend
 from trl_ray.models.companions.resident_teacher import ResidentTeacher
 from trl_ray.models.companions.taught_scorer import TaughtScorer, TaughtScores
 from trl_ray.models.scoring.sample_scorer import ClassScores, SampleScorer
@@ -36,7 +36,7 @@ OF_TEACHER = "the teacher's log-probs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NonFinite:
+class NonFinitePlace:
     """Where an update met NaN or infinity."""
 
     step: int
@@ -64,7 +64,7 @@ class Passed:
 
     loss: float
     metrics: tuple[Mapping[str, Metric], ...]
-    problem: NonFinite | None = None
+    problem: NonFinitePlace | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ class Passes:
         scorer: SampleScorer,
         reference: ReferenceLogprobs,
         loss: Loss,
-        backend: Backend,
+        backend: TrainingBackend,
         ranks: Ranks,
         device: torch.device,
         on_progress: Callable[[], None],
@@ -118,7 +118,7 @@ class Passes:
         totals, loss = StepTotals.of(batch), 0.0
         asks_reference = self._asks_reference(batch)
         metrics: list[Mapping[str, Metric]] = []
-        problem: NonFinite | None = None
+        problem: NonFinitePlace | None = None
         for number, samples in enumerate(batch.micro_batches):
             tokens = trained_tokens(samples)
             is_last = number == len(batch.micro_batches) - 1
@@ -213,7 +213,7 @@ class Passes:
 
     def _check(
         self, step: int, micro_batch: int, samples: Samples, part: _Part, inputs: LossInputs, loss: float
-    ) -> NonFinite | None:
+    ) -> NonFinitePlace | None:
         bad = first_non_finite_sample(inputs)
         if bad is not None:
             is_teachers = first_non_finite_sample(replace(inputs, teacher=None)) is None
@@ -224,11 +224,11 @@ class Passes:
 
     def _blame(
         self, step: int, quantity: str, micro_batch: int, samples: Samples, sample: TrainingSample | None
-    ) -> NonFinite:
+    ) -> NonFinitePlace:
         """Name the sample by its place in the micro-batch."""
         if sample is None:
-            return NonFinite(step=step, quantity=quantity, rank=self._ranks.rank, micro_batch=micro_batch)
-        return NonFinite(
+            return NonFinitePlace(step=step, quantity=quantity, rank=self._ranks.rank, micro_batch=micro_batch)
+        return NonFinitePlace(
             step=step,
             quantity=quantity,
             rank=self._ranks.rank,
@@ -237,7 +237,7 @@ class Passes:
             sample=next(index for index, candidate in enumerate(samples) if candidate is sample),
         )
 
-    def blame_gradient(self, batch: TrainBatch) -> NonFinite | None:
+    def blame_gradient(self, batch: TrainBatch) -> NonFinitePlace | None:
         """Find the sample whose gradient is not finite, by computing them one by one; None where none of them is.
 
         Where a loss compares the samples of a group it is the group that is found.

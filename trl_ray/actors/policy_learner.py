@@ -2,7 +2,7 @@
 
     TrainBatch --> Passes: score, loss, backward --> back end: sum over ranks, clip, AdamW --> StepResult
     evaluate(batch) --> Evaluation     score(batch), reference_logprobs(batch) --> what a first pass tells
-    publish() --> WeightPayload        canary() --> Canary        save() --> step-N/
+    publish() --> WeightPayload        weight_check() --> WeightCheck        save() --> step-N/
 
 step:
     consumes: one TrainBatch, whose totals over the whole update are known
@@ -28,19 +28,18 @@ from typing import Any
 
 import torch
 
-from trl_ray.actors.learner_passes import OF_TEACHER, NonFinite, Passed, Passes
+from trl_ray.actors.learner_passes import OF_TEACHER, NonFinitePlace, Passed, Passes
 from trl_ray.actors.random_state import keep_random_state, random_state, set_random_state
 from trl_ray.algorithms.loss import HeadKind, Loss
 from trl_ray.algorithms.loss_registry import LossOptions, build_loss
 from trl_ray.algorithms.metric_merging import merge_metrics
-from trl_ray.config.sections import ModelConfig, TrainingConfig
-from trl_ray.config.sections import NonFinite as OnNonFinite
+from trl_ray.config.sections import ModelConfig, NonFinite, TrainingConfig
 from trl_ray.config.teacher_options import TeacherKind, TeacherSource
 from trl_ray.errors import CheckpointError, NumericsError
 from trl_ray.models.adapters.merging import merged_weights
 from trl_ray.models.backends.ranks import SOLO, Ranks, free_address, join_ranks, leave_ranks
 from trl_ray.models.backends.torch_backend import TorchBackend
-from trl_ray.models.backends.training_backend import Backend
+from trl_ray.models.backends.training_backend import TrainingBackend
 from trl_ray.models.checkpoint import (
     begin_checkpoint,
     finish_checkpoint,
@@ -57,7 +56,6 @@ from trl_ray.models.scoring.scoring_module import PredictorModule
 from trl_ray.models.weight_payload import build_manifest, export_weights
 from trl_ray.types import (
     ActorReport,
-    Canary,
     Evaluation,
     Event,
     EventKind,
@@ -71,6 +69,7 @@ from trl_ray.types import (
     StepResult,
     TensorEntry,
     TrainBatch,
+    WeightCheck,
     WeightPayload,
     WeightVersion,
 )
@@ -237,7 +236,7 @@ class PolicyLearner:
         self._tokenizer = load_classifier_tokenizer(model, path=self._checkpoint)
         return ClassifierModule(self._model, bf16=model.bf16)
 
-    def _make_backend(self, module: PredictorModule) -> Backend:
+    def _make_backend(self, module: PredictorModule) -> TrainingBackend:
         options: dict[str, Any] = {"total_updates": self._total_updates, "ranks": self._ranks}
         if self._training.deepspeed is None:
             return TorchBackend(module, self._training, **options)
@@ -343,15 +342,15 @@ class PolicyLearner:
             seconds=time.perf_counter() - started,
         )
 
-    def _find_bad_gradient(self, batch: TrainBatch) -> NonFinite:
+    def _find_bad_gradient(self, batch: TrainBatch) -> NonFinitePlace:
         """Which rank's sample it was; only that it happened where a pass of one rank would block the others."""
-        unknown = NonFinite(step=batch.step, quantity="the gradient norm", rank=self._ranks.rank)
+        unknown = NonFinitePlace(step=batch.step, quantity="the gradient norm", rank=self._ranks.rank)
         if self._backend.in_step:
             return unknown
         found = self._ranks.gather(self._passes.blame_gradient(batch))
         return next((problem for problem in found if problem is not None), unknown)
 
-    def _finish(self, problem: NonFinite | None) -> None:
+    def _finish(self, problem: NonFinitePlace | None) -> None:
         """Move the weights, or leave them alone and say why; the schedule moves on either way."""
         if problem is None:
             self._backend.update()
@@ -361,7 +360,7 @@ class PolicyLearner:
             self._backend.discard()
             self._skip(problem)
 
-    def _metrics(self, every: list[Passed], batch: TrainBatch, problem: NonFinite | None) -> Mapping[str, Metric]:
+    def _metrics(self, every: list[Passed], batch: TrainBatch, problem: NonFinitePlace | None) -> Mapping[str, Metric]:
         """Of all ranks, with what the loss adapted to them."""
         metrics = merge_metrics(part for passed in every for part in passed.metrics)
         if problem is None:
@@ -372,10 +371,10 @@ class PolicyLearner:
         metrics["learner/skipped_steps"] = Metric(value=float(problem is not None), reduce=Reduce.SUM)
         return metrics
 
-    def _skip(self, problem: NonFinite) -> None:
+    def _skip(self, problem: NonFinitePlace) -> None:
         self._skipped_in_a_row += 1
         teacher_remedy = "Check the teacher's weights." if problem.quantity == OF_TEACHER else None
-        if self._training.on_non_finite is OnNonFinite.STOP:
+        if self._training.on_non_finite is NonFinite.STOP:
             remedy = teacher_remedy or "Lower learning_rate, or inspect the batch."
             raise NumericsError(f"{problem}. The weights are as before. {remedy}")
         if self._skipped_in_a_row > self._training.max_skipped_steps:
@@ -413,12 +412,12 @@ class PolicyLearner:
         assert self._identity is not None, "weights must be published before their identity is asked for"
         return self._identity
 
-    def canary(self, token_ids: IntArray) -> Canary:
+    def weight_check(self, token_ids: IntArray) -> WeightCheck:
         """Log-probs of a fixed sequence [T] at temperature 1, for engines to be held against."""
-        self._require_language_head("canary")
-        with self._busy("canary"):
+        self._require_language_head("weight_check")
+        with self._busy("weight_check"):
             logprobs = self._scorer.sequence_logprobs(token_ids)
-        return Canary(token_ids=token_ids, logprobs=logprobs, version=self._version)
+        return WeightCheck(token_ids=token_ids, logprobs=logprobs, version=self._version)
 
     def save(
         self, directory: str, *, step: int, extra: Mapping[str, bytes], adopt: Mapping[str, str] | None = None

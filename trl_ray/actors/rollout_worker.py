@@ -32,7 +32,6 @@ from trl_ray.errors import EngineError, RunError, TrlRayError, WeightError
 from trl_ray.models.policy_loading import find_source, load_tokenizer
 from trl_ray.types import (
     ActorReport,
-    Canary,
     Completion,
     DropReason,
     Event,
@@ -50,6 +49,7 @@ from trl_ray.types import (
     Span,
     TeacherContext,
     TeacherScores,
+    WeightCheck,
     WeightPayload,
 )
 
@@ -89,7 +89,7 @@ class RolloutWorker:
     Protocol in use::
 
         worker = RolloutWorker(name="rollout-0", ...)
-        await worker.pull(payload, canary)      # weights first
+        await worker.pull(payload, check)      # weights first
         await worker.start()                    # then work, until `close`
 
     NOTE: a worker that has a problem drops all its work and never touches the ledger again; its leases are given to
@@ -105,7 +105,7 @@ class RolloutWorker:
         generation: GenerationConfig,
         seed: int,
         max_model_len: int,
-        canary_tolerance: float,
+        weight_check_tolerance: float,
         queue: Handle,
         rewards: Sequence[Handle],
         teaching: TeachingPlan | None = None,
@@ -120,7 +120,7 @@ class RolloutWorker:
             generation: how completions are sampled.
             seed: of the samples, together with the group's number.
             max_model_len: tokens of prompt and completion together.
-            canary_tolerance: nats.
+            weight_check_tolerance: nats.
             queue: where groups come from and go to.
             rewards: reward workers; without any, completions are not scored.
             teaching: what to do about teachers; None is nothing.
@@ -131,7 +131,7 @@ class RolloutWorker:
         """
         self._name, self._model, self._queue, self._rewards = name, model, queue, tuple(rewards)
         self._rollout, self._generation, self._seed = rollout, generation, seed
-        self._canary_tolerance = canary_tolerance
+        self._weight_check_tolerance = weight_check_tolerance
         self._sampling = sampling_params(generation)
         top_k = teaching.question.top_k if teaching is not None and teaching.asks is TeacherSeat.OWN_ENGINE else None
         self._engine = open_engine(
@@ -171,18 +171,18 @@ class RolloutWorker:
         if self._loop_task is None:
             self._loop_task = self._launch(self._work(), name=f"{self._name} work")
 
-    async def pull(self, payload: WeightPayload, canary: Canary | None = None) -> PullReport:
+    async def pull(self, payload: WeightPayload, check: WeightCheck | None = None) -> PullReport:
         """Replace the engine's weights; requests in flight go on under the new ones.
 
         Raises:
-            WeightError: the weights do not fit, were damaged, or the canary sang.
+            WeightError: the weights do not fit, were damaged, or the weight check failed.
             EngineError: loading failed half-way.
-            DeadlineError: the canary was not scored in time.
+            DeadlineError: the weight check was not scored in time.
         """
         begin = time.time()
         try:
             await asyncio.to_thread(self._load, payload)
-            report = await asyncio.to_thread(self._prove, payload, canary, begin)
+            report = await asyncio.to_thread(self._prove, payload, check, begin)
         except RunError as error:
             self._give_up(str(error))
             raise
@@ -402,31 +402,31 @@ class RolloutWorker:
         self._engine.load_weights(payload)
         self._engine.resume()
 
-    def _prove(self, payload: WeightPayload, canary: Canary | None, begin: float) -> PullReport:
-        """Compare engine and learner on the canary prompt."""
+    def _prove(self, payload: WeightPayload, check: WeightCheck | None, begin: float) -> PullReport:
+        """Compare engine and learner on the weight-check prompt."""
         identity = self._engine.version
         if identity != payload.identity:
             raise WeightError(f"{self._name} must run {payload.identity} after its pull, but runs {identity}.")
         mean = worst = None
-        if canary is not None:
-            if canary.version != identity.version:
-                raise WeightError(f"a canary of version {canary.version} cannot prove version {identity.version}.")
-            scored = self._engine.score([canary.token_ids], deadline_s=self._rollout.hang_deadline_s)[0]
-            difference = np.abs(scored.astype(np.float64) - canary.logprobs)
+        if check is not None:
+            if check.version != identity.version:
+                raise WeightError(f"a weight check of version {check.version} cannot prove version {identity.version}.")
+            scored = self._engine.score([check.token_ids], deadline_s=self._rollout.hang_deadline_s)[0]
+            difference = np.abs(scored.astype(np.float64) - check.logprobs)
             mean, worst = float(difference.mean()), float(difference.max())
-            # "not <=" so that NaN sings too.
-            if not mean <= self._canary_tolerance:
+            # "not <=" so that NaN fails too.
+            if not mean <= self._weight_check_tolerance:
                 raise WeightError(
-                    f"after pulling version {identity.version}, {self._name} must agree with the learner on the canary "
-                    f"prompt within {self._canary_tolerance:g} nats on average, but differs by {mean:.4g} (worst "
+                    f"after pulling version {identity.version}, {self._name} must agree with the learner on the weight "
+                    f"check within {self._weight_check_tolerance:g} nats on average, but differs by {mean:.4g} (worst "
                     f"{worst:.4g}). Its engine does not run the weights it reports."
                 )
         return PullReport(
             version=identity.version,
             checksum=identity.checksum,
             seconds=time.time() - begin,
-            canary_mean=mean,
-            canary_max=worst,
+            weight_check_mean=mean,
+            weight_check_max=worst,
         )
 
     def _span(self, name: str, begin: float) -> Span:

@@ -39,7 +39,6 @@ from trl_ray.models.companions.teacher_weights import CopiedWeights, follow_poli
 from trl_ray.models.policy_loading import find_source, max_positions
 from trl_ray.types import (
     ActorReport,
-    Canary,
     Event,
     EventKind,
     Health,
@@ -47,6 +46,7 @@ from trl_ray.types import (
     TeacherQuestion,
     TeacherRequest,
     TeacherScores,
+    WeightCheck,
     WeightPayload,
 )
 from trl_ray.wire.teacher_payload import encode_scores
@@ -65,7 +65,7 @@ class Teacher:
 
         teacher = Teacher(name="teacher-ema-0", source=source, vocab_size=32000)
         await teacher.restore(folder)               # an average, where a run goes on
-        await teacher.pull(payload, canary)         # after every published version, where it follows the policy
+        await teacher.pull(payload, check)         # after every published version, where it follows the policy
         frame = await teacher.score(requests, question)
 
     NOTE: calls to `score` may overlap; while weights change no pass runs, and each answer is of one version. A teacher
@@ -73,7 +73,7 @@ class Teacher:
     """
 
     def __init__(
-        self, *, name: str, source: TeacherSource, vocab_size: int, canary_tolerance: float | None = None
+        self, *, name: str, source: TeacherSource, vocab_size: int, weight_check_tolerance: float | None = None
     ) -> None:
         """Load the model, start the engine or find the server; takes as long as reading weights does.
 
@@ -81,8 +81,8 @@ class Teacher:
             name: of the actor; scores bear the teacher's, `source.name`.
             source: whose weights it has, and how it is asked.
             vocab_size: entries of the vocabulary that student and teacher share.
-            canary_tolerance: largest mean |difference| to the learner in nats, where its weights are the learner's;
-                None takes 1e-3 in float32, else 0.2.
+            weight_check_tolerance: largest mean |difference| to the learner in nats, where its weights are the
+                learner's; None takes 1e-3 in float32, else 0.2.
 
         Raises:
             ModelError: the model cannot be loaded, or there is no GPU for it.
@@ -91,7 +91,7 @@ class Teacher:
         """
         self.name, self._source, self._options = name, source, source.options
         exact = source.model.dtype is Dtype.FLOAT32 and not source.model.bf16
-        self._tolerance = canary_tolerance or (1e-3 if exact else 0.2)
+        self._tolerance = weight_check_tolerance or (1e-3 if exact else 0.2)
         self._events: list[Event] = []
         self._fed = asyncio.Event()
         self._model: TeacherModel | None = None
@@ -134,7 +134,7 @@ class Teacher:
             ids=ids or self._options.payload_ids,
         )
 
-    async def pull(self, payload: WeightPayload, canary: Canary | None = None) -> PullReport:
+    async def pull(self, payload: WeightPayload, check: WeightCheck | None = None) -> PullReport:
         """Follow the policy to a published version; an older one, and the same once more, change nothing.
 
         consumes: published weights; produces: what the teacher has now; waits for: the batch at hand; unblocked by: its
@@ -145,12 +145,13 @@ class Teacher:
             for a live teacher, for an average with its first version only.
 
         Raises:
-            WeightError: they do not fit or were damaged, and the teacher has the weights it had; or the canary sang.
+            WeightError: they do not fit or were damaged, and the teacher has the weights it had; or the weight check
+                failed.
             EngineError: a pass has hung.
         """
         assert self._joined is not None and self._weights is not None, f"{self.name} does not follow the policy"
         begin = time.time()
-        report = await self._joined.alone(lambda: self._take(payload, canary, begin), name="pull")
+        report = await self._joined.alone(lambda: self._take(payload, check, begin), name="pull")
         self._fed.set()
         return report
 
@@ -260,7 +261,7 @@ class Teacher:
                 f"{self._options.timeout_s:g} s (timeout_s)."
             ) from None
 
-    def _take(self, payload: WeightPayload, canary: Canary | None, begin: float) -> PullReport:
+    def _take(self, payload: WeightPayload, check: WeightCheck | None, begin: float) -> PullReport:
         """On the thread: follow, and prove it where that can be done."""
         assert self._model is not None and self._weights is not None and self._joined is not None
         is_first = self._weights.identity is None
@@ -271,13 +272,13 @@ class Teacher:
         if is_first:
             self._tell_of_late_start(identity.version)
         mean = worst = None
-        if is_copy and canary is not None:
-            mean, worst = self._compare(canary, identity.version)
-            # "not <=" so that NaN sings too.
+        if is_copy and check is not None:
+            mean, worst = self._compare(check, identity.version)
+            # "not <=" so that NaN fails too.
             if not mean <= self._tolerance:
                 problem = (
-                    f"after pulling version {identity.version}, {self.name} must agree with the learner on the canary "
-                    f"prompt within {self._tolerance:g} nats on average, but differs by {mean:.4g} (worst "
+                    f"after pulling version {identity.version}, {self.name} must agree with the learner on the weight "
+                    f"check within {self._tolerance:g} nats on average, but differs by {mean:.4g} (worst "
                     f"{worst:.4g}). It does not have the weights it reports."
                 )
                 self._joined.give_up(problem)
@@ -286,18 +287,18 @@ class Teacher:
             version=identity.version,
             checksum=identity.checksum,
             seconds=time.time() - begin,
-            canary_mean=mean,
-            canary_max=worst,
+            weight_check_mean=mean,
+            weight_check_max=worst,
         )
 
-    def _compare(self, canary: Canary, version: int) -> tuple[float, float]:
+    def _compare(self, check: WeightCheck, version: int) -> tuple[float, float]:
         """Mean and largest |difference| in nats."""
         assert self._model is not None
-        if canary.version != version:
-            raise WeightError(f"a canary of version {canary.version} cannot prove version {version}.")
-        request = TeacherRequest(prompt_ids=canary.token_ids[:1], completion_ids=canary.token_ids[1:])
+        if check.version != version:
+            raise WeightError(f"a weight check of version {check.version} cannot prove version {version}.")
+        request = TeacherRequest(prompt_ids=check.token_ids[:1], completion_ids=check.token_ids[1:])
         [scores] = self._model.score([request], TeacherQuestion(vocab_size=self._model.vocab_size))
-        difference = np.abs(scores.logprobs.astype(np.float64) - canary.logprobs)
+        difference = np.abs(scores.logprobs.astype(np.float64) - check.logprobs)
         return float(difference.mean()), float(difference.max())
 
     def _restore(self, folder: str) -> None:

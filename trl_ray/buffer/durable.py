@@ -26,7 +26,7 @@ from trl_ray.buffer.entry import (
     State,
     WaitingGroup,
 )
-from trl_ray.buffer.journal import Draft, Journal, Record
+from trl_ray.buffer.journal import Journal, JournalDraft, Record
 from trl_ray.buffer.ledger import Ledger
 from trl_ray.buffer.slots import AdmissionSlots
 from trl_ray.errors import JournalError
@@ -364,7 +364,7 @@ class DurableLedger:
         offsets = self.journal.compact(self._with_payloads(drafts, owners))
         self._offsets = dict(zip(owners, offsets[1:], strict=True))
 
-    def _base_draft(self, payloads: int) -> Draft:
+    def _base_draft(self, payloads: int) -> JournalDraft:
         """One record with everything but the groups' payloads, which follow it as `payloads` records."""
         head = {
             "op": "base",
@@ -378,12 +378,12 @@ class DurableLedger:
             "sizes": [len(blob) for blob in self._prompts.values()],
             "payloads": payloads,
         }
-        return Draft(head=head, payload=b"".join(self._prompts.values()))
+        return JournalDraft(head=head, payload=b"".join(self._prompts.values()))
 
-    def _with_payloads(self, drafts: list[Draft], owners: list[int]) -> Iterator[Draft]:
+    def _with_payloads(self, drafts: list[JournalDraft], owners: list[int]) -> Iterator[JournalDraft]:
         yield from drafts
         for group_id in owners:
-            yield Draft(head={"op": "payload", "group_id": group_id}, payload=self.payload(group_id))
+            yield JournalDraft(head={"op": "payload", "group_id": group_id}, payload=self.payload(group_id))
 
     # ---- rebuilding --------------------------------------------------------------------------------------
 

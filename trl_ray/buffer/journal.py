@@ -27,7 +27,7 @@ _HEAD = re.compile(rb"([0-9a-f]{8}) (\d{1,12}) (\{[^\n]*\})\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
+class JournalDraft:
     """A record that is not written yet."""
 
     head: Mapping[str, Any]
@@ -215,7 +215,7 @@ class Journal:
         """Size of the file in bytes."""
         return self._end
 
-    def compact(self, drafts: Iterable[Draft]) -> list[int]:
+    def compact(self, drafts: Iterable[JournalDraft]) -> list[int]:
         """Replace the whole journal by these records, atomically and durably; return their offsets.
 
         `drafts` may read from this journal while it is consumed: the old file stays until the new one is whole.

@@ -1,7 +1,7 @@
 """What the engine thread asks of the software that runs the model.
 
-    EngineThread -- add, add_score, add_question, abort --> Backend -- step() --> Finished(key, result) ...
-    EngineThread -- load(payload) ------------------------> Backend     (between two steps, requests are kept)
+    EngineThread -- add, add_score, add_question, abort --> EngineBackend -- step() --> Finished(key, result) ...
+    EngineThread -- load(payload) ------------------------> EngineBackend     (between two steps, requests are kept)
 
 All methods are called from one thread, `build` first and `close` last, so a backend needs no locks.
 """
@@ -51,7 +51,7 @@ class Finished:
     """n completions, [T-1] log-probs, or what is said of one completion, without the tail."""
 
 
-class Backend(Protocol):
+class EngineBackend(Protocol):
     """The model and its scheduler, without threads, futures or deadlines."""
 
     def build(self) -> Limits:

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_ray.engines.backend import CHECKPOINT_VERSION, Backend, Finished, Limits
+from trl_ray.engines.backend import CHECKPOINT_VERSION, EngineBackend, Finished, Limits
 from trl_ray.engines.completion_scoring import check_question, finish_answers
 from trl_ray.engines.sampling import check_sampling
 from trl_ray.errors import DataError, DeadlineError, EngineError, TrlRayError
@@ -87,7 +87,7 @@ class EngineThread:
     to a thread), so callers may be on any thread. Once `broken` is set, nothing is stepped again.
     """
 
-    def __init__(self, backend: Backend, *, name: str, max_num_seqs: int, hang_deadline_s: float) -> None:
+    def __init__(self, backend: EngineBackend, *, name: str, max_num_seqs: int, hang_deadline_s: float) -> None:
         self._backend = backend
         self._name = name
         self._max_num_seqs = max_num_seqs

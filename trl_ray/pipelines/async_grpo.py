@@ -1,4 +1,4 @@
-"""Asynchronous GRPO: the walk with a lag, so that generation, rewards, training and weight pulls overlap."""
+"""Asynchronous GRPO: the loop with a lag, so that generation, rewards, training and weight pulls overlap."""
 
 from __future__ import annotations
 

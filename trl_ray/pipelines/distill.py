@@ -1,4 +1,4 @@
-"""On-policy distillation: the walk with teachers instead of rewards."""
+"""On-policy distillation: the loop with teachers instead of rewards."""
 
 from __future__ import annotations
 

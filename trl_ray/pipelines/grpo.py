@@ -1,4 +1,4 @@
-"""Synchronous GRPO: the walk with no lag, so every step trains on completions of the weights it starts from."""
+"""Synchronous GRPO: the loop with no lag, so every step trains on completions of the weights it starts from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""REINFORCE leave-one-out: the walk of synchronous GRPO with another baseline, ratio and place of the KL."""
+"""REINFORCE leave-one-out: the loop of synchronous GRPO with another baseline, ratio and place of the KL."""
 
 from __future__ import annotations
 

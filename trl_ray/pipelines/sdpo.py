@@ -1,4 +1,4 @@
-"""Self-distillation policy optimisation: the walk with the policy, told more, as its own teacher."""
+"""Self-distillation policy optimisation: the loop with the policy, told more, as its own teacher."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@
 | model   | plan of its own for each   | reads the weights again    |                                               |
 | teacher | teachers[].num_*, a plan   | unbounded: its constructor | one event loop; forward passes have a thread  |
 |         | of its own for each        | reads the first weights,   |                                               |
-|         |                            | the crew feeds it the rest |                                               |
+|         |                            | the actors feeds it the rest |                                               |
 
 `max_task_retries` is 0 everywhere: a call whose outcome is unknown is settled by the ledger, never repeated blindly.
 """

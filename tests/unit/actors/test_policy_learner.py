@@ -119,10 +119,10 @@ def test_training_raises_the_log_probs_of_good_completions(tiny: str) -> None:
     learner = _learner(tiny)
     sample = replace(_samples(1)[0], advantage=1.0)
     ids = np.concatenate([sample.prompt_ids, sample.completion_ids])
-    before = learner.canary(ids)
+    before = learner.weight_check(ids)
     for step in (1, 2, 3):
         result = learner.step(_batch(step, [sample]))
-    after = learner.canary(ids)
+    after = learner.weight_check(ids)
     assert (before.version, after.version, result.version, learner.version) == (0, 3, 3, 3)
     start = len(sample.prompt_ids) - 1
     assert after.logprobs[start:].sum() > before.logprobs[start:].sum()

@@ -343,7 +343,7 @@ def test_training_a_reward_model_raises_its_accuracy(tiny: str) -> None:
 
 def test_reward_models_have_nothing_to_publish_or_to_score(tiny: str) -> None:
     learner = build(tiny, RewardLossConfig())
-    for ask in (learner.publish, lambda: learner.canary(np.arange(3, dtype=np.int32))):
+    for ask in (learner.publish, lambda: learner.weight_check(np.arange(3, dtype=np.int32))):
         with pytest.raises(AssertionError, match="language-model head"):
             ask()
     with pytest.raises(AssertionError, match="language-model head"):

@@ -15,7 +15,6 @@ from trl_ray.config.losses.distillation_options import RepromptConfig
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.errors import DataError, EngineError, TeacherError, WeightError
 from trl_ray.types import (
-    Canary,
     DropReason,
     EventKind,
     FinishReason,
@@ -25,6 +24,7 @@ from trl_ray.types import (
     TeacherQuestion,
     TeacherScores,
     VersionSpan,
+    WeightCheck,
     WeightPayload,
     WeightVersion,
 )
@@ -39,7 +39,7 @@ class FakeEngine:
     def __init__(self, *, max_num_seqs=2 * G):
         self.max_num_seqs, self.version, self.broken = max_num_seqs, WeightVersion(version=-1, checksum=""), None
         self.batches, self.running, self.loaded = [], {}, []
-        self.canary = np.array([-1.0, -2.0], np.float32)
+        self.check = np.array([-1.0, -2.0], np.float32)
         self.load_error, self.wrong_version = None, None
 
     @property
@@ -77,7 +77,7 @@ class FakeEngine:
         self.version = self.wrong_version or payload.identity
 
     def score(self, sequences, *, deadline_s):
-        return [self.canary]
+        return [self.check]
 
     def close(self):
         pass
@@ -141,7 +141,7 @@ class Stage:
             generation=GenerationConfig(num_generations=G, **generation or {}),
             seed=seed,
             max_model_len=64,
-            canary_tolerance=0.01,
+            weight_check_tolerance=0.01,
             queue=self.queue,
             rewards=(self.reward,) if rewarded else (),
             teaching=teaching,
@@ -281,32 +281,32 @@ def payload(version=3):
     )
 
 
-def canary(*logprobs, version=3):
-    return Canary(token_ids=np.arange(3, dtype=np.int32), logprobs=np.array(logprobs, np.float32), version=version)
+def check(*logprobs, version=3):
+    return WeightCheck(token_ids=np.arange(3, dtype=np.int32), logprobs=np.array(logprobs, np.float32), version=version)
 
 
 def test_a_pull_reports_what_the_engine_runs_and_how_well_it_agrees(monkeypatch):
     stage = Stage(monkeypatch)
-    report = asyncio.run(stage.worker.pull(payload(), canary(-1.004, -2.0)))
+    report = asyncio.run(stage.worker.pull(payload(), check(-1.004, -2.0)))
     assert (report.version, report.checksum) == (3, "c3")
-    assert report.canary_mean == pytest.approx(0.002, abs=1e-6)
-    assert report.canary_max == pytest.approx(0.004, abs=1e-6)
+    assert report.weight_check_mean == pytest.approx(0.002, abs=1e-6)
+    assert report.weight_check_max == pytest.approx(0.004, abs=1e-6)
     assert (stage.worker.health().version, stage.worker.health().problem) == (3, None)
 
 
 @pytest.mark.parametrize(
     ("engine_says", "learner_says", "message"),
     [
-        ([-1.0, -2.0], canary(-1.0, -2.03), "canary"),
-        ([-1.0, float("nan")], canary(-1.0, -2.0), "nan"),
-        ([-1.0, -2.0], canary(-1.0, float("nan")), "nan"),
-        ([-1.0, -2.0], canary(-1.0, -2.0, version=2), "canary of version 2"),
+        ([-1.0, -2.0], check(-1.0, -2.03), "weight check"),
+        ([-1.0, float("nan")], check(-1.0, -2.0), "nan"),
+        ([-1.0, -2.0], check(-1.0, float("nan")), "nan"),
+        ([-1.0, -2.0], check(-1.0, -2.0, version=2), "weight check of version 2"),
     ],
     ids=["disagrees", "engine-nan", "learner-nan", "other-version"],
 )
-def test_a_canary_that_does_not_agree_is_an_alarm_and_a_problem(monkeypatch, engine_says, learner_says, message):
+def test_a_weight_check_that_does_not_agree_is_an_alarm_and_a_problem(monkeypatch, engine_says, learner_says, message):
     stage = Stage(monkeypatch)
-    stage.engine.canary = np.array(engine_says, np.float32)
+    stage.engine.check = np.array(engine_says, np.float32)
     with pytest.raises(WeightError, match=message):
         asyncio.run(stage.worker.pull(payload(), learner_says))
     assert message in str(stage.worker.health().problem)

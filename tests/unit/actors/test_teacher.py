@@ -33,11 +33,11 @@ from trl_ray.errors import CheckpointError, ConfigError, DataError, ModelError, 
 from trl_ray.models.companions.teacher_model import TeacherModel
 from trl_ray.models.weight_payload import export_weights
 from trl_ray.types import (
-    Canary,
     EventKind,
     TeacherQuestion,
     TeacherRequest,
     TeacherScores,
+    WeightCheck,
     WeightPayload,
 )
 from trl_ray.wire.teacher_payload import decode_scores
@@ -72,13 +72,13 @@ def payload(version: int) -> WeightPayload:
     return export_weights(POLICIES[version].named_parameters(), version=version)
 
 
-def canary(version: int, *, shift: float = 0.0) -> Canary:
+def check(version: int, *, shift: float = 0.0) -> WeightCheck:
     ids = np.arange(1, 12, dtype=np.int32)
     request = TeacherRequest(prompt_ids=ids[:1], completion_ids=ids[1:])
     [scores] = TeacherModel(random_model(seed=10 + version), name="learner", max_tokens_per_batch=99).score(
         [request], TeacherQuestion(vocab_size=VOCAB_SIZE)
     )
-    return Canary(token_ids=ids, logprobs=scores.logprobs + np.float32(shift), version=version)
+    return WeightCheck(token_ids=ids, logprobs=scores.logprobs + np.float32(shift), version=version)
 
 
 def said_by(model: torch.nn.Module, asked: Sequence[TeacherRequest] = REQUESTS) -> np.ndarray:
@@ -139,10 +139,10 @@ def test_the_frame_is_in_the_format_that_the_call_or_the_options_ask_for(folder:
 def test_a_teacher_follows_the_published_versions(folder: str, kind: TeacherKind, expected: list[Any]) -> None:
     async def run() -> None:
         for version, versions in zip((0, 2, 3), expected, strict=True):
-            report = await made.pull(payload(version), canary(version))
+            report = await made.pull(payload(version), check(version))
             assert (report.version, report.checksum) == (version, payload(version).identity.checksum)
             # An average is the policy's own weights with its first version only.
-            assert (report.canary_mean is not None) == (kind is TeacherKind.LIVE or version == 0)
+            assert (report.weight_check_mean is not None) == (kind is TeacherKind.LIVE or version == 0)
             scores = await ask(made)
             np.testing.assert_allclose(numbers(scores), said_by(blended(*versions)), atol=1e-4)
             assert {each.version for each in scores} == {version}
@@ -163,9 +163,9 @@ def test_an_older_version_and_the_same_change_nothing(folder: str, kind: Teacher
         await made.pull(payload(2))
         before = numbers(await ask(made))
         for version in (1, 2, 0):
-            report = await made.pull(payload(version), canary(version))
+            report = await made.pull(payload(version), check(version))
             assert (report.version, report.checksum) == (2, payload(2).identity.checksum)
-            assert report.canary_mean is None
+            assert report.weight_check_mean is None
         assert np.array_equal(numbers(await ask(made)), before)
 
     made = policy_teacher(folder, kind)
@@ -224,10 +224,10 @@ def test_damaged_weights_are_refused_and_the_teacher_goes_on_with_those_it_had(f
 
 
 @pytest.mark.parametrize("shift", [0.01, float("nan")])
-def test_a_canary_that_sings_makes_the_actor_ask_to_be_replaced(folder: str, shift: float) -> None:
+def test_a_failed_weight_check_makes_the_actor_ask_to_be_replaced(folder: str, shift: float) -> None:
     async def run() -> None:
         with pytest.raises(WeightError, match=r"must agree with the learner.*within 0\.001 nats"):
-            await made.pull(payload(1), canary(1, shift=shift))
+            await made.pull(payload(1), check(1, shift=shift))
         waiting = asyncio.ensure_future(ask(made))
         await asyncio.sleep(0)
         assert not waiting.done()
@@ -239,10 +239,10 @@ def test_a_canary_that_sings_makes_the_actor_ask_to_be_replaced(folder: str, shi
     made.close()
 
 
-def test_a_canary_of_another_version_proves_nothing(folder: str) -> None:
+def test_a_weight_check_of_another_version_proves_nothing(folder: str) -> None:
     made = policy_teacher(folder, TeacherKind.LIVE)
-    with pytest.raises(WeightError, match="a canary of version 0 cannot prove version 1"):
-        asyncio.run(made.pull(payload(1), canary(0)))
+    with pytest.raises(WeightError, match="a weight check of version 0 cannot prove version 1"):
+        asyncio.run(made.pull(payload(1), check(0)))
     made.close()
 
 
@@ -258,7 +258,7 @@ def test_a_restored_average_goes_on_as_if_nothing_had_been(folder: str, tmp_path
         for scores in (await waiting, await ask(again)):
             assert {each.version for each in scores} == {1}
             np.testing.assert_allclose(numbers(scores), said_by(blended(0, 1)), atol=1e-4)
-        report = await again.pull(payload(1), canary(1))
+        report = await again.pull(payload(1), check(1))
         assert (report.version, report.checksum) == (1, payload(1).identity.checksum)
         for made in (whole, again):
             await made.pull(payload(3))

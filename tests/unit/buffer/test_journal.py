@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_ray.buffer.journal import Draft, Journal
+from trl_ray.buffer.journal import Journal, JournalDraft
 from trl_ray.errors import JournalError
 
 PAYLOADS = [b"", b"plain", b'\n00000000 3 {"op":1}\nabc\n', bytes(range(256)) * 40]
@@ -92,7 +92,7 @@ def test_two_writers_cannot_open_it_and_closing_lets_the_next_one_in(tmp_path: P
 
 def test_the_lock_survives_compaction(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
-    journal.compact([Draft(head={"n": 0})])
+    journal.compact([JournalDraft(head={"n": 0})])
     with pytest.raises(JournalError, match="Only one writer"):
         Journal(tmp_path / "j")
     journal.close()
@@ -102,8 +102,8 @@ def test_compaction_replaces_everything_and_may_read_from_the_old_file(tmp_path:
     path = tmp_path / "j"
     offsets = write(path)
     journal = Journal(path)
-    old = Draft(head={"n": 1}, payload=journal.read(offsets[1]).payload)
-    new = journal.compact(draft for draft in [Draft(head={"n": 0}), old])
+    old = JournalDraft(head={"n": 1}, payload=journal.read(offsets[1]).payload)
+    new = journal.compact(draft for draft in [JournalDraft(head={"n": 0}), old])
     assert journal.read(new[1]).payload == b"plain"
     journal.append({"n": 2}, PAYLOADS[2])
     journal.close()
@@ -116,7 +116,7 @@ def test_a_crash_in_the_middle_of_compaction_leaves_the_old_journal(tmp_path: Pa
     journal = Journal(path)
 
     def drafts():  # type: ignore[no-untyped-def]
-        yield Draft(head={"n": 0})
+        yield JournalDraft(head={"n": 0})
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -15,7 +15,17 @@ from typing import TypeAlias
 
 import numpy as np
 
-from trl_ray.algorithms.batches.work_sharing import Bin, CutRules, Piece, deal, fewest, pack, piece_of, prompt_key, tear
+from trl_ray.algorithms.batches.work_sharing import (
+    Bin,
+    CutRules,
+    Piece,
+    assign_to_ranks,
+    fewest,
+    pack,
+    piece_of,
+    prompt_key,
+    split_piece,
+)
 from trl_ray.types import TrainBatch, TrainingSample
 
 __all__ = ["CutRules", "MicroBatch", "cut_samples", "filled", "shard", "split_updates", "train_batch"]
@@ -42,7 +52,7 @@ def cut_samples(samples: Sequence[TrainingSample], rules: CutRules) -> tuple[Mic
     best: list[Bin] | None = None
     size = min(largest, rules.max_samples or largest)
     while size:
-        pieces = [piece for group in groups for piece in tear(group, size, trained)]
+        pieces = [piece for group in groups for piece in split_piece(group, size, trained)]
         bins = pack(pieces, rules, trained)
         if best is None or _is_better(bins, best, rules.ranks):
             best = bins
@@ -77,7 +87,7 @@ def _is_better(bins: Sequence[Bin], than: Sequence[Bin], ranks: int) -> bool:
 def _busiest(bins: Sequence[Bin], ranks: int) -> float:
     """Work of the rank that has most when bins are dealt out."""
     costs = [one.cost for one in bins]
-    return max(sum(costs[place] for place in share) for share in deal(costs, ranks, equal=True))
+    return max(sum(costs[place] for place in share) for share in assign_to_ranks(costs, ranks, equal=True))
 
 
 def train_batch(
@@ -169,7 +179,7 @@ def shard(batch: TrainBatch, *, ranks: int, equal: bool) -> list[TrainBatch]:
         for piece in _groups(micro_batch, [int(sample.loss_mask.sum()) for sample in micro_batch]):
             one.add(piece)
         costs.append(one.cost)
-    hands = deal(costs, ranks, equal=equal)
+    hands = assign_to_ranks(costs, ranks, equal=equal)
     most = max(len(hand) for hand in hands)
     shards = []
     for hand in hands:

@@ -156,7 +156,7 @@ def prompt_key(sample: TrainingSample) -> tuple[int, bytes]:
     return sample.group_id, sample.prompt_ids.tobytes()
 
 
-def tear(piece: Piece, size: int, trained: Sequence[int]) -> list[Piece]:
+def split_piece(piece: Piece, size: int, trained: Sequence[int]) -> list[Piece]:
     """Pieces of at most `size` samples, of nearly equal numbers of them."""
     count = -(-len(piece.members) // size)
     if count == 1:
@@ -214,14 +214,14 @@ def _fill(pieces: Sequence[Piece], rules: CutRules, trained: Sequence[int], coun
         if room:
             min(room, key=lambda one: one.cost).add(piece)
         elif piece.count > 1:
-            for half in tear(piece, -(-len(piece.members) // 2), trained):
+            for half in split_piece(piece, -(-len(piece.members) // 2), trained):
                 heapq.heappush(waiting, (-_cost(half, rules), half.members, half))
         else:
             return None
     return bins
 
 
-def deal(costs: Sequence[float], ranks: int, *, equal: bool) -> list[list[int]]:
+def assign_to_ranks(costs: Sequence[float], ranks: int, *, equal: bool) -> list[list[int]]:
     """Places [R][...] of items, dealt largest first to the rank with the least work so far.
 
     With `equal` no rank gets more than its share of the number of items. Ascending within a rank.

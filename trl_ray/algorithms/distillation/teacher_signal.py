@@ -1,7 +1,7 @@
 """What a loss asks for of a teacher, and what it is given, whoever has computed it.
 
 TeacherNeeds   of a loss: log-probs of the completions' own tokens, several tokens, or the whole vocabulary
-TeacherTokens + the student's log-probs at the teacher's ids --said_signal--> TeacherSignal [N], [N,K]
+TeacherTokens + the student's log-probs at the teacher's ids --signal_from_scores--> TeacherSignal [N], [N,K]
 both sides' hidden states, in the learner (models.taught_scorer) -----------> TeacherSignal
 """
 
@@ -90,7 +90,9 @@ def _is_no_logprob(values: Tensor) -> Tensor:
     return torch.isnan(values) | torch.isposinf(values)
 
 
-def said_signal(said: TeacherTokens, scores: TokenLogprobs, own_ids: Tensor, needs: TeacherNeeds) -> TeacherSignal:
+def signal_from_scores(
+    said: TeacherTokens, scores: TokenLogprobs, own_ids: Tensor, needs: TeacherNeeds
+) -> TeacherSignal:
     """What teachers in actors said, beside what the student says of the same tokens.
 
     Args:

@@ -20,8 +20,8 @@ from trl_ray.config.messages import nearest
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.data.chat.training_templates import TemplateTokenizer, training_template
 from trl_ray.data.examples.example_tasks import (
-    Draft,
-    Finished,
+    ExampleDraft,
+    FinishedExamples,
     Making,
     PairMaking,
     RatedMaking,
@@ -310,7 +310,7 @@ class _PlacedRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Tokenised:
-    drafts: Sequence[Draft]
+    drafts: Sequence[ExampleDraft]
     untrained: Mapping[int, Untrained]
 
 
@@ -356,7 +356,7 @@ def _text_format(name: str | None) -> TextFormat | None:
 
 
 def _tokenise(records: Iterable[_PlacedRecord], making: Making, tokenizer: ExampleTokenizer) -> _Tokenised:
-    drafts: list[Draft] = []
+    drafts: list[ExampleDraft] = []
     untrained: dict[int, Untrained] = {}
     for batch in _batches(records, BATCH_ROWS):
         texts = [making.write(placed.record, where=placed.where) for placed in batch]
@@ -371,7 +371,7 @@ def _tokenise(records: Iterable[_PlacedRecord], making: Making, tokenizer: Examp
     return _Tokenised(drafts=drafts, untrained=untrained)
 
 
-def _all_untrained(tokenised: _Tokenised, finished: Finished) -> dict[int, Untrained]:
+def _all_untrained(tokenised: _Tokenised, finished: FinishedExamples) -> dict[int, Untrained]:
     return dict(sorted({**tokenised.untrained, **finished.untrained}.items()))
 
 

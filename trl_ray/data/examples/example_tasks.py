@@ -1,6 +1,6 @@
 """What each task makes of records: which formats it reads, the texts it needs, the samples of an example.
 
-    record ─ write ─► texts ─ (all of a batch are tokenised at once) ─► read ─► Draft ─ finish ─► examples
+    record ─ write ─► texts ─ (all of a batch are tokenised at once) ─► read ─► ExampleDraft ─ finish ─► examples
                                                                           └──► or why there is nothing to train
 
 `write` and `read` look at one row alone; `finish` sees a whole dataset, or a window of a stream, because rows are
@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from trl_ray.config.example_options import PackingStrategy
 from trl_ray.data.examples.left_out_rows import Untrained
-from trl_ray.data.examples.packing import Piece, pack
+from trl_ray.data.examples.packing import PackedPiece, pack
 from trl_ray.data.examples.pairs import (
     Comparison,
     PairSamples,
@@ -56,7 +56,7 @@ _WINDOW_SHIFT = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Draft:
+class ExampleDraft:
     """What `read` made of one row, whatever the task."""
 
     row: int
@@ -67,7 +67,7 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Finished:
+class FinishedExamples:
     """The examples of a dataset or of a window, and what was left out at last."""
 
     examples: tuple[Example, ...]
@@ -95,11 +95,11 @@ class Making(Protocol):
         """
         ...
 
-    def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> Draft | Untrained:
+    def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> ExampleDraft | Untrained:
         """What the tokens of its texts make of it."""
         ...
 
-    def finish(self, drafts: Sequence[Draft], *, window: int) -> Finished:
+    def finish(self, drafts: Sequence[ExampleDraft], *, window: int) -> FinishedExamples:
         """The examples of all rows."""
         ...
 
@@ -134,15 +134,15 @@ class SupervisedMaking:
         assert isinstance(record, (Document, PromptCompletion)), "readers are told which formats are accepted"
         return write_supervised(record, self.tokenizer, self.rules, where=where)
 
-    def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> Draft | Untrained:
+    def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> ExampleDraft | Untrained:
         """A `SupervisedSample`."""
         assert isinstance(record, (Document, PromptCompletion)), "readers are told which formats are accepted"
         found = read_supervised(record, encoded, self.rules, row=row)
         if isinstance(found, Untrained):
             return found
-        return Draft(row=row, content=found, is_cut=found.cut_tokens > 0, prompt_diverges=found.prompt_diverges)
+        return ExampleDraft(row=row, content=found, is_cut=found.cut_tokens > 0, prompt_diverges=found.prompt_diverges)
 
-    def finish(self, drafts: Sequence[Draft], *, window: int) -> Finished:
+    def finish(self, drafts: Sequence[ExampleDraft], *, window: int) -> FinishedExamples:
         """One example per row, or per packed row."""
         samples: list[SupervisedSample] = [draft.content for draft in drafts]
         if self.packing is not None:
@@ -154,9 +154,9 @@ class SupervisedMaking:
             )
             for sample in samples
         )
-        return Finished(examples=tuple(examples), untrained={})
+        return FinishedExamples(examples=tuple(examples), untrained={})
 
-    def _packed(self, samples: Sequence[SupervisedSample], window: int) -> Finished:
+    def _packed(self, samples: Sequence[SupervisedSample], window: int) -> FinishedExamples:
         assert self.packing is not None and self.row_length is not None, "packed rows have a length"
         lengths = [len(sample.token_ids) for sample in samples]
         packing = pack(lengths, max_length=self.row_length, strategy=self.packing)
@@ -182,10 +182,10 @@ class SupervisedMaking:
             group += len(pieces)
             trained.update(piece.example for piece in pieces)
         lost = {sample.row: Untrained.TRUNCATED for i, sample in enumerate(samples) if i not in trained}
-        return Finished(examples=tuple(examples), untrained=lost)
+        return FinishedExamples(examples=tuple(examples), untrained=lost)
 
 
-def _targets(sample: SupervisedSample, piece: Piece) -> BoolArray:
+def _targets(sample: SupervisedSample, piece: PackedPiece) -> BoolArray:
     """The targets of a piece: nothing predicts its first token."""
     mask = sample.loss_mask[piece.start : piece.stop]
     if not mask[0]:
@@ -211,11 +211,11 @@ class PairMaking:
         """Prompt, prompt + chosen, prompt + rejected."""
         return write_pair(_of_kind(record, PreferencePair), self.tokenizer, self.rules, where=where)
 
-    def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> Draft | Untrained:
+    def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> ExampleDraft | Untrained:
         """The samples of a pair."""
         return _pair_draft(read_pair(encoded, self.rules, row=row, likelihood=self.likelihood))
 
-    def finish(self, drafts: Sequence[Draft], *, window: int) -> Finished:
+    def finish(self, drafts: Sequence[ExampleDraft], *, window: int) -> FinishedExamples:
         """One example per pair."""
         return _one_per_row(drafts)
 
@@ -234,14 +234,14 @@ class ScoredMaking:
         """Prompt + chosen, prompt + rejected."""
         return write_scored(_of_kind(record, PreferencePair), self.tokenizer, self.rules, where=where)
 
-    def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> Draft | Untrained:
+    def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> ExampleDraft | Untrained:
         """The samples of a pair, with its margin."""
         end, margin = self.tokenizer.eos_token_id, margin_of(record, where=where)
         return _pair_draft(
             read_scored(encoded, self.rules, row=row, end_id=0 if end is None else int(end), margin=margin)
         )
 
-    def finish(self, drafts: Sequence[Draft], *, window: int) -> Finished:
+    def finish(self, drafts: Sequence[ExampleDraft], *, window: int) -> FinishedExamples:
         """One example per pair."""
         return _one_per_row(drafts)
 
@@ -261,24 +261,32 @@ class StepMaking:
         """The prompt and each step."""
         return write_steps(_of_kind(record, SteppedSolution), self.tokenizer, self.rules, where=where)
 
-    def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> Draft | Untrained:
+    def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> ExampleDraft | Untrained:
         """One sample."""
         found = read_steps(_of_kind(record, SteppedSolution), encoded, self.rules, self.tokens, row=row)
-        return found if isinstance(found, Untrained) else Draft(row=row, content=(found.sample,), is_cut=found.is_cut)
+        return (
+            found
+            if isinstance(found, Untrained)
+            else ExampleDraft(row=row, content=(found.sample,), is_cut=found.is_cut)
+        )
 
-    def finish(self, drafts: Sequence[Draft], *, window: int) -> Finished:
+    def finish(self, drafts: Sequence[ExampleDraft], *, window: int) -> FinishedExamples:
         """One example per solution."""
         return _one_per_row(drafts)
 
 
-def _pair_draft(found: PairSamples | Untrained) -> Draft | Untrained:
+def _pair_draft(found: PairSamples | Untrained) -> ExampleDraft | Untrained:
     if isinstance(found, Untrained):
         return found
-    return Draft(row=found.row, content=found.samples, is_cut=found.is_cut, prompt_diverges=found.prompt_diverges)
+    return ExampleDraft(
+        row=found.row, content=found.samples, is_cut=found.is_cut, prompt_diverges=found.prompt_diverges
+    )
 
 
-def _one_per_row(drafts: Sequence[Draft]) -> Finished:
-    return Finished(examples=tuple(Example(row=draft.row, samples=draft.content) for draft in drafts), untrained={})
+def _one_per_row(drafts: Sequence[ExampleDraft]) -> FinishedExamples:
+    return FinishedExamples(
+        examples=tuple(Example(row=draft.row, samples=draft.content) for draft in drafts), untrained={}
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -308,7 +316,7 @@ class RatedMaking:
             return write_pair(record, self.tokenizer, self.rules, where=where)
         return write_rated(_of_kind(record, UnpairedPreference), self.tokenizer, self.rules, where=where)
 
-    def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> Draft | Untrained:
+    def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> ExampleDraft | Untrained:
         """One rated answer, or two of which the first is wanted."""
         labels = (True, False) if isinstance(record, PreferencePair) else (_of_kind(record, UnpairedPreference).label,)
         rated: list[_Rated] = []
@@ -325,22 +333,22 @@ class RatedMaking:
         if not rated:
             return reason
         longest = max(len(each.found.prompt_ids) + len(each.found.answers[0]) for each in rated)
-        return Draft(
+        return ExampleDraft(
             row=row,
             content=tuple(rated),
             is_cut=self.rules.max_length is not None and longest > self.rules.max_length,
             prompt_diverges=any(each.found.prompt_diverges for each in rated),
         )
 
-    def finish(self, drafts: Sequence[Draft], *, window: int) -> Finished:
+    def finish(self, drafts: Sequence[ExampleDraft], *, window: int) -> FinishedExamples:
         """One example per rated answer; the answer of a predecessor, in a ring, is the mismatched one."""
         everything: list[_Rated] = [rated for draft in drafts for rated in draft.content]
         if not self.mismatched:
             examples = tuple(Example(row=rated.row, samples=(rated.sample,)) for rated in everything)
-            return Finished(examples=examples, untrained={})
+            return FinishedExamples(examples=examples, untrained={})
         rows = {draft.row for draft in drafts}
         if len(rows) < 2:
-            return Finished(examples=(), untrained=dict.fromkeys(rows, Untrained.NO_PARTNER))
+            return FinishedExamples(examples=(), untrained=dict.fromkeys(rows, Untrained.NO_PARTNER))
         # Of pairs first all wanted answers, then all others (TRL's order), lest a prompt get its own other answer.
         lanes = zip_longest(*(draft.content for draft in drafts))
         ring: list[_Rated] = [rated for lane in lanes for rated in lane if rated is not None]
@@ -358,7 +366,7 @@ class RatedMaking:
             )
             for rated in everything
         )
-        return Finished(examples=examples, untrained={})
+        return FinishedExamples(examples=examples, untrained={})
 
 
 def _predecessor(ring: Sequence[_Rated], place: int) -> _Rated:

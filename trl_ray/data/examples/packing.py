@@ -30,7 +30,7 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class PackedPiece:
     """The tokens ``[start, stop)`` of one example."""
 
     example: int
@@ -45,7 +45,7 @@ class Piece:
 class PackedRow:
     """Pieces that share one row, in the order they stand there."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[PackedPiece, ...]
 
     def __len__(self) -> int:
         return sum(map(len, self.pieces))
@@ -114,13 +114,13 @@ def pack(lengths: Sequence[int] | NDArray[Any], *, max_length: int, strategy: Pa
     return Packing(rows=tuple(rows), max_length=max_length, cut_tokens=sum(sizes) - sum(map(len, pieces)))
 
 
-def _pieces(example: int, size: int, max_length: int, *, split: bool) -> Iterator[Piece]:
+def _pieces(example: int, size: int, max_length: int, *, split: bool) -> Iterator[PackedPiece]:
     for start in range(0, size if split else min(size, 1), max_length):
-        yield Piece(example=example, start=start, stop=min(start + max_length, size))
+        yield PackedPiece(example=example, start=start, stop=min(start + max_length, size))
 
 
-def _best_fit_decreasing(pieces: Sequence[Piece], max_length: int) -> Iterator[PackedRow]:
-    rows: list[list[Piece]] = []
+def _best_fit_decreasing(pieces: Sequence[PackedPiece], max_length: int) -> Iterator[PackedRow]:
+    rows: list[list[PackedPiece]] = []
     waiting: dict[int, deque[int]] = defaultdict(deque)  # rows by the room they have left, oldest first
     rooms: list[int] = []  # the keys of `waiting` in ascending order: fewer than max_length, however many rows
     for piece in sorted(pieces, key=len, reverse=True):
@@ -143,13 +143,13 @@ def _best_fit_decreasing(pieces: Sequence[Piece], max_length: int) -> Iterator[P
 
 
 def _wrapped(sizes: Sequence[int], max_length: int) -> Iterator[PackedRow]:
-    row: list[Piece] = []
+    row: list[PackedPiece] = []
     room = max_length
     for example, size in enumerate(sizes):
         start = 0
         while start < size:
             stop = min(size, start + room)
-            row.append(Piece(example=example, start=start, stop=stop))
+            row.append(PackedPiece(example=example, start=start, stop=stop))
             room -= stop - start
             start = stop
             if not room:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 
-class Backend(Protocol):
+class TrainingBackend(Protocol):
     """Gradients, optimizer and schedule of one rank. Methods marked *collective* must be called by every rank."""
 
     @property

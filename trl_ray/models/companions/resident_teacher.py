@@ -6,7 +6,7 @@
     external   another model, frozen
 
 samples --states: in the teacher's context--> [N,H] --judge--> log-probs [N], [N,K]
-                                                    --opponent--> its side of a divergence over the vocabulary
+                                                    --divergence_target--> its side of a divergence over the vocabulary
 weights of the policy --after_step--> average --save/load--> step-N/teacher/
 
 Every rank holds a teacher of its own. One that is no copy of the policy has no memory of its own either, but for an
@@ -46,7 +46,7 @@ from trl_ray.models.companions.averaging import (
 from trl_ray.models.policy_loading import Policy, load_policy
 from trl_ray.models.scoring.head import head_module
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
-from trl_ray.models.scoring.scoring_module import HeadQuestion, Opponent
+from trl_ray.models.scoring.scoring_module import DivergenceTarget, HeadQuestion
 from trl_ray.types import TrainingSample
 
 FOLDER = "teacher"
@@ -87,7 +87,7 @@ class ResidentTeacher:
         """What the teacher says of tokens [N] behind its hidden states [N, H]; heads are the same with any adapter."""
         return self._scorer.judge(states, targets, question=question)
 
-    def opponent(self, states: Tensor, places: Tensor, *, beta: float) -> Opponent:
+    def divergence_target(self, states: Tensor, places: Tensor, *, beta: float) -> DivergenceTarget:
         """The teacher's side of a divergence over the whole vocabulary.
 
         Args:
@@ -95,7 +95,7 @@ class ResidentTeacher:
             places: [N'] which of the student's tokens they are.
             beta: from 0 to 1.
         """
-        return Opponent(states=states, places=places, beta=beta, module=self._module)
+        return DivergenceTarget(states=states, places=places, beta=beta, module=self._module)
 
     def _as_teacher(self) -> AbstractContextManager[None]:
         """While it is open, the policy computes with the teacher's weights."""

@@ -19,7 +19,7 @@ from trl_ray.algorithms.distillation.teacher_signal import (
     TeacherNeeds,
     TeacherSignal,
     blank_signal,
-    said_signal,
+    signal_from_scores,
     with_own_token,
 )
 from trl_ray.algorithms.distillation.teacher_tokens import NO_TOKEN, teacher_tokens
@@ -104,7 +104,7 @@ class TaughtScorer:
         said = teacher_tokens(samples, device=self._device)
         question = HeadQuestion(support=said.top_ids) if self._needs.has_support else None
         student = self._student(samples, question)
-        signal = said_signal(said, student, self._own_ids(samples), self._needs)
+        signal = signal_from_scores(said, student, self._own_ids(samples), self._needs)
         return TaughtScores(student=student, teacher=signal)
 
     def _from_resident(self, samples: Samples, teacher: ResidentTeacher) -> TaughtScores:
@@ -116,8 +116,8 @@ class TaughtScorer:
             return TaughtScores(student=student, teacher=blank_signal(student))
         asked = self._asked(samples)
         if needs.beta is not None:
-            opponent = teacher.opponent(states, asked.places, beta=needs.beta)
-            student = self._student(samples, HeadQuestion(opponent=opponent))
+            divergence_target = teacher.divergence_target(states, asked.places, beta=needs.beta)
+            student = self._student(samples, HeadQuestion(divergence_target=divergence_target))
             assert student.divergence is not None, "it was asked for"
             signal = TeacherSignal(divergence=asked.spread(student.divergence, 0.0))
             return TaughtScores(student=student, teacher=signal)

@@ -36,7 +36,7 @@ _EXTRAS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Opponent:
+class DivergenceTarget:
     """A teacher at N' of the N tokens, whose distance over the whole vocabulary is asked for."""
 
     states: Tensor
@@ -57,7 +57,7 @@ class HeadQuestion:
     """[N, S] further tokens; an id outside the vocabulary stands for none."""
     top_k: int = 0
     """How many of its most probable tokens to name, with differentiable log-probs."""
-    opponent: Opponent | None = None
+    divergence_target: DivergenceTarget | None = None
 
     def extras(self, always: ExtraOutputs) -> ExtraOutputs:
         """The extra outputs of a pass, from those of every pass."""
@@ -153,8 +153,8 @@ class ScoringModule(PredictorModule):
             transform=self._transform,
             extras=question.extras(extras),
         )
-        if question.opponent is not None:
-            scores = replace(scores, divergence=self._divergence(own, question.opponent, temperature))
+        if question.divergence_target is not None:
+            scores = replace(scores, divergence=self._divergence(own, question.divergence_target, temperature))
         found = [getattr(scores, name) for name in _EXTRAS]
         return (scores.logprobs, scores.entropy, *(value for value in found if value is not None))
 
@@ -168,14 +168,14 @@ class ScoringModule(PredictorModule):
         found = HeadInput(hidden=hidden, weight=head.weight, bias=head.bias, transform=self._transform)
         return found if self._vocab_size is None else _cut(found, self._vocab_size)
 
-    def _divergence(self, own: HeadInput, opponent: Opponent, temperature: float) -> Tensor:
+    def _divergence(self, own: HeadInput, divergence_target: DivergenceTarget, temperature: float) -> Tensor:
         """[N'] over the entries that both heads have: vocabularies are padded to different lengths."""
-        other = (opponent.module or self).head_input(opponent.states)
+        other = (divergence_target.module or self).head_input(divergence_target.states)
         shared = min(own.weight.shape[0], other.weight.shape[0])
         return vocabulary_divergence(
-            _cut(replace(own, hidden=own.hidden.index_select(0, opponent.places)), shared),
+            _cut(replace(own, hidden=own.hidden.index_select(0, divergence_target.places)), shared),
             _cut(other, shared),
-            beta=opponent.beta,
+            beta=divergence_target.beta,
             temperature=temperature,
             chunk_size=self._chunk_size,
             compute_dtype=self._compute_dtype,
@@ -240,7 +240,7 @@ def token_scores(
         "top_ids": question.top_k > 0,
         "top_logprobs": question.top_k > 0,
         "support_logprobs": question.support is not None,
-        "divergence": question.opponent is not None,
+        "divergence": question.divergence_target is not None,
     }
     names = [name for name in _EXTRAS if asked[name]]
     return TokenLogprobs(logprobs=logprobs, entropy=entropy, **dict(zip(names, others, strict=True)))

@@ -47,7 +47,7 @@ _ENDS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ledger:
+class LedgerFigures:
     """The balance: issued = trained + dropped + live."""
 
     issued: int
@@ -80,7 +80,7 @@ class RunData:
     """Metrics by step, in order, the last line winning where a step was trained twice."""
     events: Sequence[Mapping[str, Any]]
     """In the order they happened."""
-    ledger: Ledger | None
+    ledger: LedgerFigures | None
     spans: Sequence[Span]
     samples: Sequence[Samples]
     """First, middle and last step that has completions."""
@@ -198,12 +198,12 @@ def _read_events(path: Path) -> list[dict[str, Any]]:
     return [event for event in read_json_lines(path) if event.get("kind") in known]
 
 
-def _read_ledger(path: Path) -> Ledger | None:
+def _read_ledger(path: Path) -> LedgerFigures | None:
     content = parse_json(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
     if not isinstance(content, dict) or not isinstance(content.get("issued"), int):
         return None
     trained = content.get("trained")
-    return Ledger(
+    return LedgerFigures(
         issued=content["issued"],
         trained=trained if isinstance(trained, int) else 0,
         dropped=_counts(content.get("dropped")),

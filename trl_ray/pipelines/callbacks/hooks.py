@@ -1,8 +1,8 @@
 """Calls the hooks of the user's callbacks, and holds what they are shown and what they ask for.
 
-walk --step_end, logged, ...--> CallbackList --on_X(args, state, control, **payload)--> callback, callback, ...
+loop --step_end, logged, ...--> CallbackList --on_X(args, state, control, **payload)--> callback, callback, ...
  ^                                  |
- '------- TrainerControl <----------'  stop, save, evaluate, log: acted on by the walk
+ '------- TrainerControl <----------'  stop, save, evaluate, log: acted on by the loop
 
 Signature and meaning are those of transformers' `TrainerCallback`, and of TRL's for self-distillation. An object needs
 no base class: whatever hook it has is called, on the driver, one callback after the other; coroutines are awaited. The
@@ -108,8 +108,8 @@ class TrainerState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
-    """Where a session starts, where it ends, and what its walk can do for callbacks."""
+class TrainingSpan:
+    """Where a session starts, where it ends, and what its loop can do for callbacks."""
 
     step: int
     """Finished optimizer steps."""
@@ -135,7 +135,7 @@ class CallbackList:
         self.stopped_by: str | None = None
         """Who asked for the end of training."""
         self._callbacks, self._args = tuple(callbacks), args
-        self._course: Course | None = None
+        self._course: TrainingSpan | None = None
         self._say: Say | None = None
         self._initial: bytes | None = None
         self._in_epoch, self._epoch_before = False, 0.0
@@ -153,7 +153,7 @@ class CallbackList:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def begin(self, course: Course, *, checkpoint: str | None, say: Say) -> None:
+    async def begin(self, span: TrainingSpan, *, checkpoint: str | None, say: Say) -> None:
         """A session starts, the first or one after the learner was lost; states are those of the checkpoint.
 
         Args:
@@ -164,13 +164,13 @@ class CallbackList:
         Raises:
             CallbackError: a callback raised, or asked for what cannot be done; so do all methods below.
         """
-        restarted, self._course, self._say = self._course is not None, course, say
+        restarted, self._course, self._say = self._course is not None, span, say
         for problem in self._rewind(checkpoint):
             say(EventKind.WARNING, "driver", detail=problem)
         state = self.state
-        state.global_step, state.max_steps = course.step, course.max_steps
-        state.epoch, state.num_train_epochs = course.epoch, course.num_train_epochs
-        state.log_history[:] = [line for line in state.log_history if line["step"] <= course.step]
+        state.global_step, state.max_steps = span.step, span.max_steps
+        state.epoch, state.num_train_epochs = span.epoch, span.num_train_epochs
+        state.log_history[:] = [line for line in state.log_history if line["step"] <= span.step]
         self.control.should_training_stop, self.stopped_by = False, None
         if not restarted:
             await self.dispatch(Hook.TRAIN_BEGIN)
@@ -308,16 +308,16 @@ class CallbackList:
 
     def _check_control(self, callback: Any, hook: Hook) -> None:
         """Refuse what cannot be done when it is asked for, while it is known who asks."""
-        control, course = self.control, self._course
-        assert course is not None, "a session has begun"
+        control, span = self.control, self._course
+        assert span is not None, "a session has begun"
         if control.should_training_stop and self.stopped_by is None:
             self.stopped_by = f"{name_of(callback)}.{hook}"
-        if control.should_evaluate and not course.can_evaluate:
+        if control.should_evaluate and not span.can_evaluate:
             raise CallbackError(
                 f"{name_of(callback)}.{hook} may set control.should_evaluate only where there is something to evaluate "
                 "on, but eval_steps is 0. Set eval_steps; more than the run has steps leaves evaluation to callbacks."
             )
-        if control.should_epoch_stop and not course.can_stop_epoch:
+        if control.should_epoch_stop and not span.can_stop_epoch:
             raise CallbackError(
                 f"{name_of(callback)}.{hook} may set control.should_epoch_stop only where a dataset is in memory and "
                 "trained on directly: prompts are handed out ahead of training, and a stream cannot be wound on. Set "

@@ -17,12 +17,11 @@ from trl_ray.algorithms.loss_registry import update_totals
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError
 from trl_ray.pipelines.rollouts.objective import DistillationObjective, Objective
 from trl_ray.pipelines.rollouts.updates import AskLearner
-from trl_ray.types import Evaluation as LearnerEvaluation
-from trl_ray.types import Handle, Prompt
+from trl_ray.types import Evaluation, Handle, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
+class HeldOutAnswers:
     """What the workers answered."""
 
     answers: tuple[EvaluatedPrompt, ...]
@@ -30,7 +29,9 @@ class Evaluation:
     """Why a worker's share is missing; its loss is the supervisor's business."""
 
 
-async def evaluate(workers: Sequence[Handle], prompts: Sequence[Prompt], *, seed: int, deadline_s: float) -> Evaluation:
+async def evaluate(
+    workers: Sequence[Handle], prompts: Sequence[Prompt], *, seed: int, deadline_s: float
+) -> HeldOutAnswers:
     """Split the prompts over the workers and gather their answers.
 
     Args:
@@ -54,7 +55,7 @@ async def evaluate(workers: Sequence[Handle], prompts: Sequence[Prompt], *, seed
             raise outcome
         else:
             answers.extend(outcome)
-    return Evaluation(answers=tuple(answers), lost=tuple(lost))
+    return HeldOutAnswers(answers=tuple(answers), lost=tuple(lost))
 
 
 async def held_out_loss(
@@ -65,7 +66,7 @@ async def held_out_loss(
     cut: CutRules,
     ask_learner: AskLearner,
     deadline_s: float,
-) -> LearnerEvaluation | None:
+) -> Evaluation | None:
     """The loss on held-out answers that teachers were asked about; None where the loss is none of teachers alone.
 
     Args:
@@ -86,5 +87,5 @@ async def held_out_loss(
         return None
     totals_of = partial(update_totals, objective.loss)
     batch = train_batch(objective.build(groups).samples, step=step + 1, rules=cut, totals_of=totals_of)
-    found: LearnerEvaluation = await ask_learner("evaluate", batch, deadline_s=deadline_s)
+    found: Evaluation = await ask_learner("evaluate", batch, deadline_s=deadline_s)
     return found

@@ -46,7 +46,7 @@ FROM_PYTHON = "python:"
 """Stands in config.yaml before the name of a reward function that was given as an object."""
 OBJECTIVE_STATE = "objective.json"
 """The file of a checkpoint with what the objective remembers."""
-_CANARY_TOKENS = 16
+_WEIGHT_CHECK_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,9 +69,9 @@ class Preparation:
     max_model_len: int
     """Tokens of prompt and completion together."""
     total_steps: int
-    canary_ids: IntArray
+    weight_check_ids: IntArray
     """[T] a prompt of the training set, fixed for the whole run."""
-    canary_tolerance: float
+    weight_check_tolerance: float
     """Nats."""
     cut: CutRules
     """How the samples of an update become micro-batches."""
@@ -129,7 +129,7 @@ class Preparation:
                 "generation": config.part(GenerationConfig),
                 "seed": config.seed,
                 "max_model_len": self.max_model_len,
-                "canary_tolerance": self.canary_tolerance,
+                "weight_check_tolerance": self.weight_check_tolerance,
                 "teaching": None if teachers is None else teachers.plan,
             },
             reward=self._reward_arguments() if config.has_rewards else None,
@@ -259,8 +259,8 @@ def prepare(config: RolloutRunConfig, inputs: Inputs) -> Preparation:
         reward_models=models,
         max_model_len=max_model_len,
         total_steps=total_steps(config, len(prompts), per_step=config.groups_per_step),
-        canary_ids=_canary(prompts, max_model_len),
-        canary_tolerance=_canary_tolerance(config),
+        weight_check_ids=_weight_check_ids(prompts, max_model_len),
+        weight_check_tolerance=_weight_check_tolerance(config),
         cut=cut_rules(config, shape, max_samples=config.per_device_train_batch_size),
     )
 
@@ -336,14 +336,14 @@ def _eval_prompts(config: RolloutRunConfig, inputs: Inputs, tokenizer: Any, limi
     return tuple(source.prompt(ordinal) for ordinal in range(min(config.eval_num_prompts, len(source))))
 
 
-def _canary(prompts: PromptSource, max_model_len: int) -> IntArray:
+def _weight_check_ids(prompts: PromptSource, max_model_len: int) -> IntArray:
     """The first prompt, repeated when it is too short to say anything, cut to what an engine can score."""
     ids = prompts.prompt(0).token_ids
     repeats = max(1, -(-8 // max(1, len(ids))))
-    return np.tile(ids, repeats)[: min(_CANARY_TOKENS, max_model_len)].astype(np.int32)
+    return np.tile(ids, repeats)[: min(_WEIGHT_CHECK_TOKENS, max_model_len)].astype(np.int32)
 
 
-def _canary_tolerance(config: RolloutRunConfig) -> float:
+def _weight_check_tolerance(config: RolloutRunConfig) -> float:
     if config.rollout.canary_tolerance is not None:
         return config.rollout.canary_tolerance
     exact = config.dtype is Dtype.FLOAT32 and config.rollout.dtype in (None, Dtype.FLOAT32) and not config.bf16

@@ -1,7 +1,7 @@
 """The actors of a reinforcement-learning run: started, kept alive, and fed with weights.
 
-learner --publish--> object store --pull--> rollout workers, teachers      (Crew.publish, Crew.pull)
-Supervisor --lost--> Crew: end it, reissue its leases, start anew, refit with current weights, work again
+learner --publish--> object store --pull--> rollout workers, teachers      (RolloutActors.publish, RolloutActors.pull)
+Supervisor --lost--> RolloutActors: end it, reissue its leases, start anew, refit with current weights, work again
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trl_ray.actors.rollout_worker import RolloutWorker
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, RunError, WeightError
 from trl_ray.pipelines.rollouts.reward_model_actors import spawn_reward_models
-from trl_ray.pipelines.rollouts.teacher_actors import TeacherArguments, TeacherCrew
+from trl_ray.pipelines.rollouts.teacher_actors import TeacherActors, TeacherArguments
 from trl_ray.pipelines.run.learner_actors import learner_lost
 from trl_ray.pipelines.run.learner_group import LearnerGroup, ranks_of, spawn_learner
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime
@@ -49,23 +49,29 @@ class ActorArguments:
     """Of those that have actors."""
 
 
-class Crew:
+class RolloutActors:
     """Starts the actors, replaces lost ones, and hands out weights.
 
     NOTE: a rollout worker gets work only after it has pulled the newest published weights.
     """
 
     def __init__(
-        self, *, runtime: Runtime, config: RolloutRunConfig, arguments: ActorArguments, canary_ids: IntArray, emit: Emit
+        self,
+        *,
+        runtime: Runtime,
+        config: RolloutRunConfig,
+        arguments: ActorArguments,
+        weight_check_ids: IntArray,
+        emit: Emit,
     ) -> None:
         self._runtime, self._config, self._arguments = runtime, config, arguments
         self._emit_event = emit
         self._weights = WeightTransport(
-            canary_ids=canary_ids,
-            canary_every=config.rollout.canary_every,
+            weight_check_ids=weight_check_ids,
+            weight_check_every=config.rollout.canary_every,
             deadline_s=config.runtime.pull_deadline_s,
         )
-        self.teachers = TeacherCrew(
+        self.teachers = TeacherActors(
             runtime=runtime,
             arguments=arguments.teachers,
             weights=self._weights,
@@ -88,13 +94,13 @@ class Crew:
     @property
     def learner(self) -> ActorHandle:
         """The learner's handle."""
-        assert self._learner is not None, "the crew has not been started"
+        assert self._learner is not None, "the actors must be started first"
         return self._learner
 
     @property
     def queue(self) -> ActorHandle:
         """The queue's handle."""
-        assert self._queue is not None, "the crew has not been started"
+        assert self._queue is not None, "the actors must be started first"
         return self._queue
 
     @property
@@ -137,7 +143,7 @@ class Crew:
             self._rewards.append(await self._runtime.spawn(Role.REWARD, name, RewardWorker, **arguments))
 
     async def publish(self, *, step: int) -> WeightVersion:
-        """Take the learner's weights, and a canary when one is due.
+        """Take the learner's weights, and a weight check when one is due.
 
         Raises:
             LearnerLostError: the learner died or hung.
@@ -214,9 +220,9 @@ class Crew:
         report = await self._weights.pull(handle)
         version, seconds = report.version, round(report.seconds, 4)
         self._emit(EventKind.WEIGHTS_PULLED, handle.name, version=version, checksum=report.checksum, seconds=seconds)
-        if report.canary_mean is not None:
-            proof = {"mean": report.canary_mean, "max": report.canary_max, "agrees": True}
-            self._emit(EventKind.CANARY, handle.name, version=version, **proof)
+        if report.weight_check_mean is not None:
+            proof = {"mean": report.weight_check_mean, "max": report.weight_check_max, "agrees": True}
+            self._emit(EventKind.WEIGHT_CHECK, handle.name, version=version, **proof)
 
     async def _pull_or_replace(self, handle: ActorHandle) -> None:
         pull = self.teachers.follow if handle.role is Role.TEACHER else self._pull_one
@@ -224,7 +230,7 @@ class Crew:
             await pull(handle)
         except (WeightError, EngineError, ActorLostError, DeadlineError) as error:
             if isinstance(error, WeightError):
-                self._emit(EventKind.CANARY, handle.name, agrees=False, detail=str(error))
+                self._emit(EventKind.WEIGHT_CHECK, handle.name, agrees=False, detail=str(error))
             for watched in self.supervisor.watched:
                 if watched.handle.name == handle.name:
                     await self._on_lost(watched, str(error))

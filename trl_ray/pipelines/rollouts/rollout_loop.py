@@ -1,4 +1,4 @@
-"""The walk of a datum in policy optimisation: three loops around the queue, shared by every RL pipeline.
+"""The loop of pipelines that train on rollouts: three tasks around the queue.  (How a datum walks: ARCHITECTURE.md)
 
 dataset -> _admit -> RolloutQueue -> rollout workers -> rewards, teachers -> RolloutQueue -> _train -> learner
              ^                                                                                 |
@@ -33,7 +33,7 @@ from trl_ray.pipelines.callbacks.self_distillation_hooks import dispatch_self_di
 from trl_ray.pipelines.rollouts.evaluation import evaluate, held_out_loss
 from trl_ray.pipelines.rollouts.objective import with_metrics
 from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, Preparation
-from trl_ray.pipelines.rollouts.rollout_actors import Crew
+from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.updates import Prepared, Updated, prepare_step, train_on
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
 from trl_ray.types import Event, EventKind, Metric, RolloutGroup, StepResult
@@ -60,7 +60,7 @@ class TooManyFailures:
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """How far the run is; mutable, and owned by the walk."""
+    """How far the run is; mutable, and owned by the loop."""
 
     step: int
     """Finished optimizer steps."""
@@ -68,21 +68,21 @@ class Progress:
     """Step of the newest checkpoint."""
 
 
-class Walk:
+class RolloutLoop:
     """Runs the loops from one checkpoint to the end of training."""
 
     def __init__(
         self,
         *,
         preparation: Preparation,
-        crew: Crew,
+        actors: RolloutActors,
         recorder: Recorder,
         callbacks: CallbackList,
         start_step: int,
         stop: asyncio.Event,
     ) -> None:
         self._preparation, self._config = preparation, preparation.config
-        self._crew, self._recorder, self._callbacks, self._stop = crew, recorder, callbacks, stop
+        self._actors, self._recorder, self._callbacks, self._stop = actors, recorder, callbacks, stop
         self.progress = Progress(step=start_step, saved=start_step)
         self._pulling: asyncio.Task[None] | None = None
         self._staleness: dict[str, Metric] = {}
@@ -96,7 +96,7 @@ class Walk:
             RunError: whatever ended a loop.
         """
         train = asyncio.create_task(self._train(), name="train")
-        supervise = asyncio.create_task(self._crew.supervisor.run(), name="supervise")
+        supervise = asyncio.create_task(self._actors.supervisor.run(), name="supervise")
         tasks = [train, supervise, asyncio.create_task(self._admit(), name="admit")]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -114,16 +114,16 @@ class Walk:
         """See the module: keeps the slots charged, and issues no more groups than the remaining steps need."""
         prompts, config = self._preparation.prompts, self._config
         while True:
-            free: int = await self._crew.ask_queue("wait_for_slots", wait_s=_POLL_S)
-            snapshot = await self._crew.ask_queue("snapshot")
+            free: int = await self._actors.ask_queue("wait_for_slots", wait_s=_POLL_S)
+            snapshot = await self._actors.ask_queue("snapshot")
             remaining = (self._preparation.total_steps - snapshot.step) * config.groups_per_step
             count = min(free, remaining - snapshot.live_total)
             if count <= 0:
                 await asyncio.sleep(0.25 if free else 0)
                 continue
-            first: int = await self._crew.ask_queue("next_ordinal")
+            first: int = await self._actors.ask_queue("next_ordinal")
             chosen = [prompts.prompt(ordinal) for ordinal in range(first, first + count)]
-            await self._crew.ask_queue("admit", prompts=chosen, version=self._recorder.pulled_version)
+            await self._actors.ask_queue("admit", prompts=chosen, version=self._recorder.pulled_version)
 
     async def _train(self) -> None:
         """See the module."""
@@ -179,7 +179,7 @@ class Walk:
         began = moved = said = time.monotonic()
         seen: int | None = None
         while True:
-            groups: list[RolloutGroup] = await self._crew.ask_queue(
+            groups: list[RolloutGroup] = await self._actors.ask_queue(
                 "take", n=config.groups_per_step, step=step, wait_s=_POLL_S
             )
             if groups:
@@ -190,7 +190,7 @@ class Walk:
             if self._pulling is not None and self._pulling.done():
                 self._pulling.result()
             now = time.monotonic()
-            progress = (await self._crew.ask_queue("health")).progress
+            progress = (await self._actors.ask_queue("health")).progress
             if progress != seen:
                 seen, moved = progress, now
             if now - moved > config.runtime.stall_deadline_s:
@@ -205,7 +205,7 @@ class Walk:
                 )
 
     async def _culprits(self) -> str:
-        named: str = await self._crew.ask_queue("describe_wait", n=self._config.groups_per_step)
+        named: str = await self._actors.ask_queue("describe_wait", n=self._config.groups_per_step)
         return named
 
     async def _optimize(self, step: int, groups: list[RolloutGroup]) -> Updated:
@@ -220,7 +220,7 @@ class Walk:
             config=self._config,
             objective=self._preparation.objective,
             cut=self._preparation.cut,
-            ask_learner=self._crew.ask_learner,
+            ask_learner=self._actors.ask_learner,
         )
 
     async def _prepare(self, step: int, groups: list[RolloutGroup]) -> Prepared:
@@ -231,7 +231,7 @@ class Walk:
             step=step,
             objective=objective,
             cut=self._preparation.cut,
-            ask_learner=self._crew.ask_learner,
+            ask_learner=self._actors.ask_learner,
             deadline_s=self._config.runtime.step_deadline_s,
         )
         observed = objective.observe(groups)
@@ -241,7 +241,7 @@ class Walk:
 
     async def _settle(self, step: int, result: StepResult) -> None:
         """Tell the ledger what became of the groups of this step."""
-        await self._crew.ask_queue("skip" if result.skipped else "trained", step=step)
+        await self._actors.ask_queue("skip" if result.skipped else "trained", step=step)
         if not result.skipped:
             self._failures = dict.fromkeys(self._failures, 0)
             return
@@ -256,22 +256,22 @@ class Walk:
         """Publish, and pull beside the next step; a pull must have ended before the next one begins."""
         if self._pulling is not None:
             await self._pulling
-        identity = await self._crew.publish(step=step)
+        identity = await self._actors.publish(step=step)
         self._pulling = asyncio.create_task(self._pull(step, identity.version, wait_s, step_s), name=f"pull {step}")
         if self._config.lag == 0:
             await self._pulling
         return identity.version
 
     async def _pull(self, step: int, version: int, wait_s: float, step_s: float) -> None:
-        await self._crew.pull()
+        await self._actors.pull()
         self._recorder.pulled_version = version
-        await self._crew.ask_queue("release", step=step, wait_s=wait_s, step_s=step_s)
+        await self._actors.ask_queue("release", step=step, wait_s=wait_s, step_s=step_s)
 
     async def _record(
         self, step: int, groups: list[RolloutGroup], updated: Updated, times: StepTimes, version: int
     ) -> None:
         await self._drain()
-        snapshot, slots = await self._crew.ask_queue("snapshot"), await self._crew.ask_queue("slots")
+        snapshot, slots = await self._actors.ask_queue("snapshot"), await self._actors.ask_queue("slots")
         self._recorder.step(
             step,
             groups=groups,
@@ -286,7 +286,7 @@ class Walk:
 
     async def _drain(self) -> None:
         """Write down what the actors have to tell, and stop when rewards or teachers fail without end."""
-        report = await self._crew.drain()
+        report = await self._actors.drain()
         self._recorder.report(report)
         allowed: int | None = self._config.reward.max_failures_in_a_row
         rewards = self._count_failures(EventKind.REWARD_FAILED, report.events, allowed)
@@ -315,7 +315,7 @@ class Walk:
             await self._pulling
         begin = time.time()
         evaluation = await evaluate(
-            self._crew.working,
+            self._actors.working,
             self._preparation.eval_prompts,
             seed=self._config.seed,
             deadline_s=self._config.runtime.step_deadline_s,
@@ -327,7 +327,7 @@ class Walk:
             step=self.progress.step,
             objective=self._preparation.objective,
             cut=self._preparation.cut,
-            ask_learner=self._crew.ask_learner,
+            ask_learner=self._actors.ask_learner,
             deadline_s=self._config.runtime.step_deadline_s,
         )
         numbers = self._recorder.evaluated(self.progress.step, evaluation.answers, held_out, time.time() - begin)
@@ -337,22 +337,22 @@ class Walk:
         """Write a checkpoint of the last finished step, then let the journal forget what it no longer needs."""
         step, begin = self.progress.step, time.time()
         path = self._recorder.directory.checkpoint(step)
-        snapshot = await self._crew.ask_queue("snapshot")
+        snapshot = await self._actors.ask_queue("snapshot")
         extra = {
             "ledger.json": json.dumps(snapshot.to_json()).encode(),
             OBJECTIVE_STATE: json.dumps(self._preparation.objective.state_dict()).encode(),
             **self._callbacks.files(),
         }
         beside = path.with_name(f"{FOLDER}-{step}.tmp")
-        adopt = {FOLDER: str(beside)} if await self._crew.teachers.save(beside) else {}
+        adopt = {FOLDER: str(beside)} if await self._actors.teachers.save(beside) else {}
         deadline_s = self._config.runtime.step_deadline_s
-        await self._crew.ask_learner(
+        await self._actors.ask_learner(
             "save", str(path.parent), step=step, extra=extra, adopt=adopt, deadline_s=deadline_s
         )
-        self._crew.teachers.checkpoint = str(path)
+        self._actors.teachers.checkpoint = str(path)
         # One checkpoint behind, so that a run whose newest checkpoint is damaged can go back to the one before.
         if self.progress.saved not in (0, step):
-            await self._crew.ask_queue("checkpoint", step=self.progress.saved)
+            await self._actors.ask_queue("checkpoint", step=self.progress.saved)
         self.progress.saved = step
         self._recorder.checkpoint(path, step=step, seconds=time.time() - begin)
         if self._config.save_total_limit is not None:

@@ -1,6 +1,6 @@
 """The pipelines that train a policy on its own completions: `grpo`, `async-grpo`, `rloo`, `sdpo`, `distill`.
 
-prepare -> session: [crew of actors -> walk] -> how it ended          (the rest of a run's life: pipeline.py)
+prepare -> session: [actors -> loop] -> how it ended          (the rest of a run's life: pipeline.py)
 """
 
 from __future__ import annotations
@@ -16,45 +16,47 @@ from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.runs.grpo_config import GRPOConfig
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.runs.run_config import RunConfig
-from trl_ray.pipelines.callbacks.hooks import Course
+from trl_ray.pipelines.callbacks.hooks import TrainingSpan
 from trl_ray.pipelines.rollouts.preparation import FROM_PYTHON, Inputs, Preparation, RewardFunction, prepare
 from trl_ray.pipelines.rollouts.reward_model_actors import separate_reward_models
-from trl_ray.pipelines.rollouts.rollout_actors import Crew
-from trl_ray.pipelines.rollouts.rollout_loop import Walk
+from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
+from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.run.recording import Recorder
 from trl_ray.types import EventKind
 
 
 class PolicySession(Session):
-    """One life of the crew, from a checkpoint on."""
+    """One life of the actors, from a checkpoint on."""
 
     recorder: Recorder
 
-    def __init__(self, *, preparation: Preparation, crew: Crew, recorder: Recorder, opening: Opening) -> None:
-        self._preparation, self._crew, self.recorder, self._opening = preparation, crew, recorder, opening
+    def __init__(
+        self, *, preparation: Preparation, actors: RolloutActors, recorder: Recorder, opening: Opening
+    ) -> None:
+        self._preparation, self._actors, self.recorder, self._opening = preparation, actors, recorder, opening
 
     async def run(self, stop: asyncio.Event) -> TrainOutput:
         """See `Session.run`."""
-        crew, recorder, begin = self._crew, self.recorder, time.time()
-        await crew.start()
+        actors, recorder, begin = self._actors, self.recorder, time.time()
+        await actors.start()
         recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
         await self._begin_callbacks()
-        walk = Walk(
+        loop = RolloutLoop(
             preparation=self._preparation,
-            crew=crew,
+            actors=actors,
             recorder=recorder,
             callbacks=self._opening.callbacks,
             start_step=self._opening.step,
             stop=stop,
         )
-        await walk.run()
-        await crew.ask_queue("finish")
-        recorder.report(await crew.drain())
-        snapshot: LedgerSnapshot = await crew.ask_queue("snapshot")
+        await loop.run()
+        await actors.ask_queue("finish")
+        recorder.report(await actors.drain())
+        snapshot: LedgerSnapshot = await actors.ask_queue("snapshot")
         recorder.directory.write_ledger(snapshot.to_json())
         return TrainOutput(
-            steps=walk.progress.step,
+            steps=loop.progress.step,
             run_dir=recorder.directory.path,
             metrics=dict(recorder.last),
             ledger=snapshot,
@@ -64,7 +66,7 @@ class PolicySession(Session):
     async def _begin_callbacks(self) -> None:
         """Tell callbacks that the session starts, and where."""
         plan, opening = self._preparation, self._opening
-        course = Course(
+        span = TrainingSpan(
             step=opening.step,
             max_steps=plan.total_steps,
             epoch=plan.epoch_after(opening.step),
@@ -73,11 +75,11 @@ class PolicySession(Session):
             can_evaluate=plan.config.eval_steps > 0,
             can_stop_epoch=False,
         )
-        await opening.callbacks.begin(course, checkpoint=opening.checkpoint, say=self.recorder.say)
+        await opening.callbacks.begin(span, checkpoint=opening.checkpoint, say=self.recorder.say)
 
     async def dismiss(self) -> None:
         """See `Session.dismiss`."""
-        await self._crew.dismiss()
+        await self._actors.dismiss()
 
 
 class PolicyOptimizationPipeline(Pipeline[RolloutRunConfig, Preparation]):
@@ -146,11 +148,11 @@ class PolicyOptimizationPipeline(Pipeline[RolloutRunConfig, Preparation]):
             incarnation=uuid.uuid4().hex,
         )
         plan.restore_objective(opening.checkpoint)
-        crew = Crew(
+        actors = RolloutActors(
             runtime=opening.runtime,
             config=self.config,
             arguments=arguments,
-            canary_ids=plan.canary_ids,
+            weight_check_ids=plan.weight_check_ids,
             emit=recorder.emit,
         )
-        return PolicySession(preparation=plan, crew=crew, recorder=recorder, opening=opening)
+        return PolicySession(preparation=plan, actors=actors, recorder=recorder, opening=opening)

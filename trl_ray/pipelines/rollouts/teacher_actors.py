@@ -32,7 +32,7 @@ class TeacherArguments:
     """Entries of the vocabulary that student and teacher share."""
 
 
-class TeacherCrew:
+class TeacherActors:
     """Every copy of every teacher.
 
     NOTE: a teacher that follows the policy answers nobody before it was fed.

@@ -1,6 +1,6 @@
 """The learner alone: started, watched, asked; what a pipeline without rollouts needs of actors.
 
-LearnerCrew.start --spawn, join--> learner, or its ranks          Supervisor --lost--> LearnerLostError
+LearnerActors.start --spawn, join--> learner, or its ranks          Supervisor --lost--> LearnerLostError
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def learner_lost() -> Iterator[None]:
         raise LearnerLostError(str(error)) from None
 
 
-class LearnerCrew:
+class LearnerActors:
     """Starts the ranks of one learner and keeps watch over them.
 
     Args:
@@ -108,7 +108,7 @@ class LearnerCrew:
         Raises:
             LearnerLostError: it died, or did not answer in time.
         """
-        assert self._learner is not None, "the crew has not been started"
+        assert self._learner is not None, "the actors must be started first"
         with learner_lost():
             return await self._learner.call(
                 method, *args, deadline_s=deadline_s or self._config.runtime.step_deadline_s, **kwargs
@@ -117,7 +117,7 @@ class LearnerCrew:
     async def drain(self) -> ActorReport:
         """Events and spans since the last call; nothing where the learner is gone, which the supervisor tells of."""
         try:
-            assert self._learner is not None, "the crew has not been started"
+            assert self._learner is not None, "the actors must be started first"
             report: ActorReport = await self._learner.call("drain", deadline_s=_CONTROL_S)
         except (ActorLostError, DeadlineError):
             return ActorReport()

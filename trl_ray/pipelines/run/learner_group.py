@@ -2,7 +2,7 @@
 
     step(batch), evaluate(batch) --shard--> rank 0 .. rank R-1, side by side --> the answer of rank 0, which knows all
     score(batch), reference_logprobs(batch) --shard--> the answers of all, in the order of the batch
-    publish, canary, save: on every rank, because they gather weights together; rank 0 answers
+    publish, weight check, save: on every rank, because they gather weights together; rank 0 answers
 
 A rank that is lost takes the group with it: the others would wait for it in their next exchange.
 """

@@ -1,6 +1,6 @@
 """Writes down a run: one metrics line per step, events, spans, the ledger, completions.
 
-Walk --> Recorder --> Observer (console, metrics.jsonl, events.jsonl, wandb) and the run directory's files
+RolloutLoop --> Recorder --> Observer (console, metrics.jsonl, events.jsonl, wandb) and the run directory's files
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The walk of a datum from a dataset: one loop of steps, with the next step's examples made meanwhile.
+"""The loop of pipelines that train on datasets: one step after the other, the next step's examples made meanwhile.
 
 feed --thread: take, cut--> _Ready --> learner.step --> metrics, evaluation, checkpoint
           ^ step k+1 while the learner trains step k
@@ -22,8 +22,8 @@ from trl_ray.algorithms.loss_registry import update_totals
 from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.errors import InputError, InterruptedRun
 from trl_ray.models.checkpoint import prune
-from trl_ray.pipelines.callbacks.hooks import CallbackList, Course
-from trl_ray.pipelines.run.learner_actors import LearnerCrew, under_watch
+from trl_ray.pipelines.callbacks.hooks import CallbackList, TrainingSpan
+from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.signals import heed_signals
 from trl_ray.pipelines.supervised.dataset_preparation import SupervisedPlan
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder, SupervisedTimes
@@ -32,7 +32,7 @@ from trl_ray.pipelines.supervised.example_feed import Fed, Feed, ShuffledFeed
 from trl_ray.types import Evaluation, EventKind, Example, StepResult, TrainBatch
 
 PROGRESS = "progress.json"
-"""In checkpoints: what the walk goes on from."""
+"""In checkpoints: what the loop goes on from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,12 +52,12 @@ class _Ready:
     update: _Update
 
 
-class SupervisedWalk:
+class DatasetLoop:
     """Trains from a checkpoint to the end.
 
     Args:
         plan: of the run.
-        crew: started.
+        actors: started.
         recorder: takes what happens.
         feed: of the examples, at the place of `accounts`.
         held_out: examples to evaluate on; empty for none.
@@ -71,7 +71,7 @@ class SupervisedWalk:
         self,
         *,
         plan: SupervisedPlan,
-        crew: LearnerCrew,
+        actors: LearnerActors,
         recorder: SupervisedRecorder,
         feed: Feed,
         held_out: Sequence[Example],
@@ -81,7 +81,7 @@ class SupervisedWalk:
         checkpoint: str | None,
         stop: asyncio.Event,
     ) -> None:
-        self._plan, self._config, self._crew, self._recorder = plan, plan.config, crew, recorder
+        self._plan, self._config, self._actors, self._recorder = plan, plan.config, actors, recorder
         self._feed, self._stop, self._stopping = feed, stop, stopping
         self._callbacks, self._checkpoint = callbacks, checkpoint
         self.accounts = accounts
@@ -107,7 +107,7 @@ class SupervisedWalk:
             per_epoch = self._feed.steps_per_epoch
         epochs = self._config.num_train_epochs if per_epoch is None else total / per_epoch
         streamed = self.accounts.place.epoch if self.accounts.place is not None else 0
-        course = Course(
+        span = TrainingSpan(
             step=self.accounts.step,
             max_steps=total,
             epoch=float(streamed) if per_epoch is None else self._place / per_epoch,
@@ -116,7 +116,7 @@ class SupervisedWalk:
             can_evaluate=self._evaluation is not None,
             can_stop_epoch=per_epoch is not None,
         )
-        await self._callbacks.begin(course, checkpoint=self._checkpoint, say=self._recorder.say)
+        await self._callbacks.begin(span, checkpoint=self._checkpoint, say=self._recorder.say)
         self._callbacks.set_best(self._stopping.best, self._stopping.best_step)
 
     async def run(self) -> None:
@@ -129,7 +129,7 @@ class SupervisedWalk:
             RunError: whatever else ended training.
         """
         try:
-            await under_watch(self._crew.supervisor, self._train())
+            await under_watch(self._actors.supervisor, self._train())
         finally:
             self._thread.shutdown(cancel_futures=True)
 
@@ -163,7 +163,7 @@ class SupervisedWalk:
         await self._callbacks.step_end(step=step, epoch=fed.epoch)
         evaluates = config.eval_steps > 0 and (step % config.eval_steps == 0 or self._place >= self._plan.total_steps)
         evaluated = await self._evaluate() if evaluates or control.should_evaluate else {}
-        self._recorder.report(await self._crew.drain())
+        self._recorder.report(await self._actors.drain())
         self._recorder.step(step, fed=fed, result=result, times=times, accounts=self.accounts, evaluated=evaluated)
         if result.skipped:
             self._recorder.say(
@@ -227,14 +227,14 @@ class SupervisedWalk:
         )
 
     async def _step(self, update: _Update) -> StepResult:
-        result: StepResult = await self._crew.ask("step", await self._with_kl(update))
+        result: StepResult = await self._actors.ask("step", await self._with_kl(update))
         return result
 
     async def _with_kl(self, update: _Update) -> TrainBatch:
         """The batch, with the KL under the weights as they are where its loss asks for it."""
         if update.mismatched is None:
             return update.batch
-        scores = await self._crew.ask("score", update.mismatched)
+        scores = await self._actors.ask("score", update.mismatched)
         kl = mismatched_kl(update.mismatched, scores)
         return replace(update.batch, totals={**update.batch.totals, "kl": kl})
 
@@ -243,7 +243,7 @@ class SupervisedWalk:
         if self._evaluation is None:
             return {}
         begin, step = time.time(), self.accounts.step
-        evaluation: Evaluation = await self._crew.ask("evaluate", await self._with_kl(self._evaluation))
+        evaluation: Evaluation = await self._actors.ask("evaluate", await self._with_kl(self._evaluation))
         numbers = self._recorder.evaluated(step, evaluation, examples=len(self._held_out), begin=begin)
         self._stopping.observe(step, numbers)
         best = self._stopping.best
@@ -280,7 +280,7 @@ class SupervisedWalk:
         ledger = self.accounts.snapshot().to_json()
         extra = {PROGRESS: json.dumps(progress).encode(), "ledger.json": json.dumps(ledger).encode()}
         extra |= self._callbacks.files()
-        await self._crew.ask("save", str(path.parent), step=step, extra=extra)
+        await self._actors.ask("save", str(path.parent), step=step, extra=extra)
         self._saved = step
         self._recorder.checkpoint(path, step=step, seconds=time.time() - begin)
         if self._config.save_total_limit is not None:

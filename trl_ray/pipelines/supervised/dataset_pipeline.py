@@ -1,6 +1,6 @@
 """The pipelines that train on datasets: SFT, preference optimisation, reward models.
 
-prepare: read, tokenise -> session: [learner -> reference's log-probs, where they are precomputed -> walk]
+prepare: read, tokenise -> session: [learner -> reference's log-probs, where they are precomputed -> loop]
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.errors import DataError
-from trl_ray.pipelines.run.learner_actors import LearnerCrew, under_watch
+from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
-from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, SupervisedWalk
-from trl_ray.pipelines.supervised.dataset_preparation import SupervisedInputs, SupervisedPlan, prepare_supervised
+from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
+from trl_ray.pipelines.supervised.dataset_preparation import DatasetInputs, SupervisedPlan, prepare_supervised
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder
 from trl_ray.pipelines.supervised.early_stopping import EarlyStopping
 from trl_ray.pipelines.supervised.example_feed import StreamPlace
@@ -36,10 +36,10 @@ class SupervisedSession(Session):
 
     def __init__(self, *, plan: SupervisedPlan, opening: Opening, recorder: SupervisedRecorder) -> None:
         self._plan, self._opening, self.recorder = plan, opening, recorder
-        self._crew = self._learner(opening.checkpoint)
+        self._actors = self._learner(opening.checkpoint)
 
-    def _learner(self, checkpoint: str | None) -> LearnerCrew:
-        return LearnerCrew(
+    def _learner(self, checkpoint: str | None) -> LearnerActors:
+        return LearnerActors(
             runtime=self._opening.runtime,
             config=self._plan.config,
             arguments=self._plan.arguments(checkpoint=checkpoint),
@@ -52,12 +52,12 @@ class SupervisedSession(Session):
         accounts, stopping = self._progress()
         self._say_rows()
         sets = await self._references(stop)
-        if not self._crew.is_started:
-            await self._crew.start()
+        if not self._actors.is_started:
+            await self._actors.start()
         recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
-        walk = SupervisedWalk(
+        loop = DatasetLoop(
             plan=plan,
-            crew=self._crew,
+            actors=self._actors,
             recorder=recorder,
             feed=plan.feed(accounts.place or StreamPlace(), sets.train),
             held_out=sets.held_out.examples if sets.held_out is not None else (),
@@ -67,24 +67,24 @@ class SupervisedSession(Session):
             checkpoint=self._opening.checkpoint,
             stop=stop,
         )
-        await walk.run()
-        recorder.report(await self._crew.drain())
-        snapshot = walk.accounts.snapshot()
+        await loop.run()
+        recorder.report(await self._actors.drain())
+        snapshot = loop.accounts.snapshot()
         recorder.directory.write_ledger(snapshot.to_json())
         return TrainOutput(
-            steps=walk.accounts.step, run_dir=recorder.directory.path, metrics=dict(recorder.last), ledger=snapshot
+            steps=loop.accounts.step, run_dir=recorder.directory.path, metrics=dict(recorder.last), ledger=snapshot
         )
 
     async def _references(self, stop: asyncio.Event) -> LabelledSets:
         """The examples, with what the reference says of them where that is asked before training."""
         # A run that goes on although the reference's answers were lost asks a learner at the initial weights, and ends
         # it before its own starts: there may be room for one.
-        initial = self._crew if self._opening.step == 0 else self._learner(None)
+        initial = self._actors if self._opening.step == 0 else self._learner(None)
         try:
-            work = with_references(self._plan, crew=initial, say=self.recorder.say, stop=stop)
+            work = with_references(self._plan, actors=initial, say=self.recorder.say, stop=stop)
             return await under_watch(initial.supervisor, work)
         finally:
-            if initial is not self._crew:
+            if initial is not self._actors:
                 await initial.dismiss()
 
     def _say_rows(self) -> None:
@@ -122,7 +122,7 @@ class SupervisedSession(Session):
 
     async def dismiss(self) -> None:
         """See `Session.dismiss`."""
-        await self._crew.dismiss()
+        await self._actors.dismiss()
 
 
 class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
@@ -159,7 +159,7 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
             ModelError: `peft_config` is no `peft.LoraConfig`.
         """
         super().__init__(model=model, args=args, peft_config=peft_config, callbacks=callbacks)
-        self._inputs = SupervisedInputs(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        self._inputs = DatasetInputs(train_dataset=train_dataset, eval_dataset=eval_dataset)
 
     def _task(self) -> ExampleTask:
         return self.task

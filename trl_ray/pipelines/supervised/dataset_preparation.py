@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SupervisedInputs:
+class DatasetInputs:
     """What a user gives in Python beside the configuration; None takes it from the configuration."""
 
     train_dataset: Any = None
@@ -45,7 +45,7 @@ class SupervisedPlan:
     config: SupervisedRunConfig
     task: ExampleTask
     loss: LossOptions
-    inputs: SupervisedInputs
+    inputs: DatasetInputs
     tokenizer: Any
     train: ExampleSet | None
     """None where it is streamed."""
@@ -132,7 +132,7 @@ class SupervisedPlan:
 
 
 def prepare_supervised(
-    config: SupervisedRunConfig, inputs: SupervisedInputs, *, task: ExampleTask, loss: LossOptions
+    config: SupervisedRunConfig, inputs: DatasetInputs, *, task: ExampleTask, loss: LossOptions
 ) -> SupervisedPlan:
     """Resolve a configuration.
 
@@ -166,7 +166,7 @@ def prepare_supervised(
     return plan
 
 
-def _held_out(config: SupervisedRunConfig, inputs: SupervisedInputs, load: Any) -> ExampleSet | None:
+def _held_out(config: SupervisedRunConfig, inputs: DatasetInputs, load: Any) -> ExampleSet | None:
     if not config.eval_steps:
         return None
     if inputs.eval_dataset is None and config.dataset_name is None and not config.datasets:

@@ -1,6 +1,6 @@
 """Writes down a run on a dataset: one metrics line per step, evaluations, events, and what became of every row.
 
-SupervisedWalk --> SupervisedRecorder --> Observer and the run directory's files
+DatasetLoop --> SupervisedRecorder --> Observer and the run directory's files
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SupervisedTimes:
 
 @dataclass(slots=True, kw_only=True)
 class Accounts:
-    """What became of the rows so far; mutable, owned by the walk, kept in checkpoints.
+    """What became of the rows so far; mutable, owned by the loop, kept in checkpoints.
 
     A row is issued when a step takes it, in every epoch anew; one that nothing can be trained of is dropped where it
     is met, once in a dataset, in every pass over a stream.

@@ -14,7 +14,7 @@ from trl_ray.errors import ConfigError
 
 @dataclass(slots=True, kw_only=True)
 class EarlyStopping:
-    """Counts evaluations without improvement; mutable, owned by the walk, kept in checkpoints."""
+    """Counts evaluations without improvement; mutable, owned by the loop, kept in checkpoints."""
 
     metric: str
     wants_greater: bool

@@ -21,7 +21,7 @@ from trl_ray.config.sections import ModelConfig
 from trl_ray.data.examples.example_set import ExampleSet
 from trl_ray.errors import InterruptedRun
 from trl_ray.models.companions.reference_cache import ReferenceCache, reference_key, token_digest
-from trl_ray.pipelines.run.learner_actors import LearnerCrew
+from trl_ray.pipelines.run.learner_actors import LearnerActors
 from trl_ray.pipelines.run.signals import heed_signals
 from trl_ray.pipelines.supervised.dataset_preparation import SupervisedPlan
 from trl_ray.types import EventKind, Example
@@ -38,12 +38,14 @@ class LabelledSets:
     held_out: ExampleSet | None
 
 
-async def with_references(plan: SupervisedPlan, *, crew: LearnerCrew, say: Say, stop: asyncio.Event) -> LabelledSets:
+async def with_references(
+    plan: SupervisedPlan, *, actors: LearnerActors, say: Say, stop: asyncio.Event
+) -> LabelledSets:
     """The run's examples, with the reference's log-probs where the loss wants them precomputed.
 
     Args:
         plan: of the run.
-        crew: a learner at the initial weights, which are the reference's; started only if there is something to ask.
+        actors: a learner at the initial weights, which are the reference's; started only if there is something to ask.
         say: writes down an event.
         stop: ends it in order once it is set.
 
@@ -55,7 +57,7 @@ async def with_references(plan: SupervisedPlan, *, crew: LearnerCrew, say: Say, 
     if not plan.precomputes_reference:
         return LabelledSets(train=plan.train, held_out=plan.evaluation)
     assert plan.train is not None, "a stream has no precomputed reference"
-    oracle = _Oracle(plan=plan, crew=crew, say=say, stop=stop)
+    oracle = _Oracle(plan=plan, actors=actors, say=say, stop=stop)
     train = replace(plan.train, examples=await oracle.label(plan.train.examples, what="training"))
     held_out = plan.evaluation
     if held_out is not None:
@@ -66,8 +68,8 @@ async def with_references(plan: SupervisedPlan, *, crew: LearnerCrew, say: Say, 
 class _Oracle:
     """The reference policy, asked only about what no earlier run has asked."""
 
-    def __init__(self, *, plan: SupervisedPlan, crew: LearnerCrew, say: Say, stop: asyncio.Event) -> None:
-        self._plan, self._crew, self._say, self._stop = plan, crew, say, stop
+    def __init__(self, *, plan: SupervisedPlan, actors: LearnerActors, say: Say, stop: asyncio.Event) -> None:
+        self._plan, self._actors, self._say, self._stop = plan, actors, say, stop
 
     async def label(self, examples: Sequence[Example], *, what: str) -> tuple[Example, ...]:
         config, ld_alpha = self._plan.config, getattr(self._plan.loss, "ld_alpha", None)
@@ -109,8 +111,8 @@ class _Oracle:
             )
 
     async def _ask(self, examples: Sequence[Example], ld_alpha: float | None) -> list[tuple[float, ...]]:
-        if not self._crew.is_started:
-            await self._crew.start()
+        if not self._actors.is_started:
+            await self._actors.start()
         batch = reference_batch(examples, rules=self._plan.eval_cut)
-        answers = await self._crew.ask("reference_logprobs", batch)
+        answers = await self._actors.ask("reference_logprobs", batch)
         return example_references(examples, batch, answers, ld_alpha=ld_alpha)

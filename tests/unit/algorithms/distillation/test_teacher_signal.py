@@ -12,7 +12,7 @@ from trl_ray.algorithms.distillation.teacher_signal import (
     TeacherNeeds,
     TeacherSignal,
     blank_signal,
-    said_signal,
+    signal_from_scores,
     with_own_token,
 )
 from trl_ray.algorithms.distillation.teacher_tokens import NO_TOKEN, TeacherTokens
@@ -38,14 +38,16 @@ def said(
 
 
 def test_without_a_support_a_teachers_log_probs_are_all_there_is() -> None:
-    found = said_signal(said(logs(0.5)), student(logs(0.25)), torch.tensor([3]), TeacherNeeds())
+    found = signal_from_scores(said(logs(0.5)), student(logs(0.25)), torch.tensor([3]), TeacherNeeds())
     assert torch.equal(found.of_tokens, logs(0.5)) and found.support is None and found.divergence is None
 
 
 def test_a_teachers_list_is_the_support_with_the_students_view_of_it_and_the_tail_that_came_along() -> None:
     ids, top, ours = torch.tensor([[7, 2]]), logs(0.5, 0.25)[None], logs(0.1, 0.2)[None]
     needs = TeacherNeeds(teacher_top_k=2)
-    found = said_signal(said(logs(0.5), ids, top, logs(0.25)), student(logs(0.1), ours), torch.tensor([7]), needs)
+    found = signal_from_scores(
+        said(logs(0.5), ids, top, logs(0.25)), student(logs(0.1), ours), torch.tensor([7]), needs
+    )
     assert found.support is not None and found.support.teacher_tail is not None
     assert torch.equal(found.support.teacher, top) and torch.equal(found.support.student, ours)
     assert torch.equal(found.support.teacher_tail, logs(0.25))
@@ -83,7 +85,7 @@ def test_samples_that_no_teacher_was_asked_about_diverge_by_0_and_pull_nowhere()
 
 def test_a_list_that_nobody_has_is_blank() -> None:
     needs = TeacherNeeds(teacher_top_k=4)
-    found = said_signal(said(torch.zeros(1)), student(logs(0.5)), torch.tensor([1]), needs)
+    found = signal_from_scores(said(torch.zeros(1)), student(logs(0.5)), torch.tensor([1]), needs)
     assert found.over_support(beta=1.0, add_tail=True).tolist() == [0]
 
 
@@ -108,7 +110,7 @@ def test_minus_infinity_stands_for_no_token_in_a_list_and_for_nothing_else() -> 
 def test_what_only_the_learner_can_tell_is_not_taken_from_lists() -> None:
     ids = torch.tensor([[NO_TOKEN]])
     with pytest.raises(AssertionError, match="hold the teacher"):
-        said_signal(
+        signal_from_scores(
             said(logs(0.5), ids, logs(0.5)[None]),
             student(logs(0.5), logs(0.5)[None]),
             torch.tensor([1]),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_ray.config.example_options import PackingStrategy
-from trl_ray.data.examples.packing import PackedRow, Packing, Piece, pack
+from trl_ray.data.examples.packing import PackedPiece, PackedRow, Packing, pack
 from trl_ray.errors import ConfigError
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)
@@ -49,7 +49,7 @@ def test_wrapped_keeps_the_order_and_cuts_where_a_row_is_full() -> None:
 
 
 def test_a_row_tells_its_boundaries_positions_and_pieces() -> None:
-    row = PackedRow(pieces=(Piece(example=1, start=0, stop=3), Piece(example=0, start=2, stop=4)))
+    row = PackedRow(pieces=(PackedPiece(example=1, start=0, stop=3), PackedPiece(example=0, start=2, stop=4)))
     assert row.boundaries().tolist() == [0, 3, 5]
     assert row.positions().tolist() == [0, 1, 2, 0, 1]
     assert row.piece_ids().tolist() == [0, 0, 0, 1, 1]
@@ -57,7 +57,7 @@ def test_a_row_tells_its_boundaries_positions_and_pieces() -> None:
 
 
 def test_the_first_token_of_a_piece_is_never_a_target_and_the_given_masks_stay_as_they_are() -> None:
-    row = PackedRow(pieces=(Piece(example=1, start=0, stop=3), Piece(example=0, start=2, stop=4)))
+    row = PackedRow(pieces=(PackedPiece(example=1, start=0, stop=3), PackedPiece(example=0, start=2, stop=4)))
     masks = [np.ones(4, dtype=np.bool_), np.array([True, False, True])]
     assert row.gather_targets(masks).tolist() == [False, False, True, False, True]
     assert masks[0].all()

@@ -16,7 +16,7 @@ from trl_ray.algorithms.loss import LossNeeds
 from trl_ray.config.sections import ModelConfig, SharePrompt, TrainingConfig
 from trl_ray.models.backends.ranks import SOLO, Ranks, free_address, join_ranks, leave_ranks
 from trl_ray.models.backends.torch_backend import TorchBackend
-from trl_ray.models.backends.training_backend import Backend
+from trl_ray.models.backends.training_backend import TrainingBackend
 from trl_ray.models.policy_loading import load_policy
 from trl_ray.models.scoring.classifier import ClassifierModule, load_classifier
 from trl_ray.models.scoring.sample_scorer import ClassScores, SampleScorer, ScoringModule
@@ -59,7 +59,7 @@ def _updated(module: PredictorModule, ranks: Ranks, stage: int | None) -> tuple[
     # A single update of Adam is a sign; a large epsilon makes it depend on the gradient.
     options: dict[str, Any] = {"learning_rate": 1e-2, "adam_epsilon": 1.0, "lr_scheduler_type": "constant"}
     if stage is None:
-        backend: Backend = TorchBackend(module, TrainingConfig(**options), total_updates=10, ranks=SOLO)
+        backend: TrainingBackend = TorchBackend(module, TrainingConfig(**options), total_updates=10, ranks=SOLO)
     else:
         from trl_ray.models.backends.deepspeed_backend import DeepSpeedBackend
 

@@ -7,7 +7,7 @@ import pytest
 
 from trl_ray.errors import ConfigError
 from trl_ray.observe.report.report_curves import smoothed
-from trl_ray.observe.report.report_data import Ledger, Status, read_run, thinned
+from trl_ray.observe.report.report_data import LedgerFigures, Status, read_run, thinned
 from trl_ray.observe.report.report_page import build_report
 from trl_ray.observe.report.svg import Chart, Series, compact, draw_chart, ticks
 from trl_ray.observe.run_directory import RunDirectory
@@ -83,7 +83,7 @@ def test_the_report_says_what_the_run_did(finished_run: RunDirectory) -> None:
 def test_an_unbalanced_ledger_is_an_alarm(finished_run: RunDirectory) -> None:
     finished_run.write_ledger({"issued": 7, "trained": 3, "dropped": {"end_of_run": 2}, "live": {"ready": 1}})
     assert "unbalanced: +1 unaccounted for" in _read(finished_run).text
-    assert not Ledger(issued=7, trained=3, dropped={"x": 2}, live={}).balanced
+    assert not LedgerFigures(issued=7, trained=3, dropped={"x": 2}, live={}).balanced
 
 
 @pytest.mark.parametrize(

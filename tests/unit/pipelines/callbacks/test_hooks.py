@@ -1,4 +1,4 @@
-"""What callbacks are told, in which order, and what comes of what they ask for; over a walk whose learner is a fake."""
+"""What callbacks are told, in which order, and what comes of what they ask for; over a loop whose learner is a fake."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from callbacks_for_tests import Asks, Counter, Diary, Raises, StopsAt
-from supervised_walks import Learner, Run, Watch
+from dataset_loops import Learner, Run, Watch
 from trl_ray.config.callback_options import CallbackSpec
 from trl_ray.config.load import build, dump_yaml, parse_yaml
 from trl_ray.config.runs.dataset_config import SFTConfig
 from trl_ray.errors import CallbackError, ConfigError, LearnerLostError
 from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
 from trl_ray.pipelines.callbacks.callback_states import CALLBACKS
-from trl_ray.pipelines.callbacks.hooks import MAX_LOG_HISTORY, CallbackList, Course, TrainerControl
+from trl_ray.pipelines.callbacks.hooks import MAX_LOG_HISTORY, CallbackList, TrainerControl, TrainingSpan
 from trl_ray.pipelines.supervised.dataset_recording import Accounts
 from trl_ray.types import EventKind
 
@@ -29,7 +29,7 @@ def config(**changes: Any) -> SFTConfig:
     return build(SFTConfig, {"per_device_train_batch_size": 2, "shuffle_dataset": False, "save_steps": 0, **changes})
 
 
-def course(**changes: Any) -> Course:
+def span(**changes: Any) -> TrainingSpan:
     values: dict[str, Any] = {
         "step": 0,
         "max_steps": 6,
@@ -39,7 +39,7 @@ def course(**changes: Any) -> Course:
         "can_evaluate": False,
         "can_stop_epoch": False,
     }
-    return Course(**{**values, **changes})
+    return TrainingSpan(**{**values, **changes})
 
 
 def quiet(kind: EventKind, actor: str, **detail: Any) -> None:
@@ -49,7 +49,7 @@ def quiet(kind: EventKind, actor: str, **detail: Any) -> None:
 def begun(*callbacks: Any, **changes: Any) -> CallbackList:
     """Callbacks of a session that has begun."""
     made = CallbackList(callbacks, args=config(runtime={"kind": "local"}))
-    asyncio.run(made.begin(course(**changes), checkpoint=None, say=quiet))
+    asyncio.run(made.begin(span(**changes), checkpoint=None, say=quiet))
     return made
 
 
@@ -88,16 +88,16 @@ def test_state_counts_steps_and_epochs_and_knows_the_best_metric(tmp_path: Path)
 
     learner = Learner(eval_losses=[5.0, 3.0, 4.0])
     run = Run(tmp_path, config=config(eval_steps=2), total=4, held_out=1, learner=learner, callbacks=[Looks()])
-    walk = run.walk()
+    loop = run.loop()
     best = run.path / "run" / "checkpoints" / "step-2"
     best.mkdir(parents=True)
-    asyncio.run(walk.run())
+    asyncio.run(loop.run())
     assert seen == [(0, 0.0, 5.0, 0), (2, 0.67, 3.0, 2), (4, 1.33, 3.0, 2)]
-    state = walk._callbacks.state
+    state = loop._callbacks.state
     assert (state.max_steps, state.num_train_epochs, state.is_world_process_zero) == (4, 2, True)
     assert state.best_model_checkpoint == str(best)
     best.rmdir()
-    walk._callbacks.set_best(3.0, 2)
+    loop._callbacks.set_best(3.0, 2)
     assert state.best_model_checkpoint is None
 
 
@@ -201,7 +201,7 @@ def test_coroutines_are_awaited_in_turn_and_plain_hooks_leave_the_loop_free() ->
 
     async def told(kind: str) -> None:
         callbacks = CallbackList([Asynchronous(), Plain()], args=config(runtime={"kind": kind}))
-        await callbacks.begin(course(), checkpoint=None, say=quiet)
+        await callbacks.begin(span(), checkpoint=None, say=quiet)
         await callbacks.step_end(step=1, epoch=0.5)
         callbacks.close()
 
@@ -223,7 +223,7 @@ def test_a_slow_callback_is_waited_for_by_name(monkeypatch: pytest.MonkeyPatch) 
         known.set()
 
     callbacks = CallbackList([Slow()], args=config(runtime={"kind": "ray"}))
-    asyncio.run(callbacks.begin(course(), checkpoint=None, say=say))
+    asyncio.run(callbacks.begin(span(), checkpoint=None, say=say))
     assert said[0] == (EventKind.WAITING, "the callback Slow.on_train_begin")
 
 
@@ -265,7 +265,7 @@ def test_the_log_history_is_bounded_and_goes_back_with_the_run() -> None:
     asyncio.run(logs(MAX_LOG_HISTORY + 2))
     history = callbacks.state.log_history
     assert (len(history), history[0]) == (MAX_LOG_HISTORY, {"loss": 1.0 / 3, "step": 3})
-    asyncio.run(callbacks.begin(course(step=10), checkpoint=None, say=quiet))
+    asyncio.run(callbacks.begin(span(step=10), checkpoint=None, say=quiet))
     assert [line["step"] for line in history] == [3, 4, 5, 6, 7, 8, 9, 10]
 
 
@@ -278,7 +278,7 @@ def test_states_are_in_checkpoints_and_come_back_to_callbacks_of_their_class(tmp
     said: list[str] = []
     asyncio.run(
         callbacks.begin(
-            course(step=2), checkpoint=str(tmp_path), say=lambda kind, actor, **detail: said.append(detail["detail"])
+            span(step=2), checkpoint=str(tmp_path), say=lambda kind, actor, **detail: said.append(detail["detail"])
         )
     )
     assert again.steps == 2
@@ -302,9 +302,9 @@ def test_callbacks_live_on_when_the_learner_is_lost_and_their_states_go_back(tmp
 
     asyncio.run(session(2))
     (tmp_path / CALLBACKS).write_bytes(json.dumps([{"class": "Counter", "state": {"steps": 1}}]).encode())
-    asyncio.run(callbacks.begin(course(step=1, epoch=1 / 3), checkpoint=str(tmp_path), say=quiet))
+    asyncio.run(callbacks.begin(span(step=1, epoch=1 / 3), checkpoint=str(tmp_path), say=quiet))
     assert (counter.steps, callbacks.state.global_step) == (1, 1)
-    asyncio.run(callbacks.begin(course(), checkpoint=None, say=quiet))
+    asyncio.run(callbacks.begin(span(), checkpoint=None, say=quiet))
     assert (counter.steps, callbacks.state.global_step) == (0, 0)
     assert diary.book.count("train_begin 0") == 1
     assert [line for line in diary.book if line.startswith("epoch")] == ["epoch_begin 0"]

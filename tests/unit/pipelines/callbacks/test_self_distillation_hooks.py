@@ -13,7 +13,7 @@ import torch
 
 from trl_ray.config.load import build
 from trl_ray.config.runs.sdpo_config import SDPOConfig
-from trl_ray.pipelines.callbacks.hooks import CallbackList, Course
+from trl_ray.pipelines.callbacks.hooks import CallbackList, TrainingSpan
 from trl_ray.pipelines.callbacks.self_distillation_hooks import TeacherInputs, dispatch_self_distillation
 from trl_ray.types import (
     Completion,
@@ -113,7 +113,7 @@ def told(samples: Sequence[TrainingSample] = SAMPLES, callback: Any = None, **ch
     config = build(SDPOConfig, {**values, **changes})
     listener = callback if callback is not None else Listens()
     callbacks = CallbackList([listener], args=config)
-    course = Course(
+    span = TrainingSpan(
         step=0,
         max_steps=1,
         epoch=0.0,
@@ -124,7 +124,7 @@ def told(samples: Sequence[TrainingSample] = SAMPLES, callback: Any = None, **ch
     )
 
     async def run() -> None:
-        await callbacks.begin(course, checkpoint=None, say=lambda *told, **detail: None)
+        await callbacks.begin(span, checkpoint=None, say=lambda *told, **detail: None)
         await dispatch_self_distillation(callbacks, GROUPS, samples, config, PAD)
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""What a run resolves before anything starts: lengths, steps, the canary and its tolerance."""
+"""What a run resolves before anything starts: lengths, steps, the weight check and its tolerance."""
 
 import json
 
@@ -77,21 +77,21 @@ def test_steps_are_given_or_follow_from_the_epochs(model):
         prepared(model, max_steps=0)
 
 
-def test_the_canary_is_the_first_prompt_cut_or_repeated_and_the_same_every_time(model):
-    long = prepared(model, rows=[{"prompt": "abcdefghijklmnopqrstuvwxyz"}]).canary_ids
+def test_the_weight_check_is_the_first_prompt_cut_or_repeated_and_the_same_every_time(model):
+    long = prepared(model, rows=[{"prompt": "abcdefghijklmnopqrstuvwxyz"}]).weight_check_ids
     assert (len(long), long.dtype) == (16, np.int32)
-    short = prepared(model, rows=[{"prompt": "abc"}]).canary_ids
+    short = prepared(model, rows=[{"prompt": "abc"}]).weight_check_ids
     assert list(short) == [*short[:3]] * 3
-    assert np.array_equal(prepared(model).canary_ids, prepared(model).canary_ids)
+    assert np.array_equal(prepared(model).weight_check_ids, prepared(model).weight_check_ids)
 
 
-def test_the_canary_tolerance_is_tight_only_where_both_sides_compute_in_float32(model):
-    assert prepared(model).canary_tolerance == 1e-3
-    assert prepared(model, rollout={"dtype": "float32"}).canary_tolerance == 1e-3
-    assert prepared(model, rollout={"dtype": "bfloat16"}).canary_tolerance == 0.2
-    assert prepared(model, dtype="bfloat16").canary_tolerance == 0.2
-    assert prepared(model, bf16=True).canary_tolerance == 0.2
-    assert prepared(model, rollout={"canary_tolerance": 0.5}).canary_tolerance == 0.5
+def test_the_weight_check_tolerance_is_tight_only_where_both_sides_compute_in_float32(model):
+    assert prepared(model).weight_check_tolerance == 1e-3
+    assert prepared(model, rollout={"dtype": "float32"}).weight_check_tolerance == 1e-3
+    assert prepared(model, rollout={"dtype": "bfloat16"}).weight_check_tolerance == 0.2
+    assert prepared(model, dtype="bfloat16").weight_check_tolerance == 0.2
+    assert prepared(model, bf16=True).weight_check_tolerance == 0.2
+    assert prepared(model, rollout={"canary_tolerance": 0.5}).weight_check_tolerance == 0.5
 
 
 def test_reward_functions_of_the_caller_need_as_many_weights(model):

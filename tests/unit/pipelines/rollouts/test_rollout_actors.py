@@ -1,4 +1,4 @@
-"""The crew on a fake runtime: who is ended, told, started and refitted, and in which order."""
+"""The actors on a fake runtime: who is ended, told, started and refitted, and in which order."""
 
 import asyncio
 from dataclasses import dataclass, replace
@@ -14,10 +14,10 @@ from trl_ray.config.runs.grpo_config import GRPOConfig
 from trl_ray.config.sections import ModelConfig
 from trl_ray.config.teacher_options import TeacherConfig, TeacherKind, TeacherOptions, TeacherSource, TeacherWeights
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, RunError, WeightError
-from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments, Crew
+from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments, RolloutActors
 from trl_ray.pipelines.rollouts.teacher_actors import TeacherArguments
 from trl_ray.runtime.runtime import Role
-from trl_ray.types import ActorReport, Canary, EventKind, WeightVersion
+from trl_ray.types import ActorReport, EventKind, WeightCheck, WeightVersion
 
 
 def version(number):
@@ -45,10 +45,10 @@ class FakeRuntime:
             return {
                 "publish": lambda: version(self.published),
                 "identity": lambda: version(self.published),
-                "canary": lambda ids: Canary(token_ids=ids, logprobs=np.zeros(2), version=self.published),
+                "weight_check": lambda ids: WeightCheck(token_ids=ids, logprobs=np.zeros(2), version=self.published),
             }
         if role is Role.ROLLOUT:
-            return {"pull": lambda shared, canary: report(shared, canary)}
+            return {"pull": lambda shared, check: report(shared, check)}
         return Weighing(pid=len(self.handles) + 1).answers if role is Role.TEACHER else {}
 
     async def kill(self, handle):
@@ -75,7 +75,7 @@ class Weighing:
     def _health(self):
         return self.health
 
-    def _pull(self, shared, canary):
+    def _pull(self, shared, check):
         self.health = replace(self.health, version=shared.version)
         return report(shared, None)
 
@@ -103,13 +103,13 @@ class LoggedHandle(FakeHandle):
         return await FakeHandle.call(self, method, *args, deadline_s=deadline_s, **kwargs)
 
 
-def report(shared, canary):
-    agrees = {"canary_mean": 0.0, "canary_max": 0.0} if canary is not None else {}
+def report(shared, check):
+    agrees = {"weight_check_mean": 0.0, "weight_check_max": 0.0} if check is not None else {}
     return PullReport(version=shared.version, checksum=shared.checksum, seconds=0.1, **agrees)
 
 
 class Stage:
-    """A crew, its runtime and its events."""
+    """Rollout actors, their runtime and its events."""
 
     def __init__(self, *, workers=1, max_restarts=10, canary_every=1, models=(), teachers=(), checkpoint=None):
         self.runtime, self.events = FakeRuntime(), []
@@ -124,34 +124,34 @@ class Stage:
             reward_models=tuple(models),
             teachers=tuple(TeacherArguments(source=source, vocab_size=9) for source in teachers),
         )
-        self.crew = Crew(
+        self.actors = RolloutActors(
             runtime=self.runtime,
             config=config,
             arguments=arguments,
-            canary_ids=np.arange(3, dtype=np.int32),
+            weight_check_ids=np.arange(3, dtype=np.int32),
             emit=self.events.append,
         )
 
     async def start(self):
-        await self.crew.start()
+        await self.actors.start()
         self.runtime.log.clear()
         self.events.clear()
 
     async def lose(self, name, reason="it died"):
         """What the supervisor does when a probe fails."""
-        [watched] = [each for each in self.crew.supervisor.watched if each.handle.name == name]
-        await self.crew._on_lost(watched, reason)
+        [watched] = [each for each in self.actors.supervisor.watched if each.handle.name == name]
+        await self.actors._on_lost(watched, reason)
 
     def told(self, kind):
         return [(event.actor, dict(event.detail)) for event in self.events if event.kind is kind]
 
     def watched(self):
-        return sorted(each.handle.name for each in self.crew.supervisor.watched)
+        return sorted(each.handle.name for each in self.actors.supervisor.watched)
 
 
 def test_workers_begin_only_after_they_have_pulled_what_the_learner_published():
     stage = Stage(workers=2)
-    asyncio.run(stage.crew.start())
+    asyncio.run(stage.actors.start())
     assert stage.runtime.log == [
         *(f"spawn {name}" for name in ("queue", "learner", "reward-0", "rollout-0", "rollout-1")),
         "rollout-0 pull 0",
@@ -160,14 +160,14 @@ def test_workers_begin_only_after_they_have_pulled_what_the_learner_published():
         "rollout-1 start",
     ]
     assert stage.watched() == ["learner", "queue", "reward-0", "rollout-0", "rollout-1"]
-    assert [handle.name for handle in stage.crew.working] == ["rollout-0", "rollout-1"]
+    assert [handle.name for handle in stage.actors.working] == ["rollout-0", "rollout-1"]
 
 
 def test_a_lost_worker_is_ended_its_leases_are_returned_and_another_pulls_before_it_starts():
     async def run():
         await stage.start()
         stage.runtime.published = 4
-        await stage.crew.publish(step=4)
+        await stage.actors.publish(step=4)
         await stage.lose("rollout-0")
 
     stage = Stage()
@@ -181,7 +181,7 @@ def test_a_lost_worker_is_ended_its_leases_are_returned_and_another_pulls_before
     ]
     assert stage.told(EventKind.ACTOR_LOST)[0][1]["reason"] == "it died"
     assert stage.told(EventKind.ACTOR_RESTARTED)[0][1]["replaces"] == "rollout-0"
-    assert [handle.name for handle in stage.crew.working] == ["rollout-0+1"]
+    assert [handle.name for handle in stage.actors.working] == ["rollout-0+1"]
     assert stage.watched() == ["learner", "queue", "reward-0", "rollout-0+1"]
 
 
@@ -200,11 +200,11 @@ def test_weights_published_during_a_refit_are_pulled_before_the_start():
     async def run():
         await stage.start()
 
-        async def publishes_meanwhile(shared, canary):
+        async def publishes_meanwhile(shared, check):
             if shared.version == 0:
                 stage.runtime.published = 1
-                await stage.crew.publish(step=1)
-            return report(shared, canary)
+                await stage.actors.publish(step=1)
+            return report(shared, check)
 
         stage.runtime.script["rollout-0+1"] = {"pull": publishes_meanwhile}
         await stage.lose("rollout-0")
@@ -220,8 +220,8 @@ def test_weights_published_while_a_worker_is_being_started_reach_it_too():
 
         async def publishes_meanwhile():
             stage.runtime.published = 1
-            await stage.crew.publish(step=1)
-            await stage.crew.pull()
+            await stage.actors.publish(step=1)
+            await stage.actors.pull()
 
         stage.runtime.script["rollout-0+1"] = {"start": publishes_meanwhile}
         await stage.lose("rollout-0")
@@ -237,7 +237,7 @@ def test_a_worker_lost_while_it_is_refitted_is_tried_again_up_to_its_restarts(er
         await stage.start()
         stage.runtime.script = {f"rollout-0+{number}": {"pull": error} for number in (1, 2)}
         await stage.lose("rollout-0")
-        assert [handle.name for handle in stage.crew.working] == ["rollout-0+3"]
+        assert [handle.name for handle in stage.actors.working] == ["rollout-0+3"]
         with pytest.raises(RunError, match=r"3 times \(runtime.max_restarts\).*it died"):
             await stage.lose("rollout-0+3")
 
@@ -254,8 +254,8 @@ def test_a_worker_lost_while_it_is_refitted_is_tried_again_up_to_its_restarts(er
 def test_a_fresh_worker_that_disagrees_with_the_learner_ends_the_run():
     async def run():
         await stage.start()
-        stage.runtime.script = {"rollout-0+1": {"pull": WeightError("canary")}}
-        with pytest.raises(WeightError, match="canary"):
+        stage.runtime.script = {"rollout-0+1": {"pull": WeightError("weight check")}}
+        with pytest.raises(WeightError, match="weight check"):
             await stage.lose("rollout-0")
 
     stage = Stage()
@@ -273,27 +273,27 @@ def test_a_lost_learner_is_not_replaced_here():
     assert stage.runtime.log == []
 
 
-@pytest.mark.parametrize("method", ["publish", "identity", "canary"])
+@pytest.mark.parametrize("method", ["publish", "identity", "weight_check"])
 def test_a_learner_that_does_not_publish_is_lost(method):
     async def run():
         await stage.start()
         stage.runtime.handles["learner"].answers[method] = DeadlineError(f"learner.{method} must answer")
         with pytest.raises(LearnerLostError, match=method):
-            await stage.crew.publish(step=1)
+            await stage.actors.publish(step=1)
 
     stage = Stage()
     asyncio.run(run())
 
 
-def test_publishing_tells_version_and_checksum_and_takes_a_canary_when_one_is_due():
+def test_publishing_tells_version_and_checksum_and_takes_a_weight_check_when_one_is_due():
     async def run():
-        await stage.crew.start()
+        await stage.actors.start()
         learner = stage.runtime.handles["learner"]
         for step in range(1, 6):
             stage.runtime.published = step
-            assert await stage.crew.publish(step=step) == version(step)
-            await stage.crew.pull()
-        return len(learner.asked("canary"))
+            assert await stage.actors.publish(step=step) == version(step)
+            await stage.actors.pull()
+        return len(learner.asked("weight_check"))
 
     stage = Stage(canary_every=2)
     # At the first publication, and after steps 2 and 4.
@@ -301,7 +301,7 @@ def test_publishing_tells_version_and_checksum_and_takes_a_canary_when_one_is_du
     published = [(detail["version"], detail["checksum"]) for _, detail in stage.told(EventKind.WEIGHTS_PUBLISHED)]
     assert published == [(step, f"c{step}") for step in range(6)]
     assert [detail["version"] for _, detail in stage.told(EventKind.WEIGHTS_PULLED)] == list(range(6))
-    assert [detail["version"] for _, detail in stage.told(EventKind.CANARY)] == [0, 2, 4]
+    assert [detail["version"] for _, detail in stage.told(EventKind.WEIGHT_CHECK)] == [0, 2, 4]
 
 
 def test_a_worker_that_reports_other_weights_than_were_published_is_replaced():
@@ -310,13 +310,13 @@ def test_a_worker_that_reports_other_weights_than_were_published_is_replaced():
         wrong = PullReport(version=1, checksum="other", seconds=0.1)
         stage.runtime.handles["rollout-1"].answers["pull"] = wrong
         stage.runtime.published = 1
-        await stage.crew.publish(step=1)
-        await stage.crew.pull()
+        await stage.actors.publish(step=1)
+        await stage.actors.pull()
 
     stage = Stage(workers=2)
     asyncio.run(run())
-    assert {handle.name for handle in stage.crew.working} == {"rollout-0", "rollout-1+1"}
-    [(actor, detail)] = [told for told in stage.told(EventKind.CANARY) if not told[1]["agrees"]]
+    assert {handle.name for handle in stage.actors.working} == {"rollout-0", "rollout-1+1"}
+    [(actor, detail)] = [told for told in stage.told(EventKind.WEIGHT_CHECK) if not told[1]["agrees"]]
     assert (actor, "other" in detail["detail"]) == ("rollout-1", True)
 
 
@@ -343,7 +343,7 @@ COPIES = ["reward-model-judge-0", "reward-model-judge-1"]
 
 def test_reward_models_are_started_before_the_reward_workers_that_hold_their_handles():
     stage = Stage(models=[JUDGE])
-    asyncio.run(stage.crew.start())
+    asyncio.run(stage.actors.start())
     spawned = [line.removeprefix("spawn ") for line in stage.runtime.log if line.startswith("spawn ")]
     assert spawned == ["queue", "learner", *COPIES, "reward-0", "rollout-0"]
     assert stage.watched() == ["learner", "queue", "reward-0", *COPIES, "rollout-0"]
@@ -360,8 +360,8 @@ def test_a_reward_model_is_drained_and_dismissed_like_the_others():
     async def run():
         await stage.start()
         stage.runtime.handles[COPIES[1]].answers["drain"] = ActorReport(spans=["span"])
-        drained = await stage.crew.drain()
-        await stage.crew.dismiss()
+        drained = await stage.actors.drain()
+        await stage.actors.dismiss()
         return drained
 
     stage = Stage(models=[JUDGE])
@@ -387,10 +387,10 @@ def test_an_actor_that_asks_to_be_replaced_is_killed_and_waited_for_until_it_is_
 def test_an_actor_that_keeps_coming_back_by_itself_may_do_so_only_as_often_as_others():
     async def run():
         await stage.start()
-        [watched] = [each for each in stage.crew.supervisor.watched if each.handle.name == "reward-0"]
-        await stage.crew._on_reborn(watched, health(pid=98))
+        [watched] = [each for each in stage.actors.supervisor.watched if each.handle.name == "reward-0"]
+        await stage.actors._on_reborn(watched, health(pid=98))
         with pytest.raises(RunError, match="max_restarts"):
-            await stage.crew._on_reborn(watched, health(pid=99))
+            await stage.actors._on_reborn(watched, health(pid=99))
 
     stage = Stage(max_restarts=1)
     asyncio.run(run())
@@ -402,7 +402,7 @@ def test_what_a_lost_actor_had_gathered_is_missed_and_the_rest_is_drained():
         gathered = ActorReport(events=["event"], spans=["span"])
         stage.runtime.handles["queue"].answers["drain"] = ActorLostError("gone")
         stage.runtime.handles["rollout-0"].answers["drain"] = gathered
-        return await stage.crew.drain()
+        return await stage.actors.drain()
 
     stage = Stage()
     drained = asyncio.run(run())
@@ -414,7 +414,7 @@ def test_dismissing_ends_every_actor_replaced_ones_once():
         await stage.start()
         await stage.lose("rollout-0")
         stage.runtime.log.clear()
-        await stage.crew.dismiss()
+        await stage.actors.dismiss()
 
     stage = Stage()
     asyncio.run(run())
@@ -423,7 +423,7 @@ def test_dismissing_ends_every_actor_replaced_ones_once():
 
 
 def teacher(kind, *, copies=1):
-    """One teacher, as the crew is told of it."""
+    """One teacher, as those who start actors are told of it."""
     external = kind is TeacherKind.EXTERNAL
     options = TeacherOptions(model_name_or_path="models/far", num_workers=copies) if external else None
     return TeacherSource(
@@ -437,7 +437,7 @@ def teacher(kind, *, copies=1):
 
 def test_teachers_are_started_before_the_workers_that_hold_their_handles_and_fed_before_these_begin():
     stage = Stage(teachers=[teacher(TeacherKind.EMA, copies=2)])
-    asyncio.run(stage.crew.start())
+    asyncio.run(stage.actors.start())
     copies = ["teacher-ema-0", "teacher-ema-1"]
     assert stage.runtime.log == [
         *(f"spawn {name}" for name in ("queue", "learner", *copies, "rollout-0")),
@@ -457,11 +457,11 @@ def test_teachers_are_started_before_the_workers_that_hold_their_handles_and_fed
 )
 def test_only_averaged_and_live_teachers_pull_what_is_published(kind, follows):
     async def run():
-        await stage.crew.start()
+        await stage.actors.start()
         for step in (1, 2):
             stage.runtime.published = step
-            await stage.crew.publish(step=step)
-            await stage.crew.pull()
+            await stage.actors.publish(step=step)
+            await stage.actors.pull()
 
     stage = Stage(teachers=[teacher(kind, copies=2)])
     asyncio.run(run())
@@ -474,7 +474,7 @@ def test_a_run_that_goes_on_gives_averages_back_and_nothing_to_others():
     sources = [teacher(kind) for kind in (TeacherKind.EMA, TeacherKind.LIVE, TeacherKind.BASE)]
     stage = Stage(teachers=sources, checkpoint="run/step-4")
     stage.runtime.published = 4
-    asyncio.run(stage.crew.start())
+    asyncio.run(stage.actors.start())
     told = [line for line in stage.runtime.log if line.startswith("teacher")]
     assert sorted(told) == [
         "teacher-ema-0 pull 4",
@@ -488,7 +488,7 @@ def test_one_copy_saves_the_average_of_all():
     async def run(kind):
         stage = Stage(teachers=[teacher(kind, copies=2)])
         await stage.start()
-        saved = await stage.crew.teachers.save(Path("draft"))
+        saved = await stage.actors.teachers.save(Path("draft"))
         return saved, stage.runtime.log
 
     assert asyncio.run(run(TeacherKind.EMA)) == (True, ["teacher-ema-0 save draft"])
@@ -502,30 +502,30 @@ def test_weights_published_while_a_teacher_is_fed_are_pulled_before_it_follows()
         fed = stage.runtime.handles["teacher-live-0"]
         plain = fed.answers["pull"]
 
-        async def publishes_meanwhile(shared, canary):
+        async def publishes_meanwhile(shared, check):
             if shared.version == 0:
                 stage.runtime.published = 1
-                await stage.crew.publish(step=1)
-                await stage.crew.pull()
-            return plain(shared, canary)
+                await stage.actors.publish(step=1)
+                await stage.actors.pull()
+            return plain(shared, check)
 
         fed.answers["pull"] = publishes_meanwhile
         await stage.lose("teacher-live-0")
 
     stage = Stage(teachers=[teacher(TeacherKind.LIVE)])
     asyncio.run(run())
-    # The crew's own pull finds no teacher that follows; the one being fed pulls again by itself.
+    # The own pull of the actors finds no teacher that follows; the one being fed pulls again by itself.
     assert [line for line in stage.runtime.log if "teacher" in line] == [
         "teacher-live-0 pull 0",
         "teacher-live-0 pull 1",
     ]
-    assert [handle.name for handle in stage.crew.teachers.following] == ["teacher-live-0"]
+    assert [handle.name for handle in stage.actors.teachers.following] == ["teacher-live-0"]
 
 
 def test_a_teacher_that_was_born_again_is_fed_from_the_newest_checkpoint():
     async def run():
         await stage.start()
-        stage.crew.teachers.checkpoint = "run/step-4"
+        stage.actors.teachers.checkpoint = "run/step-4"
         lost = stage.runtime.handles["teacher-ema-0"]
         lost.answers |= Weighing(pid=99).answers
         await stage.lose("teacher-ema-0")
@@ -544,8 +544,8 @@ def test_a_teacher_that_came_back_between_two_probes_is_fed_again():
     async def run():
         await stage.start()
         stage.runtime.handles["teacher-live-0"].answers |= Weighing(pid=98).answers
-        [watched] = [each for each in stage.crew.supervisor.watched if each.handle.name == "teacher-live-0"]
-        await stage.crew._on_reborn(watched, health(pid=98))
+        [watched] = [each for each in stage.actors.supervisor.watched if each.handle.name == "teacher-live-0"]
+        await stage.actors._on_reborn(watched, health(pid=98))
 
     stage = Stage(teachers=[teacher(TeacherKind.LIVE)])
     asyncio.run(run())
@@ -560,19 +560,19 @@ def test_a_teacher_that_cannot_pull_is_replaced_and_the_others_go_on(error):
         plain = first.answers["pull"]
         calls = []
 
-        def fails_once(shared, canary):
+        def fails_once(shared, check):
             calls.append(shared.version)
-            return error if len(calls) == 1 else plain(shared, canary)
+            return error if len(calls) == 1 else plain(shared, check)
 
         first.answers["pull"] = fails_once
         stage.runtime.published = 1
-        await stage.crew.publish(step=1)
-        await stage.crew.pull()
+        await stage.actors.publish(step=1)
+        await stage.actors.pull()
 
     stage = Stage(teachers=[teacher(TeacherKind.LIVE, copies=2)])
     asyncio.run(run())
     assert [name for name, _ in stage.told(EventKind.ACTOR_LOST)] == ["teacher-live-0"]
-    assert [handle.name for handle in stage.crew.teachers.following] == ["teacher-live-0", "teacher-live-1"]
+    assert [handle.name for handle in stage.actors.teachers.following] == ["teacher-live-0", "teacher-live-1"]
     pulled = [call.args[0].version for call in stage.runtime.handles["teacher-live-1"].asked("pull")]
     assert pulled == [0, 1]
 
@@ -581,8 +581,8 @@ def test_a_teacher_is_drained_and_dismissed_like_the_others():
     async def run():
         await stage.start()
         stage.runtime.handles["teacher-base-0"].answers["drain"] = ActorReport(spans=["span"])
-        drained = await stage.crew.drain()
-        await stage.crew.dismiss()
+        drained = await stage.actors.drain()
+        await stage.actors.dismiss()
         return drained
 
     stage = Stage(teachers=[teacher(TeacherKind.BASE)])

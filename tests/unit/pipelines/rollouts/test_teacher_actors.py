@@ -15,7 +15,7 @@ from fakes import FakeHandle, health, until
 from trl_ray.config.sections import ModelConfig
 from trl_ray.config.teacher_options import TeacherConfig, TeacherKind, TeacherSource, TeacherWeights
 from trl_ray.errors import ActorLostError, DeadlineError
-from trl_ray.pipelines.rollouts.teacher_actors import TeacherArguments, TeacherCrew
+from trl_ray.pipelines.rollouts.teacher_actors import TeacherActors, TeacherArguments
 from trl_ray.runtime.runtime import Role
 from trl_ray.runtime.weights import WeightTransport
 from trl_ray.types import Event, PullReport, WeightVersion
@@ -35,7 +35,7 @@ class FakeTeacher:
     def _health(self) -> Any:
         return self.down or replace(health(), version=self.version)
 
-    def _pull(self, shared: WeightVersion, canary: object) -> Any:
+    def _pull(self, shared: WeightVersion, check: object) -> Any:
         self.log.append(f"pull {shared.version}")
         self.version = shared.version
         return self.down or PullReport(version=shared.version, checksum=shared.checksum, seconds=0.1)
@@ -63,11 +63,12 @@ class Stage:
 
     def __init__(self, *, kept: int = 4, checkpoint: str | None = "run/step-4", deadline_s: float = 60.0) -> None:
         self.teacher, self.events = FakeTeacher(kept=kept), list[Event]()
-        self.weights = WeightTransport(canary_ids=np.arange(2, dtype=np.int32), canary_every=0, deadline_s=60)
+        ids = np.arange(2, dtype=np.int32)
+        self.weights = WeightTransport(weight_check_ids=ids, weight_check_every=0, deadline_s=60)
         source = TeacherSource(
             name="ema", kind=TeacherKind.EMA, model=ModelConfig(), options=TeacherConfig(), weights=TeacherWeights()
         )
-        self.crew = TeacherCrew(
+        self.actors = TeacherActors(
             runtime=FakeRuntime(self.teacher.handle),  # type: ignore[arg-type]
             arguments=[TeacherArguments(source=source, vocab_size=9)],
             weights=self.weights,
@@ -82,7 +83,7 @@ class Stage:
         await self.weights.publish(learner, step=version)
 
     async def start(self) -> None:
-        await self.crew.spawn()
+        await self.actors.spawn()
         await self.publish(7)
 
     @property
@@ -101,9 +102,9 @@ def test_a_fresh_teacher_gets_its_average_then_the_newest_weights_and_tells_of_v
     async def scenario() -> None:
         stage = Stage(kept=kept)
         await stage.start()
-        await stage.crew.feed_all()
+        await stage.actors.feed_all()
         assert stage.teacher.log == [f"restore {Path('run/step-4/teacher')}", "pull 7"]
-        assert stage.crew.following == (stage.teacher.handle,)
+        assert stage.actors.following == (stage.teacher.handle,)
         says = [f"its average goes on from version {kept}; version 7 stands in for those between"]
         assert stage.warnings == (says if missed else [])
 
@@ -115,7 +116,7 @@ def test_a_teacher_that_was_only_slow_keeps_its_average() -> None:
         stage = Stage()
         await stage.start()
         stage.teacher.version = 6
-        await stage.crew.feed(stage.teacher.handle)
+        await stage.actors.feed(stage.teacher.handle)
         assert stage.teacher.log == ["pull 7"]
 
     run(scenario())
@@ -125,15 +126,15 @@ def test_a_teacher_that_came_back_unnoticed_begins_no_average_of_its_own() -> No
     async def scenario() -> None:
         stage = Stage()
         await stage.start()
-        await stage.crew.feed_all()
+        await stage.actors.feed_all()
         stage.teacher.version = None
         stage.teacher.log.clear()
         await stage.publish(8)
-        await stage.crew.follow(stage.teacher.handle)
+        await stage.actors.follow(stage.teacher.handle)
         assert stage.teacher.log == []
-        await stage.crew.feed(stage.teacher.handle)
+        await stage.actors.feed(stage.teacher.handle)
         await stage.publish(9)
-        await stage.crew.follow(stage.teacher.handle)
+        await stage.actors.follow(stage.teacher.handle)
         assert stage.teacher.log == [f"restore {Path('run/step-4/teacher')}", "pull 8", "pull 9"]
 
     run(scenario())
@@ -143,9 +144,9 @@ def test_a_lost_teacher_follows_nothing_until_it_is_fed() -> None:
     async def scenario() -> None:
         stage = Stage()
         await stage.start()
-        await stage.crew.feed_all()
-        stage.crew.lose(stage.teacher.handle)
-        assert stage.crew.following == ()
+        await stage.actors.feed_all()
+        stage.actors.lose(stage.teacher.handle)
+        assert stage.actors.following == ()
 
     run(scenario())
 
@@ -157,19 +158,19 @@ def test_a_checkpoint_waits_for_a_teacher_that_is_being_replaced(monkeypatch: py
         stage = Stage()
         teacher = stage.teacher
         await stage.start()
-        await stage.crew.feed_all()
+        await stage.actors.feed_all()
         teacher.down = ActorLostError("it died")
-        saving = asyncio.create_task(stage.crew.save(Path("draft")))
+        saving = asyncio.create_task(stage.actors.save(Path("draft")))
         await until(lambda: len(teacher.handle.asked("health")) > 5)
         # It is there again, at first without any weights, then with those of the checkpoint before.
         teacher.down, teacher.version = None, None
         asked = len(teacher.handle.asked("health"))
         await until(lambda: len(teacher.handle.asked("health")) > asked + 2)
-        stage.crew.lose(teacher.handle)
+        stage.actors.lose(teacher.handle)
         teacher.version = 4
         await asyncio.sleep(0.01)
         assert not saving.done()
-        await stage.crew.feed(teacher.handle)
+        await stage.actors.feed(teacher.handle)
         assert await saving
         assert [entry for entry in teacher.log if entry.startswith("save")] == ["save 7"]
 
@@ -183,9 +184,9 @@ def test_a_checkpoint_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, do
     async def scenario() -> None:
         stage = Stage(deadline_s=0.05)
         await stage.start()
-        await stage.crew.feed_all()
+        await stage.actors.feed_all()
         stage.teacher.down, stage.teacher.version = down, None
         with pytest.raises((ActorLostError, DeadlineError), match=r"it died|must have its weights within 0\.05 s"):
-            await stage.crew.save(Path("draft"))
+            await stage.actors.save(Path("draft"))
 
     run(scenario())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from supervised_walks import Learner, Run, Watch
+from dataset_loops import Learner, Run, Watch
 from trl_ray.config.runs.dataset_config import KTOConfig, SFTConfig
 from trl_ray.errors import InterruptedRun, LearnerLostError
 from trl_ray.pipelines.supervised.dataset_recording import Accounts
@@ -87,16 +87,16 @@ def test_kto_gets_the_kl_of_the_weights_as_they_are_at_every_step_and_evaluation
 
 def test_the_next_examples_are_made_while_the_learner_trains(tmp_path: Path) -> None:
     run, second_made = Run(tmp_path, total=2), threading.Event()
-    walk = run.walk()
-    take = walk._feed.take
+    loop = run.loop()
+    take = loop._feed.take
 
     def note(step: int) -> Fed:
         if step == 2:
             second_made.set()
         return take(step)
 
-    setattr(walk._feed, "take", note)  # noqa: B010
+    setattr(loop._feed, "take", note)  # noqa: B010
     found: list[bool] = []
     run.learner.on_step = lambda step: found.append(second_made.wait(timeout=10.0))
-    asyncio.run(walk.run())
+    asyncio.run(loop.run())
     assert found == [True, True]

@@ -1,4 +1,4 @@
-"""A walk over a dataset whose learner is a fake: it counts updates, and answers what a test writes."""
+"""A loop over a dataset whose learner is a fake: it counts updates, and answers what a test writes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import EventsFile, MetricsFile, Observer
 from trl_ray.pipelines.callbacks.hooks import CallbackList
-from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, SupervisedWalk
-from trl_ray.pipelines.supervised.dataset_preparation import SupervisedInputs, SupervisedPlan
+from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
+from trl_ray.pipelines.supervised.dataset_preparation import DatasetInputs, SupervisedPlan
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder
 from trl_ray.pipelines.supervised.early_stopping import EarlyStopping
 from trl_ray.pipelines.supervised.example_feed import ShuffledFeed
@@ -120,7 +120,7 @@ def examples(count: int, *, mismatched: bool = False) -> list[Example]:
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One walk over five examples, two a step, and what it left behind."""
+    """One loop over five examples, two a step, and what it left behind."""
 
     path: Path
     learner: Learner = field(default_factory=Learner)
@@ -135,7 +135,7 @@ class Run:
     callbacks: list[Any] = field(default_factory=list)
     checkpoint: str | None = None
 
-    def walk(self) -> SupervisedWalk:
+    def loop(self) -> DatasetLoop:
         directory = RunDirectory.create(self.path / "run", overwrite=True)
         observer = Observer([MetricsFile(directory.metrics), EventsFile(directory.events)])
         kto = isinstance(self.config, KTOConfig)
@@ -143,7 +143,7 @@ class Run:
             config=self.config,
             task=ExampleTask.UNPAIRED_WITH_KL if kto else ExampleTask.SUPERVISED,
             loss=UnpairedLossConfig() if kto else SupervisedLossConfig(),
-            inputs=SupervisedInputs(),
+            inputs=DatasetInputs(),
             tokenizer=None,
             train=None,
             evaluation=None,
@@ -151,10 +151,10 @@ class Run:
             cut=CutRules(max_examples=2),
             eval_cut=CutRules(max_examples=2),
         )
-        crew: Any = self.learner
-        return SupervisedWalk(
+        actors: Any = self.learner
+        return DatasetLoop(
             plan=plan,
-            crew=crew,
+            actors=actors,
             recorder=SupervisedRecorder(directory=directory, observer=observer),
             feed=ShuffledFeed(examples(5, mismatched=self.mismatched), per_step=2, seed=1, shuffle=False),
             held_out=examples(self.held_out, mismatched=self.mismatched),
@@ -166,7 +166,7 @@ class Run:
         )
 
     def go(self) -> Run:
-        asyncio.run(self.walk().run())
+        asyncio.run(self.loop().run())
         return self
 
     def lines(self, name: str) -> list[dict[str, Any]]:
