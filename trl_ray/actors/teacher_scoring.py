@@ -123,7 +123,6 @@ class JoinedScoring:
 
     @property
     def problem(self) -> str | None:
-        """See `Scoring`."""
         return self._problem
 
     async def score(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherScores]:
@@ -166,12 +165,10 @@ class JoinedScoring:
         self._problem = self._problem or problem
 
     def spans(self) -> list[Span]:
-        """See `Scoring`."""
         spans, self._spans = self._spans, []
         return spans
 
     def close(self) -> None:
-        """See `Scoring`."""
         if self._work_task is not None:
             self._work_task.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -292,12 +289,10 @@ class AskedScoring:
 
     @property
     def busy_since(self) -> float | None:
-        """See `Scoring`."""
         return min(self._begun.values(), default=None)
 
     @property
     def problem(self) -> str | None:
-        """See `Scoring`."""
         return self._broken()
 
     async def score(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherScores]:
@@ -322,11 +317,9 @@ class AskedScoring:
         return scores
 
     def spans(self) -> list[Span]:
-        """See `Scoring`."""
         spans, self._spans = self._spans, []
         return spans
 
     def close(self) -> None:
-        """See `Scoring`."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._stop()

@@ -44,14 +44,12 @@ class SupervisedLoss(FixedLoss):
 
     @property
     def needs(self) -> LossNeeds:
-        """See `Loss`."""
         config = self.config
         return LossNeeds(
             top1=True, mean_logprobs=config.needs_mean_logprobs, embedding_noise=config.neftune_noise_alpha
         )
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """See `supervised_loss`."""
         scores = inputs.language
         given = SupervisedInputs(
             logprobs=scores.logprobs,

@@ -140,35 +140,30 @@ class DurableLedger:
     # ---- leases ------------------------------------------------------------------------------------------
 
     def lease(self, *, worker: str, count: int, now: float) -> list[LeaseKey]:
-        """See `Ledger.lease`; after a restore only the oldest B groups are leased (see `AdmissionSlots`)."""
+        """After a restore only the oldest B groups are leased (see `AdmissionSlots`)."""
         keys = self.ledger.lease(worker=worker, count=count, now=now, horizon=self.slots.horizon)
         return self._settle(keys, bool(keys), "lease", worker=worker, count=count, now=now)
 
     def renew(self, *, worker: str, keys: Iterable[Sequence[int]], now: float) -> int:
-        """See `Ledger.renew`."""
         pairs = [(int(group_id), int(attempt)) for group_id, attempt in keys]
         standing = self.ledger.renew(worker=worker, keys=pairs, now=now)
         return self._settle(standing, standing > 0, "renew", worker=worker, keys=pairs, now=now)
 
     def renew_all(self, *, now: float) -> None:
-        """See `Ledger.renew_all`."""
         self.ledger.renew_all(now=now)
         self._settle(None, True, "renew_all", now=now)
 
     def expire(self, *, now: float) -> list[int]:
-        """See `Ledger.expire`."""
         lost = self.ledger.expire(now=now)
         return self._settle(lost, bool(lost), "expire", now=now)
 
     def lose_worker(self, *, worker: str, now: float) -> list[int]:
-        """See `Ledger.lose_worker`."""
         lost = self.ledger.lose_worker(worker=worker, now=now)
         return self._settle(lost, bool(lost), "lose_worker", worker=worker, now=now)
 
     # ---- the way of one attempt --------------------------------------------------------------------------
 
     def generated(self, *, group_id: int, attempt: int, now: float) -> Outcome:
-        """See `Ledger.generated`."""
         outcome = self.ledger.generated(group_id=group_id, attempt=attempt, now=now)
         return self._answer(outcome, "generated", group_id=group_id, attempt=attempt, now=now)
 
@@ -197,13 +192,11 @@ class DurableLedger:
     def fail(
         self, *, group_id: int, attempt: int, because: str, now: float, exhausted: str = DropReason.RETRIES_EXHAUSTED
     ) -> Outcome:
-        """See `Ledger.fail`."""
         key: dict[str, Any] = {"group_id": group_id, "attempt": attempt, "because": because, "now": now}
         outcome = self.ledger.fail(**key, exhausted=DropReason(exhausted))
         return self._answer(outcome, "fail", **key, exhausted=exhausted)
 
     def drop(self, *, group_id: int, attempt: int, reason: str, because: str, now: float) -> Outcome:
-        """See `Ledger.drop`."""
         key: dict[str, Any] = {"group_id": group_id, "attempt": attempt, "because": because, "now": now}
         outcome = self.ledger.drop(**key, reason=DropReason(reason))
         return self._answer(outcome, "drop", **key, reason=reason)
@@ -211,22 +204,22 @@ class DurableLedger:
     # ---- steps -------------------------------------------------------------------------------------------
 
     def take(self, *, count: int, step: int, now: float) -> list[int]:
-        """See `Ledger.take`; the payloads are read with `payload`."""
+        """The payloads are read with `payload`."""
         again = bool(self.ledger.groups_of(step))
         taken = self.ledger.take(count=count, step=step, now=now)
         return self._settle(taken, bool(taken) and not again, "take", count=count, step=step, now=now)
 
     def trained(self, *, step: int, now: float) -> Outcome:
-        """See `Ledger.trained`; durable, so that a checkpoint never outlives its ledger in a power cut."""
+        """Durable, so that a checkpoint never outlives its ledger in a power cut."""
         outcome = self._answer(self.ledger.trained(step=step, now=now), "trained", step=step, now=now)
         return self._sync_after(outcome)
 
     def skip(self, *, step: int, now: float) -> Outcome:
-        """See `Ledger.skip`; durable like `trained`."""
+        """Durable like `trained`."""
         return self._sync_after(self._answer(self.ledger.skip(step=step, now=now), "skip", step=step, now=now))
 
     def release(self, *, step: int, wait_s: float, step_s: float) -> Outcome:
-        """See `Ledger.release`; then the controller learns how the step went."""
+        """Then the controller learns how the step went."""
         outcome = self.ledger.release(step=step)
         if outcome is Outcome.APPLIED and self.rules.adaptive_slots:
             ready = self.ledger.snapshot().live[State.READY]
@@ -234,12 +227,10 @@ class DurableLedger:
         return self._answer(outcome, "release", step=step, wait_s=wait_s, step_s=step_s)
 
     def drop_stale(self, *, now: float) -> list[int]:
-        """See `Ledger.drop_stale`."""
         stale = self.ledger.drop_stale(now=now)
         return self._settle(stale, bool(stale), "drop_stale", now=now)
 
     def finish(self, *, now: float) -> list[int]:
-        """See `Ledger.finish`."""
         left = self.ledger.finish(now=now)
         return self._settle(left, bool(left), "finish", now=now)
 
@@ -299,11 +290,9 @@ class DurableLedger:
         return self.journal.read(self._offsets[group_id]).payload
 
     def snapshot(self) -> LedgerSnapshot:
-        """See `Ledger.snapshot`."""
         return self.ledger.snapshot()
 
     def waiting_on(self, *, count: int) -> list[WaitingGroup]:
-        """See `Ledger.waiting_on`."""
         return self.ledger.waiting_on(count=count)
 
     def check(self) -> None:

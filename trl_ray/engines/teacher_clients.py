@@ -90,11 +90,9 @@ class HttpTeacher(ABC):
 
     @property
     def name(self) -> str:
-        """See `TeacherClient`."""
         return self._server.teacher
 
     def score(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherScores]:
-        """See `TeacherClient`."""
         assert all(len(each.prompt_ids) and len(each.completion_ids) for each in requests), "no request is empty"
         self.check(requests, question)
         chunks = list(cut(requests, self._chunking))
@@ -135,10 +133,9 @@ class FrameTeacher(HttpTeacher):
         self._dtype, self._ids = dtype, ids
 
     def check(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> None:
-        """See `HttpTeacher`: it answers all that can be asked."""
+        """It answers all that can be asked."""
 
     def ask(self, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherScores]:
-        """See `HttpTeacher`."""
         call = TeacherCall(requests=tuple(chunk), question=question, dtype=self._dtype, ids=self._ids)
         return self._server.post(
             SCORE_PATH,
@@ -161,11 +158,9 @@ class VllmTeacher(HttpTeacher):
         self._model = model
 
     def check(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> None:
-        """See `HttpTeacher`."""
         _check_plain(self.name, requests, question)
 
     def ask(self, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherScores]:
-        """See `HttpTeacher`."""
         body = {
             "model": self._model,
             "prompt": [_sequence(request) for request in chunk],
@@ -210,11 +205,9 @@ class TrlTeacher(HttpTeacher):
     """TRL v1.1's server."""
 
     def check(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> None:
-        """See `HttpTeacher`."""
         _check_plain(self.name, requests, question)
 
     def ask(self, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherScores]:
-        """See `HttpTeacher`."""
         body = {
             "sequences": [_sequence(request) for request in chunk],
             "prompt_lengths": [len(request.prompt_ids) for request in chunk],

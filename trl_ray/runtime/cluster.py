@@ -56,7 +56,6 @@ class RayHandle:
         return self._raw
 
     async def call(self, method: str, /, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
-        """See `trl_ray.types.Handle`."""
         ref = self._submit(method, args, kwargs)
         try:
             # asyncio.wait_for would swallow a cancellation that arrives together with the answer.
@@ -203,7 +202,6 @@ class RayRuntime:
     async def spawn(
         self, role: Role, name: str, cls: type, /, *, slot: int = 0, plan: str | None = None, **kwargs: Any
     ) -> ActorHandle:
-        """See `Runtime.spawn`."""
         chosen = self._plans[plan or role]
         options: dict[str, Any] = {"scheduling_strategy": self._placement(chosen, slot)}
         raw: RawHandle[Any] = remote_class(cls, chosen).options(**options).remote(**kwargs)  # type: ignore[assignment]
@@ -212,7 +210,6 @@ class RayRuntime:
         return handle
 
     async def kill(self, handle: ActorHandle) -> None:
-        """See `Runtime.kill`."""
         assert isinstance(handle, RayHandle)
         if self.survives(handle.role):
             ray.kill(handle.raw, no_restart=False)
@@ -220,7 +217,7 @@ class RayRuntime:
             await self.end(handle)
 
     async def end(self, handle: ActorHandle) -> None:
-        """See `Runtime.end`; returns when the process is gone, so that its files and CPUs are free again."""
+        """Returns when the process is gone, so that its files and CPUs are free again."""
         assert isinstance(handle, RayHandle)
         ray.kill(handle.raw, no_restart=True)
         if handle in self._handles:
@@ -231,11 +228,9 @@ class RayRuntime:
             return
 
     def survives(self, role: Role) -> bool:
-        """See `Runtime.survives`."""
         return all(plan.survives for plan in self._plans.values() if plan.role is role)
 
     async def close(self) -> None:
-        """See `Runtime.close`."""
         while self._handles:
             ray.kill(self._handles.pop().raw, no_restart=True)
         self._disconnect()

@@ -41,7 +41,7 @@ class LocalHandle:
         return self._instance
 
     async def call(self, method: str, /, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
-        """See `trl_ray.types.Handle`; a synchronous method cannot be cut short by its deadline."""
+        """A synchronous method cannot be cut short by its deadline."""
         answer = getattr(self.instance, method)(*args, **kwargs)
         if not inspect.isawaitable(answer):
             return answer
@@ -74,7 +74,7 @@ class LocalRuntime:
     async def spawn(
         self, role: Role, name: str, cls: type, /, *, slot: int = 0, plan: str | None = None, **kwargs: Any
     ) -> ActorHandle:
-        """See `Runtime.spawn`; the constructor runs here, so its errors arrive unchanged."""
+        """The constructor runs here, so its errors arrive unchanged."""
         del slot, plan
         handle = LocalHandle(name, role, cls(**kwargs))
         self._handles.append(handle)

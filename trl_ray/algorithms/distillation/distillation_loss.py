@@ -33,11 +33,10 @@ class DistillationLoss(FixedLoss):
 
     @property
     def needs(self) -> LossNeeds:
-        """See `Loss`."""
         return LossNeeds(teacher=_teacher_needs(self.config))
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """See `distillation_loss`; a teacher is asked about every sample that has a trained token."""
+        """A teacher is asked about every sample that has a trained token."""
         left_out = [each.group_id for each in inputs.samples if not each.is_distilled and each.loss_mask.any()]
         assert not left_out, f"only self-distillation leaves samples out, but those of groups {left_out} are"
         tokens, is_label = inputs.tokens, label_tokens(inputs.samples, inputs.tokens)

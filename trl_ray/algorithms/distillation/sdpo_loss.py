@@ -47,7 +47,6 @@ class SDPOLoss:
 
     @property
     def needs(self) -> LossNeeds:
-        """See `Loss`."""
         needs = self._policy.needs if self._has_policy else LossNeeds()
         return replace(needs, teacher=self._teacher_needs() if self._distils else None)
 
@@ -63,7 +62,7 @@ class SDPOLoss:
                 return TeacherNeeds(student_top_k=config.distillation_topk)
 
     def totals(self, samples: Sequence[TrainingSample]) -> Mapping[str, float]:
-        """See `Loss`; those that every batch has are enough."""
+        """Those that every batch has are enough."""
         return self._policy.totals(samples)
 
     def has_gradient(self, sample: TrainingSample) -> bool:
@@ -73,7 +72,6 @@ class SDPOLoss:
         return self._has_policy and self._policy.has_gradient(sample)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """See `sdpo_loss`."""
         policy = self._policy(inputs) if self._has_policy else None
         given = SDPOInputs(
             tokens=inputs.tokens,
@@ -97,11 +95,10 @@ class SDPOLoss:
         return inputs.tokens.old_logprobs
 
     def joined(self, metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
-        """See `Loss`; nothing."""
+        """Nothing."""
         return self._policy.joined(metrics)
 
     def after_update(self, metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
-        """See `PolicyLoss`."""
         return self._policy.after_update(metrics) if self._has_policy else {}
 
     def state_dict(self) -> dict[str, float]:

@@ -72,7 +72,7 @@ class PolicyLoss:
         return LossNeeds(reference=self.config.beta > 0)
 
     def totals(self, samples: Sequence[TrainingSample]) -> Mapping[str, float]:
-        """See `Loss`; those that every batch has are enough."""
+        """Those that every batch has are enough."""
         del samples
         return {}
 
@@ -162,7 +162,7 @@ class PolicyLoss:
         return kl_penalty(kl, ratio, self.config.kl_estimator) if self.config.use_bias_correction_kl else kl
 
     def joined(self, metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
-        """See `Loss`; nothing."""
+        """Nothing."""
         del metrics
         return {}
 

@@ -70,7 +70,7 @@ class PreferenceLoss(FixedLoss):
 
     @property
     def needs(self) -> LossNeeds:
-        """See `Loss`; precomputed references stand in the labels."""
+        """Precomputed references stand in the labels."""
         config = self.config
         return LossNeeds(
             reference=config.needs_reference and not config.precompute_ref_log_probs,
@@ -80,12 +80,10 @@ class PreferenceLoss(FixedLoss):
         )
 
     def totals(self, samples: Sequence[TrainingSample]) -> Mapping[str, float]:
-        """See `Loss`."""
         chosen = [pair[0] for pair in pairs_of(samples)]
         return {"pairs": len(chosen), "chosen_tokens": trained_tokens(chosen)}
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """See `preference_loss`."""
         config, scores, totals = self.config, inputs.language, inputs.totals
         pairs_of(inputs.samples)
         given = PairInputs(

@@ -68,16 +68,13 @@ class CPOLoss(FixedLoss):
 
     @property
     def needs(self) -> LossNeeds:
-        """See `Loss`."""
         return LossNeeds(whole_groups=True)
 
     def totals(self, samples: Sequence[TrainingSample]) -> Mapping[str, float]:
-        """See `Loss`."""
         chosen = [pair[0] for pair in pairs_of(samples)]
         return {"pairs": len(chosen), "likelihood_tokens": trained_tokens(chosen)}
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """See `cpo_loss`."""
         pairs_of(inputs.samples)
         given = ReferenceFreeInputs(tokens=inputs.tokens, logprobs=inputs.logprobs, totals=_totals(inputs))
         return cpo_loss(given, self.config)
@@ -95,18 +92,15 @@ class ORPOLoss(FixedLoss):
 
     @property
     def needs(self) -> LossNeeds:
-        """See `Loss`."""
         return LossNeeds(whole_groups=True)
 
     def totals(self, samples: Sequence[TrainingSample]) -> Mapping[str, float]:
-        """See `Loss`."""
         prompts = are_prompts(samples)
         chosen = [pair[0] for pair in pairs_of(_without(samples, prompts))]
         texts = [sample for sample, is_prompt in zip(samples, prompts, strict=True) if is_prompt]
         return {"pairs": len(chosen), "likelihood_tokens": trained_tokens([*chosen, *texts])}
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """See `orpo_loss`."""
         prompts = are_prompts(inputs.samples)
         completions = pairs_of(_without(inputs.samples, prompts))
         index = inputs.tokens.sample_index

@@ -64,15 +64,13 @@ class PairRewardLoss(FixedLoss):
 
     @property
     def needs(self) -> LossNeeds:
-        """See `Loss`."""
         return LossNeeds(head=HeadKind.SEQUENCE, whole_groups=True)
 
     def totals(self, samples: Sequence[TrainingSample]) -> Mapping[str, float]:
-        """See `Loss`."""
         return {"pairs": len(pairs_of(samples))}
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """See `bradley_terry_loss`; a pair without a margin has margin 0."""
+        """A pair without a margin has margin 0."""
         logits = _class_logits(inputs)
         pairs = pairs_of(inputs.samples)
         assert logits.shape == (2 * len(pairs), 1), f"each text has one reward, got logits {tuple(logits.shape)}"
@@ -92,11 +90,9 @@ class StepRewardLoss(FixedLoss):
 
     @property
     def needs(self) -> LossNeeds:
-        """See `Loss`."""
         return LossNeeds(head=HeadKind.STEPS)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """See `step_loss`."""
         logits = _class_logits(inputs)
         steps = []
         for sample in inputs.samples:

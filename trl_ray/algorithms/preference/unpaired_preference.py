@@ -66,11 +66,10 @@ class UnpairedLoss(FixedLoss):
 
     @property
     def needs(self) -> LossNeeds:
-        """See `Loss`; precomputed references stand in the labels."""
+        """Precomputed references stand in the labels."""
         return LossNeeds(reference=not self.config.precompute_ref_log_probs)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """See `unpaired_loss`."""
         scores, totals = inputs.language, inputs.totals
         desirable = [label_of(sample).desirable for sample in inputs.samples]
         assert None not in desirable, "every completion was found good or bad"

@@ -93,11 +93,9 @@ class DeepSpeedBackend:
 
     @property
     def learning_rate(self) -> float:
-        """See `Backend`."""
         return float(self._scheduler.get_last_lr()[0])
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """See `Backend`."""
         scaled = loss * self._ranks.size  # DeepSpeed takes the mean over ranks where the sum is wanted
         if self.in_step:
             self._engine.set_gradient_accumulation_boundary(is_last)
@@ -106,7 +104,7 @@ class DeepSpeedBackend:
             scaled.backward()  # type: ignore[no-untyped-call]
 
     def reduce(self) -> float:
-        """See `Backend`; shards are scaled down by DeepSpeed itself, in `update`."""
+        """Shards are scaled down by DeepSpeed itself, in `update`."""
         if not self.in_step:
             self._reduce_whole_gradients()
         if self._plan.stage == 0:
@@ -139,14 +137,12 @@ class DeepSpeedBackend:
         return list(getattr(optimizer, name))
 
     def update(self) -> None:
-        """See `Backend`."""
         stale = self._gradient_shards() if self._plan.stage == 3 else []
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
         self._finish(stale)
 
     def discard(self) -> None:
-        """See `Backend`."""
         stale = self._gradient_shards() if self._plan.stage == 3 else []
         if self._plan.stage:
             self._drop_shards()
@@ -178,18 +174,17 @@ class DeepSpeedBackend:
             self._scheduler.step()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Backend`."""
         for name, parameter in self._policy.named_parameters():
             with self.gather([parameter]):
                 yield name, parameter.data
 
     def gather(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-        """See `Backend`; does nothing where they are whole."""
+        """Does nothing where they are whole."""
         gathered: AbstractContextManager[Any] = self._deepspeed.zero.GatheredParameters(list(parameters))
         return gathered
 
     def save_state(self, directory: Path) -> dict[str, Any]:
-        """See `Backend`; from stage 1 on every rank writes a file of its shards, to a folder that all of them see."""
+        """From stage 1 on every rank writes a file of its shards, to a folder that all of them see."""
         state: dict[str, Any] = {"scheduler": self._scheduler.state_dict(), _STATE: self._layout()}
         if self._plan.stage == 0:
             return state | {"optimizer": self._optimizer.state_dict()}
@@ -211,7 +206,7 @@ class DeepSpeedBackend:
         torch.save({"sizes": sizes, "states": states, "weights": weights}, self._shard_file(directory))
 
     def load_state(self, directory: Path, state: dict[str, Any]) -> None:
-        """See `Backend`; shards fit the number of ranks and the stage that wrote them."""
+        """Shards fit the number of ranks and the stage that wrote them."""
         found, wanted = state.get(_STATE, {"zero_stage": 0}), self._layout()
         if found["zero_stage"] != self._plan.stage or (self._plan.stage and found != wanted):
             raise CheckpointError(

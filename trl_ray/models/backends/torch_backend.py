@@ -44,16 +44,14 @@ class TorchBackend:
 
     @property
     def learning_rate(self) -> float:
-        """See `Backend`."""
         return float(self._scheduler.get_last_lr()[0])
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """See `Backend`; nothing is exchanged here."""
+        """Nothing is exchanged here."""
         del is_last
         loss.backward()  # type: ignore[no-untyped-call]
 
     def reduce(self) -> float:
-        """See `Backend`."""
         if self._ranks.size > 1:
             self._sum_over_ranks()
         return float(torch.nn.utils.clip_grad_norm_(self._trained, self._max_norm))
@@ -71,12 +69,10 @@ class TorchBackend:
                 parameter.grad = piece.view_as(parameter)
 
     def update(self) -> None:
-        """See `Backend`."""
         self._optimizer.step()
         self.discard()
 
     def discard(self) -> None:
-        """See `Backend`."""
         self._optimizer.zero_grad(set_to_none=True)
         with warnings.catch_warnings():
             # torch warns when the very first step is one that is skipped.
@@ -84,21 +80,21 @@ class TorchBackend:
             self._scheduler.step()
 
     def gather(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        """See `Backend`; they are whole as they are."""
+        """They are whole as they are."""
         del parameters
         return nullcontext()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Backend`; every rank has all of them, so nothing is exchanged."""
+        """Every rank has all of them, so nothing is exchanged."""
         yield from self._policy.named_parameters()
 
     def save_state(self, directory: Path) -> dict[str, Any]:
-        """See `Backend`; all ranks hold the same, and no file is written."""
+        """All ranks hold the same, and no file is written."""
         del directory
         return {"optimizer": self._optimizer.state_dict(), "scheduler": self._scheduler.state_dict()}
 
     def load_state(self, directory: Path, state: dict[str, Any]) -> None:
-        """See `Backend`; the number of ranks may have changed."""
+        """The number of ranks may have changed."""
         try:
             self._optimizer.load_state_dict(state["optimizer"])
             self._scheduler.load_state_dict(state["scheduler"])

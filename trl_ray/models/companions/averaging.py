@@ -178,7 +178,7 @@ class WeightAverage(Average):
 
     @torch.no_grad()
     def restore(self, state: AverageState) -> None:
-        """See `Average`; also sets the teacher's own parameters."""
+        """Also sets the teacher's own parameters."""
         super().restore(state)
         for name, own in self._weights.items():
             if self._sums[name] is not own:

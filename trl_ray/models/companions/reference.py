@@ -143,7 +143,7 @@ class InitialReference(Reference):
         self._policy, self._scorer = policy, scorer
 
     def logprobs(self, samples: Sequence[TrainingSample]) -> Tensor | None:
-        """See `Reference`; only before the first update."""
+        """Only before the first update."""
         return _score(self._policy, self._scorer, samples)
 
 
@@ -166,7 +166,6 @@ class AdapterReference(Reference):
         self._policy, self._scorer = policy, scorer
 
     def logprobs(self, samples: Sequence[TrainingSample]) -> Tensor | None:
-        """See `Reference`."""
         with as_reference(self._policy):
             return _score(self._policy, self._scorer, samples)
 
@@ -185,7 +184,6 @@ class FrozenReference(Reference):
         self._policy, self._scorer = policy, scorer
 
     def logprobs(self, samples: Sequence[TrainingSample]) -> Tensor | None:
-        """See `Reference`."""
         return _score(self._policy, self._scorer, samples)
 
 
@@ -206,12 +204,10 @@ class SynchronisedReference(FrozenReference):
         self._alpha, self._every = alpha, every
 
     def is_due(self, step: int) -> bool:
-        """See `Reference`."""
         return step % self._every == 0
 
     @torch.no_grad()
     def after_step(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """See `Reference`."""
         assert self.is_due(step), f"the reference moves every {self._every} steps, but was asked to after step {step}"
         waiting = dict(self._policy.named_parameters())
         for name, weight in weights:
@@ -221,7 +217,6 @@ class SynchronisedReference(FrozenReference):
         assert not waiting, f"the policy must send all weights to its reference, but did not send {sorted(waiting)[:3]}"
 
     def save(self, directory: str | Path) -> None:
-        """See `Reference`."""
         folder = Path(directory) / _FOLDER
         weights = {name: own.detach().cpu().contiguous() for name, own in self._policy.named_parameters()}
         try:
@@ -235,7 +230,6 @@ class SynchronisedReference(FrozenReference):
 
     @torch.no_grad()
     def load(self, directory: str | Path) -> None:
-        """See `Reference`."""
         file = Path(directory) / _FOLDER / _WEIGHTS
         try:
             with safe_open(file, framework="pt") as kept:

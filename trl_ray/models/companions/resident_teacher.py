@@ -151,15 +151,12 @@ class _AveragedTeacher(ResidentTeacher):
     _average: Average
 
     def is_due(self, step: int) -> bool:
-        """See `ResidentTeacher`."""
         return self._average.is_due(step)
 
     def save(self, directory: str | Path) -> None:
-        """See `ResidentTeacher`."""
         write_average(self._average, Path(directory) / FOLDER)
 
     def load(self, directory: str | Path) -> None:
-        """See `ResidentTeacher`."""
         read_average(self._average, Path(directory) / FOLDER)
 
 
@@ -177,7 +174,6 @@ class AveragedTeacher(_AveragedTeacher):
         self._average: WeightAverage = WeightAverage(dict(policy.named_parameters()), pace)
 
     def after_step(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """See `ResidentTeacher`."""
         self._average.update(step, weights)
 
 
@@ -222,7 +218,6 @@ class AveragedAdapterTeacher(_AveragedTeacher):
         return {name: (delta.T if self._transposed[name] else delta,) for name, delta in deltas.items()}
 
     def after_step(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """See `ResidentTeacher`."""
         found = {name: weight.clone() for name, weight in weights if ".lora_A." in name or ".lora_B." in name}
         self._average.update(
             step,

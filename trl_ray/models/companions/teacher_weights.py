@@ -114,7 +114,7 @@ class AveragedWeights(CopiedWeights):
         return True
 
     def save(self, folder: str | Path) -> bool:
-        """See `CopiedWeights`; a reader sees the file before or the new one, never a part."""
+        """A reader sees the file before or the new one, never a part."""
         file = Path(folder) / AVERAGE_FILE
         if self._average is None or self._identity is None:
             raise CheckpointError(f"a teacher must have been given weights before {file} is written, but has none.")
@@ -138,7 +138,6 @@ class AveragedWeights(CopiedWeights):
         return True
 
     def restore(self, folder: str | Path) -> None:
-        """See `CopiedWeights`."""
         file = Path(folder) / AVERAGE_FILE
         try:
             with safe_open(file, framework="pt") as kept:

@@ -88,15 +88,12 @@ class PolicyObjective(Objective):
 
     @property
     def loss(self) -> LossOptions:
-        """See `Objective`."""
         return self._policy
 
     def build(self, groups: Sequence[RolloutGroup], *, scores: Sequence[SampleScores] | None = None) -> BuiltStep:
-        """See `Objective`."""
         return build_step(groups, config=self._advantages, rules=self._rules, scores=scores)
 
     def with_scores(self, samples: Sequence[TrainingSample], scores: Sequence[SampleScores]) -> list[TrainingSample]:
-        """See `Objective`."""
         return with_scores(samples, scores, loss=self._policy, updates_per_step=self._config.updates_per_step)
 
 
@@ -113,11 +110,9 @@ class SelfDistillation(PolicyObjective):
 
     @property
     def loss(self) -> LossOptions:
-        """See `Objective`."""
         return self._objective
 
     def observe(self, groups: Sequence[RolloutGroup]) -> Observed:
-        """See `Objective`."""
         facts = [self_distillation_group(group, threshold=self._threshold) for group in groups]
         metrics = self_distillation_metrics(facts, flat_tolerance=self._tolerance)
         warnings = self._diagnostics.observe(metrics)
@@ -126,11 +121,9 @@ class SelfDistillation(PolicyObjective):
         )
 
     def state_dict(self) -> dict[str, int]:
-        """See `Objective`."""
         return self._diagnostics.state()
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """See `Objective`."""
         self._diagnostics.restore(state)
 
 
@@ -142,11 +135,9 @@ class DistillationObjective(Objective):
 
     @property
     def loss(self) -> LossOptions:
-        """See `Objective`."""
         return self._loss
 
     def build(self, groups: Sequence[RolloutGroup], *, scores: Sequence[SampleScores] | None = None) -> BuiltStep:
-        """See `Objective`."""
         del scores
         return build_distillation_step(groups)
 

@@ -147,7 +147,6 @@ class Preparation:
         }
 
     def actors(self) -> dict[str, ActorPlan]:
-        """See `trl_ray.pipelines.run.pipeline.Plan`."""
         # Imported here so that runtime.kind=local starts without Ray's import.
         from trl_ray.runtime.remote import plan_actors
 

@@ -111,7 +111,7 @@ class RolloutLoop:
             await asyncio.gather(*tasks, *pulling, return_exceptions=True)
 
     async def _admit(self) -> None:
-        """See the module: keeps the slots charged, and issues no more groups than the remaining steps need."""
+        """Keeps the slots charged, and issues no more groups than the remaining steps need."""
         prompts, config = self._preparation.prompts, self._config
         while True:
             free: int = await self._actors.ask_queue("wait_for_slots", wait_s=_POLL_S)
@@ -126,7 +126,6 @@ class RolloutLoop:
             await self._actors.ask_queue("admit", prompts=chosen, version=self._recorder.pulled_version)
 
     async def _train(self) -> None:
-        """See the module."""
         if self._config.eval_steps and self.progress.step == 0:
             await self._evaluate()
         while not self._is_over:

@@ -37,7 +37,6 @@ class PolicySession(Session):
         self._preparation, self._actors, self.recorder, self._opening = preparation, actors, recorder, opening
 
     async def run(self, stop: asyncio.Event) -> TrainOutput:
-        """See `Session.run`."""
         actors, recorder, begin = self._actors, self.recorder, time.time()
         await actors.start()
         recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
@@ -78,7 +77,6 @@ class PolicySession(Session):
         await opening.callbacks.begin(span, checkpoint=opening.checkpoint, say=self.recorder.say)
 
     async def dismiss(self) -> None:
-        """See `Session.dismiss`."""
         await self._actors.dismiss()
 
 

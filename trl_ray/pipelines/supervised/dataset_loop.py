@@ -134,7 +134,6 @@ class DatasetLoop:
             self._thread.shutdown(cancel_futures=True)
 
     async def _train(self) -> None:
-        """See the module."""
         await self._begin()
         if self.accounts.step == 0:
             await self._evaluate()

@@ -47,7 +47,6 @@ class SupervisedSession(Session):
         )
 
     async def run(self, stop: asyncio.Event) -> TrainOutput:
-        """See `Session.run`."""
         plan, recorder, begin = self._plan, self.recorder, time.time()
         accounts, stopping = self._progress()
         self._say_rows()
@@ -121,7 +120,6 @@ class SupervisedSession(Session):
             )
 
     async def dismiss(self) -> None:
-        """See `Session.dismiss`."""
         await self._actors.dismiss()
 
 

@@ -103,7 +103,6 @@ class SupervisedPlan:
         }
 
     def actors(self) -> dict[str, ActorPlan]:
-        """See `trl_ray.pipelines.run.pipeline.Plan`."""
         # Imported here so that runtime.kind=local starts without Ray's import.
         from trl_ray.runtime.remote import plan_learner
 
@@ -126,7 +125,6 @@ class SupervisedPlan:
         return numbers
 
     def expected_memory(self) -> Mapping[str, float]:
-        """See `trl_ray.pipelines.run.pipeline.Plan`."""
         has_reference = build_loss(self.loss).needs.reference
         return {Role.LEARNER: learner_memory(self.config.part(ModelConfig), has_reference=has_reference)}
 

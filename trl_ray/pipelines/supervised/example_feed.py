@@ -78,7 +78,6 @@ class ShuffledFeed:
         return math.ceil(len(self._examples) / self._per_step)
 
     def take(self, step: int) -> Fed:
-        """See `Feed`."""
         epoch, number = divmod(step - 1, self.steps_per_epoch)
         places = self._epoch(epoch)[number * self._per_step : (number + 1) * self._per_step]
         return Fed(examples=tuple(self._examples[place] for place in places), epoch=step / self.steps_per_epoch)
