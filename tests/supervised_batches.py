@@ -9,7 +9,8 @@ import numpy as np
 
 from trl_ray.algorithms.batches.example_batches import example_batch
 from trl_ray.algorithms.batches.work_sharing import CutRules
-from trl_ray.algorithms.loss_registry import LossOptions, update_totals
+from trl_ray.algorithms.loss_registry import update_totals
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.types import Example, IntArray, SampleLabel, TrainBatch, TrainingSample
 
 END = 258
@@ -101,7 +102,7 @@ def packed(seed: int) -> Example:
 
 
 def batch_of(
-    options: LossOptions,
+    options: LossSection,
     examples: Sequence[Example],
     *,
     step: int = 1,

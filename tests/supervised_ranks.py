@@ -17,7 +17,7 @@ from supervised_batches import batch_of, pairs, rated, reward_pairs, solutions, 
 from trl_ray.actors.policy_learner import PolicyLearner
 from trl_ray.algorithms.batches.example_batches import with_references
 from trl_ray.algorithms.batches.micro_batches import shard
-from trl_ray.algorithms.loss_registry import LossOptions
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.preference_options import PreferenceLossConfig, UnpairedLossConfig
 from trl_ray.config.losses.reward_modelling_options import RewardLossConfig, StepLossConfig
 from trl_ray.config.losses.supervised_options import SupervisedLossConfig
@@ -25,7 +25,7 @@ from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.types import Evaluation, Example, StepResult, TrainBatch
 
 STEPS = (1, 2, 3)
-OBJECTIVES: dict[str, tuple[LossOptions, Any, dict[str, float]]] = {
+OBJECTIVES: dict[str, tuple[LossSection, Any, dict[str, float]]] = {
     "sft": (SupervisedLossConfig(), texts, {}),
     "dpo": (PreferenceLossConfig(beta=0.5), pairs, {}),
     "dpo-precomputed": (

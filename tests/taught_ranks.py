@@ -18,15 +18,15 @@ from torch import Tensor
 from taught_batches import TEMPERATURE, batch_of, said, taught_samples
 from trl_ray.actors.policy_learner import PolicyLearner
 from trl_ray.algorithms.batches.micro_batches import shard
-from trl_ray.algorithms.loss_registry import LossOptions
 from trl_ray.config.losses.distillation_options import DistillationLossConfig, DistillationMode, SDPOObjective, Support
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.config.teacher_options import AdapterAverage, TeacherConfig, TeacherKind, TeacherSource, TeacherWeights
 from trl_ray.models.policy_loading import load_policy
 from trl_ray.types import Evaluation, StepResult, TrainBatch, TrainingSample
 
 STEPS = (1, 2, 3)
-OBJECTIVES: dict[str, LossOptions] = {
+OBJECTIVES: dict[str, LossSection] = {
     "sampled": SDPOObjective(),
     "full": SDPOObjective(distillation_mode=DistillationMode.FULL_LOGITS, distillation_alpha=0.5),
     "topk": SDPOObjective(

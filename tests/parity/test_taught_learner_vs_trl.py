@@ -21,7 +21,6 @@ from torch import Tensor
 from taught_batches import TEMPERATURE, batch_of, row_logits, said, taught_samples
 from tiny_models import build_tiny_model
 from trl_ray.actors.policy_learner import PolicyLearner
-from trl_ray.algorithms.loss_registry import LossOptions
 from trl_ray.config.losses.distillation_options import (
     DistillationLossConfig,
     DistillationMode,
@@ -29,6 +28,7 @@ from trl_ray.config.losses.distillation_options import (
     SDPOObjective,
     Support,
 )
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.policy_options import LossType
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.config.teacher_options import TeacherConfig, TeacherKind, TeacherSource, TeacherWeights
@@ -53,7 +53,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build_tiny_model(tmp_path_factory.mktemp("other"), family="llama", seed=3)
 
 
-def learner_of(path: str, loss: LossOptions, kind: TeacherKind | None, teacher: str, **weights: Any) -> PolicyLearner:
+def learner_of(path: str, loss: LossSection, kind: TeacherKind | None, teacher: str, **weights: Any) -> PolicyLearner:
     return PolicyLearner(
         model=ModelConfig(model_name_or_path=path, gradient_checkpointing=False),
         training=TrainingConfig(learning_rate=1e-2, lr_scheduler_type="constant", max_grad_norm=0.0),

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "trl_ray"
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 100
+MAX_FILES_AT_A_WINGS_ROOT = 15
 
 # Which parts of the package each part may import, besides itself.
 BASE = {"types", "errors"}
@@ -193,6 +194,44 @@ def undeclared_breaches(subject: Module, declared: set[str]) -> list[str]:
     return [f"{subject.name}:{line} imports {name}; pyproject.toml does not ask for it" for name, line in unknown]
 
 
+def classes_of(subject: Module) -> list[ast.ClassDef]:
+    return [node for node in subject.tree.body if isinstance(node, ast.ClassDef)]
+
+
+def section_names(modules: list[Module]) -> set[str]:
+    """Names of configuration classes: `Section` and all that derive from it, by name."""
+    bases = {
+        found.name: {base.id for base in found.bases if isinstance(base, ast.Name)}
+        for subject in modules
+        if subject.part == "config"
+        for found in classes_of(subject)
+    }
+    known = {"Section"}
+    while grown := {name for name, parents in bases.items() if parents & known} - known:
+        known |= grown
+    return known
+
+
+def ladder_breaches(subject: Module, sections: set[str]) -> list[str]:
+    """Code outside config/ that asks which configuration it has, instead of asking the configuration."""
+    if subject.part == "config":
+        return []
+    breaches = []
+    for node in ast.walk(subject.tree):
+        asked: list[ast.expr] = []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            asked = node.args[1:] if node.func.id in {"isinstance", "issubclass"} else []
+        elif isinstance(node, ast.MatchClass):
+            asked = [node.cls]
+        names = {name.id for each in asked for name in ast.walk(each) if isinstance(name, ast.Name)}
+        breaches += [f"{subject.name}:{node.lineno} asks whether it has a {name}" for name in sorted(names & sections)]
+    return breaches
+
+
+def repeated(names: list[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
+
+
 def test_every_part_of_the_package_has_a_place_in_the_import_order() -> None:
     parts = {subject.part for subject in all_modules()} - {""}
     assert parts <= ARROWS.keys()
@@ -222,6 +261,38 @@ def test_modules_open_with_a_docstring_packages_hold_nothing_else_and_nothing_is
         for breach in form_breaches(subject, is_package=path.name == "__init__.py")
     ]
     assert breaches == []
+
+
+def test_nobody_outside_config_asks_which_configuration_it_has() -> None:
+    modules = all_modules()
+    sections = section_names(modules)
+    assert {"LossSection", "GRPOConfig", "SDPOObjective", "TeacherOptions"} <= sections
+    assert [breach for subject in modules for breach in ladder_breaches(subject, sections)] == []
+
+
+def test_modules_and_public_classes_have_names_of_their_own() -> None:
+    assert repeated([path.stem for path in package_files() if path.name != "__init__.py"]) == []
+    classes = [found.name for subject in all_modules() for found in classes_of(subject)]
+    assert repeated([name for name in classes if not name.startswith("_")]) == []
+
+
+def test_no_wing_has_more_files_at_its_root_than_one_can_look_over() -> None:
+    wings = [path for path in (ROOT / PACKAGE).iterdir() if path.is_dir() and path.name != "__pycache__"]
+    counts = {wing.name: len([file for file in wing.glob("*.py") if file.name != "__init__.py"]) for wing in wings}
+    assert {name: count for name, count in counts.items() if count > MAX_FILES_AT_A_WINGS_ROOT} == {}
+
+
+def test_recipes_are_built_on_what_they_share_and_not_the_other_way_round() -> None:
+    recipes = {f"{PACKAGE}.pipelines.{path.stem}" for path in (ROOT / PACKAGE / "pipelines").glob("*.py")}
+    recipes.discard(f"{PACKAGE}.pipelines.__init__")
+    shared = [subject for subject in all_modules() if subject.part == "pipelines" and subject.name.count(".") > 2]
+    breaches = [
+        f"{subject.name}:{found.line} imports {found.target}"
+        for subject in shared
+        for found in imports_of(subject.tree)
+        if any(within(found.target, recipe) for recipe in recipes)
+    ]
+    assert shared and breaches == []
 
 
 def test_the_top_level_links_point_into_the_package_and_are_not_sent_with_jobs() -> None:
@@ -357,3 +428,24 @@ def test_a_planted_undeclared_library_is_caught() -> None:
 
 def test_a_planted_import_of_an_absent_library_fails_in_the_fresh_interpreter(tmp_path: Path) -> None:
     assert import_without({"yaml"}, ["trl_ray.config"]).returncode != 0
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x = isinstance(config, GRPOConfig)",
+        "x = isinstance(config, (int, SDPOConfig))",
+        "x = isinstance(config, GRPOConfig | DistillConfig)",
+        "def f(config):\n    match config:\n        case SDPOConfig():\n            return 1",
+    ],
+)
+def test_a_planted_ladder_over_configurations_is_caught(source: str) -> None:
+    sections = section_names(all_modules())
+    assert ladder_breaches(module("trl_ray.pipelines.a", source), sections) != []
+    assert ladder_breaches(module("trl_ray.config.a", source), sections) == []
+
+
+def test_what_only_looks_like_a_ladder_passes() -> None:
+    sections = section_names(all_modules())
+    source = "a = isinstance(x, peft.LoraConfig)\nmatch kind:\n    case TeacherKind.EMA:\n        b = GRPOConfig()"
+    assert ladder_breaches(module("trl_ray.pipelines.a", source), sections) == []

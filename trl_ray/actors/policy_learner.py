@@ -31,8 +31,9 @@ import torch
 from trl_ray.actors.learner_passes import OF_TEACHER, NonFinitePlace, Passed, Passes
 from trl_ray.actors.random_state import keep_random_state, random_state, set_random_state
 from trl_ray.algorithms.loss import HeadKind, Loss
-from trl_ray.algorithms.loss_registry import LossOptions, build_loss
+from trl_ray.algorithms.loss_registry import build_loss, resolve_options
 from trl_ray.algorithms.metric_merging import merge_metrics
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.sections import ModelConfig, NonFinite, TrainingConfig
 from trl_ray.config.teacher_options import TeacherKind, TeacherSource
 from trl_ray.errors import CheckpointError, NumericsError
@@ -108,7 +109,7 @@ class PolicyLearner:
         *,
         model: ModelConfig,
         training: TrainingConfig,
-        loss: LossOptions,
+        loss: LossSection,
         temperature: float = 1.0,
         total_updates: int,
         max_completion_length: int | None = None,
@@ -125,7 +126,7 @@ class PolicyLearner:
             verify_checkpoint(checkpoint)
         self.name = "learner" if num_ranks == 1 else f"learner-{rank}"
         self._model_config, self._training, self._temperature = model, training, temperature
-        self._loss_options = loss
+        self._loss_options = resolve_options(loss)
         self._loss: Loss = build_loss(loss, max_completion_length=max_completion_length)
         # A teacher that weighs nothing is not held.
         self._teacher_source = teacher if self._loss.needs.teacher is not None else None

@@ -205,12 +205,12 @@ class Teacher:
         self._scoring.close()
 
     def _open(self, vocab_size: int) -> Scoring:
-        options = self._options
-        if isinstance(options, TeacherOptions):
-            if options.server is not None:
-                return self._ask_server(options.server)
-            if options.engine is TeacherEngine.VLLM:
-                return self._ask_engine(options)
+        options, external = self._options, self._source.external
+        if external is not None:
+            if external.server is not None:
+                return self._ask_server(external.server)
+            if external.engine is TeacherEngine.VLLM:
+                return self._ask_engine(external)
         on_gpu = options.num_gpus > 0
         if on_gpu and not torch.cuda.is_available():
             raise ModelError(

@@ -1,81 +1,80 @@
 """From the options of any objective to the `Loss` that a learner runs, and to the totals of an update.
 
-options --build_loss--> Loss (on the learner)
+options --loss_class: the one they name, or the section's own--> class --its own options--> Loss (on the learner)
 options, samples of an update --update_totals--> TrainBatch.totals (on the driver)
+
+A loss is found by its section (`LossSection.built_in`): nothing here knows which losses there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from importlib.metadata import entry_points
+from typing import Any
 
-from trl_ray.algorithms.distillation.distillation_loss import DistillationLoss
-from trl_ray.algorithms.distillation.sdpo_loss import SDPOLoss
 from trl_ray.algorithms.loss import Loss
-from trl_ray.algorithms.policy.policy_loss import PolicyLoss
-from trl_ray.algorithms.preference.paired_preference import PreferenceLoss
-from trl_ray.algorithms.preference.reference_free import CPOLoss, ORPOLoss
-from trl_ray.algorithms.preference.reward_losses import PairRewardLoss, StepRewardLoss
-from trl_ray.algorithms.preference.unpaired_preference import UnpairedLoss
-from trl_ray.algorithms.supervised_loss import SupervisedLoss
-from trl_ray.config.losses.distillation_options import DistillationLossConfig, SDPOObjective
-from trl_ray.config.losses.policy_options import LossConfig
-from trl_ray.config.losses.preference_options import (
-    CPOLossConfig,
-    ORPOLossConfig,
-    PreferenceLossConfig,
-    UnpairedLossConfig,
-)
-from trl_ray.config.losses.reward_modelling_options import RewardLossConfig, StepLossConfig
-from trl_ray.config.losses.supervised_options import SupervisedLossConfig
+from trl_ray.config.losses.loss_section import LossSection
+from trl_ray.config.object_paths import find_object
+from trl_ray.errors import ConfigError
 from trl_ray.types import TrainingSample
 
-LossOptions: TypeAlias = (
-    SDPOObjective
-    | LossConfig
-    | DistillationLossConfig
-    | SupervisedLossConfig
-    | PreferenceLossConfig
-    | UnpairedLossConfig
-    | CPOLossConfig
-    | ORPOLossConfig
-    | RewardLossConfig
-    | StepLossConfig
-)
-"""The options of one objective; their type says which it is."""
+ENTRY_POINTS = "trl_ray.losses"
+"""Group of installed packages' entry points: ``name = package.module:Class``."""
+_PROTOCOL = ("__call__", "needs", "totals", "has_gradient", "joined", "after_update", "state_dict", "load_state_dict")
 
 
-def build_loss(options: LossOptions, *, max_completion_length: int | None = None) -> Loss:
+def loss_class(options: LossSection) -> type[Loss]:
+    """The class of the loss that the options ask for.
+
+    Raises:
+        ConfigError: there is none of that name, or what is there is no loss.
+    """
+    path = options.loss or options.built_in
+    found = find_object(path, what="loss") if ":" in path else _entry_point(path)
+    missing = [name for name in _PROTOCOL if not hasattr(found, name)]
+    if not isinstance(found, type) or missing:
+        lacks = f" without {', '.join(missing)}" if missing else ""
+        raise ConfigError(
+            f"loss must name a class with everything that trl_ray.algorithms.loss.Loss asks for, got {path!r}, "
+            f"{found!r}{lacks}. Derive it from trl_ray.algorithms.loss.FixedLoss, or from the loss that it changes."
+        )
+    return found
+
+
+def resolve_options(options: LossSection) -> LossSection:
+    """The options as the loss itself takes them: those of a loss from outside may be of a class of its own.
+
+    Raises:
+        ConfigError: there is no such loss, or it has no such options.
+    """
+    own: type[LossSection] | None = getattr(loss_class(options), "options_class", None)
+    if own is None:
+        if options.loss_kwargs:
+            raise ConfigError(
+                f"loss_kwargs must be left out where the loss has no options_class, got {sorted(options.loss_kwargs)} "
+                f"with loss={options.loss}. Give it one, a LossSection with these fields, or remove loss_kwargs."
+            )
+        return options
+    shared = {name: getattr(options, name) for name in type(options).model_fields if name in own.model_fields}
+    return own(**{**shared, **options.loss_kwargs})
+
+
+def build_loss(options: LossSection, *, max_completion_length: int | None = None) -> Loss:
     """The objective that the options describe.
 
     Args:
-        options: its options.
+        options: of the run; those of a loss from outside are resolved.
         max_completion_length: the fixed length of dr_grpo, in tokens; only the policy loss reads it.
+
+    Raises:
+        ConfigError: there is no such loss, or it has no such options.
     """
-    match options:
-        case SDPOObjective():  # before what it extends
-            return SDPOLoss(options, max_completion_length=max_completion_length)
-        case DistillationLossConfig():
-            return DistillationLoss(options)
-        case LossConfig():
-            return PolicyLoss(config=options, max_completion_length=max_completion_length)
-        case SupervisedLossConfig():
-            return SupervisedLoss(options)
-        case PreferenceLossConfig():
-            return PreferenceLoss(options)
-        case UnpairedLossConfig():
-            return UnpairedLoss(options)
-        case CPOLossConfig():
-            return CPOLoss(options)
-        case ORPOLossConfig():
-            return ORPOLoss(options)
-        case RewardLossConfig():
-            return PairRewardLoss(options)
-        case StepLossConfig():
-            return StepRewardLoss()
+    made: Any = loss_class(options)
+    built: Loss = made(resolve_options(options), max_completion_length=max_completion_length)
+    return built
 
 
-def update_totals(options: LossOptions, samples: Sequence[TrainingSample]) -> Mapping[str, float]:
+def update_totals(options: LossSection, samples: Sequence[TrainingSample]) -> Mapping[str, float]:
     """`TrainBatch.totals` of an update, by the names that its loss documents.
 
     Args:
@@ -83,3 +82,14 @@ def update_totals(options: LossOptions, samples: Sequence[TrainingSample]) -> Ma
         samples: of the whole update, all ranks; those of an example stand together, in order.
     """
     return build_loss(options).totals(samples)
+
+
+def _entry_point(name: str) -> Any:
+    found = {each.name: each for each in entry_points(group=ENTRY_POINTS)}
+    if name not in found:
+        known = f" ({', '.join(sorted(found))})" if found else ""
+        raise ConfigError(
+            f"loss must be package.module:Class, file.py:Class, or a name that an installed package gives in the "
+            f"entry-point group {ENTRY_POINTS}{known}, got {name!r}. Add the colon, or install the package."
+        )
+    return found[name].load()

@@ -39,7 +39,8 @@ class SupervisedInputs:
 class SupervisedLoss(FixedLoss):
     """`supervised_loss` as the learner calls it; implements the `Loss` protocol."""
 
-    def __init__(self, config: SupervisedLossConfig) -> None:
+    def __init__(self, config: SupervisedLossConfig, *, max_completion_length: int | None = None) -> None:
+        del max_completion_length
         self.config = config
 
     @property

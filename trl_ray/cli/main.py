@@ -4,7 +4,8 @@
     trl-ray teacher-serve [--config FILE] [a.b=c ...] [--dry-run]
                                                                 trl-ray report RUN_DIR
     PIPELINE: sft dpo kto cpo orpo reward prm                   trl-ray env
-              grpo async-grpo rloo
+              grpo async-grpo rloo sdpo distill
+              package.module:Class, file.py:Class
 
 Exit codes: 0 done and the ledger balances; 2 the input was wrong; 3 the run failed; 130 interrupted.
 """
@@ -17,6 +18,7 @@ import enum
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +26,7 @@ from trl_ray.config.load import load_config, read_yaml
 from trl_ray.config.messages import nearest
 from trl_ray.errors import ConfigError, InputError, InterruptedRun, RunError, TrlRayError
 from trl_ray.observe.run_directory import RunDirectory
-from trl_ray.pipelines.pipeline_registry import PIPELINES
+from trl_ray.pipelines.pipeline_registry import ENTRY_POINTS, PIPELINES, find_pipeline
 from trl_ray.pipelines.run.pipeline import Pipeline, TrainOutput
 
 
@@ -38,6 +40,7 @@ class ExitCode(enum.IntEnum):
 
 
 _SERVE = "teacher-serve"
+_BUILT_IN = frozenset({*PIPELINES, _SERVE, "resume", "report", "env"})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,11 +50,12 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. See: trl-ray --help")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands."""
+def build_parser(*, outside: str | None = None) -> argparse.ArgumentParser:
+    """All commands; `outside` is a pipeline that is none of the package's."""
     parser = _Parser(prog="trl-ray", description=(__doc__ or "").split("\n", 1)[0])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
-    for name, pipeline in PIPELINES.items():
+    pipelines = PIPELINES if outside is None else {**PIPELINES, outside: find_pipeline(outside)}
+    for name, pipeline in pipelines.items():
         sub = commands.add_parser(name, help=(pipeline.__doc__ or "").split("\n", 1)[0])
         sub.add_argument("--config", required=True, metavar="FILE", help="YAML file")
         sub.add_argument("--dry-run", action="store_true", help="print the resolved plan and start nothing")
@@ -90,15 +94,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = build_parser()
-    known = [*PIPELINES, _SERVE, "resume", "report", "env"]
-    if argv and not argv[0].startswith("-") and argv[0] not in known:
+    known = [*PIPELINES, *(each.name for each in entry_points(group=ENTRY_POINTS)), _SERVE, "resume", "report", "env"]
+    is_outside = bool(argv) and (":" in argv[0] or (argv[0] in known and argv[0] not in _BUILT_IN))
+    parser = build_parser(outside=argv[0] if is_outside else None)
+    if argv and not argv[0].startswith("-") and argv[0] not in known and not is_outside:
         guess = nearest(argv[0], known)
         raise ConfigError(
             f"{argv[0]!r} is not a command. "
             + (f"Did you mean {guess!r}?" if guess else f"Commands: {', '.join(known)}.")
         )
-    return _parse_overrides(parser, argv) if argv and argv[0] in {*PIPELINES, _SERVE} else parser.parse_args(argv)
+    takes_overrides = is_outside or (argv and argv[0] in {*PIPELINES, _SERVE})
+    return _parse_overrides(parser, argv) if takes_overrides else parser.parse_args(argv)
 
 
 def _parse_overrides(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -126,7 +132,7 @@ def _dispatch(args: argparse.Namespace) -> int:
         return _serve(args)
     if args.command == "resume":
         return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir).train())
-    pipeline_class: Any = PIPELINES[args.command]
+    pipeline_class: Any = find_pipeline(args.command)
     pipeline = pipeline_class(args=load_config(pipeline_class.config_class, args.config, args.overrides))
     if args.dry_run:
         from trl_ray.cli.dry_run import describe_run
@@ -155,10 +161,10 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _pipeline_of(run_dir: str | Path) -> type[Pipeline[Any, Any]]:
     path = RunDirectory.open_existing(run_dir).config
-    name = str(read_yaml(path).get("pipeline"))
-    if name not in PIPELINES:
-        raise ConfigError(f"{path} must say which pipeline it is for (one of {', '.join(PIPELINES)}), got {name!r}.")
-    return PIPELINES[name]
+    try:
+        return find_pipeline(str(read_yaml(path).get("pipeline")))
+    except ConfigError as error:
+        raise ConfigError(f"{path} must say which pipeline it is for: {error}") from error
 
 
 def _finish(output: TrainOutput) -> int:

@@ -59,6 +59,11 @@ class ExampleConfig(Section):
     """By how much the metric must be better to count."""
 
     @property
+    def text_column(self) -> str:
+        """The column of rows that are plain text."""
+        return "text"
+
+    @property
     def wants_greater(self) -> bool:
         """Whether a greater value of `metric_for_best_model` is a better one."""
         if self.greater_is_better is not None:
@@ -80,6 +85,10 @@ class SupervisedExampleConfig(ExampleConfig):
     packing_strategy: Annotated[PackingStrategy, FROM_STRING] = PackingStrategy.BFD
     eval_packing: bool | None = None
     """Pack held-out examples as well; None does as `packing`."""
+
+    @property
+    def text_column(self) -> str:
+        return self.dataset_text_field
 
 
 class SteppedExampleConfig(ExampleConfig):

@@ -218,6 +218,16 @@ class TeacherSource:
     """How it follows the policy; None where it is external."""
 
     @property
+    def external(self) -> TeacherOptions | None:
+        """Its own options, where it is another model."""
+        return self.options if isinstance(self.options, TeacherOptions) else None
+
+    @property
+    def server(self) -> TeacherServerConfig | None:
+        """The server that answers for it, where there is one."""
+        return None if self.external is None else self.external.server
+
+    @property
     def follows_policy(self) -> bool:
         """Whether it is fed with published weights."""
         return self.kind in {TeacherKind.EMA, TeacherKind.LIVE}

@@ -1,9 +1,15 @@
-"""Pipelines by the name that the command line and config.yaml give them."""
+"""Pipelines by the name that the command line and config.yaml give them, and those from outside by their path.
+
+"grpo" | "package.module:Class" | "file.py:Class" | a name of the entry-point group trl_ray.pipelines --> Pipeline class
+"""
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Any
 
+from trl_ray.config.object_paths import find_object
+from trl_ray.errors import ConfigError
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
 from trl_ray.pipelines.distill import DistillPipeline
 from trl_ray.pipelines.grpo import GRPOPipeline
@@ -29,3 +35,39 @@ _ALL: tuple[type[Pipeline[Any, Any]], ...] = (
     DistillPipeline,
 )
 PIPELINES: dict[str, type[Pipeline[Any, Any]]] = {pipeline.name: pipeline for pipeline in _ALL}
+ENTRY_POINTS = "trl_ray.pipelines"
+"""Group of installed packages' entry points: ``name = package.module:Class``."""
+
+
+def find_pipeline(name: str) -> type[Pipeline[Any, Any]]:
+    """The pipeline of a name or a path.
+
+    Raises:
+        ConfigError: there is none, what is there is no pipeline, or its configuration bears another name: a run of it
+            could not be resumed by its folder.
+    """
+    if name in PIPELINES:
+        return PIPELINES[name]
+    found = find_object(name, what="Pipeline") if ":" in name else _entry_point(name)
+    if not isinstance(found, type) or not issubclass(found, Pipeline):
+        raise ConfigError(
+            f"{name} must be a class derived from trl_ray.pipelines.run.pipeline.Pipeline, got {found!r}. Name one, or "
+            f"one of {', '.join(PIPELINES)}."
+        )
+    called = found.config_class.model_fields["pipeline"].default
+    if called != name:
+        raise ConfigError(
+            f"{found.config_class.__name__}.pipeline must be {name!r}, as that is how a run finds its pipeline again, "
+            f'got {called!r}. Write in that class: pipeline: str = "{name}"'
+        )
+    return found
+
+
+def _entry_point(name: str) -> Any:
+    found = {each.name: each for each in entry_points(group=ENTRY_POINTS)}
+    if name not in found:
+        raise ConfigError(
+            f"a pipeline must be one of {', '.join([*PIPELINES, *sorted(found)])}, or package.module:Class, got "
+            f"{name!r}. Add the colon, or install the package that gives it."
+        )
+    return found[name].load()

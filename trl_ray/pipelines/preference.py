@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from trl_ray.config.base import Section
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.preference_options import (
     CPOLossConfig,
     ORPOLossConfig,
@@ -21,7 +21,7 @@ class DPOPipeline(SupervisedPipeline):
     """Prefers chosen to rejected answers, against a reference (Rafailov et al. 2023, arXiv 2305.18290)."""
 
     config_class: ClassVar[type[RunConfig]] = DPOConfig
-    loss_class: ClassVar[type[Section]] = PreferenceLossConfig
+    loss_class: ClassVar[type[LossSection]] = PreferenceLossConfig
     task: ClassVar[ExampleTask] = ExampleTask.PAIRS
     name: ClassVar[str] = "dpo"
 
@@ -30,20 +30,20 @@ class KTOPipeline(SupervisedPipeline):
     """Learns from answers that were found good or bad (Ethayarajh et al. 2024, arXiv 2402.01306)."""
 
     config_class: ClassVar[type[RunConfig]] = KTOConfig
-    loss_class: ClassVar[type[Section]] = UnpairedLossConfig
+    loss_class: ClassVar[type[LossSection]] = UnpairedLossConfig
     task: ClassVar[ExampleTask] = ExampleTask.UNPAIRED
     name: ClassVar[str] = "kto"
 
     def _task(self) -> ExampleTask:
-        assert isinstance(self.config, KTOConfig)
-        return ExampleTask.UNPAIRED_WITH_KL if self.config.needs_kl else ExampleTask.UNPAIRED
+        needs_kl = self.config.part(UnpairedLossConfig).needs_kl
+        return ExampleTask.UNPAIRED_WITH_KL if needs_kl else ExampleTask.UNPAIRED
 
 
 class CPOPipeline(SupervisedPipeline):
     """Prefers chosen to rejected answers without a reference: CPO and SimPO (arXiv 2401.08417, 2405.14734)."""
 
     config_class: ClassVar[type[RunConfig]] = CPOConfig
-    loss_class: ClassVar[type[Section]] = CPOLossConfig
+    loss_class: ClassVar[type[LossSection]] = CPOLossConfig
     task: ClassVar[ExampleTask] = ExampleTask.PAIRS
     name: ClassVar[str] = "cpo"
 
@@ -52,6 +52,6 @@ class ORPOPipeline(SupervisedPipeline):
     """Learns chosen answers and the odds against rejected ones at once (Hong et al. 2024, arXiv 2403.07691)."""
 
     config_class: ClassVar[type[RunConfig]] = ORPOConfig
-    loss_class: ClassVar[type[Section]] = ORPOLossConfig
+    loss_class: ClassVar[type[LossSection]] = ORPOLossConfig
     task: ClassVar[ExampleTask] = ExampleTask.LIKELIHOOD_PAIRS
     name: ClassVar[str] = "orpo"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from trl_ray.config.base import Section
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.reward_modelling_options import RewardLossConfig, StepLossConfig
 from trl_ray.config.runs.dataset_config import PRMConfig, RewardModelConfig
 from trl_ray.config.runs.run_config import RunConfig
@@ -16,7 +16,7 @@ class RewardPipeline(SupervisedPipeline):
     """Learns to rate chosen answers above rejected ones (Bradley and Terry 1952; arXiv 2203.02155)."""
 
     config_class: ClassVar[type[RunConfig]] = RewardModelConfig
-    loss_class: ClassVar[type[Section]] = RewardLossConfig
+    loss_class: ClassVar[type[LossSection]] = RewardLossConfig
     task: ClassVar[ExampleTask] = ExampleTask.REWARD_PAIRS
     name: ClassVar[str] = "reward"
 
@@ -25,6 +25,6 @@ class PRMPipeline(SupervisedPipeline):
     """Learns which steps of a solution are right (Lightman et al. 2023, arXiv 2305.20050)."""
 
     config_class: ClassVar[type[RunConfig]] = PRMConfig
-    loss_class: ClassVar[type[Section]] = StepLossConfig
+    loss_class: ClassVar[type[LossSection]] = StepLossConfig
     task: ClassVar[ExampleTask] = ExampleTask.STEPS
     name: ClassVar[str] = "prm"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from trl_ray.config.runs.grpo_config import GRPOConfig, RLOOConfig
-from trl_ray.pipelines.rollouts.rollout_pipeline import PolicyOptimizationPipeline
+from trl_ray.pipelines.grpo import GRPOPipeline
 
 
-class RLOOPipeline(PolicyOptimizationPipeline):
+class RLOOPipeline(GRPOPipeline):
     """Compares each completion with the mean of its siblings (Ahmadian et al. 2024, arXiv 2402.14740)."""
 
     config_class: ClassVar[type[GRPOConfig]] = RLOOConfig

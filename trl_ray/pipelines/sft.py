@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from trl_ray.config.base import Section
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.supervised_options import SupervisedLossConfig
 from trl_ray.config.runs.dataset_config import SFTConfig
 from trl_ray.config.runs.run_config import RunConfig
@@ -16,6 +16,6 @@ class SFTPipeline(SupervisedPipeline):
     """Learns texts, or the answers to prompts."""
 
     config_class: ClassVar[type[RunConfig]] = SFTConfig
-    loss_class: ClassVar[type[Section]] = SupervisedLossConfig
+    loss_class: ClassVar[type[LossSection]] = SupervisedLossConfig
     task: ClassVar[ExampleTask] = ExampleTask.SUPERVISED
     name: ClassVar[str] = "sft"

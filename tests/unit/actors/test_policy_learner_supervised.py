@@ -24,7 +24,7 @@ from trl_ray.algorithms.batches.example_batches import (
     with_references,
 )
 from trl_ray.algorithms.batches.work_sharing import CutRules
-from trl_ray.algorithms.loss_registry import LossOptions
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.preference_options import (
     CPOLossConfig,
     ORPOLossConfig,
@@ -41,7 +41,7 @@ Maker = Callable[[int], list[Example]]
 MIXTURE = PreferenceLossConfig(
     loss_type=("sigmoid", "ipo", "sft"), loss_weights=(0.7, 0.2, 0.5), ld_alpha=0.5, use_weighting=True
 )
-OBJECTIVES: dict[str, tuple[LossOptions, Maker, dict[str, float]]] = {
+OBJECTIVES: dict[str, tuple[LossSection, Maker, dict[str, float]]] = {
     "sft": (SupervisedLossConfig(), texts, {}),
     "sft-smoothed": (SupervisedLossConfig(label_smoothing_factor=0.1), texts, {}),
     "dft": (SupervisedLossConfig(loss_type="dft"), texts, {}),
@@ -61,7 +61,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-def build(tiny: str, loss: LossOptions, *, model: dict[str, Any] | None = None, **options: Any) -> PolicyLearner:
+def build(tiny: str, loss: LossSection, *, model: dict[str, Any] | None = None, **options: Any) -> PolicyLearner:
     # Adam turns any rounding of a gradient near 0 into a whole step; a large epsilon keeps it a rounding.
     training = {"learning_rate": 1e-2, "weight_decay": 0.1, "adam_epsilon": 1.0} | options.pop("training", {})
     return PolicyLearner(
@@ -183,7 +183,7 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_pair(tiny: str, monkeypa
     assert (event.detail["quantity"], event.detail["group_id"]) == ("gradients", 3)
 
 
-RESUMED: dict[str, tuple[LossOptions, Maker]] = {
+RESUMED: dict[str, tuple[LossSection, Maker]] = {
     "sft with noise": (SupervisedLossConfig(neftune_noise_alpha=5.0), texts),
     "dpo": (PreferenceLossConfig(), pairs),
     "dpo with a reference that follows": (
@@ -241,7 +241,7 @@ def test_evaluating_changes_nothing(tiny: str, name: str) -> None:
     ("loss", "model"),
     [(SupervisedLossConfig(neftune_noise_alpha=5.0), {}), (SupervisedLossConfig(), {"use_peft": True})],
 )
-def test_an_evaluation_has_neither_noise_nor_dropout(tiny: str, loss: LossOptions, model: dict[str, Any]) -> None:
+def test_an_evaluation_has_neither_noise_nor_dropout(tiny: str, loss: LossSection, model: dict[str, Any]) -> None:
     learner = build(tiny, loss, model=model | {"lora_dropout": 0.5}, training={"disable_dropout": False})
     learner.step(batch_of(loss, texts(1)))  # an adapter that has moved
     found = []

@@ -15,7 +15,6 @@ from torch import Tensor
 from taught_batches import TEMPERATURE, batch_of, said, taught_samples
 from tiny_models import build_tiny_model
 from trl_ray.actors.policy_learner import PolicyLearner
-from trl_ray.algorithms.loss_registry import LossOptions
 from trl_ray.config.losses.distillation_options import (
     DistillationLossConfig,
     DistillationMode,
@@ -23,6 +22,7 @@ from trl_ray.config.losses.distillation_options import (
     SDPOObjective,
     Support,
 )
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.config.teacher_options import (
     AdapterAverage,
@@ -68,7 +68,7 @@ def held(kind: TeacherKind, path: str, average: AdapterAverage = AdapterAverage.
 
 def learner_of(
     path: str,
-    loss: LossOptions,
+    loss: LossSection,
     teacher: TeacherSource | None = None,
     *,
     model: dict[str, Any] | None = None,
@@ -91,12 +91,12 @@ def flat(learner: PolicyLearner) -> Tensor:
     return torch.cat([weight.detach().flatten().clone() for _, weight in learner._backend.weights()])
 
 
-def samples_for(loss: LossOptions, seed: int) -> list[TrainingSample]:
+def samples_for(loss: LossSection, seed: int) -> list[TrainingSample]:
     """Only self-distillation leaves samples out."""
     return taught_samples(seed, hinted=isinstance(loss, SDPOObjective))
 
 
-CASES: dict[str, tuple[LossOptions, TeacherKind, dict[str, Any], AdapterAverage]] = {
+CASES: dict[str, tuple[LossSection, TeacherKind, dict[str, Any], AdapterAverage]] = {
     "live": (FULL_LOGITS, TeacherKind.LIVE, {}, AdapterAverage.FACTORS),
     "base": (SAMPLED, TeacherKind.BASE, {}, AdapterAverage.FACTORS),
     "base-adapter": (TOPK, TeacherKind.BASE, PEFT, AdapterAverage.FACTORS),

@@ -26,7 +26,7 @@ from trl_ray.algorithms.loss import (
     first_non_finite_sample,
     sample_tokens,
 )
-from trl_ray.algorithms.loss_registry import LossOptions, build_loss, update_totals
+from trl_ray.algorithms.loss_registry import build_loss, update_totals
 from trl_ray.algorithms.policy.policy_loss import PolicyLoss
 from trl_ray.algorithms.preference.paired_preference import PairInputs, PairTotals, preference_loss
 from trl_ray.algorithms.preference.reference_free import (
@@ -39,6 +39,7 @@ from trl_ray.algorithms.preference.reference_free import (
 from trl_ray.algorithms.preference.reward_losses import RatedSteps, RewardPairs, bradley_terry_loss, step_loss
 from trl_ray.algorithms.preference.unpaired_preference import UnpairedInputs, UnpairedTotals, unpaired_loss
 from trl_ray.algorithms.supervised_loss import SupervisedInputs, supervised_loss
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.policy_options import LossConfig
 from trl_ray.config.losses.preference_options import (
     CPOLossConfig,
@@ -57,7 +58,7 @@ def flat(examples: Sequence[Example]) -> list[TrainingSample]:
 
 
 def inputs_of(
-    loss: LossOptions, samples: Sequence[TrainingSample], *, reference: bool = False, classes: int = 0, **totals: float
+    loss: LossSection, samples: Sequence[TrainingSample], *, reference: bool = False, classes: int = 0, **totals: float
 ) -> LossInputs:
     """Made-up answers of a model."""
     given = sample_tokens(samples)
@@ -280,7 +281,7 @@ LABELLED = [replace(one, label=SampleLabel(steps=np.ones(3, dtype=np.bool_))) fo
     ],
 )
 def test_a_loss_says_what_it_misses(
-    options: LossOptions, samples: list[TrainingSample], classes: int, match: str
+    options: LossSection, samples: list[TrainingSample], classes: int, match: str
 ) -> None:
     inputs = inputs_of(SupervisedLossConfig(), samples, classes=classes, pairs=1, chosen_tokens=1)
     with pytest.raises(AssertionError, match=match):
@@ -308,11 +309,11 @@ def test_totals_are_counted_over_the_whole_update() -> None:
     assert update_totals(ORPOLossConfig(), with_prompts) == {"pairs": 8, "likelihood_tokens": first + prompts}
     assert rest == prompts
     assert update_totals(RewardLossConfig(), flat(reward_pairs(2))) == {"pairs": 8}
-    others: list[LossOptions] = [LossConfig(), SupervisedLossConfig(), UnpairedLossConfig(), StepLossConfig()]
+    others: list[LossSection] = [LossConfig(), SupervisedLossConfig(), UnpairedLossConfig(), StepLossConfig()]
     assert all(update_totals(options, samples) == {} for options in others)
 
 
-NEEDS: list[tuple[LossOptions, LossNeeds]] = [
+NEEDS: list[tuple[LossSection, LossNeeds]] = [
     (LossConfig(), LossNeeds()),
     (LossConfig(beta=0.1), LossNeeds(reference=True)),
     (SupervisedLossConfig(neftune_noise_alpha=5.0), LossNeeds(top1=True, embedding_noise=5.0)),
@@ -334,7 +335,7 @@ NEEDS: list[tuple[LossOptions, LossNeeds]] = [
 
 
 @pytest.mark.parametrize(("options", "needs"), NEEDS)
-def test_a_loss_asks_for_what_its_options_read(options: LossOptions, needs: LossNeeds) -> None:
+def test_a_loss_asks_for_what_its_options_read(options: LossSection, needs: LossNeeds) -> None:
     loss: Loss = build_loss(options)
     assert loss.needs == needs
     assert loss.state_dict() == {}

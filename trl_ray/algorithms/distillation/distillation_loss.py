@@ -28,7 +28,8 @@ class DistillationLoss(FixedLoss):
         config: the options.
     """
 
-    def __init__(self, config: DistillationLossConfig) -> None:
+    def __init__(self, config: DistillationLossConfig, *, max_completion_length: int | None = None) -> None:
+        del max_completion_length
         self.config = config
 
     @property

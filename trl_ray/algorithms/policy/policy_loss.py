@@ -61,7 +61,7 @@ class PolicyLoss:
         max_completion_length: the fixed length dr_grpo divides by, in tokens; the others do without.
     """
 
-    def __init__(self, *, config: LossConfig, max_completion_length: int | None = None) -> None:
+    def __init__(self, config: LossConfig, *, max_completion_length: int | None = None) -> None:
         self.config = config
         self.max_completion_length = max_completion_length
         self._bonus = EntropyBonus(config)
@@ -93,7 +93,7 @@ class PolicyLoss:
         log_ratio = inputs.logprobs - old_logprobs(inputs, config)
         ratio = policy_ratio(log_ratio, tokens, config.importance_sampling_level)
         correction = sampler_correction(inputs, config)
-        per_token = self._surrogate(inputs, log_ratio, ratio, correction.weight, metrics)
+        per_token = self.surrogate(inputs, log_ratio, ratio, correction.weight, metrics)
         if config.off_policy_mask_threshold is not None:
             far = off_policy(inputs, config.off_policy_mask_threshold)
             per_token = per_token.masked_fill(far, 0.0)
@@ -119,10 +119,18 @@ class PolicyLoss:
         metrics.add_ratio("importance", correction.ratio)
         return LossOutput(loss=loss, metrics=metrics.metrics())
 
-    def _surrogate(
+    def surrogate(
         self, inputs: LossInputs, log_ratio: Tensor, ratio: Tensor, weight: Tensor | None, metrics: TokenMetrics
     ) -> Tensor:
-        """Token losses [N] before masks and weights."""
+        """Token losses [N] before masks and weights; what a loss of another surrogate overrides.
+
+        Args:
+            inputs: of the micro-batch.
+            log_ratio: [N] log policy - log old policy, with gradient.
+            ratio: [N] the same as a ratio, of tokens or of completions (`importance_sampling_level`).
+            weight: [N] old policy / sampler, held within bounds, which multiplies the result; None: there is none.
+            metrics: takes what is to be reported.
+        """
         config, advantages = self.config, inputs.tokens.advantages
         if config.loss_type in CLIPPED:
             low, high = config.epsilon, config.upper_epsilon

@@ -65,7 +65,8 @@ class PreferenceLoss(FixedLoss):
     completions.
     """
 
-    def __init__(self, config: PreferenceLossConfig) -> None:
+    def __init__(self, config: PreferenceLossConfig, *, max_completion_length: int | None = None) -> None:
+        del max_completion_length
         self.config = config
 
     @property

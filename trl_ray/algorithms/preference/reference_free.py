@@ -63,7 +63,8 @@ class CPOLoss(FixedLoss):
     chosen completions.
     """
 
-    def __init__(self, config: CPOLossConfig) -> None:
+    def __init__(self, config: CPOLossConfig, *, max_completion_length: int | None = None) -> None:
+        del max_completion_length
         self.config = config
 
     @property
@@ -87,7 +88,8 @@ class ORPOLoss(FixedLoss):
     one token. Totals: `pairs`; `likelihood_tokens`, the trained tokens of chosen completions and of prompts.
     """
 
-    def __init__(self, config: ORPOLossConfig) -> None:
+    def __init__(self, config: ORPOLossConfig, *, max_completion_length: int | None = None) -> None:
+        del max_completion_length
         self.config = config
 
     @property

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from trl_ray.algorithms.batches.sequences import TokenSequences, means_of
 from trl_ray.algorithms.batches.trained_tokens import label_of, pairs_of
 from trl_ray.algorithms.loss import FixedLoss, HeadKind, LossInputs, LossNeeds, LossOutput
-from trl_ray.config.losses.reward_modelling_options import RewardLossConfig, StepAggregation
+from trl_ray.config.losses.reward_modelling_options import RewardLossConfig, StepAggregation, StepLossConfig
 from trl_ray.types import Metric, Reduce, TrainingSample
 
 
@@ -59,7 +59,8 @@ class PairRewardLoss(FixedLoss):
     Samples are chosen and rejected texts in turn, each read at one position. Totals: `pairs`.
     """
 
-    def __init__(self, config: RewardLossConfig) -> None:
+    def __init__(self, config: RewardLossConfig, *, max_completion_length: int | None = None) -> None:
+        del max_completion_length
         self.config = config
 
     @property
@@ -87,6 +88,10 @@ class PairRewardLoss(FixedLoss):
 
 class StepRewardLoss(FixedLoss):
     """`step_loss` as the learner calls it; implements the `Loss` protocol. The trained positions are steps."""
+
+    def __init__(self, config: StepLossConfig, *, max_completion_length: int | None = None) -> None:
+        del max_completion_length
+        self.config = config
 
     @property
     def needs(self) -> LossNeeds:

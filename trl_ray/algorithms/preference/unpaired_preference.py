@@ -61,7 +61,8 @@ class UnpairedLoss(FixedLoss):
     alone (`trl_ray.algorithms.batches.example_batches.mismatched_kl`).
     """
 
-    def __init__(self, config: UnpairedLossConfig) -> None:
+    def __init__(self, config: UnpairedLossConfig, *, max_completion_length: int | None = None) -> None:
+        del max_completion_length
         self.config = config
 
     @property

@@ -10,12 +10,13 @@ RepromptConfig           what the self-teacher is shown
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from trl_ray.config.base import Section
 from trl_ray.config.fields import FROM_STRING, Fraction, Natural, Positive
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.policy_options import LossConfig
 
 
@@ -100,8 +101,10 @@ class DistillationObjective(enum.StrEnum):
     sampler's, weighted more the earlier in the completion it stands."""
 
 
-class DistillationLossConfig(DivergenceConfig):
+class DistillationLossConfig(DivergenceConfig, LossSection):
     """The loss of distillation; `trl_ray.algorithms.distillation.distillation_terms` has the formulas."""
+
+    built_in: ClassVar[str] = "trl_ray.algorithms.distillation.distillation_loss:DistillationLoss"
 
     distillation_objective: Annotated[DistillationObjective, FROM_STRING] = DistillationObjective.JSD
     iw_opd_gamma: Annotated[float, Field(ge=0)] = 0.5
@@ -227,6 +230,8 @@ class SDPOLossConfig(Section):
 
 class SDPOObjective(LossConfig, SDPOLossConfig):
     """All that SDPO's loss reads."""
+
+    built_in: ClassVar[str] = "trl_ray.algorithms.distillation.sdpo_loss:SDPOLoss"
 
     @model_validator(mode="after")
     def _check_policy_part(self) -> Self:

@@ -7,12 +7,12 @@ options, like `entropy_target` without `use_adaptive_entropy`, is left alone unl
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from trl_ray.config.base import Section
 from trl_ray.config.fields import FROM_STRING, Fraction, Positive
+from trl_ray.config.losses.loss_section import LossSection, ReferenceSync
 
 NonNegative = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
@@ -89,13 +89,15 @@ MASK_MODES = frozenset({ImportanceMode.TOKEN_MASK, ImportanceMode.SEQUENCE_MASK}
 """Corrections that leave out what is out of bounds."""
 
 
-class LossConfig(Section):
+class LossConfig(LossSection):
     """The policy objective; `trl_ray.algorithms.policy.policy_loss` has the formulas.
 
     Names and defaults are those of TRL's GRPOConfig. Its default importance mode, sequence_mask, leaves out almost all
     long completions of an asynchronous sampler (it bounds a product over all tokens), so the default here is
     token_truncate.
     """
+
+    built_in: ClassVar[str] = "trl_ray.algorithms.policy.policy_loss:PolicyLoss"
 
     loss_type: Annotated[LossType, FROM_STRING] = LossType.DAPO
     importance_sampling_level: Annotated[ImportanceLevel, FROM_STRING] = ImportanceLevel.TOKEN
@@ -150,6 +152,16 @@ class LossConfig(Section):
 
     num_iterations: Positive = 1
     """Passes over the completions of one generation batch (mu)."""
+
+    @property
+    def compares_with_reference(self) -> bool:
+        return self.beta != 0
+
+    @property
+    def reference_sync(self) -> ReferenceSync | None:
+        if not self.sync_ref_model:
+            return None
+        return ReferenceSync(mixup_alpha=self.ref_model_mixup_alpha, sync_steps=self.ref_model_sync_steps)
 
     @property
     def corrects_for_sampler(self) -> bool:

@@ -10,12 +10,12 @@ Options that contradict each other are refused here, from their values alone.
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from trl_ray.config.base import Section
 from trl_ray.config.fields import FROM_STRING, Fraction, Positive
+from trl_ray.config.losses.loss_section import LossSection, ReferenceSync
 
 NonNegative = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
@@ -94,8 +94,10 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-class PreferenceLossConfig(Section):
+class PreferenceLossConfig(LossSection):
     """The loss of pairs against a reference; names and defaults are those of TRL's DPOConfig."""
+
+    built_in: ClassVar[str] = "trl_ray.algorithms.preference.paired_preference:PreferenceLoss"
 
     loss_type: Annotated[
         tuple[Annotated[PreferenceLossType, FROM_STRING], ...], BeforeValidator(_as_tuple), Field(min_length=1)
@@ -129,6 +131,20 @@ class PreferenceLossConfig(Section):
         """Each loss with its weight; those of weight 0 are left out."""
         weights = self.loss_weights if self.loss_weights is not None else (1.0,) * len(self.loss_type)
         return tuple((kind, weight) for kind, weight in zip(self.loss_type, weights, strict=True) if weight)
+
+    @property
+    def compares_with_reference(self) -> bool:
+        return self.needs_reference
+
+    @property
+    def precomputes_reference(self) -> bool:
+        return self.precompute_ref_log_probs
+
+    @property
+    def reference_sync(self) -> ReferenceSync | None:
+        if not self.sync_ref_model:
+            return None
+        return ReferenceSync(mixup_alpha=self.ref_model_mixup_alpha, sync_steps=self.ref_model_sync_steps)
 
     @property
     def needs_reference(self) -> bool:
@@ -216,8 +232,10 @@ class PreferenceLossConfig(Section):
         return self
 
 
-class UnpairedLossConfig(Section):
+class UnpairedLossConfig(LossSection):
     """The loss of single completions against a reference; names and defaults are those of TRL's KTOConfig."""
+
+    built_in: ClassVar[str] = "trl_ray.algorithms.preference.unpaired_preference:UnpairedLoss"
 
     loss_type: Annotated[UnpairedLossType, FROM_STRING] = UnpairedLossType.KTO
     beta: AboveZero = 0.1
@@ -227,6 +245,14 @@ class UnpairedLossConfig(Section):
     undesirable_weight: NonNegative = 1.0
     precompute_ref_log_probs: bool = False
     """Ask the reference once, before training, and keep its answers on disk."""
+
+    @property
+    def compares_with_reference(self) -> bool:
+        return True
+
+    @property
+    def precomputes_reference(self) -> bool:
+        return self.precompute_ref_log_probs
 
     @property
     def needs_kl(self) -> bool:
@@ -243,8 +269,10 @@ class UnpairedLossConfig(Section):
         return self
 
 
-class CPOLossConfig(Section):
+class CPOLossConfig(LossSection):
     """The loss of pairs without a reference; names and defaults are those of TRL's CPOConfig. SimPO is one of them."""
+
+    built_in: ClassVar[str] = "trl_ray.algorithms.preference.reference_free:CPOLoss"
 
     loss_type: Annotated[CPOLossType, FROM_STRING] = CPOLossType.SIGMOID
     beta: AboveZero = 0.1
@@ -277,8 +305,10 @@ class CPOLossConfig(Section):
         return self
 
 
-class ORPOLossConfig(Section):
+class ORPOLossConfig(LossSection):
     """The odds-ratio loss; names and defaults are those of TRL's ORPOConfig."""
+
+    built_in: ClassVar[str] = "trl_ray.algorithms.preference.reference_free:ORPOLoss"
 
     beta: AboveZero = 0.1
     """Weight of the odds ratio beside the likelihood of the chosen texts (lambda in the paper)."""

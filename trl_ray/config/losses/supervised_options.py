@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from trl_ray.config.base import Section
 from trl_ray.config.fields import FROM_STRING
+from trl_ray.config.losses.loss_section import LossSection
 
 
 class SupervisedLossType(enum.StrEnum):
@@ -19,8 +19,10 @@ class SupervisedLossType(enum.StrEnum):
     """The negative log-likelihood times the token's probability, without gradient (https://arxiv.org/abs/2508.05629)."""
 
 
-class SupervisedLossConfig(Section):
+class SupervisedLossConfig(LossSection):
     """The loss of supervised fine-tuning; names and defaults are those of TRL's SFTConfig."""
+
+    built_in: ClassVar[str] = "trl_ray.algorithms.supervised_loss:SupervisedLoss"
 
     loss_type: Annotated[SupervisedLossType, FROM_STRING] = SupervisedLossType.NLL
     label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0

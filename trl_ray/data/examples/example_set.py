@@ -249,8 +249,7 @@ def making_for(
     )
     match task:
         case ExampleTask.SUPERVISED:
-            assert isinstance(config, SupervisedExampleConfig), "the task goes with the pipeline sft"
-            return _supervised(config, tokenizer, rules, evaluation=evaluation)
+            return _supervised(config.part(SupervisedExampleConfig), tokenizer, rules, evaluation=evaluation)
         case ExampleTask.PAIRS | ExampleTask.LIKELIHOOD_PAIRS:
             likelihood = task is ExampleTask.LIKELIHOOD_PAIRS
             return PairMaking(tokenizer=tokenizer, rules=rules, likelihood=likelihood)
@@ -260,15 +259,15 @@ def making_for(
         case ExampleTask.REWARD_PAIRS:
             return ScoredMaking(tokenizer=tokenizer, rules=rules)
         case ExampleTask.STEPS:
-            assert isinstance(config, SteppedExampleConfig), "the task goes with the pipeline prm"
+            stepped = config.part(SteppedExampleConfig)
             step_rules = StepRules(
                 max_length=rules.max_length,
                 truncation_mode=rules.truncation_mode,
                 template_kwargs=rules.template_kwargs,
-                step_separator=config.step_separator,
-                last_step_only=config.train_on_last_step_only and not evaluation,
-                max_prompt_length=config.max_prompt_length,
-                max_completion_length=config.max_completion_length,
+                step_separator=stepped.step_separator,
+                last_step_only=stepped.train_on_last_step_only and not evaluation,
+                max_prompt_length=stepped.max_prompt_length,
+                max_completion_length=stepped.max_completion_length,
             )
             return StepMaking(tokenizer=tokenizer, rules=step_rules, tokens=step_tokens(tokenizer, step_rules))
 
@@ -341,7 +340,7 @@ def _reader(
         columns=columns,
         accept=making.accept,
         text_format=_text_format(config.dataset_text_format),
-        text_field=config.dataset_text_field if isinstance(config, SupervisedExampleConfig) else "text",
+        text_field=config.text_column,
     )
 
 

@@ -23,9 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trl_ray.config.base import Section
-from trl_ray.config.losses.policy_options import LossConfig
-from trl_ray.config.losses.preference_options import PreferenceLossConfig, UnpairedLossConfig
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.errors import CheckpointError, ConfigError
 from trl_ray.models.adapters.lora import as_reference
@@ -48,30 +46,21 @@ class ReferenceKind(enum.Enum):
     SYNCHRONISED = "synchronised"
 
 
-def reference_kind(model: ModelConfig, loss: Section) -> ReferenceKind:
+def reference_kind(model: ModelConfig, loss: LossSection) -> ReferenceKind:
     """The kind that the options ask for.
 
     Args:
         model: says whether an adapter is trained.
-        loss: the options of any loss; those that are none of `LossConfig`, `PreferenceLossConfig` and
-            `UnpairedLossConfig` have no reference.
+        loss: the options of any loss.
 
     Raises:
         ConfigError: a synchronised copy of a policy with an adapter.
     """
-    if isinstance(loss, LossConfig):
-        is_compared, precomputed = loss.beta != 0, False
-    elif isinstance(loss, PreferenceLossConfig):
-        is_compared, precomputed = loss.needs_reference, loss.precompute_ref_log_probs
-    elif isinstance(loss, UnpairedLossConfig):
-        is_compared, precomputed = True, loss.precompute_ref_log_probs
-    else:
-        is_compared, precomputed = False, False
-    if not is_compared:
+    if not loss.compares_with_reference:
         return ReferenceKind.NONE
-    if precomputed:
+    if loss.precomputes_reference:
         return ReferenceKind.PRECOMPUTED
-    moves = isinstance(loss, LossConfig | PreferenceLossConfig) and loss.sync_ref_model
+    moves = loss.reference_sync is not None
     if not model.use_peft:
         return ReferenceKind.SYNCHRONISED if moves else ReferenceKind.FROZEN
     if moves:
@@ -252,7 +241,7 @@ def build_reference(
     *,
     model: ModelConfig,
     training: TrainingConfig,
-    loss: Section,
+    loss: LossSection,
     temperature: float,
     device: torch.device | str,
     policy: Policy,
@@ -285,8 +274,9 @@ def build_reference(
     own = SampleScorer(module, share_prompt=training.share_prompt, temperature=temperature)
     if kind is ReferenceKind.FROZEN:
         return FrozenReference(frozen, own)
-    assert isinstance(loss, LossConfig | PreferenceLossConfig), "no other loss has a reference that moves"
-    return SynchronisedReference(frozen, own, alpha=loss.ref_model_mixup_alpha, every=loss.ref_model_sync_steps)
+    sync = loss.reference_sync
+    assert sync is not None, "a synchronised reference says how it moves"
+    return SynchronisedReference(frozen, own, alpha=sync.mixup_alpha, every=sync.sync_steps)
 
 
 @torch.no_grad()

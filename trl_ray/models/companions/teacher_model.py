@@ -20,7 +20,7 @@ from trl_ray.algorithms.batches.work_sharing import Bin, CutRules, piece_of
 from trl_ray.algorithms.head.head_problem import ExtraOutputs
 from trl_ray.algorithms.head.logprobs import TokenLogprobs, token_logprobs
 from trl_ray.config.sections import ModelConfig, SharePrompt
-from trl_ray.config.teacher_options import TeacherKind, TeacherOptions, TeacherSource
+from trl_ray.config.teacher_options import TeacherKind, TeacherSource
 from trl_ray.errors import ConfigError, DataError
 from trl_ray.models.policy_loading import Policy, find_source, load_policy
 from trl_ray.models.scoring.head import head_module
@@ -67,7 +67,7 @@ def load_teacher_model(source: TeacherSource, *, device: torch.device | str = "c
         load_policy(model, device=device, trainable=False),
         name=source.name,
         max_tokens_per_batch=options.max_tokens_per_batch,
-        max_model_len=options.max_model_len if isinstance(options, TeacherOptions) else None,
+        max_model_len=source.external.max_model_len if source.external is not None else None,
         bf16=model.bf16,
     )
 

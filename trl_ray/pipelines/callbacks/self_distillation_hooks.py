@@ -20,8 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from trl_ray.config.losses.policy_options import OldLogprobs
-from trl_ray.config.runs.grpo_config import GRPOConfig
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.pipelines.callbacks.hooks import CallbackList, Hook
 from trl_ray.types import FloatArray, Prompt, RolloutGroup, TrainingSample
@@ -68,7 +66,9 @@ async def dispatch_self_distillation(
     groups: Sequence[RolloutGroup],
     samples: Sequence[TrainingSample],
     config: RolloutRunConfig,
+    *,
     pad_token_id: int,
+    takes_sampler: bool,
 ) -> None:
     """Call the four hooks, once per step, before its first update.
 
@@ -78,6 +78,7 @@ async def dispatch_self_distillation(
         samples: [N] theirs, in the same order, with what a first pass has added.
         config: of the run.
         pad_token_id: fills what is shorter than the longest.
+        takes_sampler: ratios are taken against the policy that sampled.
 
     Raises:
         CallbackError: a callback raised.
@@ -91,7 +92,8 @@ async def dispatch_self_distillation(
         generation_prompt_text=None,
     )
     if Hook.TEACHER_CONTEXT in asked or Hook.BATCH_PREPARED in asked:
-        await _dispatch_tensors(callbacks, groups, samples, config, pad_token_id)
+        old = _old_logprobs(samples, takes_sampler=takes_sampler)
+        await _dispatch_tensors(callbacks, groups, samples, old, pad_token_id)
     await callbacks.dispatch(
         Hook.BATCH_BUILT,
         generate_every=config.micro_batches_per_rank * config.passes_per_step,
@@ -103,7 +105,7 @@ async def _dispatch_tensors(
     callbacks: CallbackList,
     groups: Sequence[RolloutGroup],
     samples: Sequence[TrainingSample],
-    config: RolloutRunConfig,
+    old: Tensor | None,
     pad_token_id: int,
 ) -> None:
     inputs = TeacherInputs.of(groups, samples, pad_token_id=pad_token_id)
@@ -117,7 +119,7 @@ async def _dispatch_tensors(
         Hook.BATCH_PREPARED,
         prompt_ids=_padded([sample.prompt_ids for sample in samples], fill=pad_token_id, side="left"),
         completion_ids=_padded([sample.completion_ids for sample in samples], fill=pad_token_id, side="right"),
-        old_per_token_logps=_old_logprobs(samples, config),
+        old_per_token_logps=old,
         **teacher,
     )
 
@@ -127,9 +129,8 @@ def _readable(prompt: Prompt) -> Any:
     return prompt.text if prompt.messages is None else [dict(message) for message in prompt.messages]
 
 
-def _old_logprobs(samples: Sequence[TrainingSample], config: RolloutRunConfig) -> Tensor | None:
+def _old_logprobs(samples: Sequence[TrainingSample], *, takes_sampler: bool) -> Tensor | None:
     """[N, C] of the policy that ratios are taken against; None where it is the one of the training pass itself."""
-    takes_sampler = isinstance(config, GRPOConfig) and config.old_logprobs is OldLogprobs.SAMPLER
     rows: list[FloatArray] = []
     for sample in samples:
         row = sample.sampler_logprobs if takes_sampler else sample.old_logprobs

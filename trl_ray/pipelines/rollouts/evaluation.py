@@ -10,12 +10,13 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from trl_ray.actors.rollout_worker import EvaluatedPrompt
 from trl_ray.algorithms.batches.micro_batches import CutRules, train_batch
 from trl_ray.algorithms.loss_registry import update_totals
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError
-from trl_ray.pipelines.rollouts.objective import DistillationObjective, Objective
+from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.updates import AskLearner
 from trl_ray.types import Evaluation, Handle, Prompt
 
@@ -62,7 +63,7 @@ async def held_out_loss(
     answers: Sequence[EvaluatedPrompt],
     *,
     step: int,
-    objective: Objective,
+    objective: Objective[Any],
     cut: CutRules,
     ask_learner: AskLearner,
     deadline_s: float,
@@ -80,7 +81,7 @@ async def held_out_loss(
     Raises:
         LearnerLostError: the learner died or hung.
     """
-    if not isinstance(objective, DistillationObjective):
+    if not objective.evaluates_loss:
         return None
     groups = [answer.as_group(number) for number, answer in enumerate(answers) if answer.contexts]
     if not groups:

@@ -1,11 +1,10 @@
-"""What a pipeline makes of finished groups: samples, what a first pass adds to them, and the loss they are for.
+"""What a pipeline makes of finished groups, and what it asks of data, teachers and callbacks for it.
 
     groups --build--> BuiltStep --with_scores (first pass)--> samples --Loss--> learner
-       '--observe--> metrics and warnings of the step
+       '--observe--> metrics and warnings of the step          '--show--> callbacks
 
-PolicyObjective          rewards become advantages: grpo, async-grpo, rloo
-SelfDistillation         the same, and what the self-teacher says: sdpo
-DistillationObjective    what teachers say is all there is: distill
+Each pipeline that trains on rollouts has one, in its own module: `grpo`, `sdpo`, `distill`. Everything in this folder
+asks the objective; nothing here knows which pipelines there are.
 """
 
 from __future__ import annotations
@@ -14,23 +13,17 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
-from trl_ray.algorithms.distillation.self_distillation_diagnostics import (
-    SelfDistillationDiagnostics,
-    self_distillation_group,
-    self_distillation_metrics,
-)
-from trl_ray.algorithms.loss_registry import LossOptions
-from trl_ray.algorithms.policy.first_pass import needs_first_pass, with_scores
-from trl_ray.algorithms.policy.group_samples import BuiltStep, RewardRules, build_distillation_step, build_step
-from trl_ray.config.losses.advantage_options import AdvantageConfig
-from trl_ray.config.losses.distillation_options import DistillationLossConfig, SDPOObjective
-from trl_ray.config.losses.policy_options import LossConfig
-from trl_ray.config.runs.distill_config import DistillConfig
-from trl_ray.config.runs.grpo_config import GRPOConfig
+from trl_ray.algorithms.policy.group_samples import BuiltStep
+from trl_ray.config.losses.distillation_options import RepromptConfig
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
-from trl_ray.config.runs.sdpo_config import SDPOConfig
-from trl_ray.types import Metric, RolloutGroup, SampleScores, TrainingSample
+from trl_ray.data.prompts.given_completions import GivenCompletions
+from trl_ray.data.prompts.prompt_source import PromptSource
+from trl_ray.pipelines.callbacks.hooks import CallbackList
+from trl_ray.pipelines.callbacks.self_distillation_hooks import dispatch_self_distillation
+from trl_ray.types import Metric, RolloutGroup, SampleScores, TeacherQuestion, TrainingSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,17 +34,33 @@ class Observed:
     warnings: tuple[str, ...] = ()
 
 
-class Objective(ABC):
-    """What is learnt from groups; it holds no tensors and runs on the driver."""
+ConfigT = TypeVar("ConfigT", bound=RolloutRunConfig)
+
+
+class Objective(ABC, Generic[ConfigT]):
+    """What is learnt from groups; it holds no tensors and runs on the driver.
+
+    Args:
+        config: of the run.
+    """
 
     needs_first_pass = False
     """Whether the learner scores samples before it trains on them."""
     builds_on_scores = False
     """Whether what the first pass says of the reference enters the samples' advantages."""
+    evaluates_loss = False
+    """Whether evaluations take the loss of held-out answers: where it is of teachers alone."""
+    compares_with_sampler = False
+    """Whether ratios are taken against the policy that sampled, and not against the learner before its update."""
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+
+    # What is learnt.
 
     @property
     @abstractmethod
-    def loss(self) -> LossOptions:
+    def loss(self) -> LossSection:
         """The options of the loss that the learner runs."""
 
     @abstractmethod
@@ -68,6 +77,80 @@ class Objective(ABC):
         del groups
         return Observed()
 
+    async def show(
+        self,
+        callbacks: CallbackList,
+        groups: Sequence[RolloutGroup],
+        samples: Sequence[TrainingSample],
+        *,
+        pad_token_id: int,
+    ) -> None:
+        """Show callbacks what a step is trained on, once per step, before its first update.
+
+        Raises:
+            CallbackError: a callback raised.
+        """
+        if self.config.teacher_sources:
+            await dispatch_self_distillation(
+                callbacks,
+                groups,
+                samples,
+                self.config,
+                pad_token_id=pad_token_id,
+                takes_sampler=self.compares_with_sampler,
+            )
+
+    # What is asked of the data.
+
+    @property
+    def max_prompt_length(self) -> int | None:
+        """Tokens of a prompt beyond which its head is cut off; None cuts nothing."""
+        return None
+
+    def dataset_completions(self) -> GivenCompletions | None:
+        """Which prompts are answered by the dataset; None: none."""
+        return None
+
+    def check_prompts(self, prompts: PromptSource) -> None:
+        """See that the objective can be had of every prompt, trained on or held out.
+
+        Raises:
+            DataError: what is wrong with which row.
+        """
+        del prompts
+
+    # What is asked of teachers.
+
+    @property
+    def teacher_column(self) -> str | None:
+        """The dataset's column that names each row's teacher; None: all rows have the first."""
+        return None
+
+    def check_teachers(self) -> None:
+        """See that there are as many teachers as are needed.
+
+        Raises:
+            ConfigError: there are not.
+        """
+
+    def teacher_question(self, *, vocab_size: int) -> TeacherQuestion:
+        """What teachers are asked about each completion; asked where there are teachers.
+
+        Args:
+            vocab_size: entries of the vocabulary that student and teachers share.
+        """
+        raise AssertionError(f"{type(self).__name__} has teachers, so it must say what they are asked: {vocab_size=}")
+
+    def reprompting(self) -> RepromptConfig | None:
+        """How a self-teacher's prompts are made of successes and feedback; None: teachers read the student's prompts.
+
+        Raises:
+            ConfigError: the model has no room for them.
+        """
+        return None
+
+    # What goes into checkpoints.
+
     def state_dict(self) -> dict[str, int]:
         """What `observe` remembers from step to step, for a checkpoint."""
         return {}
@@ -75,83 +158,6 @@ class Objective(ABC):
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from a saved state."""
         del state
-
-
-class PolicyObjective(Objective):
-    """Rewards become advantages."""
-
-    def __init__(self, config: GRPOConfig) -> None:
-        self._config, self._policy = config, config.part(LossConfig)
-        self._advantages, self._rules = config.part(AdvantageConfig), RewardRules.of(config)
-        self.needs_first_pass = needs_first_pass(self._policy, updates_per_step=config.updates_per_step)
-        self.builds_on_scores = config.kl_in_reward
-
-    @property
-    def loss(self) -> LossOptions:
-        return self._policy
-
-    def build(self, groups: Sequence[RolloutGroup], *, scores: Sequence[SampleScores] | None = None) -> BuiltStep:
-        return build_step(groups, config=self._advantages, rules=self._rules, scores=scores)
-
-    def with_scores(self, samples: Sequence[TrainingSample], scores: Sequence[SampleScores]) -> list[TrainingSample]:
-        return with_scores(samples, scores, loss=self._policy, updates_per_step=self._config.updates_per_step)
-
-
-class SelfDistillation(PolicyObjective):
-    """Rewards become advantages, and successes and feedback what the policy is taught by itself."""
-
-    def __init__(self, config: SDPOConfig) -> None:
-        super().__init__(config)
-        self._objective = config.part(SDPOObjective)
-        self._threshold, self._tolerance = config.success_reward_threshold, config.diagnostics_flat_tolerance
-        self._diagnostics = SelfDistillationDiagnostics(
-            warning_interval=config.diagnostics_warning_interval, flat_tolerance=self._tolerance
-        )
-
-    @property
-    def loss(self) -> LossOptions:
-        return self._objective
-
-    def observe(self, groups: Sequence[RolloutGroup]) -> Observed:
-        facts = [self_distillation_group(group, threshold=self._threshold) for group in groups]
-        metrics = self_distillation_metrics(facts, flat_tolerance=self._tolerance)
-        warnings = self._diagnostics.observe(metrics)
-        return Observed(
-            metrics={name: Metric(value=value) for name, value in metrics.items()}, warnings=tuple(warnings)
-        )
-
-    def state_dict(self) -> dict[str, int]:
-        return self._diagnostics.state()
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self._diagnostics.restore(state)
-
-
-class DistillationObjective(Objective):
-    """Completions are what teachers are asked about, and nothing else."""
-
-    def __init__(self, config: DistillConfig) -> None:
-        self._loss = config.part(DistillationLossConfig)
-
-    @property
-    def loss(self) -> LossOptions:
-        return self._loss
-
-    def build(self, groups: Sequence[RolloutGroup], *, scores: Sequence[SampleScores] | None = None) -> BuiltStep:
-        del scores
-        return build_distillation_step(groups)
-
-
-def objective_of(config: RolloutRunConfig) -> Objective:
-    """The objective of a run."""
-    match config:
-        case SDPOConfig():
-            return SelfDistillation(config)
-        case GRPOConfig():
-            return PolicyObjective(config)
-        case DistillConfig():
-            return DistillationObjective(config)
-    raise AssertionError(f"no pipeline trains with a {type(config).__name__}")
 
 
 def with_metrics(built: BuiltStep, metrics: Mapping[str, Metric]) -> BuiltStep:

@@ -14,24 +14,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trl_ray.algorithms.batches.micro_batches import CutRules
-from trl_ray.config.runs.distill_config import DistillConfig
-from trl_ray.config.runs.grpo_config import GRPOConfig
+from trl_ray.algorithms.loss_registry import build_loss, resolve_options
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
-from trl_ray.config.runs.sdpo_config import SDPOConfig
 from trl_ray.config.sections import Dtype, GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
-from trl_ray.config.teacher_options import TeacherKind, TeacherOptions, TeacherSource
-from trl_ray.data.prompts.given_completions import GivenCompletions
+from trl_ray.config.teacher_options import TeacherKind, TeacherSource
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
 from trl_ray.errors import ConfigError
 from trl_ray.models.policy_loading import count_parameters, load_model_config, load_tokenizer, max_positions
-from trl_ray.pipelines.rollouts.objective import Objective, objective_of
+from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.reward_model_actors import (
     PreparedRewardModel,
     prepare_reward_models,
     reward_model_arguments,
 )
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
-from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, check_taught_prompts, prepare_teachers
+from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_teachers
 from trl_ray.pipelines.run.memory import GIB, PROCESS, dtype_bytes, learner_memory, teacher_memory
 from trl_ray.pipelines.run.planning import cut_rules, total_steps
 from trl_ray.rewards.reward_registry import RewardSpec, make_specs
@@ -75,7 +72,7 @@ class Preparation:
     """Nats."""
     cut: CutRules
     """How the samples of an update become micro-batches."""
-    objective: Objective
+    objective: Objective[Any]
     pad_token_id: int
     """For callbacks that are shown rectangles of token ids."""
     reward_models: tuple[PreparedRewardModel, ...] = ()
@@ -199,7 +196,7 @@ class Preparation:
 
     @property
     def _has_reference(self) -> bool:
-        return isinstance(self.config, GRPOConfig) and self.config.beta > 0
+        return resolve_options(self.objective.loss).compares_with_reference
 
     def _resident_memory(self) -> float:
         """Bytes of the teacher that the learner holds."""
@@ -213,11 +210,10 @@ def _named(source: TeacherSource) -> str:
     """A teacher as the dry run calls it, with where its weights come from unless that is its name."""
     if source.kind is not TeacherKind.EXTERNAL:
         return source.kind.value
-    server = source.options.server if isinstance(source.options, TeacherOptions) else None
-    return f"{source.name} ({source.model.model_name_or_path if server is None else server.url})"
+    return f"{source.name} ({source.model.model_name_or_path if source.server is None else source.server.url})"
 
 
-def prepare(config: RolloutRunConfig, inputs: Inputs) -> Preparation:
+def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[Any]) -> Preparation:
     """Resolve a configuration.
 
     Raises:
@@ -225,7 +221,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs) -> Preparation:
     """
     functions = inputs.reward_funcs or config.reward_funcs
     _check_given(functions)
-    objective = objective_of(config)
+    build_loss(objective.loss)
     _check_weights(config, functions)
     model = config.part(ModelConfig)
     tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
@@ -237,15 +233,15 @@ def prepare(config: RolloutRunConfig, inputs: Inputs) -> Preparation:
         seed=config.seed,
         max_prompt_tokens=limit,
         dataset=inputs.train_dataset,
-        completions=_given_completions(config),
-        max_prompt_length=_max_prompt_length(config),
+        completions=objective.dataset_completions(),
+        max_prompt_length=objective.max_prompt_length,
     )
-    eval_prompts = _eval_prompts(config, inputs, tokenizer, limit) if config.eval_steps else ()
+    eval_prompts = _eval_prompts(objective, inputs, tokenizer, limit) if config.eval_steps else ()
     rewarded = config.has_rewards and (functions or not config.scoring_models)
     specs = make_specs(functions, columns=prompts.columns) if rewarded else ()
     models = prepare_reward_models(config, functions=[spec.name for spec in specs], prompt=prompts.prompt(0))
     teachers = prepare_teachers(
-        config, tokenizer=tokenizer, vocab_size=shape.vocab_size, prompts=prompts, max_model_len=max_model_len
+        objective, tokenizer=tokenizer, vocab_size=shape.vocab_size, prompts=prompts, max_model_len=max_model_len
     )
     return Preparation(
         config=config,
@@ -262,22 +258,6 @@ def prepare(config: RolloutRunConfig, inputs: Inputs) -> Preparation:
         weight_check_tolerance=_weight_check_tolerance(config),
         cut=cut_rules(config, shape, max_samples=config.per_device_train_batch_size),
     )
-
-
-def _given_completions(config: RolloutRunConfig) -> GivenCompletions | None:
-    """Which prompts are answered by the dataset."""
-    if not isinstance(config, DistillConfig) or config.lmbda == 1:
-        return None
-    return GivenCompletions(
-        column=config.dataset_completion_column,
-        share=1 - config.lmbda,
-        seed=config.seed,
-        max_tokens=config.max_completion_length,
-    )
-
-
-def _max_prompt_length(config: RolloutRunConfig) -> int | None:
-    return config.max_prompt_length if isinstance(config, (SDPOConfig, DistillConfig)) else None
 
 
 def _check_given(functions: Sequence[str | RewardFunction]) -> None:
@@ -316,7 +296,8 @@ def _max_model_len(config: RolloutRunConfig, positions: int | None) -> int:
     return wanted
 
 
-def _eval_prompts(config: RolloutRunConfig, inputs: Inputs, tokenizer: Any, limit: int) -> tuple[Prompt, ...]:
+def _eval_prompts(objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: int) -> tuple[Prompt, ...]:
+    config = objective.config
     if inputs.eval_dataset is None and config.dataset_name is None:
         raise ConfigError(
             f"eval_steps={config.eval_steps} needs held-out prompts, but there are none. Pass eval_dataset, name a "
@@ -329,9 +310,9 @@ def _eval_prompts(config: RolloutRunConfig, inputs: Inputs, tokenizer: Any, limi
         max_prompt_tokens=limit,
         dataset=inputs.eval_dataset,
         evaluation=True,
-        max_prompt_length=_max_prompt_length(config),
+        max_prompt_length=objective.max_prompt_length,
     )
-    check_taught_prompts(config, source)
+    objective.check_prompts(source)
     return tuple(source.prompt(ordinal) for ordinal in range(min(config.eval_num_prompts, len(source))))
 
 

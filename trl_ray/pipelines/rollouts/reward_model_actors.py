@@ -38,7 +38,7 @@ class SeparatedRewards:
 
 
 def separate_reward_models(
-    reward_funcs: Sequence[str | Callable[..., Any]] | None, args: RolloutRunConfig | None
+    reward_funcs: Sequence[str | Callable[..., Any]] | None, args: RolloutRunConfig
 ) -> SeparatedRewards:
     """Tell reward functions from folders of models, which TRL takes in the same list; weights go along.
 
@@ -46,10 +46,8 @@ def separate_reward_models(
 
     Args:
         reward_funcs: as Python gave them; None takes those of `args`.
-        args: as Python gave them.
+        args: as Python gave them, or the pipeline's defaults.
     """
-    # Other pipelines' options are refused later, with a better message.
-    args = args if isinstance(args, RolloutRunConfig) else RolloutRunConfig()
     given = list(args.reward_funcs) if reward_funcs is None else list(reward_funcs)
     folders = [isinstance(each, str) and is_model_folder(each) for each in given]
     functions = [each for each, is_model in zip(given, folders, strict=True) if not is_model]

@@ -29,7 +29,6 @@ from trl_ray.errors import (
 from trl_ray.models.checkpoint import prune
 from trl_ray.models.companions.resident_teacher import FOLDER
 from trl_ray.pipelines.callbacks.hooks import CallbackList
-from trl_ray.pipelines.callbacks.self_distillation_hooks import dispatch_self_distillation
 from trl_ray.pipelines.rollouts.evaluation import evaluate, held_out_loss
 from trl_ray.pipelines.rollouts.objective import with_metrics
 from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, Preparation
@@ -210,9 +209,9 @@ class RolloutLoop:
     async def _optimize(self, step: int, groups: list[RolloutGroup]) -> Updated:
         self._staleness = self._recorder.check_staleness(step, groups)
         prepared = await self._prepare(step, groups)
-        if self._config.teacher_sources:
-            pad = self._preparation.pad_token_id
-            await dispatch_self_distillation(self._callbacks, groups, prepared.samples, self._config, pad)
+        await self._preparation.objective.show(
+            self._callbacks, groups, prepared.samples, pad_token_id=self._preparation.pad_token_id
+        )
         return await train_on(
             prepared,
             step=step,

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from trl_ray.buffer.entry import LedgerSnapshot
-from trl_ray.config.runs.grpo_config import GRPOConfig
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.pipelines.callbacks.hooks import TrainingSpan
+from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.preparation import FROM_PYTHON, Inputs, Preparation, RewardFunction, prepare
 from trl_ray.pipelines.rollouts.reward_model_actors import separate_reward_models
 from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
@@ -26,7 +26,7 @@ from trl_ray.pipelines.run.recording import Recorder
 from trl_ray.types import EventKind
 
 
-class PolicySession(Session):
+class RolloutSession(Session):
     """One life of the actors, from a checkpoint on."""
 
     recorder: Recorder
@@ -80,7 +80,7 @@ class PolicySession(Session):
         await self._actors.dismiss()
 
 
-class PolicyOptimizationPipeline(Pipeline[RolloutRunConfig, Preparation]):
+class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
     """Trains a policy on its own completions: on their rewards, or on what teachers say of them.
 
     Example::
@@ -94,8 +94,9 @@ class PolicyOptimizationPipeline(Pipeline[RolloutRunConfig, Preparation]):
         output = pipeline.train()
     """
 
-    config_class: ClassVar[type[RunConfig]] = GRPOConfig
-    name: ClassVar[str] = "grpo"
+    config_class: ClassVar[type[RunConfig]]
+    objective_class: ClassVar[type[Objective[Any]]]
+    """What the pipeline makes of finished groups; with the configuration it is what a pipeline is."""
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class PolicyOptimizationPipeline(Pipeline[RolloutRunConfig, Preparation]):
         """
         if isinstance(reward_funcs, str) or callable(reward_funcs):
             reward_funcs = [reward_funcs]
-        separated = separate_reward_models(reward_funcs, args)
+        separated = separate_reward_models(reward_funcs, self.checked(args))
         changes = separated.changes
         if reward_funcs is not None or changes:
             # Functions given as objects cannot be written to config.yaml; a run of named ones resumes by its folder.
@@ -127,12 +128,12 @@ class PolicyOptimizationPipeline(Pipeline[RolloutRunConfig, Preparation]):
         self._inputs = Inputs(train_dataset=train_dataset, eval_dataset=eval_dataset, reward_funcs=separated.given)
 
     def _prepare(self) -> Preparation:
-        return prepare(self.config, self._inputs)
+        return prepare(self.config, self._inputs, objective=self.objective_class(self.config))
 
     def _announcement(self) -> Mapping[str, Any]:
         return {"staleness_bound": self.config.staleness_bound}
 
-    def _make_session(self, plan: Preparation, opening: Opening) -> PolicySession:
+    def _make_session(self, plan: Preparation, opening: Opening) -> RolloutSession:
         recorder = Recorder(
             directory=opening.directory,
             observer=opening.observer,
@@ -153,4 +154,4 @@ class PolicyOptimizationPipeline(Pipeline[RolloutRunConfig, Preparation]):
             weight_check_ids=plan.weight_check_ids,
             emit=recorder.emit,
         )
-        return PolicySession(preparation=plan, actors=actors, recorder=recorder, opening=opening)
+        return RolloutSession(preparation=plan, actors=actors, recorder=recorder, opening=opening)

@@ -10,20 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_ray.actors.teaching import TeacherSeat, TeachingPlan
-from trl_ray.config.losses.distillation_options import DistillationMode, RepromptConfig
-from trl_ray.config.runs.distill_config import DistillConfig
-from trl_ray.config.runs.rollout_config import RolloutRunConfig
-from trl_ray.config.runs.sdpo_config import SDPOConfig
 from trl_ray.config.sections import ModelConfig
-from trl_ray.config.teacher_options import TeacherKind, TeacherOptions, TeacherSource
+from trl_ray.config.teacher_options import TeacherKind, TeacherSource
 from trl_ray.data.prompts.prompt_source import PromptSource
-from trl_ray.data.prompts.reprompts import require_user_turn
 from trl_ray.errors import ConfigError, ModelError
 from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
+from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.teacher_actors import TeacherArguments
 from trl_ray.pipelines.run.memory import GIB, PROCESS, teacher_memory
 from trl_ray.runtime.runtime import teacher_plan
-from trl_ray.types import TeacherQuestion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,12 +36,12 @@ class PreparedTeachers:
 
 
 def prepare_teachers(
-    config: RolloutRunConfig, *, tokenizer: Any, vocab_size: int, prompts: PromptSource, max_model_len: int
+    objective: Objective[Any], *, tokenizer: Any, vocab_size: int, prompts: PromptSource, max_model_len: int
 ) -> PreparedTeachers | None:
     """Check all teachers; None where nobody teaches.
 
     Args:
-        config: names them.
+        objective: of the run; its configuration names them.
         tokenizer: of the student.
         vocab_size: entries of the student's head.
         prompts: of the run.
@@ -57,17 +52,17 @@ def prepare_teachers(
         DataError: hints cannot be put into a prompt, or a row names no teacher.
         ModelError: a teacher's model is not there.
     """
+    config = objective.config
+    objective.check_teachers()
     if not config.teacher_sources:
-        if isinstance(config, DistillConfig):
-            raise ConfigError("there must be a teacher. Set teacher_model_name_or_path, or list teachers.")
         return None
     sources, shared = config.teacher_sources, vocab_size
     for source in sources:
         if source.kind is TeacherKind.EXTERNAL and source.model.model_name_or_path is not None:
             shared = min(shared, _shared_vocabulary(source, tokenizer, vocab_size))
             _check_context(source, max_model_len)
-    check_taught_prompts(config, prompts)
-    plan = _plan(config, vocab_size=shared)
+    objective.check_prompts(prompts)
+    plan = _plan(objective, vocab_size=shared)
     acting = tuple(TeacherArguments(source=source, vocab_size=shared) for source in config.acting_teachers)
     return PreparedTeachers(
         plan=plan,
@@ -77,71 +72,25 @@ def prepare_teachers(
     )
 
 
-def check_taught_prompts(config: RolloutRunConfig, prompts: PromptSource) -> None:
-    """See that teachers can be asked about every prompt, trained on or held out.
-
-    Raises:
-        DataError: hints cannot be put into a prompt, or a row names no teacher.
-    """
-    if isinstance(config, DistillConfig) and config.teacher_column is not None:
-        names = [source.name for source in config.teacher_sources]
-        prompts.require_values(config.teacher_column, names, option="teacher_column")
-    if isinstance(config, SDPOConfig) and config.distils:
-        for ordinal in range(len(prompts)):
-            require_user_turn(prompts.prompt(ordinal))
-
-
-def _plan(config: RolloutRunConfig, *, vocab_size: int) -> TeachingPlan:
-    seat = TeacherSeat.ACTORS
+def _plan(objective: Objective[Any], *, vocab_size: int) -> TeachingPlan:
+    config = objective.config
+    asks = TeacherSeat.ACTORS
     if config.teacher_in_learner:
-        seat = TeacherSeat.LEARNER
+        asks = TeacherSeat.LEARNER
     elif config.teacher_on_engines:
-        seat = TeacherSeat.OWN_ENGINE
+        asks = TeacherSeat.OWN_ENGINE
     patience = [source.options for source in config.teacher_sources]
-    servers = [each.server for each in patience if isinstance(each, TeacherOptions) and each.server is not None]
-    shared: dict[str, Any] = {
-        "asks": seat,
-        "chat_template_kwargs": config.chat_template_kwargs,
-        "timeout_s": max(options.timeout_s for options in patience),
-        "max_attempts": max(options.max_attempts for options in patience),
-        "retry_delay_s": max((server.retry_delay_s for server in servers), default=0.0),
-    }
-    if isinstance(config, SDPOConfig):
-        top_k = config.distillation_topk if config.distillation_mode is DistillationMode.TOPK_LOGITS else None
-        question = TeacherQuestion(
-            vocab_size=vocab_size,
-            temperature=config.temperature,
-            top_k=top_k or 0,
-            tail=config.distillation_add_tail,
-        )
-        return TeachingPlan(question=question, reprompt=_reprompt(config), **shared)
-    assert isinstance(config, DistillConfig), "no other pipeline has teachers"
-    question = TeacherQuestion(
-        vocab_size=vocab_size,
-        temperature=config.temperature,
-        top_k=config.teacher_top_k,
-        tail=config.loss_add_tail and config.teacher_top_k > 0,
+    servers = [source.server for source in config.teacher_sources if source.server is not None]
+    return TeachingPlan(
+        question=objective.teacher_question(vocab_size=vocab_size),
+        reprompt=objective.reprompting(),
+        column=objective.teacher_column,
+        asks=asks,
+        chat_template_kwargs=config.chat_template_kwargs,
+        timeout_s=max(options.timeout_s for options in patience),
+        max_attempts=max(options.max_attempts for options in patience),
+        retry_delay_s=max((server.retry_delay_s for server in servers), default=0.0),
     )
-    return TeachingPlan(question=question, column=config.teacher_column, **shared)
-
-
-def _reprompt(config: SDPOConfig) -> RepromptConfig:
-    """The rules, with prompts no longer than what the model, or the engine that stands in for it, can read."""
-    options = config.part(RepromptConfig)
-    limits = [max_positions(config.part(ModelConfig))]
-    if config.use_teacher_server:
-        limits.append(config.rollout.max_model_len)
-    room = min((limit for limit in limits if limit is not None), default=None)
-    if room is None:
-        return options
-    # An engine that scores samples one token more.
-    left = room - config.max_completion_length - 1
-    if left < 1:
-        raise ConfigError(
-            f"max_completion_length must leave the teacher room for a prompt within {room} tokens, got "
-            f"{config.max_completion_length}. Lower it."
-        )
-    return options.replace(max_reprompt_len=min(options.max_reprompt_len, left))
 
 
 def _shared_vocabulary(source: TeacherSource, tokenizer: Any, vocab_size: int) -> int:
@@ -170,8 +119,8 @@ def _of_teacher(source: TeacherSource, load: Callable[[ModelConfig], Any]) -> An
 
 def _check_context(source: TeacherSource, max_model_len: int) -> None:
     positions = max_positions(source.model)
-    assert isinstance(source.options, TeacherOptions), "an external teacher has options of its own"
-    given = source.options.max_model_len
+    assert source.external is not None, "an external teacher has options of its own"
+    given = source.external.max_model_len
     room = min((limit for limit in (positions, given) if limit is not None), default=None)
     if room is not None and room < max_model_len:
         raise ConfigError(

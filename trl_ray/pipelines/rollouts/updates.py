@@ -45,7 +45,7 @@ async def prepare_step(
     groups: Sequence[RolloutGroup],
     *,
     step: int,
-    objective: Objective,
+    objective: Objective[Any],
     cut: CutRules,
     ask_learner: AskLearner,
     deadline_s: float,
@@ -79,7 +79,7 @@ async def train_on(
     *,
     step: int,
     config: RolloutRunConfig,
-    objective: Objective,
+    objective: Objective[Any],
     cut: CutRules,
     ask_learner: AskLearner,
 ) -> Updated:

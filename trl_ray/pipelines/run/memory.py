@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trl_ray.config.sections import Dtype, ModelConfig
-from trl_ray.config.teacher_options import TeacherEngine, TeacherKind, TeacherOptions, TeacherSource
+from trl_ray.config.teacher_options import TeacherEngine, TeacherKind, TeacherSource
 from trl_ray.models.policy_loading import count_parameters
 
 GIB = 1 << 30
@@ -37,7 +37,7 @@ def teacher_memory(source: TeacherSource) -> float:
         return 0.0
     count, weight = count_parameters(source.model).base, _BYTES[source.model.dtype]
     sums = _BYTES[Dtype.FLOAT32] if source.kind is TeacherKind.EMA and weight < _BYTES[Dtype.FLOAT32] else 0
-    options, cache = source.options, 0.0
-    if isinstance(options, TeacherOptions) and options.engine is TeacherEngine.VLLM:
-        cache = options.kv_cache_memory_gib * GIB
+    external, cache = source.external, 0.0
+    if external is not None and external.engine is TeacherEngine.VLLM:
+        cache = external.kv_cache_memory_gib * GIB
     return count * (weight + sums) + cache

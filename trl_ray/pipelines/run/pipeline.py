@@ -137,9 +137,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             ConfigError: `args` is of another pipeline, or `callbacks` is no list.
             ModelError: `peft_config` is no `peft.LoraConfig`, or asks for what engines cannot be given.
         """
-        given = args if args is not None else cast(ConfigT, self.config_class())
-        if type(given) is not self.config_class:
-            raise ConfigError(f"args must be a {self.config_class.__name__}, got a {type(given).__name__}.")
+        given = self.checked(args)
         if model is not None:
             changes["model_name_or_path"] = model
         if peft_config is not None:
@@ -150,6 +148,17 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
         self._resume = False
         self._given_callbacks = callbacks
         self._callbacks = CallbackList((), args=self.config)
+
+    @classmethod
+    def checked(cls, args: ConfigT | None) -> ConfigT:
+        """The configuration as it was given, or the pipeline's defaults.
+
+        Raises:
+            ConfigError: it is of another pipeline.
+        """
+        if args is not None and type(args) is not cls.config_class:
+            raise ConfigError(f"args must be a {cls.config_class.__name__}, got a {type(args).__name__}.")
+        return cast(ConfigT, cls.config_class()) if args is None else args
 
     @classmethod
     def from_run(cls, run_dir: str | Path, **inputs: Any) -> Self:

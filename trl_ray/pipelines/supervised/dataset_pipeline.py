@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trl_ray.algorithms.loss_registry import LossOptions
-from trl_ray.config.base import Section
+from trl_ray.algorithms.loss_registry import resolve_options
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.data.examples.example_set import ExampleTask
@@ -137,7 +137,7 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
     """
 
     config_class: ClassVar[type[RunConfig]] = SupervisedRunConfig
-    loss_class: ClassVar[type[Section]]
+    loss_class: ClassVar[type[LossSection]]
     """The part of the configuration that says what is minimised."""
     task: ClassVar[ExampleTask]
 
@@ -163,9 +163,8 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
         return self.task
 
     def _prepare(self) -> SupervisedPlan:
-        loss: Any = self.config.part(self.loss_class)
-        options: LossOptions = loss
-        return prepare_supervised(self.config, self._inputs, task=self._task(), loss=options)
+        loss = resolve_options(self.config.part(self.loss_class))
+        return prepare_supervised(self.config, self._inputs, task=self._task(), loss=loss)
 
     def _make_session(self, plan: SupervisedPlan, opening: Opening) -> SupervisedSession:
         recorder = SupervisedRecorder(directory=opening.directory, observer=opening.observer)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_ray.algorithms.batches.work_sharing import CutRules
-from trl_ray.algorithms.loss_registry import LossOptions, build_loss
+from trl_ray.algorithms.loss_registry import build_loss
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.data.examples.example_set import ExampleSet, ExampleTask, load_examples, stream_examples
@@ -44,7 +45,7 @@ class SupervisedPlan:
 
     config: SupervisedRunConfig
     task: ExampleTask
-    loss: LossOptions
+    loss: LossSection
     inputs: DatasetInputs
     tokenizer: Any
     train: ExampleSet | None
@@ -130,7 +131,7 @@ class SupervisedPlan:
 
 
 def prepare_supervised(
-    config: SupervisedRunConfig, inputs: DatasetInputs, *, task: ExampleTask, loss: LossOptions
+    config: SupervisedRunConfig, inputs: DatasetInputs, *, task: ExampleTask, loss: LossSection
 ) -> SupervisedPlan:
     """Resolve a configuration.
 

@@ -95,7 +95,7 @@ def test_a_loss_type_that_nobody_handles_is_refused_instead_of_trained_as_anothe
     loss = _loss()
     loss.config = loss.config.model_copy(update={"loss_type": "sampo"})
     if part == "aggregate":
-        monkeypatch.setattr(PolicyLoss, "_surrogate", lambda *given: inputs.logprobs)
+        monkeypatch.setattr(PolicyLoss, "surrogate", lambda *given: inputs.logprobs)
     with pytest.raises(AssertionError, match="sampo"):
         loss(inputs)
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from objectives import objective_of
 from trl_ray.config.load import build
 from trl_ray.config.runs.sdpo_config import SDPOConfig
 from trl_ray.pipelines.callbacks.hooks import CallbackList, TrainingSpan
-from trl_ray.pipelines.callbacks.self_distillation_hooks import TeacherInputs, dispatch_self_distillation
+from trl_ray.pipelines.callbacks.self_distillation_hooks import TeacherInputs
 from trl_ray.types import (
     Completion,
     FinishReason,
@@ -125,7 +126,7 @@ def told(samples: Sequence[TrainingSample] = SAMPLES, callback: Any = None, **ch
 
     async def run() -> None:
         await callbacks.begin(span, checkpoint=None, say=lambda *told, **detail: None)
-        await dispatch_self_distillation(callbacks, GROUPS, samples, config, PAD)
+        await objective_of(config).show(callbacks, GROUPS, samples, pad_token_id=PAD)
 
     asyncio.run(run())
     return listener

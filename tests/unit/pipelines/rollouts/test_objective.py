@@ -10,18 +10,16 @@ import numpy as np
 import pytest
 
 from fakes import group
+from objectives import objective_of
 from trl_ray.config.losses.distillation_options import DistillationLossConfig, SDPOObjective
 from trl_ray.config.losses.policy_options import LossConfig
 from trl_ray.config.runs.distill_config import DistillConfig
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig, RLOOConfig
 from trl_ray.config.runs.sdpo_config import SDPOConfig
-from trl_ray.pipelines.rollouts.objective import (
-    DistillationObjective,
-    PolicyObjective,
-    SelfDistillation,
-    objective_of,
-    with_metrics,
-)
+from trl_ray.pipelines.distill import Distillation
+from trl_ray.pipelines.grpo import PolicyObjective
+from trl_ray.pipelines.rollouts.objective import with_metrics
+from trl_ray.pipelines.sdpo import SelfDistillation
 from trl_ray.types import Metric, RolloutGroup, SampleScores, TeacherContext
 
 OWN = np.array([1, 2, 0], np.int32)
@@ -46,7 +44,7 @@ def taught(group_id: int, totals: tuple[float, ...], distilled: tuple[bool, ...]
         (AsyncGRPOConfig(), PolicyObjective, LossConfig),
         (RLOOConfig(), PolicyObjective, LossConfig),
         (SDPOConfig(distillation_weight=0.25), SelfDistillation, SDPOObjective),
-        (DistillConfig(beta=0.5), DistillationObjective, DistillationLossConfig),
+        (DistillConfig(beta=0.5), Distillation, DistillationLossConfig),
     ],
     ids=lambda value: type(value).__name__,
 )

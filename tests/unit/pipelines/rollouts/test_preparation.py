@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from objectives import prepare
 from tiny_models import MAX_POSITIONS, build_tiny_model
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig
 from trl_ray.errors import ConfigError, DataError
-from trl_ray.pipelines.rollouts.preparation import Inputs, prepare
+from trl_ray.pipelines.rollouts.preparation import Inputs
 
 ROWS = [{"prompt": f"count to {number}: "} for number in range(1, 11)]
 

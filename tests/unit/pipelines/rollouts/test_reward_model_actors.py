@@ -2,13 +2,14 @@
 
 import pytest
 
+from objectives import prepare
 from tiny_models import build_tiny_model, build_tokenizer
 from tiny_reward_models import build_reward_model
 from trl_ray.algorithms.policy.group_samples import RewardRules
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig
 from trl_ray.errors import ConfigError, ModelError
 from trl_ray.pipelines.grpo import GRPOPipeline
-from trl_ray.pipelines.rollouts.preparation import Inputs, prepare
+from trl_ray.pipelines.rollouts.preparation import Inputs
 from trl_ray.pipelines.rollouts.reward_model_actors import separate_reward_models
 
 ROWS = [{"prompt": f"count to {number}: "} for number in range(1, 5)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from objectives import prepare
 from tiny_models import MAX_POSITIONS, VOCAB_SIZE, build_tiny_model, build_tokenizer, random_model
 from trl_ray.actors.teaching import TeacherSeat
 from trl_ray.config.runs.distill_config import DistillConfig
@@ -14,7 +15,7 @@ from trl_ray.config.runs.grpo_config import GRPOConfig
 from trl_ray.config.runs.sdpo_config import SDPOConfig
 from trl_ray.config.teacher_options import TeacherKind
 from trl_ray.errors import ConfigError, DataError, ModelError
-from trl_ray.pipelines.rollouts.preparation import Inputs, Preparation, prepare
+from trl_ray.pipelines.rollouts.preparation import Inputs, Preparation
 from trl_ray.pipelines.run.memory import PROCESS
 
 TEXT = [{"prompt": f"count to {number}: "} for number in range(1, 11)]

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from fakes import group
+from objectives import objective_of
 from trl_ray.algorithms.batches.micro_batches import CutRules
 from trl_ray.algorithms.loss import StepTotals
 from trl_ray.algorithms.policy.policy_loss import PolicyLoss
 from trl_ray.config.runs.grpo_config import GRPOConfig
-from trl_ray.pipelines.rollouts.objective import objective_of
 from trl_ray.pipelines.rollouts.updates import AskLearner, Updated, merge_results, prepare_step, train_on
 from trl_ray.types import Metric, Reduce, RolloutGroup, SampleScores, StepResult, TrainBatch, TrainingSample
 

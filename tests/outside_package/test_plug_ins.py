@@ -1,0 +1,144 @@
+"""What an engineer outside the package adds without a change inside it: a loss, a loss with options, a pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import runs
+from fakes import group
+from outside_package.best_of import BestOf, BestOfConfig, BestOfPipeline
+from outside_package.reinforce import Reinforce
+from outside_package.scaled_loss import ScaledLoss, ScaledOptions
+from tiny_models import build_tiny_model
+from trl_ray.algorithms.head.logprobs import TokenLogprobs
+from trl_ray.algorithms.loss import Loss, LossInputs, SampleTokens, StepTotals
+from trl_ray.algorithms.loss_registry import build_loss
+from trl_ray.cli.main import main
+from trl_ray.config.load import build, dump_yaml
+from trl_ray.config.losses.policy_options import LossConfig
+from trl_ray.errors import ConfigError
+from trl_ray.pipelines.grpo import GRPOPipeline
+from trl_ray.pipelines.pipeline_registry import find_pipeline
+
+REINFORCE = "outside_package.reinforce:Reinforce"
+SCALED = "outside_package.scaled_loss:ScaledLoss"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def two_samples(**totals: float) -> LossInputs:
+    """Three tokens of two completions, advantages 2 and -1, log-probs -1, -2, -4; sampled by the policy itself."""
+    logprobs = torch.tensor([-1.0, -2.0, -4.0], requires_grad=True)
+    return LossInputs(
+        tokens=SampleTokens(
+            sample_index=torch.tensor([0, 0, 1]),
+            num_sequences=2,
+            advantages=torch.tensor([2.0, 2.0, -1.0]),
+            sampler_logprobs=logprobs.detach().clone(),
+        ),
+        scores=TokenLogprobs(logprobs=logprobs, entropy=torch.ones(3)),
+        micro_batch_tokens=3,
+        totals=StepTotals(num_valid_tokens=3, num_samples=2, num_micro_batches=1, named=totals),
+    )
+
+
+def first_step(model: str, folder: Path, **options: Any) -> dict[str, Any]:
+    """Metrics of the first step of a real run in this process."""
+    pipeline = GRPOPipeline(args=runs.grpo(model, folder, max_steps=1, **options), train_dataset=runs.PROMPTS)
+    pipeline.train()
+    return runs.lines(folder / "metrics.jsonl")[0]
+
+
+def test_a_loss_is_found_by_its_path_and_takes_the_options_of_the_section() -> None:
+    loss = build_loss(LossConfig(loss=REINFORCE, entropy_coef=0.5))
+    assert type(loss) is Reinforce and loss.config.entropy_coef == 0.5
+    # -(2 * -1 + 2 * -2 - 1 * -4) / 3 tokens, less half of the mean entropy 1
+    assert loss(two_samples()).loss.item() == pytest.approx(2 / 3 - 0.5)
+
+
+def test_a_loss_has_options_and_totals_of_its_own() -> None:
+    loss: Loss = build_loss(LossConfig(loss=SCALED, loss_kwargs={"scale": 3.0, "by_successes": True}, epsilon=0.1))
+    assert type(loss) is ScaledLoss and type(loss.config) is ScaledOptions and loss.config.epsilon == 0.1
+    plain = build_loss(LossConfig(epsilon=0.1))(two_samples()).loss.item()
+    # 3 * 2 samples / 1 success
+    assert loss(two_samples(successes=1)).loss.item() == pytest.approx(6 * plain) and plain != 0
+
+
+def test_a_surrogate_from_outside_trains_in_a_real_run(model: str, tmp_path: Path) -> None:
+    plain, outside = first_step(model, tmp_path / "a"), first_step(model, tmp_path / "b", loss=REINFORCE)
+    # At ratio 1 the gradients are the same, the values are not.
+    assert outside["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5) and plain["grad_norm"] > 0
+    assert outside["loss"] != pytest.approx(plain["loss"], abs=1e-3)
+
+
+def test_options_from_outside_reach_the_loss_of_a_real_run(model: str, tmp_path: Path) -> None:
+    plain = first_step(model, tmp_path / "a")
+    scaled = first_step(model, tmp_path / "b", loss=SCALED, loss_kwargs={"scale": 2.0})
+    assert scaled["grad_norm"] == pytest.approx(2 * plain["grad_norm"], rel=1e-5)
+    # In a group with variance not all completions can be above the mean.
+    shared = first_step(model, tmp_path / "c", loss=SCALED, loss_kwargs={"by_successes": True})
+    assert shared["grad_norm"] > 1.05 * plain["grad_norm"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": SCALED, "loss_kwargs": {"scael": 2.0}}, "Did you mean 'scale'"),
+        ({"loss": REINFORCE, "loss_kwargs": {"scale": 2.0}}, "loss_kwargs must be left out"),
+        ({"loss": "outside_package.scaled_loss:ScaledOptions"}, "loss must name a class with everything"),
+        ({"loss": "outside_package.scaled_loss:ScaledLos"}, "ScaledLos"),
+        ({"loss": "mine"}, "entry-point group trl_ray.losses"),
+    ],
+)
+def test_a_loss_that_cannot_be_had_is_told_before_anything_starts(
+    model: str, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    pipeline = GRPOPipeline(args=runs.grpo(model, tmp_path / "run", **options), train_dataset=runs.PROMPTS)
+    with pytest.raises(ConfigError, match=message):
+        pipeline.prepare()
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_objective_from_outside_keeps_the_best_of_a_group() -> None:
+    built = BestOf(BestOfConfig(num_generations=4)).build([group(0, (0.0, 1.0, 3.0, 0.0))])
+    assert [sample.advantage > 0 for sample in built.samples] == [False, False, True, False]
+    assert [sample.advantage for sample in built.samples].count(0.0) == 3
+
+
+def test_a_pipeline_from_outside_runs_by_the_command_and_is_found_again_by_its_folder(
+    model: str, tmp_path: Path
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(f'{{"prompt": "{row["prompt"]}"}}\n' for row in runs.PROMPTS))
+    options = runs.values(model, tmp_path / "run", max_steps=2, save_steps=1, dataset_name=str(data), keep=2)
+    file = tmp_path / "best_of.yaml"
+    file.write_text(dump_yaml(build(BestOfConfig, options)))
+    assert main([BestOfConfig.model_fields["pipeline"].default, "--config", str(file)]) == 0
+    lines = runs.lines(tmp_path / "run" / "metrics.jsonl")
+    # Four groups a step, two of each.
+    assert [line["best_of/kept"] for line in lines] == [8.0, 8.0]
+    again = BestOfPipeline.from_run(tmp_path / "run")
+    assert type(again.config) is BestOfConfig and again.config.keep == 2
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    assert len(runs.lines(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("outside_package.best_of:BestOf", "must be a class derived from"),
+        ("outside_package.best_of:Missing", "Missing"),
+        ("trl_ray.pipelines.grpo:GRPOPipeline", "GRPOConfig.pipeline must be"),
+        ("best-of", "must be one of sft"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_had_is_told(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_pipeline(name)
