@@ -10,6 +10,8 @@ CONFIG      ?= configs/$(PIPELINE)/quickstart.yaml
 OUTPUT      ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # What the student of PIPELINE=distill learns from and PIPELINE=sdpo begins with; made when it is not there.
 SUMS        ?= runs/sums
+# Test processes of `make test`.
+TEST_PROCESSES ?= 4
 # More overrides for the quickstart: make quickstart ARGS="seed=1 max_steps=8"
 ARGS        ?=
 
@@ -46,11 +48,14 @@ environment:
 environment-dev:
 	@$(SETUP) --extras dev,test,quickstart
 
-test: environment-dev lint types
-	$(RUN) -m pytest -q -n 2 --dist loadfile
+# Tests of Ray mostly wait for processes to start, so there are more test processes than cores; types are checked beside them.
+test: environment-dev lint
+	@log=$$(mktemp); $(RUN) -m mypy >$$log 2>&1 & types=$$!; \
+	$(RUN) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	wait $$types || { cat $$log; tests=1; }; rm -f $$log; exit $$tests
 
 check: environment-dev lint types
-	$(RUN) -m pytest -q tests/unit
+	$(RUN) -m pytest -q -n 2 --dist loadfile tests/unit
 
 lint: environment-dev
 	$(RUN) -m ruff check $(SOURCE)
