@@ -11,7 +11,7 @@ OUTPUT      ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # What the student of PIPELINE=distill learns from and PIPELINE=sdpo begins with; made when it is not there.
 SUMS        ?= runs/sums
 # Test processes of `make test`.
-TEST_PROCESSES ?= 4
+TEST_PROCESSES ?= 3
 # More overrides for the quickstart: make quickstart ARGS="seed=1 max_steps=8"
 ARGS        ?=
 

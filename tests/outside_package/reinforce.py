@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trl_ray.algorithms.batches.token_metrics import TokenMetrics
+from trl_ray.algorithms.batches.sequences import TokenMetrics
 from trl_ray.algorithms.loss import LossInputs
 from trl_ray.algorithms.policy.policy_loss import PolicyLoss
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import LossInputs, SampleTokens, StepTotals
-from trl_ray.algorithms.policy.importance import sampler_correction
 from trl_ray.algorithms.policy.policy_loss import PolicyLoss
+from trl_ray.algorithms.policy.policy_terms import sampler_correction
 from trl_ray.config.losses.policy_options import CLIPPED, LossConfig, LossType
 from trl_ray.types import Metric
 

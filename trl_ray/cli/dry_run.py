@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from trl_ray.config.load import dump_yaml
-from trl_ray.pipelines.run.memory import GIB
 from trl_ray.pipelines.run.pipeline import Pipeline
+from trl_ray.pipelines.run.planning import GIB
 from trl_ray.runtime.remote import ActorPlan
 from trl_ray.runtime.runtime import Role
 

@@ -1,10 +1,13 @@
-"""What every configuration model has in common: frozen, strict, no unknown keys, no NaN."""
+"""What every configuration model has in common: frozen, strict, no unknown keys, no NaN.
+
+And the types of single options that several sections share.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from trl_ray.config.messages import explain
 from trl_ray.errors import ConfigError
@@ -47,3 +50,21 @@ class Section(BaseModel):
     def replace(self, **values: Any) -> Self:
         """A copy with some options changed, validated anew."""
         return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **values})
+
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# Strict models take no string for an enum; YAML has nothing else.
+FROM_STRING = Field(strict=False)
+
+
+def none_is(default: Any) -> BeforeValidator:
+    """TRL writes None for what an option is without being given."""
+    return BeforeValidator(lambda value: default if value is None else value)
+
+
+def none_is_empty() -> BeforeValidator:
+    """The same for mappings."""
+    return BeforeValidator(lambda value: {} if value is None else value)

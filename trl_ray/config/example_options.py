@@ -12,8 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from trl_ray.config.base import Section
-from trl_ray.config.fields import FROM_STRING, Positive
+from trl_ray.config.base import FROM_STRING, Positive, Section
 
 
 class TruncationMode(enum.StrEnum):

@@ -11,8 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from trl_ray.config.base import Section
-from trl_ray.config.fields import FROM_STRING, Positive, Seconds
+from trl_ray.config.base import FROM_STRING, Positive, Seconds, Section
 from trl_ray.config.losses.reward_modelling_options import StepAggregation
 from trl_ray.config.sections import Dtype
 

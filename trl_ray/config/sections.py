@@ -7,10 +7,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from trl_ray.config.base import Section
+from trl_ray.config.base import FROM_STRING, Fraction, Natural, Positive, Seconds, Section, none_is, none_is_empty
 from trl_ray.config.callback_options import CallbackField
 from trl_ray.config.deepspeed_file import read_deepspeed
-from trl_ray.config.fields import FROM_STRING, Fraction, Natural, Positive, Seconds, none_is, none_is_empty
 from trl_ray.config.keyword_options import GENERATION_KWARGS, MODEL_INIT_KWARGS, spread
 
 

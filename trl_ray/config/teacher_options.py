@@ -17,8 +17,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from trl_ray.config.base import Section
-from trl_ray.config.fields import FROM_STRING, Positive, Seconds
+from trl_ray.config.base import FROM_STRING, Positive, Seconds, Section
 from trl_ray.config.sections import Dtype, ModelConfig
 
 

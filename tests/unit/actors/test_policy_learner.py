@@ -189,7 +189,7 @@ class _Treacherous(PolicyLoss):
 
 
 def test_a_gradient_that_is_not_finite_is_traced_to_its_sample(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trl_ray.algorithms.loss_registry.PolicyLoss", _Treacherous)
+    monkeypatch.setattr("trl_ray.algorithms.policy.policy_loss.PolicyLoss", _Treacherous)
     learner = _learner(tiny)
     before = _weights(learner.publish())
     samples = _samples(1)

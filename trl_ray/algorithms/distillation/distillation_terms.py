@@ -20,8 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.batches.sequences import TokenSequences
-from trl_ray.algorithms.batches.token_metrics import TokenMetrics
+from trl_ray.algorithms.batches.sequences import TokenMetrics, TokenSequences
 from trl_ray.algorithms.distillation.teacher_signal import TeacherSignal
 from trl_ray.algorithms.head.divergence import realised_reverse_kl, sampled_reverse_kl
 from trl_ray.algorithms.loss import LossOutput

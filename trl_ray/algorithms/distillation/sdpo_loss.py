@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.batches.token_metrics import TokenMetrics
+from trl_ray.algorithms.batches.sequences import TokenMetrics
 from trl_ray.algorithms.distillation.distillation_terms import SDPOInputs, sdpo_loss
 from trl_ray.algorithms.distillation.teacher_signal import TeacherNeeds, TeacherSignal
 from trl_ray.algorithms.loss import LossInputs, LossNeeds, LossOutput
-from trl_ray.algorithms.policy.kl import kl_estimate
 from trl_ray.algorithms.policy.policy_loss import PolicyLoss
+from trl_ray.algorithms.policy.policy_terms import kl_estimate
 from trl_ray.config.losses.distillation_options import DistillationMode, SDPOObjective
 from trl_ray.config.losses.policy_options import KLEstimator, OldLogprobs
 from trl_ray.types import Metric, TrainingSample

@@ -20,8 +20,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.head.head_gradients import GradientTotals, active_rows
-from trl_ray.algorithms.head.head_problem import FLOOR, LN2, HeadGradients, HeadProblem, tile_view
+from trl_ray.algorithms.head.head_problem import (
+    FLOOR,
+    LN2,
+    GradientTotals,
+    HeadGradients,
+    HeadProblem,
+    active_rows,
+    tile_view,
+)
 from trl_ray.algorithms.head.logprobs_tiles import kept_tiles, left_rows, prepare, project, slope_of_cap
 
 _STUDENT, _TEACHER = 0, 1

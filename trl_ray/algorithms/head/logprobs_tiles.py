@@ -16,18 +16,20 @@ import math
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.head.head_gradients import GradientTotals, with_gradient
-from trl_ray.algorithms.head.head_outputs import TopTokens, joined
 from trl_ray.algorithms.head.head_problem import (
     FLOOR,
     LN2,
     ExtraOutputs,
+    GradientTotals,
     HeadGradients,
     HeadProblem,
     HeadResult,
     KeptTile,
+    TopTokens,
     Upstream,
+    joined,
     tile_view,
+    with_gradient,
 )
 
 _KEPT_BYTES = 640 * 2**20

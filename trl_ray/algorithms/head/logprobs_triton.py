@@ -16,18 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.head.head_gradients import GradientTotals, with_gradient
-from trl_ray.algorithms.head.head_outputs import TopTokens, joined
 from trl_ray.algorithms.head.head_problem import (
     FLOOR,
     LN2,
     ExtraOutputs,
+    GradientTotals,
     HeadGradients,
     HeadProblem,
     HeadResult,
     KeptTile,
+    TopTokens,
     Upstream,
+    joined,
     tile_view,
+    with_gradient,
 )
 
 if importlib.util.find_spec("triton") is not None:

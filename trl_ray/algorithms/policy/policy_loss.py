@@ -2,12 +2,12 @@
 
     L_t = surrogate(rho, A) * w * kept  +  beta * [rho] KL_t               loss = aggregate(L) - coef * mean entropy
 
-    rho   policy / old policy                       importance.py    (of a token, or of a completion: GSPO, RLOO)
+    rho   policy / old policy                       policy_terms.py    (of a token, or of a completion: GSPO, RLOO)
     surrogate                                       surrogates.py    (clipped, cispo, sapo, vespo)
-    w     old policy / sampler, held within bounds  importance.py
-    kept  0 where a completion is too far off-policy (importance.py), or a token is too sure (first_pass.py)
-    KL_t  estimate of KL(policy || reference)       kl.py            (neither masked, clipped nor corrected)
-    aggregate, over the whole update                aggregation.py
+    w     old policy / sampler, held within bounds  policy_terms.py
+    kept  0 where a completion is too far off-policy (policy_terms.py), or a token is too sure (first_pass.py)
+    KL_t  estimate of KL(policy || reference)       policy_terms.py            (neither masked, clipped nor corrected)
+    aggregate, over the whole update                policy_terms.py
 
 Every denominator is a total of the whole optimizer update, over all micro-batches and ranks; but for bnpo, which is
 defined by micro-batches, it does not matter how an update is cut.
@@ -19,13 +19,19 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from trl_ray.algorithms.batches.token_metrics import TokenMetrics
+from trl_ray.algorithms.batches.sequences import TokenMetrics
 from trl_ray.algorithms.loss import LossInputs, LossNeeds, LossOutput
 from trl_ray.algorithms.policy import surrogates
-from trl_ray.algorithms.policy.aggregation import aggregate
-from trl_ray.algorithms.policy.entropy import EntropyBonus
-from trl_ray.algorithms.policy.importance import off_policy, old_logprobs, policy_ratio, sampler_correction
-from trl_ray.algorithms.policy.kl import kl_estimate, kl_penalty
+from trl_ray.algorithms.policy.policy_terms import (
+    EntropyBonus,
+    aggregate,
+    kl_estimate,
+    kl_penalty,
+    off_policy,
+    old_logprobs,
+    policy_ratio,
+    sampler_correction,
+)
 from trl_ray.config.losses.policy_options import (
     CLIPPED,
     ImportanceLevel,

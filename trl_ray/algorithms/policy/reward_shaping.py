@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from trl_ray.algorithms.policy.kl import kl_estimate
+from trl_ray.algorithms.policy.policy_terms import kl_estimate
 from trl_ray.config.losses.policy_options import KLEstimator
 from trl_ray.types import SampleScores, TrainingSample
 

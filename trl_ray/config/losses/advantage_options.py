@@ -7,8 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from trl_ray.config.base import Section
-from trl_ray.config.fields import FROM_STRING, Natural
+from trl_ray.config.base import FROM_STRING, Natural, Section
 
 
 class ScaleRewards(enum.StrEnum):

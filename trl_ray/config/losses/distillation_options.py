@@ -14,8 +14,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from trl_ray.config.base import Section
-from trl_ray.config.fields import FROM_STRING, Fraction, Natural, Positive
+from trl_ray.config.base import FROM_STRING, Fraction, Natural, Positive, Section
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.policy_options import LossConfig
 

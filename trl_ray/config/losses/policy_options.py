@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from trl_ray.config.fields import FROM_STRING, Fraction, Positive
+from trl_ray.config.base import FROM_STRING, Fraction, Positive
 from trl_ray.config.losses.loss_section import LossSection, ReferenceSync
 
 NonNegative = Annotated[float, Field(ge=0)]
@@ -20,7 +20,7 @@ AboveZero = Annotated[float, Field(gt=0)]
 
 class LossType(enum.StrEnum):
     """What a token's loss is (`trl_ray.algorithms.policy.surrogates`) and how token losses become one number
-    (`trl_ray.algorithms.policy.aggregation`)."""
+    (`trl_ray.algorithms.policy.policy_terms`)."""
 
     GRPO = "grpo"
     DAPO = "dapo"

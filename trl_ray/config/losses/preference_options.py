@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from trl_ray.config.fields import FROM_STRING, Fraction, Positive
+from trl_ray.config.base import FROM_STRING, Fraction, Positive
 from trl_ray.config.losses.loss_section import LossSection, ReferenceSync
 
 NonNegative = Annotated[float, Field(ge=0)]

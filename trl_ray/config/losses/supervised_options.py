@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from trl_ray.config.fields import FROM_STRING
+from trl_ray.config.base import FROM_STRING
 from trl_ray.config.losses.loss_section import LossSection
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from trl_ray.config.fields import FROM_STRING, Fraction, Positive
+from trl_ray.config.base import FROM_STRING, Fraction, Positive
 from trl_ray.config.losses.distillation_options import DistillationLossConfig, DistillationObjective, Support
 from trl_ray.config.runs.rollout_config import AheadConfig
 from trl_ray.config.sections import Dtype

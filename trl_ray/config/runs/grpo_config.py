@@ -9,7 +9,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from trl_ray.config.fields import FROM_STRING, Natural, Positive
+from trl_ray.config.base import FROM_STRING, Natural, Positive
 from trl_ray.config.losses.advantage_options import (
     AdvantageBaseline,
     AdvantageConfig,

@@ -13,7 +13,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from trl_ray.config.fields import Natural, Positive
+from trl_ray.config.base import Natural, Positive
 from trl_ray.config.reward_model_options import RewardModelOptions, check_reward_models
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import (

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from trl_ray.config.fields import FROM_STRING, Natural, Positive
+from trl_ray.config.base import FROM_STRING, Natural, Positive
 from trl_ray.config.losses.distillation_options import DistillationMode, RepromptConfig, SDPOObjective
 from trl_ray.config.losses.policy_options import OldLogprobs
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig

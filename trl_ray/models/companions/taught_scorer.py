@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from trl_ray.algorithms.distillation.teacher_signal import (
+    NO_TOKEN,
     TeacherNeeds,
     TeacherSignal,
     blank_signal,
     signal_from_scores,
+    teacher_tokens,
     with_own_token,
 )
-from trl_ray.algorithms.distillation.teacher_tokens import NO_TOKEN, teacher_tokens
 from trl_ray.algorithms.head.divergence import SupportLogprobs, unique_support
 from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.models.companions.resident_teacher import ResidentTeacher

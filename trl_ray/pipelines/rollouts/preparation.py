@@ -29,8 +29,15 @@ from trl_ray.pipelines.rollouts.reward_model_actors import (
 )
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
 from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_teachers
-from trl_ray.pipelines.run.memory import GIB, PROCESS, dtype_bytes, learner_memory, teacher_memory
-from trl_ray.pipelines.run.planning import cut_rules, total_steps
+from trl_ray.pipelines.run.planning import (
+    GIB,
+    PROCESS,
+    cut_rules,
+    dtype_bytes,
+    learner_memory,
+    teacher_memory,
+    total_steps,
+)
 from trl_ray.rewards.reward_registry import RewardSpec, make_specs
 from trl_ray.runtime.runtime import Role
 from trl_ray.types import IntArray, Prompt

@@ -17,7 +17,7 @@ from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.errors import ConfigError, ModelError
 from trl_ray.models.adapters.adapter_config import is_adapter_folder
 from trl_ray.models.scoring.reward_model import RewardModelFacts, count_reward_parameters, find_reward_model
-from trl_ray.pipelines.run.memory import PROCESS, dtype_bytes
+from trl_ray.pipelines.run.planning import PROCESS, dtype_bytes
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime, reward_model_plan
 from trl_ray.types import Prompt
 

@@ -17,7 +17,7 @@ from trl_ray.errors import ConfigError, ModelError
 from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.teacher_actors import TeacherArguments
-from trl_ray.pipelines.run.memory import GIB, PROCESS, teacher_memory
+from trl_ray.pipelines.run.planning import GIB, PROCESS, teacher_memory
 from trl_ray.runtime.runtime import teacher_plan
 
 

@@ -22,8 +22,7 @@ from trl_ray.data.examples.example_set import ExampleSet, ExampleTask, load_exam
 from trl_ray.errors import ConfigError
 from trl_ray.models.companions.reference_cache import default_cache_dir
 from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
-from trl_ray.pipelines.run.memory import learner_memory
-from trl_ray.pipelines.run.planning import cut_rules, total_steps
+from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
 from trl_ray.pipelines.supervised.example_feed import Feed, ShuffledFeed, StreamFeed, StreamPlace
 from trl_ray.runtime.runtime import Role
 

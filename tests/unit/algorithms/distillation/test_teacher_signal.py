@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from trl_ray.algorithms.distillation.teacher_signal import (
+    NO_TOKEN,
     TeacherNeeds,
     TeacherSignal,
+    TeacherTokens,
     blank_signal,
     signal_from_scores,
     with_own_token,
 )
-from trl_ray.algorithms.distillation.teacher_tokens import NO_TOKEN, TeacherTokens
 from trl_ray.algorithms.head.divergence import SupportLogprobs, support_divergence
 from trl_ray.algorithms.head.logprobs import TokenLogprobs
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import torch
 
-from trl_ray.algorithms.distillation.teacher_tokens import NO_TOKEN, teacher_tokens
+from trl_ray.algorithms.distillation.teacher_signal import NO_TOKEN, teacher_tokens
 from trl_ray.types import TeacherScores, TrainingSample
 
 INF = math.inf

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.policy.kl import kl_estimate, kl_penalty
+from trl_ray.algorithms.policy.policy_terms import kl_estimate, kl_penalty
 from trl_ray.config.losses.policy_options import KLEstimator
 
 LOGITS = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64)

@@ -16,7 +16,7 @@ from trl_ray.config.runs.sdpo_config import SDPOConfig
 from trl_ray.config.teacher_options import TeacherKind
 from trl_ray.errors import ConfigError, DataError, ModelError
 from trl_ray.pipelines.rollouts.preparation import Inputs, Preparation
-from trl_ray.pipelines.run.memory import PROCESS
+from trl_ray.pipelines.run.planning import PROCESS
 
 TEXT = [{"prompt": f"count to {number}: "} for number in range(1, 11)]
 CHAT = [{"prompt": [{"role": "user", "content": f"{number} + 1 = ?"}]} for number in range(1, 11)]
