@@ -12,9 +12,8 @@ import random
 import re
 from typing import Any
 
-from trl_ray.config.runs.grpo_config import AsyncGRPOConfig
-from trl_ray.config.sections import RolloutConfig, Schedule
-from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
+from trl_ray import AsyncGRPOConfig, AsyncGRPOPipeline, RolloutConfig
+from trl_ray.config.sections import Schedule
 
 
 def sums(count: int, seed: int = 42) -> list[dict[str, Any]]:

@@ -12,10 +12,8 @@ import argparse
 import random
 from typing import Any
 
-from trl_ray.config.runs.dataset_config import SFTConfig
-from trl_ray.config.sections import RuntimeConfig
+from trl_ray import RuntimeConfig, SFTConfig, SFTPipeline
 from trl_ray.pipelines.callbacks.hooks import TrainerControl, TrainerState
-from trl_ray.pipelines.sft import SFTPipeline
 
 
 class Plateau:

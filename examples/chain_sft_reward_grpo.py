@@ -17,14 +17,19 @@ import random
 from pathlib import Path
 from typing import Any
 
-from trl_ray.config.reward_model_options import RewardModelOptions
-from trl_ray.config.runs.dataset_config import RewardModelConfig, SFTConfig
-from trl_ray.config.runs.grpo_config import GRPOConfig
-from trl_ray.config.sections import EngineChoice, RolloutConfig, RuntimeConfig, RuntimeKind, Schedule
-from trl_ray.pipelines.grpo import GRPOPipeline
-from trl_ray.pipelines.reward_modelling import RewardPipeline
-from trl_ray.pipelines.run.pipeline import TrainOutput
-from trl_ray.pipelines.sft import SFTPipeline
+from trl_ray import (
+    GRPOConfig,
+    GRPOPipeline,
+    RewardModelConfig,
+    RewardModelOptions,
+    RewardPipeline,
+    RolloutConfig,
+    RuntimeConfig,
+    SFTConfig,
+    SFTPipeline,
+    TrainOutput,
+)
+from trl_ray.config.sections import EngineChoice, RuntimeKind, Schedule
 
 NAME = "short_answers"
 """What the reward model is called in metrics."""

@@ -13,9 +13,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from trl_ray.config.runs.dataset_config import DPOConfig
-from trl_ray.config.sections import RuntimeConfig, Schedule
-from trl_ray.pipelines.preference import DPOPipeline
+from trl_ray import DPOConfig, DPOPipeline, RuntimeConfig
+from trl_ray.config.sections import Schedule
 
 
 def pairs(count: int, seed: int) -> list[dict[str, Any]]:

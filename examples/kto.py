@@ -11,9 +11,8 @@ import argparse
 import random
 from typing import Any
 
-from trl_ray.config.runs.dataset_config import KTOConfig
-from trl_ray.config.sections import RuntimeConfig, Schedule
-from trl_ray.pipelines.preference import KTOPipeline
+from trl_ray import KTOConfig, KTOPipeline, RuntimeConfig
+from trl_ray.config.sections import Schedule
 
 
 def ratings(count: int, seed: int) -> list[dict[str, Any]]:

@@ -12,9 +12,8 @@ import argparse
 import random
 from typing import Any
 
-from trl_ray.config.runs.dataset_config import PRMConfig
-from trl_ray.config.sections import RuntimeConfig, Schedule
-from trl_ray.pipelines.reward_modelling import PRMPipeline
+from trl_ray import PRMConfig, PRMPipeline, RuntimeConfig
+from trl_ray.config.sections import Schedule
 
 
 def solutions(count: int, seed: int) -> list[dict[str, Any]]:

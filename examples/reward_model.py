@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from trl_ray.config.runs.dataset_config import RewardModelConfig
-from trl_ray.config.sections import RuntimeConfig, Schedule
-from trl_ray.pipelines.reward_modelling import RewardPipeline
+from trl_ray import RewardModelConfig, RewardPipeline, RuntimeConfig
+from trl_ray.config.sections import Schedule
 
 
 def pairs(count: int, seed: int) -> list[dict[str, Any]]:

@@ -13,9 +13,8 @@ import random
 import re
 from typing import Any
 
-from trl_ray.config.runs.grpo_config import RLOOConfig
-from trl_ray.config.sections import RolloutConfig, Schedule
-from trl_ray.pipelines.rloo import RLOOPipeline
+from trl_ray import RLOOConfig, RLOOPipeline, RolloutConfig
+from trl_ray.config.sections import Schedule
 
 
 def sums(count: int, seed: int = 42) -> list[dict[str, Any]]:

@@ -12,9 +12,8 @@ import argparse
 import random
 from typing import Any
 
-from trl_ray.config.runs.dataset_config import SFTConfig
-from trl_ray.config.sections import RuntimeConfig, Schedule
-from trl_ray.pipelines.sft import SFTPipeline
+from trl_ray import RuntimeConfig, SFTConfig, SFTPipeline
+from trl_ray.config.sections import Schedule
 
 
 def sums(count: int, seed: int) -> list[dict[str, Any]]:

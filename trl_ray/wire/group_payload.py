@@ -5,6 +5,9 @@
 The header holds everything that is not an array, and the length of each array; the arrays follow in the order
 in which the header mentions them. Decoding checks every length and range before anything is returned, so a
 damaged file cannot become a training sample.
+
+What a group brings from its teachers is checked before it is stored and when it is read again, so that a damaged file
+teaches nothing.
 """
 
 from __future__ import annotations

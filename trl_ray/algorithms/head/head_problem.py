@@ -1,4 +1,7 @@
-"""What the chunked language-model head is given and what it finds; shared by the torch and the Triton path."""
+"""What the chunked language-model head is given and what it finds; shared by the torch and the Triton path.
+
+gradient at logits [C,T] --> hidden [C,H] += · weight [T,H]     weight [T,H] += ·ᵀ hidden [C,H]     bias [T] += Σ
+"""
 
 from __future__ import annotations
 

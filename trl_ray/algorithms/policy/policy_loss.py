@@ -2,12 +2,12 @@
 
     L_t = surrogate(rho, A) * w * kept  +  beta * [rho] KL_t               loss = aggregate(L) - coef * mean entropy
 
-    rho   policy / old policy                       policy_terms.py    (of a token, or of a completion: GSPO, RLOO)
-    surrogate                                       surrogates.py    (clipped, cispo, sapo, vespo)
-    w     old policy / sampler, held within bounds  policy_terms.py
+    rho   policy / old policy, of a token or of a completion (GSPO, RLOO)        policy_terms.py
+    surrogate  clipped, cispo, sapo, vespo                                       surrogates.py
+    w     old policy / sampler, held within bounds                               policy_terms.py
     kept  0 where a completion is too far off-policy (policy_terms.py), or a token is too sure (first_pass.py)
-    KL_t  estimate of KL(policy || reference)       policy_terms.py            (neither masked, clipped nor corrected)
-    aggregate, over the whole update                policy_terms.py
+    KL_t  estimate of KL(policy || reference), neither masked, clipped nor corrected
+    aggregate, over the whole update                                             policy_terms.py
 
 Every denominator is a total of the whole optimizer update, over all micro-batches and ranks; but for bnpo, which is
 defined by micro-batches, it does not matter how an update is cut.

@@ -1,8 +1,24 @@
 """What the policy objective is made of beside its surrogate: ratios, KL, entropy bonus, and one number for all tokens.
 
-*Ratios.* rho = policy / old policy, of a token or of a completion; w = old policy / sampler, held within bounds.
+*Ratios* of probabilities: policy / old policy, which is clipped, and old policy / sampler, which corrects for lag.
 
-*KL* of the policy from the reference, estimated from one token each.
+    sampler log-probs --correction (no gradient)--> old log-probs --ratio--> policy log-probs
+    over a token: e^x   over a sequence: e^(mean x) or e^(sum x), the same at all its tokens          x [N] log-ratio
+
+The old policy is the one before the first update on the samples: with one update per sample it is the policy itself, so
+the ratio is 1 and only its gradient counts; with several updates its log-probs come from a first pass. Together this is
+decoupled PPO (https://arxiv.org/abs/2110.00641): clipping bounds how far the updates move, whatever the lag of the
+sampler. With `old_logprobs=sampler` the two ratios are one, and clipping bounds the lag too.
+
+*KL(policy || reference)*, estimated from single tokens; x = log reference - log policy.
+
+    k1 = -x     k2 = x^2 / 2     k3 = e^x - x - 1                                 http://joschu.net/blog/kl-approx.html
+
+A loss asks for the right *gradient*, which is another matter than the right value
+(https://arxiv.org/abs/2506.09477). For tokens drawn from the policy, the mean gradient of k2 is that of the KL, that of
+k1 is 0, and that of k3 is the gradient of the other KL, reference || policy. What mends k1 and k3 is the ratio policy /
+old policy: the mean of rho k is the KL whatever policy drew the tokens, so the mean of its gradient is that of the KL
+(https://arxiv.org/abs/2512.02556, section 3.1). k2 needs the ratio as a mere weight.
 
 *Entropy bonus*, fixed, or moved after each update by the entropy that the update met:
 
