@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def test_options_from_outside_reach_the_loss_of_a_real_run(model: str, tmp_path:
     [
         ({"loss": SCALED, "loss_kwargs": {"scael": 2.0}}, "Did you mean 'scale'"),
         ({"loss": REINFORCE, "loss_kwargs": {"scale": 2.0}}, "loss_kwargs must be left out"),
+        ({"loss": SCALED, "loss_kwargs": {"epsilon": 0.1}}, "own options only, got epsilon"),
         ({"loss": "outside_package.scaled_loss:ScaledOptions"}, "loss must name a class with everything"),
+        ({"loss": "trl_ray.algorithms.loss:FixedLoss"}, "without __call__, needs"),
         ({"loss": "outside_package.scaled_loss:ScaledLos"}, "ScaledLos"),
         ({"loss": "mine"}, "entry-point group trl_ray.losses"),
     ],
@@ -134,6 +137,7 @@ def test_a_pipeline_from_outside_runs_by_the_command_and_is_found_again_by_its_f
     ("name", "message"),
     [
         ("outside_package.best_of:BestOf", "must be a class derived from"),
+        ("trl_ray.pipelines.rollouts.rollout_pipeline:RolloutPipeline", "with a config_class"),
         ("outside_package.best_of:Missing", "Missing"),
         ("trl_ray.pipelines.grpo:GRPOPipeline", "GRPOConfig.pipeline must be"),
         ("best-of", "must be one of sft"),
@@ -142,3 +146,15 @@ def test_a_pipeline_from_outside_runs_by_the_command_and_is_found_again_by_its_f
 def test_a_pipeline_that_cannot_be_had_is_told(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         find_pipeline(name)
+
+
+def test_installed_packages_give_names_to_losses_and_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {
+        "trl_ray.losses": [EntryPoint("reinforce", REINFORCE, "trl_ray.losses")],
+        "trl_ray.pipelines": [EntryPoint("gone", "no_such_package.module:Pipeline", "trl_ray.pipelines")],
+    }
+    for module in ("algorithms.loss_registry", "pipelines.pipeline_registry"):
+        monkeypatch.setattr(f"trl_ray.{module}.entry_points", lambda *, group: given[group])
+    assert type(build_loss(LossConfig(loss="reinforce"))) is Reinforce
+    with pytest.raises(ConfigError, match="must be importable"):
+        find_pipeline("gone")

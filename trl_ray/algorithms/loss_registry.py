@@ -31,7 +31,9 @@ def loss_class(options: LossSection) -> type[Loss]:
     """
     path = options.loss or options.built_in
     found = find_object(path, what="loss") if ":" in path else _entry_point(path)
-    missing = [name for name in _PROTOCOL if not hasattr(found, name)]
+    # In the classes themselves: every class can be called, to make one.
+    known = {name for each in getattr(found, "__mro__", ()) for name in vars(each)}
+    missing = [name for name in _PROTOCOL if name not in known]
     if not isinstance(found, type) or missing:
         lacks = f" without {', '.join(missing)}" if missing else ""
         raise ConfigError(
@@ -55,6 +57,12 @@ def resolve_options(options: LossSection) -> LossSection:
                 f"with loss={options.loss}. Give it one, a LossSection with these fields, or remove loss_kwargs."
             )
         return options
+    twice = sorted(options.loss_kwargs.keys() & type(options).model_fields.keys())
+    if twice:
+        raise ConfigError(
+            f"loss_kwargs must hold the loss's own options only, got {', '.join(twice)}, which the run has itself. Set "
+            "them beside loss_kwargs."
+        )
     shared = {name: getattr(options, name) for name in type(options).model_fields if name in own.model_fields}
     return own(**{**shared, **options.loss_kwargs})
 
@@ -92,4 +100,4 @@ def _entry_point(name: str) -> Any:
             f"loss must be package.module:Class, file.py:Class, or a name that an installed package gives in the "
             f"entry-point group {ENTRY_POINTS}{known}, got {name!r}. Add the colon, or install the package."
         )
-    return found[name].load()
+    return find_object(found[name].value, what="loss")

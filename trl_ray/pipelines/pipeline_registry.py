@@ -49,10 +49,10 @@ def find_pipeline(name: str) -> type[Pipeline[Any, Any]]:
     if name in PIPELINES:
         return PIPELINES[name]
     found = find_object(name, what="Pipeline") if ":" in name else _entry_point(name)
-    if not isinstance(found, type) or not issubclass(found, Pipeline):
+    if not isinstance(found, type) or not issubclass(found, Pipeline) or not hasattr(found, "config_class"):
         raise ConfigError(
-            f"{name} must be a class derived from trl_ray.pipelines.run.pipeline.Pipeline, got {found!r}. Name one, or "
-            f"one of {', '.join(PIPELINES)}."
+            f"{name} must be a class derived from trl_ray.pipelines.run.pipeline.Pipeline, with a config_class, got "
+            f"{found!r}. Name one, or one of {', '.join(PIPELINES)}."
         )
     called = found.config_class.model_fields["pipeline"].default
     if called != name:
@@ -70,4 +70,4 @@ def _entry_point(name: str) -> Any:
             f"a pipeline must be one of {', '.join([*PIPELINES, *sorted(found)])}, or package.module:Class, got "
             f"{name!r}. Add the colon, or install the package that gives it."
         )
-    return found[name].load()
+    return find_object(found[name].value, what="Pipeline")
