@@ -200,7 +200,7 @@ def prepare_gpu(environment: Environment) -> list[str]:
 
 def verify(environment: Environment, accelerator: str) -> None:
     """Import what everything rests on; name the fault if that fails."""
-    result = environment.run("-c", VERIFY, "ray", "vllm", "trl_ray.config.grpo")
+    result = environment.run("-c", VERIFY, "ray", "vllm", "trl_ray.config.runs.grpo_config")
     if result.returncode:
         fail(f"the environment must import torch, transformers, ray and vllm, but does not:\n{result.stderr[-3000:]}")
     if accelerator == "gpu" and result.stdout.split()[-1] == "cpu":

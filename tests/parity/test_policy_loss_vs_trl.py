@@ -27,6 +27,7 @@ from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import LossInputs, SampleTokens, StepTotals
 from trl_ray.algorithms.policy.policy_loss import PolicyLoss
 from trl_ray.algorithms.policy.policy_terms import sampler_correction
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.policy_options import CLIPPED, LossConfig, LossType
 from trl_ray.types import Metric
 
@@ -520,7 +521,7 @@ def test_options_carry_the_names_and_defaults_of_trl() -> None:
     from trl import GRPOConfig
 
     known = {name: field.default for name, field in GRPOConfig.__dataclass_fields__.items()}
-    ours = {"old_logprobs", "kl_estimator", "kl_placement"}
+    ours = {"old_logprobs", "kl_estimator", "kl_placement", *LossSection.model_fields}
     config = LossConfig()
     different = {
         name: (getattr(config, name), known[name])

@@ -23,6 +23,7 @@ from trl_ray.algorithms.loss import LossOutput
 from trl_ray.algorithms.preference.paired_preference import PairInputs, PairTotals, preference_loss
 from trl_ray.algorithms.preference.reference_free import ReferenceFreeInputs, ReferenceFreeTotals, cpo_loss, orpo_loss
 from trl_ray.algorithms.preference.unpaired_preference import UnpairedInputs, UnpairedTotals, kl_estimate, unpaired_loss
+from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.preference_options import (
     DIFFERENCE_OF_SCORES,
     SMOOTHED,
@@ -335,7 +336,7 @@ def test_options_carry_the_names_and_defaults_of_trl() -> None:
         (ORPOLossConfig, ORPOConfig),
     ):
         known = theirs.__dataclass_fields__
-        for name in ours.model_fields.keys() - {"loss_type"}:
+        for name in ours.model_fields.keys() - {"loss_type", *LossSection.model_fields}:
             assert getattr(ours(), name) == known[name].default, f"{theirs.__name__}.{name}"
     assert list(PreferenceLossConfig().loss_type) == DPOConfig.__dataclass_fields__["loss_type"].default_factory()
     assert UnpairedLossConfig().loss_type == KTOConfig.__dataclass_fields__["loss_type"].default
