@@ -49,7 +49,7 @@ MIN_ZERO_STD = 0.9
 MAX_HEAD_START = 0.1
 """Of the measured groups may have been generated before the clock started."""
 QUIET_LOAD = 0.5
-"""Processes that others may have running, on average over the minute before."""
+"""Processes that others may have running, on average over a minute."""
 THREADS = 2
 GROUP_SIZE = 8
 PROMPTS_PER_STEP = 8
@@ -352,13 +352,7 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
 
     def measure(self, name: str, settings: Settings, *, signal: bool = True) -> Measurement:
-        """Run a child; what it found, its line shown, its share of equal rewards among the figures.
-
-        Args:
-            name: of its figures.
-            settings: what it measures.
-            signal: whether rewards are meant to differ.
-        """
+        """Run a child and show what it found under `name`; `signal` says whether rewards are meant to differ."""
         found = run_child(settings)
         show(name, settings, found)
         self.figures[f"{name}_zero_std_fraction"] = found.zero_std_fraction
@@ -587,7 +581,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         findings.warn(problem)
     with tempfile.TemporaryDirectory() as folder:
         run_modes(findings, args, resolve_model(args.model, folder))
-    said["load_average_end"] = f"{os.getloadavg()[0]:.2f}"
+    load = os.getloadavg()[0]
+    said["load_average_end"] = f"{load:.2f}"
+    if load > THREADS + QUIET_LOAD:
+        findings.warn(f"the machine got busy (load average {load:.1f}, of which {THREADS} are the benchmark's own).")
     for problem in findings.warnings:
         print(f"WARNING: {problem}")
     for name, text in said.items():

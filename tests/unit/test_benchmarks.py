@@ -218,16 +218,26 @@ def test_a_head_start_of_more_than_a_tenth_is_warned_of(
 def test_what_could_flatter_is_printed_and_a_busy_machine_or_more_threads_are_warned_of(
     machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loads = iter([3.0, 2.0])
+    loads = iter([3.0, 2.6])
     monkeypatch.setattr(script.os, "getloadavg", lambda: (next(loads), 0.0, 0.0))
     script.main(["--mode", "trl", "--model", "tiny", "--dtype", "bfloat16", "--learner-threads", "2"])
     text = "\n".join(lines := printed(capsys))
     found = figures(lines)
     assert (found["model"], found["dtype"], found["reward"]) == ("tiny", "bfloat16", "varied")
-    assert (found["load_average_start"], found["load_average_end"]) == ("3.00", "2.00")
+    assert (found["load_average_start"], found["load_average_end"]) == ("3.00", "2.60")
     assert (found["trl_threads"], found["trl_ray_threads"]) == ("2", "2 learner + 1 rollout")
     assert "WARNING: trl_ray has 3 threads and TRL 2" in text
     assert "WARNING: the machine is busy (load average 3.0" in text
+    assert "WARNING: the machine got busy (load average 2.6" in text
+
+
+def test_the_benchmarks_own_load_at_the_end_is_no_warning(
+    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = iter([0.5, 2.5])
+    monkeypatch.setattr(script.os, "getloadavg", lambda: (next(loads), 0.0, 0.0))
+    script.main(["--mode", "trl"])
+    assert "WARNING" not in capsys.readouterr().out
 
 
 def test_a_childs_settings_and_measurement_travel_as_json(
