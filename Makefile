@@ -11,7 +11,7 @@ OUTPUT      ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # What the student of PIPELINE=distill learns from and PIPELINE=sdpo begins with; made when it is not there.
 SUMS        ?= runs/sums
 # Test processes of `make test`.
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 2
 # More overrides for the quickstart: make quickstart ARGS="seed=1 max_steps=8"
 ARGS        ?=
 
@@ -48,7 +48,7 @@ environment:
 environment-dev:
 	@$(SETUP) --extras dev,test,quickstart
 
-# Tests of Ray mostly wait for processes to start, so there are more test processes than cores; types are checked beside them.
+# The longest files start first (tests/conftest.py), and types are checked beside the tests.
 test: environment-dev lint
 	@log=$$(mktemp); $(RUN) -m mypy >$$log 2>&1 & types=$$!; \
 	$(RUN) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder; tests=$$?; \
