@@ -90,7 +90,7 @@ def build(
     scorer = SampleScorer(module, share_prompt=SharePrompt.NEVER, temperature=0.9, forward=backend.module)
     passes = Passes(
         scorer=scorer,
-        reference=lambda samples: None,
+        reference=None,
         loss=PolicyLoss(config=LossConfig(entropy_coef=0.01), max_completion_length=9),
         backend=backend,
         ranks=ranks,

@@ -116,7 +116,7 @@ def test_a_killed_learner_takes_an_averaged_teacher_back_to_the_checkpoint(
     after = [event["detail"]["version"] for event in pulled if event["time"] > resumed["time"]]
     assert after == list(range(step, 13))
     assert not told(run, "warning", "teacher-ema-0")
-    average = load_file(run / "checkpoints" / "step-12" / "teacher" / "average.safetensors")
+    average = load_file(run / "checkpoints" / "step-12" / "teacher" / "weights.safetensors")
     policy = load_file(run / "checkpoints" / "step-12" / "model.safetensors")
     assert any(not np.array_equal(average[name], policy[name]) for name in average.keys() & policy.keys())
 

@@ -22,7 +22,7 @@ from trl_ray.config.teacher_options import (
     TeacherSource,
     TeacherWeights,
 )
-from trl_ray.models.companions.averaging import Pace
+from trl_ray.models.companions.averaging import Pace, WeightAverage
 from trl_ray.models.companions.teacher_model import TeacherModel
 from trl_ray.models.companions.teacher_weights import AveragedWeights
 from trl_ray.models.weight_payload import export_weights
@@ -92,7 +92,7 @@ def test_an_average_in_an_actor_follows_weights_in_the_object_store_and_outlives
         weights=TeacherWeights(teacher_update_rate=0.25, teacher_sync_steps=2),
     )
     model = random_model()
-    weights = AveragedWeights(model, Pace(rate=0.25, every=2))
+    weights = AveragedWeights(model, lambda weights: WeightAverage(weights, Pace(rate=0.25, every=2)))
 
     def follow(actor: Any, version: int) -> None:
         payload: WeightPayload = export_weights(random_model(seed=20 + version).named_parameters(), version=version)

@@ -1,13 +1,15 @@
-"""What an engineer outside the package adds without a change inside it: a loss, a loss with options, a pipeline."""
+"""What an engineer outside the package adds without a change inside it: a loss, its options, a pipeline, a teacher."""
 
 from __future__ import annotations
 
+import shutil
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import runs
 from fakes import group
@@ -24,6 +26,7 @@ from trl_ray.config.losses.policy_options import LossConfig
 from trl_ray.errors import ConfigError
 from trl_ray.pipelines.grpo import GRPOPipeline
 from trl_ray.pipelines.pipeline_registry import find_pipeline
+from trl_ray.pipelines.sdpo import SDPOPipeline
 
 REINFORCE = "outside_package.reinforce:Reinforce"
 SCALED = "outside_package.scaled_loss:ScaledLoss"
@@ -158,3 +161,59 @@ def test_installed_packages_give_names_to_losses_and_pipelines(monkeypatch: pyte
     assert type(build_loss(LossConfig(loss="reinforce"))) is Reinforce
     with pytest.raises(ConfigError, match="must be importable"):
         find_pipeline("gone")
+
+
+TARGET = "outside_package.target_network:TargetNetwork"
+
+
+def taught(model: str, folder: Path, **options: Any) -> Path:
+    """A real run of self-distillation in this process, whose teacher lags behind where weights move much."""
+    given = {"max_steps": 3, "learning_rate": 0.01, "teacher_sync_steps": 2, **options}
+    SDPOPipeline(args=runs.sdpo(model, folder, **given), train_dataset=runs.PROMPTS).train()
+    return folder
+
+
+@pytest.mark.parametrize("placement", ["actor", "learner"])
+def test_a_teacher_kind_from_outside_follows_by_its_own_rule(model: str, tmp_path: Path, placement: str) -> None:
+    run = taught(model, tmp_path / "run", teacher_model_kind=TARGET, save_steps=1, teacher={"placement": placement})
+    steps = [run / "checkpoints" / f"step-{step}" for step in (1, 2, 3)]
+    [first, second, third] = [load_file(step / "teacher" / "weights.safetensors") for step in steps]
+    initial, policy = load_file(Path(model) / "model.safetensors"), load_file(steps[1] / "model.safetensors")
+    # Every second step it becomes the policy; in between it stays where it is.
+    for name, weight in policy.items():
+        assert torch.equal(first[name], initial[name]) and torch.equal(second[name], weight), name
+        assert torch.equal(third[name], weight), name
+    assert any(not torch.equal(initial[name], weight) for name, weight in policy.items())
+
+
+def test_a_teacher_kind_has_options_and_state_of_its_own_and_is_resumed(model: str, tmp_path: Path) -> None:
+    options = {"teacher_model_kind": TARGET, "teacher_kind_kwargs": {"anchor": 0.25}, "max_steps": 4, "save_steps": 2}
+    options |= {"save_total_limit": None}
+    whole = taught(model, tmp_path / "whole", **options)
+    kept = load_file(whole / "checkpoints" / "step-2" / "teacher" / "weights.safetensors")
+    policy = load_file(whole / "checkpoints" / "step-2" / "model.safetensors")
+    for name, weight in policy.items():
+        torch.testing.assert_close(kept[name], 0.75 * weight + 0.25 * kept[f"initial.{name}"])
+    half = tmp_path / "half"
+    shutil.copytree(whole, half)
+    shutil.rmtree(half / "checkpoints" / "step-4")
+    SDPOPipeline.from_run(half, train_dataset=runs.PROMPTS).train()
+    ends = [load_file(run / "checkpoints" / "step-4" / "teacher" / "weights.safetensors") for run in (whole, half)]
+    assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher_model_kind": "outside_package.target_network:TargetNetwor"}, "TargetNetwork"),
+        ({"teacher_model_kind": "outside_package.best_of:BestOf"}, "a class derived from trl_ray.models"),
+        ({"teacher_model_kind": TARGET, "teacher_kind_kwargs": {"anker": 1.0}}, "anker"),
+    ],
+)
+def test_a_teacher_kind_that_cannot_be_had_is_told_before_anything_starts(
+    model: str, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    pipeline = SDPOPipeline(args=runs.sdpo(model, tmp_path / "run", **options), train_dataset=runs.PROMPTS)
+    with pytest.raises(ConfigError, match=message):
+        pipeline.prepare()
+    assert not (tmp_path / "run").exists()

@@ -12,20 +12,23 @@ from tiny_models import random_model
 from trl_ray.config.losses.policy_options import LossConfig
 from trl_ray.config.sections import ModelConfig
 from trl_ray.models.adapters.adapter_config import lora_config
-from trl_ray.models.companions.reference import SynchronisedReference
+from trl_ray.models.companions.averaging import Pace, WeightAverage
+from trl_ray.models.companions.companion import AveragedCompanion
 
 pytestmark = pytest.mark.parity
 trl = pytest.importorskip("trl", reason="the reference is TRL")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("alpha", [0.6, 1.0, 0.05])
-def test_the_synchronised_copy_is_trls_bit_for_bit(alpha: float) -> None:
+def test_the_synchronised_copy_is_trls_bit_for_bit(alpha: float, dtype: torch.dtype) -> None:
     from trl.trainer.callbacks import SyncRefModelCallback
 
-    policy, ours = random_model(seed=1), random_model(seed=2)
+    policy, ours = random_model(seed=1).to(dtype), random_model(seed=2).to(dtype)
     theirs = copy.deepcopy(ours)
     unused: Any = None
-    reference = SynchronisedReference(ours.requires_grad_(False), unused, alpha=alpha, every=1)
+    average = WeightAverage(dict(ours.requires_grad_(False).named_parameters()), Pace(rate=alpha), keep_dtype=True)
+    reference = AveragedCompanion(ours, unused, average=average, folder="reference", what="the synchronised reference")
     for step in (1, 2):
         reference.after_step(step, policy.named_parameters())
         SyncRefModelCallback._sync_target_model(policy, theirs, alpha)

@@ -272,6 +272,16 @@ def test_nobody_outside_config_asks_which_configuration_it_has() -> None:
     assert [breach for subject in modules for breach in ladder_breaches(subject, sections)] == []
 
 
+def test_a_teachers_kind_is_asked_of_its_source() -> None:
+    asking = {
+        subject.name
+        for subject in all_modules()
+        for node in ast.walk(subject.tree)
+        if isinstance(node, ast.Compare) and "TeacherKind" in ast.unparse(node)
+    }
+    assert asking == {"trl_ray.config.teacher_options", "trl_ray.config.runs.sdpo_config"}
+
+
 def test_modules_and_public_classes_have_names_of_their_own() -> None:
     assert repeated([path.stem for path in package_files() if path.name != "__init__.py"]) == []
     classes = [found.name for subject in all_modules() for found in classes_of(subject)]

@@ -23,13 +23,12 @@ from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import Loss, LossInputs, LossOutput, StepTotals, first_non_finite_sample, sample_tokens
 from trl_ray.models.backends.ranks import Ranks
 from trl_ray.models.backends.training_backend import TrainingBackend
-from trl_ray.models.companions.resident_teacher import ResidentTeacher
+from trl_ray.models.companions.companion import Companion
 from trl_ray.models.companions.taught_scorer import TaughtScorer, TaughtScores
 from trl_ray.models.scoring.sample_scorer import ClassScores, SampleScorer
 from trl_ray.types import FloatArray, Metric, SampleLabel, SampleScores, TeacherScores, TrainBatch, TrainingSample
 
 Samples = Sequence[TrainingSample]
-ReferenceLogprobs = Callable[[Samples], Tensor | None]
 
 OF_TEACHER = "the teacher's log-probs"
 """The quantity, where those of the policy are sound."""
@@ -80,7 +79,7 @@ class Passes:
 
     Args:
         scorer: of the policy.
-        reference: log-probs [N] of the reference policy; None where there is none.
+        reference: the policy that this one is compared with; None where none is held.
         loss: what is minimised.
         backend: takes the gradients.
         ranks: this one is named in what is told of NaN and infinity.
@@ -93,13 +92,13 @@ class Passes:
         self,
         *,
         scorer: SampleScorer,
-        reference: ReferenceLogprobs,
+        reference: Companion | None,
         loss: Loss,
         backend: TrainingBackend,
         ranks: Ranks,
         device: torch.device,
         on_progress: Callable[[], None],
-        teacher: ResidentTeacher | None = None,
+        teacher: Companion | None = None,
     ) -> None:
         self._scorer, self._reference, self._loss, self._backend = scorer, reference, loss, backend
         self._ranks, self._device, self._on_progress = ranks, device, on_progress
@@ -193,11 +192,15 @@ class Passes:
             tokens=sample_tokens(part.samples, device=self._device),
             scores=scores if isinstance(scores, TokenLogprobs) else None,
             class_logits=scores.logits if isinstance(scores, ClassScores) else None,
-            reference_logprobs=self._reference(part.samples) if asks_reference else self._known(part.samples),
+            reference_logprobs=self._ask_reference(part.samples) if asks_reference else self._known(part.samples),
             teacher=found.teacher if isinstance(found, TaughtScores) else None,
             micro_batch_tokens=tokens,
             totals=totals,
         )
+
+    def _ask_reference(self, samples: Samples) -> Tensor | None:
+        """[N]"""
+        return None if self._reference is None else self._reference.logprobs(samples)
 
     def _known(self, samples: Samples) -> Tensor | None:
         """What a first pass found the reference to say [N]; None where there was none."""
@@ -271,18 +274,18 @@ class Passes:
             passed = self._passed(samples)
             scores = self._scorer.score(passed)
             assert not isinstance(scores, ClassScores), "a classifier has no log-probs of tokens"
-            reference = self._reference(passed) if self._needs.reference else None
+            reference = self._ask_reference(passed) if self._needs.reference else None
             answers += _by_sample(samples, scores, reference) if passed is samples else _by_sample(samples, None, None)
             self._on_progress()
         return answers
 
     @torch.no_grad()
-    def reference_logprobs(self, batch: TrainBatch, *, reference: ReferenceLogprobs) -> list[FloatArray]:
+    def reference_logprobs(self, batch: TrainBatch, *, reference: Companion) -> list[FloatArray]:
         """Log-probs [L] of every sample under a reference, 0 where nothing is trained, in the order of the batch."""
         answers: list[FloatArray] = []
         for samples in batch.micro_batches:
             passed = self._passed(samples)
-            found = reference(passed)
+            found = reference.logprobs(passed)
             answers += _spread(samples, found if passed is samples else None)
             self._on_progress()
         return answers

@@ -35,7 +35,7 @@ from trl_ray.algorithms.loss_registry import build_loss, resolve_options
 from trl_ray.algorithms.metric_merging import merge_metrics
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.sections import ModelConfig, NonFinite, TrainingConfig
-from trl_ray.config.teacher_options import TeacherKind, TeacherSource
+from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.errors import CheckpointError, NumericsError
 from trl_ray.models.adapters.merging import merged_weights
 from trl_ray.models.backends.ranks import SOLO, Ranks, free_address, join_ranks, leave_ranks
@@ -48,8 +48,9 @@ from trl_ray.models.checkpoint import (
     partial_path,
     verify_checkpoint,
 )
-from trl_ray.models.companions.reference import ReferenceKind, build_reference, initial_reference
-from trl_ray.models.companions.resident_teacher import ResidentTeacher, build_resident_teacher
+from trl_ray.models.companions.companion import Companion
+from trl_ray.models.companions.reference import build_reference
+from trl_ray.models.companions.resident_teacher import build_resident_teacher
 from trl_ray.models.policy_loading import load_policy, load_tokenizer
 from trl_ray.models.scoring.classifier import ClassifierModule, load_classifier, load_classifier_tokenizer
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
@@ -130,7 +131,7 @@ class PolicyLearner:
         self._loss: Loss = build_loss(loss, max_completion_length=max_completion_length)
         # A teacher that weighs nothing is not held.
         self._teacher_source = teacher if self._loss.needs.teacher is not None else None
-        self._teacher: ResidentTeacher | None = None
+        self._teacher: Companion | None = None
         self._total_updates, self._checkpoint = total_updates, checkpoint
         self._ranks = SOLO
         self._place, self._timeout_s = Ranks(rank=rank, size=num_ranks), collective_timeout_s
@@ -207,7 +208,7 @@ class PolicyLearner:
             )
         self._passes = Passes(
             scorer=self._scorer,
-            reference=self._reference.logprobs,
+            reference=self._reference,
             loss=self._loss,
             backend=self._backend,
             ranks=self._ranks,
@@ -230,7 +231,7 @@ class PolicyLearner:
         if needs.head is HeadKind.LANGUAGE:
             self._tokenizer = load_tokenizer(model)
             source = self._teacher_source
-            initial = needs.reference or (source is not None and source.kind is TeacherKind.BASE)
+            initial = needs.reference or (source is not None and source.is_initial)
             self._model = load_policy(model, with_reference=initial, **options)
             return ScoringModule(self._model, chunk_size=training.chunk_lm_head_size, bf16=model.bf16)
         self._model = load_classifier(model, num_labels=needs.head.num_labels, **options)
@@ -268,14 +269,14 @@ class PolicyLearner:
         """
         self._require_language_head("reference_logprobs")
         reference = self._reference
-        if reference.kind in {ReferenceKind.NONE, ReferenceKind.PRECOMPUTED}:
+        if reference is None:
             assert self._version == 0, (
                 "without a reference the learner must have its initial weights to stand for one, but has version "
                 f"{self._version}. Start one without a checkpoint for it."
             )
-            reference = initial_reference(self._model, self._scorer)
+            reference = Companion(self._model, self._scorer)
         with self._busy("reference_logprobs"), self._undisturbed():
-            return self._passes.reference_logprobs(batch, reference=reference.logprobs)
+            return self._passes.reference_logprobs(batch, reference=reference)
 
     def evaluate(self, batch: TrainBatch) -> Evaluation:
         """Loss and metrics of held-out examples, without dropout and noise; nothing of the learner changes.
@@ -330,9 +331,9 @@ class PolicyLearner:
             self._finish(problem)
             if batch.is_last_update:
                 self._version = batch.step
-                for follower in (self._reference, self._teacher):
-                    if follower is not None and follower.is_due(batch.step):
-                        follower.after_step(batch.step, self._backend.weights())
+                for companion in self._companions:
+                    if companion.is_due(batch.step):
+                        companion.after_step(batch.step, self._backend.weights())
         return StepResult(
             version=self._version,
             loss=math.nan if problem else sum(passed.loss for passed in every),
@@ -458,9 +459,8 @@ class PolicyLearner:
         extra: Mapping[str, bytes],
     ) -> str:
         partial = partial_path(directory, self._version)
-        self._reference.save(partial)
-        if self._teacher is not None:
-            self._teacher.save(partial)
+        for companion in self._companions:
+            companion.save(partial)
         return finish_checkpoint(
             directory,
             step=self._version,
@@ -483,9 +483,6 @@ class PolicyLearner:
     def _restore(self, checkpoint: str) -> None:
         state = load_trainer_state(checkpoint)
         self._backend.load_state(Path(checkpoint), state)
-        self._reference.load(checkpoint)
-        if self._teacher is not None:
-            self._teacher.load(checkpoint)
         try:
             self._version, self._skipped_in_a_row = int(state["version"]), int(state["skipped_in_a_row"])
             self._loss.load_state_dict(state["loss"])
@@ -496,6 +493,13 @@ class PolicyLearner:
                 f"the trainer state in {checkpoint} must fit this model and optimizer, but: {error}. "
                 "Resume with the configuration of the run that wrote it."
             ) from error
+        for companion in self._companions:
+            companion.load(checkpoint, step=self._version)
+
+    @property
+    def _companions(self) -> tuple[Companion, ...]:
+        """The models that are held beside the policy, in the order in which every rank moves them."""
+        return tuple(each for each in (self._reference, self._teacher) if each is not None)
 
     def health(self) -> Health:
         """What the learner is doing; safe to call from another thread while it works."""

@@ -25,7 +25,6 @@ from trl_ray.config.teacher_options import (
     PayloadDtype,
     PayloadIds,
     TeacherEngine,
-    TeacherKind,
     TeacherOptions,
     TeacherServerConfig,
     TeacherSource,
@@ -310,7 +309,7 @@ class Teacher:
 
     def _tell_of_late_start(self, version: int) -> None:
         """An average that begins later than training did has forgotten what was before."""
-        if self._source.kind is not TeacherKind.EMA or version == 0:
+        if not self._source.keeps_average or version == 0:
             return
         detail = (
             f"its average begins at version {version}, as there was none to go on from; it is the policy itself now"

@@ -28,7 +28,8 @@ def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
         return unknown_key(path, _fields_at(model, item["loc"][:-1]))
     if item["type"] == "value_error":
         text = str(item["ctx"]["error"])
-        return f"{path}: {text}" if path else text
+        # A sentence about one option begins after its name; one about several names them itself.
+        return f"{path} {text}" if text.startswith("must ") else f"{path}: {text}" if path else text
     if item["type"] == "string_pattern_mismatch":
         allowed = str(item["ctx"]["pattern"]).strip("^()$").replace("|", ", ")
         return f"{path} must be one of {allowed}, got {item['input']!r}."

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from trl_ray.config.base import FROM_STRING, Positive, Seconds, Section
 from trl_ray.config.sections import Dtype, ModelConfig
@@ -34,6 +34,16 @@ class TeacherKind(enum.StrEnum):
     """Another model's."""
 
 
+def _known_kind(value: Any) -> Any:
+    """A kind by its name; anything with a colon is a dotted path, found when the run is prepared."""
+    if isinstance(value, str) and value in set(TeacherKind):
+        return TeacherKind(value)
+    if not isinstance(value, str) or ":" not in value:
+        known = ", ".join(repr(kind.value) for kind in TeacherKind)
+        raise ValueError(f"must be {known}, package.module:Class or file.py:Class, got {value!r}. Choose one.")
+    return value
+
+
 class AdapterAverage(enum.StrEnum):
     """What of a low-rank adapter is averaged."""
 
@@ -46,12 +56,25 @@ class AdapterAverage(enum.StrEnum):
 class TeacherWeights(Section):
     """How a teacher of the policy's own weights follows them; the names are those of TRL's SDPOConfig."""
 
-    teacher_model_kind: Annotated[TeacherKind, FROM_STRING] = TeacherKind.EMA
+    teacher_model_kind: Annotated[TeacherKind | str, BeforeValidator(_known_kind)] = TeacherKind.EMA
+    """ema, live or base; or ``package.module:Class``, a rule from outside by which a copy follows the policy."""
+    teacher_kind_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Options of a rule from outside."""
     teacher_update_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
     """teacher <- (1 - rate) teacher + rate policy."""
     teacher_sync_steps: Positive = 1
     """Optimizer steps between two updates."""
     teacher_adapter_average: Annotated[AdapterAverage, FROM_STRING] = AdapterAverage.FACTORS
+
+    @property
+    def has_outside_kind(self) -> bool:
+        """Whether a class from outside says how the teacher follows."""
+        return not isinstance(self.teacher_model_kind, TeacherKind)
+
+    @property
+    def kind_name(self) -> str:
+        """The kind in one word, for names of actors and scores: of a class from outside its own name."""
+        return self.teacher_model_kind.rpartition(":")[2].rpartition(".")[2]  # a kind's own name has neither
 
 
 class PayloadDtype(enum.StrEnum):
@@ -208,7 +231,8 @@ class TeacherSource:
     """One teacher, as the actor, the server or the learner that holds it is told."""
 
     name: str
-    kind: TeacherKind
+    kind: TeacherKind | str
+    """Whose weights it holds; asked through the properties below, by everybody but configuration."""
     model: ModelConfig
     """The policy's, or the external teacher's; without a name where a server has it."""
     options: TeacherConfig
@@ -229,7 +253,27 @@ class TeacherSource:
     @property
     def follows_policy(self) -> bool:
         """Whether it is fed with published weights."""
-        return self.kind in {TeacherKind.EMA, TeacherKind.LIVE}
+        return self.is_policy or self.keeps_average
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether its weights are the policy's."""
+        return self.kind is TeacherKind.LIVE
+
+    @property
+    def is_initial(self) -> bool:
+        """Whether its weights are those that training started from."""
+        return self.kind is TeacherKind.BASE
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether its weights are state of the run, of which checkpoints must hold a copy."""
+        return self.kind is TeacherKind.EMA or self.rule is not None
+
+    @property
+    def rule(self) -> str | None:
+        """The dotted path of the class from outside by which it follows the policy."""
+        return None if isinstance(self.kind, TeacherKind) else self.kind
 
 
 _ASKERS_OPTIONS = (

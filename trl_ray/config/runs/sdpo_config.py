@@ -64,7 +64,7 @@ class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig)
             return ()
         return (
             TeacherSource(
-                name=self.teacher_model_kind.value,
+                name=self.kind_name,
                 kind=self.teacher_model_kind,
                 model=self.part(ModelConfig),
                 options=self.teacher,
@@ -94,15 +94,26 @@ class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig)
     @property
     def _averages_factors(self) -> bool:
         """Whether the average is one of A and B, which are not published."""
-        is_average = self.use_peft and self.teacher_model_kind is TeacherKind.EMA
+        is_average = self.use_peft and self.teacher_model_kind == TeacherKind.EMA
         return is_average and self.teacher_adapter_average is AdapterAverage.FACTORS
 
     @model_validator(mode="after")
     def _check_teacher(self) -> Self:
-        if self.teacher_model_kind is TeacherKind.EXTERNAL:
+        if self.teacher_model_kind == TeacherKind.EXTERNAL:
             raise ValueError(
                 "teacher_model_kind must be ema, live or base, got external: the policy is its own teacher. For "
                 "another model's lessons use the pipeline distill."
+            )
+        if self.has_outside_kind and self.use_peft and self.teacher_in_learner:
+            raise ValueError(
+                f"teacher_model_kind must be ema, live or base with use_peft=true where the learner holds the teacher, "
+                f"got {self.teacher_model_kind}: it is told adapters there, and a rule from outside moves whole "
+                "weights. Train the whole model, or set distillation_mode=sampled_token, which asks actors."
+            )
+        if self.teacher_kind_kwargs and not self.has_outside_kind:
+            raise ValueError(
+                f"teacher_kind_kwargs must be left out with teacher_model_kind={self.kind_name}, got "
+                f"{sorted(self.teacher_kind_kwargs)}: they are options of a rule from outside. Remove them."
             )
         if self.teacher.placement is not TeacherPlacement.ACTOR or not self.distils:
             return self
@@ -159,7 +170,7 @@ class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig)
         if not self.use_teacher_server:
             return self
         wanted: list[tuple[str, object, object, str]] = [
-            ("teacher_model_kind", self.teacher_model_kind.value, "live", "the engines hold the policy's weights"),
+            ("teacher_model_kind", str(self.teacher_model_kind), "live", "the engines hold the policy's weights"),
             ("distillation_weight", self.distillation_weight, 1.0, "a blend has its passes in the learner anyway"),
             ("temperature", self.temperature, 1.0, "engines score given tokens at temperature 1"),
         ]

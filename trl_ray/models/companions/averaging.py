@@ -1,8 +1,8 @@
-"""Moving averages of a policy's weights: what an EMA teacher is made of.
+"""Moving averages of a policy's weights: what an EMA teacher and a synchronised reference are made of.
 
     policy after step t --update--> after every N-th step: average <- (1 - r) average + r policy, in place
 
-    WeightAverage    whole weights, from those that training started from
+    WeightAverage    whole weights, from those that training started from; a teacher kind from outside derives from it
     FactorAverage    A and B of low-rank adapters, each from zero (TRL's convention)
     ProductAverage   the B A that they amount to, from zero
 
@@ -88,17 +88,17 @@ class Average(ABC):
 
     @property
     @abstractmethod
-    def _tensors(self) -> Mapping[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         """What a checkpoint must hold, by name."""
 
     @property
     def num_bytes(self) -> int:
         """Memory that accumulating takes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def state(self) -> AverageState:
         """What `restore` goes on from."""
-        return AverageState(step=self._step, tensors=dict(self._tensors))
+        return AverageState(step=self._step, tensors=dict(self.tensors))
 
     @torch.no_grad()
     def restore(self, state: AverageState) -> None:
@@ -107,7 +107,7 @@ class Average(ABC):
         Raises:
             CheckpointError: it is that of another model or another kind of average; nothing was changed.
         """
-        own = self._tensors
+        own = self.tensors
         missing, unknown = sorted(own.keys() - state.tensors.keys()), sorted(state.tensors.keys() - own.keys())
         wrong = [
             name
@@ -116,7 +116,7 @@ class Average(ABC):
         ]
         if missing or unknown or wrong:
             raise CheckpointError(
-                f"the teacher's averaged weights must be those of this model; missing: {missing[:3]}, unknown: "
+                f"averaged weights must be those of this model; missing: {missing[:3]}, unknown: "
                 f"{unknown[:3]}, of another shape or dtype: {sorted(wrong)[:3]}. Resume with the configuration of the "
                 "run that wrote them."
             )
@@ -131,22 +131,28 @@ class WeightAverage(Average):
     In float16 and bfloat16 a blend of a few per cent is often less than one step of the number format and would be lost
     in rounding; such weights are therefore accumulated in float32, 4 bytes for each, and rounded into place.
 
+    A subclass is another rule of how a teacher follows: it says `blend`, has options as further keyword arguments, and
+    adds to `tensors` what it needs to go on from a checkpoint.
+
     Args:
         weights: the teacher's, by name, at those that training started from; changed in place. Tied ones once.
         pace: how fast it follows.
+        keep_dtype: accumulate in the weights' own format, as TRL does for its synchronised reference, whose blends are
+            large.
     """
 
     @torch.no_grad()
-    def __init__(self, weights: Mapping[str, Tensor], pace: Pace) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], pace: Pace, *, keep_dtype: bool = False) -> None:
         super().__init__(pace)
         self._weights = dict(weights)
+        short = set() if keep_dtype else {torch.float16, torch.bfloat16}
         self._sums = {
-            name: weight.detach().float() if weight.dtype in {torch.float16, torch.bfloat16} else weight
+            name: weight.detach().float() if weight.dtype in short else weight.detach()
             for name, weight in self._weights.items()
         }
 
     @property
-    def _tensors(self) -> Mapping[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         return self._sums
 
     @torch.no_grad()
@@ -166,23 +172,38 @@ class WeightAverage(Average):
             return False
         waiting = set(self._weights)
         for name, weight in weights:
-            assert name in waiting, f"the policy's weight {name} is not one of the teacher's, or came twice"
+            assert name in waiting, f"the policy's weight {name} is not one of those averaged, or came twice"
             waiting.remove(name)
             own, sums = self._weights[name], self._sums[name]
-            assert weight.shape == own.shape, f"{name} is {tuple(weight.shape)}, the teacher's {tuple(own.shape)}"
-            sums.mul_(1.0 - share).add_(weight.detach().to(device=sums.device, dtype=sums.dtype), alpha=share)
-            if sums is not own:
-                own.copy_(sums)
-        assert not waiting, f"the policy must send all weights to its teacher, but did not send {sorted(waiting)[:3]}"
+            assert weight.shape == own.shape, f"{name} is {tuple(weight.shape)}, its average {tuple(own.shape)}"
+            self.blend(name, sums, weight.detach().to(device=sums.device, dtype=sums.dtype), share)
+            _round_into(own, sums)
+        assert not waiting, f"the policy must send all weights to its average, but did not send {sorted(waiting)[:3]}"
         return True
+
+    def blend(self, name: str, own: Tensor, weight: Tensor, share: float) -> None:
+        """Move one weight in place, without gradient.
+
+        Args:
+            name: of the parameter.
+            own: the teacher's, in the format it is accumulated in.
+            weight: the policy's, same shape, format and device; not to be kept.
+            share: of the policy, in (0, 1].
+        """
+        own.mul_(1.0 - share).add_(weight, alpha=share)
 
     @torch.no_grad()
     def restore(self, state: AverageState) -> None:
         """Also sets the teacher's own parameters."""
         super().restore(state)
         for name, own in self._weights.items():
-            if self._sums[name] is not own:
-                own.copy_(self._sums[name])
+            _round_into(own, self._sums[name])
+
+
+def _round_into(own: Tensor, sums: Tensor) -> None:
+    """Where they are the same memory there is nothing to do."""
+    if own.data_ptr() != sums.data_ptr():
+        own.copy_(sums)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -299,7 +320,7 @@ class FactorAverage(AdapterAverageBase):
         self._up = {name: torch.zeros_like(layer.up, dtype=torch.float32) for name, layer in factors.items()}
 
     @property
-    def _tensors(self) -> Mapping[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         down = {f"{name}.lora_A": tensor for name, tensor in self._down.items()}
         return down | {f"{name}.lora_B": tensor for name, tensor in self._up.items()}
 
@@ -342,7 +363,7 @@ class ProductAverage(AdapterAverageBase):
         }
 
     @property
-    def _tensors(self) -> Mapping[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         return self._deltas
 
     def _blend(self, name: str, layer: LoraFactors, share: float) -> None:

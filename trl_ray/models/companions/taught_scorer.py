@@ -26,7 +26,7 @@ from trl_ray.algorithms.distillation.teacher_signal import (
 )
 from trl_ray.algorithms.head.divergence import SupportLogprobs, unique_support
 from trl_ray.algorithms.head.logprobs import TokenLogprobs
-from trl_ray.models.companions.resident_teacher import ResidentTeacher
+from trl_ray.models.companions.companion import Companion
 from trl_ray.models.scoring.sample_scorer import ClassScores, SampleScorer
 from trl_ray.models.scoring.scoring_module import HeadQuestion
 from trl_ray.types import TrainingSample
@@ -79,7 +79,7 @@ class TaughtScorer:
         scorer: SampleScorer,
         *,
         needs: TeacherNeeds,
-        teacher: ResidentTeacher | None,
+        teacher: Companion | None,
         in_step: bool,
         device: torch.device,
     ) -> None:
@@ -108,7 +108,7 @@ class TaughtScorer:
         signal = signal_from_scores(said, student, self._own_ids(samples), self._needs)
         return TaughtScores(student=student, teacher=signal)
 
-    def _from_resident(self, samples: Samples, teacher: ResidentTeacher) -> TaughtScores:
+    def _from_resident(self, samples: Samples, teacher: Companion) -> TaughtScores:
         needs = self._needs
         # First, so that whatever stands in for the policy's weights is gone before gradients are recorded.
         states = teacher.states([self._to_ask(sample) for sample in samples])

@@ -20,7 +20,7 @@ from trl_ray.algorithms.batches.work_sharing import Bin, CutRules, piece_of
 from trl_ray.algorithms.head.head_problem import ExtraOutputs
 from trl_ray.algorithms.head.logprobs import TokenLogprobs, token_logprobs
 from trl_ray.config.sections import ModelConfig, SharePrompt
-from trl_ray.config.teacher_options import TeacherKind, TeacherSource
+from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.errors import ConfigError, DataError
 from trl_ray.models.policy_loading import Policy, find_source, load_policy
 from trl_ray.models.scoring.head import head_module
@@ -43,7 +43,7 @@ def teacher_model_config(source: TeacherSource) -> ModelConfig:
     if not model.use_peft:
         return model
     found = find_source(model)
-    if source.kind is TeacherKind.BASE and found.initial_adapter is not None:
+    if source.is_initial and found.initial_adapter is not None:
         return model
     return model.replace(
         model_name_or_path=found.base,

@@ -2,30 +2,27 @@
 
 WeightPayload --verified--> CopiedWeights    live: the policy's own
                         `-> AveragedWeights  ema: the first version as it is, then average <- (1 - r) average + r policy
-AveragedWeights --save--> average.safetensors --restore--> goes on bit for bit
+                                             or what a rule from outside says (teacher_rules)
+AveragedWeights --save--> FOLDER/weights.safetensors --restore--> goes on bit for bit
 
 Published weights have the adapter merged, so an average of them is one of whole weights, adapters' products included.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trl_ray.config.teacher_options import TeacherKind, TeacherSource
+from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.errors import CheckpointError
-from trl_ray.models.companions.averaging import AverageState, Pace, WeightAverage
+from trl_ray.models.companions.average_file import FILE, read_average, write_average
+from trl_ray.models.companions.averaging import AverageState, WeightAverage
+from trl_ray.models.companions.teacher_rules import AVERAGE, teacher_average
 from trl_ray.models.weight_payload import build_manifest, named_tensors, verify_payload
 from trl_ray.types import WeightPayload, WeightVersion
-
-AVERAGE_FILE = "average.safetensors"
-"""In the folder that a teacher's state is kept in."""
 
 
 class CopiedWeights:
@@ -93,12 +90,12 @@ class AveragedWeights(CopiedWeights):
 
     Args:
         model: the teacher's, at weights that do not matter; changed in place.
-        pace: how fast it follows; a step is a version.
+        average: makes the average of parameters by name, at the weights they have; a step is a version.
     """
 
-    def __init__(self, model: nn.Module, pace: Pace) -> None:
+    def __init__(self, model: nn.Module, average: Callable[[Mapping[str, Tensor]], WeightAverage]) -> None:
         super().__init__(model)
-        self._pace = pace
+        self._make = average
         self._average: WeightAverage | None = None
 
     def _follow(self, payload: WeightPayload) -> bool:
@@ -108,59 +105,35 @@ class AveragedWeights(CopiedWeights):
             return False
         self._copy(payload)
         # Only now: weights of 16 bits are accumulated in copies of what they are at this moment.
-        average = WeightAverage(self._weights, self._pace)
+        average = self._make(self._weights)
         average.restore(AverageState(step=version, tensors=average.state().tensors))
         self._average = average
         return True
 
     def save(self, folder: str | Path) -> bool:
-        """A reader sees the file before or the new one, never a part."""
-        file = Path(folder) / AVERAGE_FILE
         if self._average is None or self._identity is None:
-            raise CheckpointError(f"a teacher must have been given weights before {file} is written, but has none.")
-        state = self._average.state()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-        facts = {"step": state.step, "version": self._identity.version, "checksum": self._identity.checksum}
-        draft = file.with_name(f".{file.name}.{os.getpid()}.part")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, draft, metadata={"format": "pt"} | {name: str(value) for name, value in facts.items()})
-            with draft.open("rb") as stream:
-                os.fsync(stream.fileno())
-            os.replace(draft, file)
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                draft.unlink()
             raise CheckpointError(
-                f"the teacher's average must be written to {file}, but: {error}. Free space or check permissions; "
-                "earlier checkpoints are untouched."
-            ) from error
+                f"a teacher must have been given weights before {Path(folder) / FILE} is written, but has none."
+            )
+        write_average(Path(folder), self._average.state(), what=AVERAGE, identity=self._identity)
         return True
 
     def restore(self, folder: str | Path) -> None:
-        file = Path(folder) / AVERAGE_FILE
-        try:
-            with safe_open(file, framework="pt") as kept:
-                facts = kept.metadata() or {}
-                names: list[str] = list(kept.keys())
-                state = AverageState(step=int(facts["step"]), tensors={name: kept.get_tensor(name) for name in names})
-                identity = WeightVersion(version=int(facts["version"]), checksum=facts["checksum"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        kept = read_average(Path(folder), what=AVERAGE)
+        if kept.identity is None:
             raise CheckpointError(
-                f"{file} must hold the teacher's average, but: {type(error).__name__}: {error}. Resume with the "
-                "configuration of the run that wrote it, or use another checkpoint."
-            ) from error
-        average = self._average or WeightAverage(self._weights, self._pace)
-        average.restore(state)
-        self._average, self._identity = average, identity
+                f"{Path(folder) / FILE} must name the version that the teacher's average saw last, but does not. "
+                "Resume with the configuration of the run that wrote it."
+            )
+        average = self._average or self._make(self._weights)
+        average.restore(kept.state)
+        self._average, self._identity = average, kept.identity
 
 
 def follow_policy(source: TeacherSource, model: nn.Module) -> CopiedWeights | None:
     """How a teacher's weights follow the policy; None where they do not."""
     if not source.follows_policy:
         return None
-    if source.kind is TeacherKind.LIVE:
+    if source.is_policy:
         return CopiedWeights(model)
-    assert source.weights is not None, "a teacher of the policy's own weights is told how to follow them"
-    pace = Pace(rate=source.weights.teacher_update_rate, every=source.weights.teacher_sync_steps)
-    return AveragedWeights(model, pace)
+    return AveragedWeights(model, lambda weights: teacher_average(source, weights))

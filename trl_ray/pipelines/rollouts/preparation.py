@@ -17,7 +17,7 @@ from trl_ray.algorithms.batches.micro_batches import CutRules
 from trl_ray.algorithms.loss_registry import build_loss, resolve_options
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.sections import Dtype, GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
-from trl_ray.config.teacher_options import TeacherKind, TeacherSource
+from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
 from trl_ray.errors import ConfigError
 from trl_ray.models.policy_loading import count_parameters, load_model_config, load_tokenizer, max_positions
@@ -208,15 +208,15 @@ class Preparation:
     def _resident_memory(self) -> float:
         """Bytes of the teacher that the learner holds."""
         source = None if self.teachers is None else self.teachers.in_learner
-        if source is None or source.kind is TeacherKind.LIVE or (source.follows_policy and source.model.use_peft):
+        if source is None or source.is_policy or (source.follows_policy and source.model.use_peft):
             return 0.0
         return teacher_memory(source)
 
 
 def _named(source: TeacherSource) -> str:
     """A teacher as the dry run calls it, with where its weights come from unless that is its name."""
-    if source.kind is not TeacherKind.EXTERNAL:
-        return source.kind.value
+    if source.external is None:
+        return source.name
     return f"{source.name} ({source.model.model_name_or_path if source.server is None else source.server.url})"
 
 

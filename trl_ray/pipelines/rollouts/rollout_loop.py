@@ -27,7 +27,7 @@ from trl_ray.errors import (
     TeacherError,
 )
 from trl_ray.models.checkpoint import prune
-from trl_ray.models.companions.resident_teacher import FOLDER
+from trl_ray.models.companions.teacher_rules import FOLDER
 from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.rollouts.evaluation import evaluate, held_out_loss
 from trl_ray.pipelines.rollouts.objective import with_metrics

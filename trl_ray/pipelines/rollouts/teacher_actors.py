@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trl_ray.actors.teacher import Teacher
-from trl_ray.config.teacher_options import TeacherKind, TeacherSource
+from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.errors import ActorLostError, DeadlineError
-from trl_ray.models.companions.resident_teacher import FOLDER
+from trl_ray.models.companions.teacher_rules import FOLDER
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime, teacher_plan
 from trl_ray.runtime.weights import Published, WeightTransport
 from trl_ray.types import Event, EventKind, Health
@@ -118,7 +118,7 @@ class TeacherActors:
         if not source.follows_policy:
             return
         self.lose(handle)
-        if source.kind is TeacherKind.EMA and await self._version(handle) is None:
+        if source.keeps_average and await self._version(handle) is None:
             await self._restore(handle)
         pulled: Published | None = None
         while pulled is not self._weights.newest:
@@ -158,7 +158,7 @@ class TeacherActors:
             CheckpointError: it cannot be written.
             ActorLostError, DeadlineError: of the teacher, when it does not come back in time.
         """
-        averaged = [name for name, source in self._sources.items() if source.kind is TeacherKind.EMA]
+        averaged = [name for name, source in self._sources.items() if source.keeps_average]
         if not averaged:
             return False
         [first, *_] = self.by_teacher[self._sources[averaged[0]].name]

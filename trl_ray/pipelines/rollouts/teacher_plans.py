@@ -11,9 +11,10 @@ from typing import Any
 
 from trl_ray.actors.teaching import TeacherSeat, TeachingPlan
 from trl_ray.config.sections import ModelConfig
-from trl_ray.config.teacher_options import TeacherKind, TeacherSource
+from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.data.prompts.prompt_source import PromptSource
 from trl_ray.errors import ConfigError, ModelError
+from trl_ray.models.companions.teacher_rules import find_rule
 from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.teacher_actors import TeacherArguments
@@ -58,7 +59,9 @@ def prepare_teachers(
         return None
     sources, shared = config.teacher_sources, vocab_size
     for source in sources:
-        if source.kind is TeacherKind.EXTERNAL and source.model.model_name_or_path is not None:
+        if source.keeps_average:
+            find_rule(source)
+        if source.external is not None and source.model.model_name_or_path is not None:
             shared = min(shared, _shared_vocabulary(source, tokenizer, vocab_size))
             _check_context(source, max_model_len)
     objective.check_prompts(prompts)

@@ -12,7 +12,7 @@ from typing import Any
 from trl_ray.algorithms.batches.work_sharing import CutRules
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import Dtype, ModelConfig
-from trl_ray.config.teacher_options import TeacherEngine, TeacherKind, TeacherSource
+from trl_ray.config.teacher_options import TeacherEngine, TeacherSource
 from trl_ray.errors import ConfigError
 from trl_ray.models.policy_loading import count_parameters
 
@@ -83,7 +83,7 @@ def teacher_memory(source: TeacherSource) -> float:
     if source.model.model_name_or_path is None:
         return 0.0
     count, weight = count_parameters(source.model).base, _BYTES[source.model.dtype]
-    sums = _BYTES[Dtype.FLOAT32] if source.kind is TeacherKind.EMA and weight < _BYTES[Dtype.FLOAT32] else 0
+    sums = _BYTES[Dtype.FLOAT32] if source.keeps_average and weight < _BYTES[Dtype.FLOAT32] else 0
     external, cache = source.external, 0.0
     if external is not None and external.engine is TeacherEngine.VLLM:
         cache = external.kv_cache_memory_gib * GIB

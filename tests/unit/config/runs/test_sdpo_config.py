@@ -84,7 +84,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     # The teacher
     (
         {"teacher_model_kind": "frozen"},
-        "teacher_model_kind must be 'ema', 'live', 'base' or 'external', got 'frozen'",
+        "teacher_model_kind must be 'ema', 'live', 'base', 'external', package.module:Class or file.py:Class, got",
         {"teacher_model_kind": "base"},
     ),
     (

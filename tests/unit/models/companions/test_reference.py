@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tiny_models import build_tiny_model
@@ -25,16 +26,11 @@ from trl_ray.config.losses.preference_options import (
 from trl_ray.config.losses.reward_modelling_options import RewardLossConfig
 from trl_ray.config.losses.supervised_options import SupervisedLossConfig
 from trl_ray.config.runs.dataset_config import DPOConfig
-from trl_ray.config.sections import ModelConfig, SharePrompt, TrainingConfig
+from trl_ray.config.sections import Dtype, ModelConfig, SharePrompt, TrainingConfig
 from trl_ray.errors import CheckpointError, ConfigError
 from trl_ray.models.adapters.lora import save_adapter
-from trl_ray.models.companions.reference import (
-    Reference,
-    ReferenceKind,
-    build_reference,
-    initial_reference,
-    reference_kind,
-)
+from trl_ray.models.companions.companion import Companion
+from trl_ray.models.companions.reference import ReferenceKind, build_reference, reference_kind
 from trl_ray.models.policy_loading import Policy, load_policy
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
 from trl_ray.types import TrainingSample
@@ -88,8 +84,13 @@ class Learner:
         assert logprobs is not None
         return logprobs
 
+    @property
+    def held(self) -> Companion:
+        assert self.reference is not None
+        return self.reference
+
     def ref(self) -> Tensor:
-        logprobs = self.reference.logprobs(samples())
+        logprobs = self.held.logprobs(samples())
         assert logprobs is not None and not logprobs.requires_grad
         return logprobs
 
@@ -140,12 +141,12 @@ def test_each_kind_is_what_the_options_of_preference_losses_ask_for(tiny: str) -
 def test_preference_losses_move_their_copy_as_they_say(tiny: str) -> None:
     loss = PreferenceLossConfig(sync_ref_model=True, ref_model_mixup_alpha=0.25, ref_model_sync_steps=3)
     learner = Learner(config(tiny), loss)
-    copy = dict(learner.reference._policy.named_parameters())  # type: ignore[attr-defined]
+    copy = dict(learner.held._policy.named_parameters())
     with torch.no_grad():
         copy["model.norm.weight"].fill_(2.0)
         learner.policy.get_parameter("model.norm.weight").fill_(10.0)
-    assert [step for step in range(1, 7) if learner.reference.is_due(step)] == [3, 6]
-    learner.reference.after_step(3, learner.policy.named_parameters())
+    assert [step for step in range(1, 4) if learner.held.is_due(step)] == [3]
+    learner.held.after_step(3, learner.policy.named_parameters())
     assert copy["model.norm.weight"].unique().tolist() == [4.0]  # 0.75 * 2 + 0.25 * 10
 
 
@@ -153,10 +154,8 @@ def test_preference_losses_move_their_copy_as_they_say(tiny: str) -> None:
 def test_a_precomputed_reference_is_asked_of_the_initial_policy_and_none_is_held(tiny: str, use_peft: bool) -> None:
     expected = Learner(config(tiny), PreferenceLossConfig()).ref()
     learner = Learner(config(tiny, use_peft=use_peft), UnpairedLossConfig(precompute_ref_log_probs=True))
-    assert learner.reference.kind is ReferenceKind.PRECOMPUTED
-    assert learner.reference.logprobs(samples()) is None and not learner.reference.is_due(512)
-    assert not [value for value in vars(learner.reference).values() if isinstance(value, torch.nn.Module)]
-    found = initial_reference(learner.policy, learner.scorer).logprobs(samples())
+    assert learner.reference is None
+    found = Companion(learner.policy, learner.scorer).logprobs(samples())
     assert found is not None and torch.equal(found, expected)
     assert not found.requires_grad and learner.policy.training
 
@@ -168,14 +167,18 @@ def test_an_adapter_that_training_starts_from_is_part_of_the_initial_reference(t
     model = config(str(tmp_path), use_peft=True)
     policy = load_policy(model)  # without holding the adapter twice
     scorer = SampleScorer(ScoringModule(policy, chunk_size=None), share_prompt=SharePrompt.NEVER, temperature=0.7)
-    found = initial_reference(policy, scorer).logprobs(samples())
+    found = Companion(policy, scorer).logprobs(samples())
     assert found is not None and torch.equal(found, Learner(model, BETA).ref())
 
 
-def test_without_beta_nothing_is_scored_and_nothing_moves(tiny: str) -> None:
-    reference = Learner(config(tiny), LossConfig(beta=0.0)).reference
-    assert reference.logprobs(samples()) is None and not reference.is_due(512)
-    with pytest.raises(AssertionError):
+def test_without_beta_none_is_held(tiny: str) -> None:
+    assert Learner(config(tiny), LossConfig(beta=0.0)).reference is None
+
+
+def test_a_reference_that_does_not_move_is_not_to_be_moved(tiny: str) -> None:
+    reference = Learner(config(tiny), BETA).held
+    assert not reference.is_due(512)
+    with pytest.raises(AssertionError, match="does not move"):
         reference.after_step(512, [])
 
 
@@ -185,7 +188,7 @@ def test_a_frozen_copy_keeps_the_initial_scores_bit_for_bit(tiny: str) -> None:
     assert torch.equal(learner.ref(), initial)
     move(learner.policy)
     assert torch.equal(learner.ref(), initial) and not torch.allclose(learner.own(), initial, atol=1e-2)
-    assert not learner.reference.is_due(512)
+    assert not learner.held.is_due(512)
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True, "lora_modules_to_save": ["norm"]}])
@@ -247,9 +250,10 @@ def test_the_synchronised_copy_mixes_every_third_step(tiny: str) -> None:
     learner = Learner(config(tiny), SYNC)
     before = {name: weight.detach().clone() for name, weight in learner.policy.named_parameters()}
     move(learner.policy)
-    assert [step for step in range(1, 8) if learner.reference.is_due(step)] == [3, 6]
-    learner.reference.after_step(3, learner.policy.named_parameters())
-    copy = dict(learner.reference._policy.named_parameters())  # type: ignore[attr-defined]
+    assert [step for step in range(1, 4) if learner.held.is_due(step)] == [3]
+    learner.held.after_step(3, learner.policy.named_parameters())
+    assert [step for step in range(4, 7) if learner.held.is_due(step)] == [6]
+    copy = dict(learner.held._policy.named_parameters())
     for name, weight in learner.policy.named_parameters():
         assert torch.allclose(copy[name], 0.75 * before[name] + 0.25 * weight, atol=1e-6)
         assert not copy[name].requires_grad
@@ -257,48 +261,75 @@ def test_the_synchronised_copy_mixes_every_third_step(tiny: str) -> None:
 
 def test_the_mix_of_one_weight_is_the_number_computed_by_hand(tiny: str) -> None:
     learner = Learner(config(tiny), SYNC)
-    copy = dict(learner.reference._policy.named_parameters())  # type: ignore[attr-defined]
+    copy = dict(learner.held._policy.named_parameters())
     with torch.no_grad():
         copy["model.norm.weight"].fill_(2.0)
         learner.policy.get_parameter("model.norm.weight").fill_(10.0)
-    learner.reference.after_step(3, learner.policy.named_parameters())
+    learner.held.after_step(3, learner.policy.named_parameters())
     assert copy["model.norm.weight"].unique().tolist() == [4.0]  # 0.75 * 2 + 0.25 * 10
-    learner.reference.after_step(6, learner.policy.named_parameters())
+    learner.held.after_step(6, learner.policy.named_parameters())
     assert copy["model.norm.weight"].unique().tolist() == [5.5]  # 0.75 * 4 + 0.25 * 10
 
 
 def test_the_synchronised_copy_goes_on_from_its_checkpoint_bit_for_bit(tiny: str, tmp_path: Path) -> None:
     learner = Learner(config(tiny), SYNC)
     move(learner.policy)
-    learner.reference.after_step(3, learner.policy.named_parameters())
-    learner.reference.save(tmp_path)
+    learner.held.after_step(3, learner.policy.named_parameters())
+    learner.held.save(tmp_path)
     assert not list(tmp_path.glob("*.safetensors")), "engines would take them for the policy's"
     resumed = Learner(config(tiny), SYNC)
     assert not torch.equal(resumed.ref(), learner.ref())
-    resumed.reference.load(tmp_path)
+    resumed.held.load(tmp_path, step=3)
     assert torch.equal(resumed.ref(), learner.ref())
 
 
 def test_a_mix_with_other_weights_or_out_of_turn_is_a_broken_promise(tiny: str) -> None:
     learner = Learner(config(tiny), SYNC)
     weights = list(learner.policy.named_parameters())
-    for wrong in (weights[1:], [*weights, weights[0]], [("unknown", weights[0][1]), *weights]):
-        with pytest.raises(AssertionError):
-            learner.reference.after_step(3, wrong)
-    with pytest.raises(AssertionError, match="every 3 steps"):
-        learner.reference.after_step(4, weights)
+    wrong = {"did not send": weights[1:], "came twice": [*weights, weights[0]], "or": [("unknown", weights[0][1])]}
+    for step, (says, each) in enumerate(wrong.items(), start=1):
+        with pytest.raises(AssertionError, match=says):
+            learner.held.after_step(3 * step, each)
+    with pytest.raises(AssertionError, match="not due after step 10"):
+        learner.held.after_step(10, weights)
+
+
+def test_a_synchronised_copy_of_an_old_checkpoint_goes_on_at_the_step_of_the_checkpoint(
+    tiny: str, tmp_path: Path
+) -> None:
+    learner = Learner(config(tiny), SYNC)
+    move(learner.policy)
+    learner.held.after_step(3, learner.policy.named_parameters())
+    learner.held.save(tmp_path)
+    file = tmp_path / "reference" / "weights.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt"})  # as it was written once: no step in it
+    resumed = Learner(config(tiny), SYNC)
+    resumed.held.load(tmp_path, step=4)
+    assert torch.equal(resumed.ref(), learner.ref())
+    assert [step for step in range(5, 8) if resumed.held.is_due(step)] == [6, 7]
+
+
+def test_weights_of_16_bits_are_mixed_in_their_own_format_as_trl_does(tiny: str) -> None:
+    learner = Learner(config(tiny, dtype=Dtype.BFLOAT16), SYNC)
+    copy = dict(learner.held._policy.named_parameters())
+    with torch.no_grad():
+        copy["model.norm.weight"].fill_(1.0)
+        learner.policy.get_parameter("model.norm.weight").fill_(1.0078125)
+    for step in (3, 6, 9):
+        learner.held.after_step(step, learner.policy.named_parameters())
+    # A quarter of the distance 2^-7 to the next number of bfloat16 is rounded off, every time.
+    assert copy["model.norm.weight"].unique().tolist() == [1.0]
 
 
 def test_a_missing_or_foreign_synchronised_copy_is_told(tiny: str, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    reference: Reference = Learner(config(tiny), SYNC).reference
+    reference = Learner(config(tiny), SYNC).held
     with pytest.raises(CheckpointError, match="must hold the synchronised reference"):
-        reference.load(tmp_path)
+        reference.load(tmp_path, step=3)
+    (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="must be written"):
-        reference.save(tmp_path / "nowhere")
+        reference.save(tmp_path / "file")
     reference.save(tmp_path)
     file = tmp_path / "reference" / "weights.safetensors"
     save_file({"model.embed_tokens.weight": torch.zeros(2, 2)}, file)
     with pytest.raises(CheckpointError, match="Resume with the configuration"):
-        reference.load(tmp_path)
+        reference.load(tmp_path, step=3)

@@ -17,6 +17,7 @@ from trl_ray.config.teacher_options import (
     AdapterAverage,
     TeacherConfig,
     TeacherKind,
+    TeacherOptions,
     TeacherSource,
     TeacherWeights,
 )
@@ -24,13 +25,13 @@ from trl_ray.errors import CheckpointError, ConfigError
 from trl_ray.models.adapters.lora import save_adapter
 from trl_ray.models.backends.ranks import SOLO
 from trl_ray.models.backends.torch_backend import TorchBackend
-from trl_ray.models.companions.resident_teacher import (
-    AdapterlessTeacher,
-    AveragedAdapterTeacher,
-    AveragedTeacher,
-    ResidentTeacher,
-    build_resident_teacher,
+from trl_ray.models.companions.companion import (
+    AdapterlessCompanion,
+    AveragedAdapterCompanion,
+    AveragedCompanion,
+    Companion,
 )
+from trl_ray.models.companions.resident_teacher import build_resident_teacher
 from trl_ray.models.policy_loading import Policy, load_policy
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
 
@@ -53,7 +54,11 @@ def source(kind: TeacherKind, model: ModelConfig, average: AdapterAverage = Adap
     )
     external = kind is TeacherKind.EXTERNAL
     return TeacherSource(
-        name="t", kind=kind, model=model, options=TeacherConfig(), weights=None if external else weights
+        name="t",
+        kind=kind,
+        model=model,
+        options=TeacherOptions(model_name_or_path=model.model_name_or_path) if external else TeacherConfig(),
+        weights=None if external else weights,
     )
 
 
@@ -122,7 +127,7 @@ def test_a_live_teacher_is_the_policy_as_it_is_and_keeps_nothing(tiny: str, tmp_
         same(learner.taught(), plainly(learner.policy))
         assert learner.policy.training and not learner.teacher.is_due(EVERY)
         learner.teacher.save(tmp_path)
-        learner.teacher.load(tmp_path)
+        learner.teacher.load(tmp_path, step=3)
     assert not list(tmp_path.iterdir())
 
 
@@ -143,7 +148,7 @@ def test_a_base_teacher_stays_where_training_began(tiny: str) -> None:
         same(learner.taught(), initial)
         assert not learner.teacher.is_due(EVERY)
         assert bool((plainly(learner.policy) - initial).abs().max() > 0.1)
-        assert isinstance(learner.teacher, AdapterlessTeacher) is bool(changes)
+        assert isinstance(learner.teacher, AdapterlessCompanion) is bool(changes)
 
 
 def test_the_base_of_an_adapter_that_is_trained_on_is_that_adapter(tiny: str, tmp_path: Path) -> None:
@@ -167,7 +172,7 @@ def test_an_external_teacher_is_another_model(tiny: str, tmp_path: Path) -> None
 
 def test_an_average_of_weights_is_blended_after_every_second_step(tiny: str) -> None:
     learner = Learner(config(tiny), source(TeacherKind.EMA, config(tiny)))
-    assert isinstance(learner.teacher, AveragedTeacher)
+    assert isinstance(learner.teacher, AveragedCompanion)
     expected = load_policy(config(tiny), trainable=False)
     same(learner.taught(), plainly(expected))
     for step in range(1, 6):
@@ -195,7 +200,7 @@ def test_an_average_of_an_adapter_stands_in_for_it_without_a_copy_of_the_model(
 ) -> None:
     model = config(tiny, use_peft=True, **changes)
     learner = Learner(model, source(TeacherKind.EMA, model, average))
-    assert isinstance(learner.teacher, AveragedAdapterTeacher) and learner.teacher._policy is learner.policy
+    assert isinstance(learner.teacher, AveragedAdapterCompanion) and learner.teacher._policy is learner.policy
     same(learner.taught(), plainly(load_policy(config(tiny))))
     expected = load_policy(config(tiny))
     deltas: dict[str, list[Tensor]] = {}
@@ -247,7 +252,7 @@ def test_what_is_averaged_is_in_the_checkpoint_to_the_last_bit(
         learner.after(step)
     learner.teacher.save(tmp_path)
     again = Learner(model, source(TeacherKind.EMA, model, average))
-    again.teacher.load(tmp_path)
+    again.teacher.load(tmp_path, step=3)
     again.policy.load_state_dict(learner.policy.state_dict())
     for step in range(4, 7):
         for each in (learner, again):
@@ -266,19 +271,19 @@ def test_a_checkpoint_without_the_average_or_with_another_is_refused(tiny: str, 
     model = config(tiny, use_peft=True)
     factors = Learner(model, source(TeacherKind.EMA, model))
     with pytest.raises(CheckpointError, match="teacher's average"):
-        factors.teacher.load(tmp_path)
+        factors.teacher.load(tmp_path, step=3)
     factors.teacher.save(tmp_path)
     products = Learner(model, source(TeacherKind.EMA, model, AdapterAverage.PRODUCT))
     with pytest.raises(CheckpointError, match="missing"):
-        products.teacher.load(tmp_path)
+        products.teacher.load(tmp_path, step=3)
     file = tmp_path / "teacher" / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="teacher's average"):
-        factors.teacher.load(tmp_path)
+        factors.teacher.load(tmp_path, step=3)
 
 
 def test_a_teacher_that_does_not_move_is_not_to_be_moved(tiny: str) -> None:
     learner = Learner(config(tiny), source(TeacherKind.LIVE, config(tiny)))
-    assert type(learner.teacher) is ResidentTeacher
+    assert type(learner.teacher) is Companion
     with pytest.raises(AssertionError, match="does not move"):
         learner.teacher.after_step(1, [])

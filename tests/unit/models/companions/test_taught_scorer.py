@@ -18,8 +18,7 @@ from taught_batches import TEMPERATURE, distilled, log_softmax_at, own_ids, said
 from tiny_models import random_model
 from trl_ray.algorithms.distillation.teacher_signal import TeacherNeeds
 from trl_ray.config.sections import SharePrompt
-from trl_ray.config.teacher_options import TeacherKind
-from trl_ray.models.companions.resident_teacher import ResidentTeacher
+from trl_ray.models.companions.companion import Companion
 from trl_ray.models.companions.taught_scorer import TaughtScorer, TaughtScores
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
 from trl_ray.types import TrainingSample
@@ -28,7 +27,7 @@ CPU = torch.device("cpu")
 BETAS = [0.0, 0.25, 0.5, 1.0]
 
 
-class CountingTeacher(ResidentTeacher):
+class CountingTeacher(Companion):
     """Remembers how many trained tokens it was asked about."""
 
     asked = -1
@@ -49,7 +48,7 @@ class Sides:
         size = int(self.student.get_output_embeddings().out_features)
         own = ScoringModule(self.teacher, chunk_size=chunk_size, vocab_size=size)
         scorer = SampleScorer(own, share_prompt=SharePrompt.AUTO, temperature=TEMPERATURE)
-        self.resident = CountingTeacher(TeacherKind.EXTERNAL, self.teacher, scorer, module=own)
+        self.resident = CountingTeacher(self.teacher, scorer, module=own)
 
     def score(
         self, samples: Sequence[TrainingSample], needs: TeacherNeeds, *, resident: bool = True, in_step: bool = False
@@ -292,7 +291,7 @@ def test_the_policys_mode_and_its_gradients_are_left_alone() -> None:
     """The live teacher is the policy itself."""
     model = random_model(seed=0).train()
     scorer = SampleScorer(ScoringModule(model, chunk_size=100), share_prompt=SharePrompt.AUTO, temperature=TEMPERATURE)
-    live = ResidentTeacher(TeacherKind.LIVE, model, scorer)
+    live = Companion(model, scorer)
     samples = taught_samples(10)
     found = TaughtScorer(
         scorer, needs=TeacherNeeds(beta=1.0, resident=True), teacher=live, in_step=False, device=CPU

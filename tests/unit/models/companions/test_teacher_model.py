@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +18,10 @@ from trl_ray.config.teacher_options import TeacherConfig, TeacherKind, TeacherOp
 from trl_ray.errors import CheckpointError, ConfigError, DataError, ModelError, WeightError
 from trl_ray.models.adapters.lora import save_adapter
 from trl_ray.models.adapters.merging import merged_weights
-from trl_ray.models.companions.averaging import Pace
+from trl_ray.models.companions.average_file import FILE
+from trl_ray.models.companions.averaging import Pace, WeightAverage
 from trl_ray.models.companions.teacher_model import TeacherModel, load_teacher_model
-from trl_ray.models.companions.teacher_weights import AVERAGE_FILE, AveragedWeights, CopiedWeights, follow_policy
+from trl_ray.models.companions.teacher_weights import AveragedWeights, CopiedWeights, follow_policy
 from trl_ray.models.policy_loading import load_policy
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
 from trl_ray.models.scoring.segment_attention import SEGMENT_ATTENTION
@@ -27,6 +30,10 @@ from trl_ray.types import TeacherQuestion, TeacherRequest, TeacherScores, Traini
 from trl_ray.wire.teacher_answers import check_answer, join_scores
 
 PLAIN = TeacherQuestion(vocab_size=VOCAB_SIZE)
+
+
+def averaging(**pace: Any) -> Callable[[Mapping[str, Tensor]], WeightAverage]:
+    return lambda weights: WeightAverage(weights, Pace(**pace))
 
 
 def ids(*shape: int, seed: int = 0, vocab_size: int = 250) -> np.ndarray:
@@ -238,7 +245,7 @@ def test_a_live_teacher_is_what_was_published_last() -> None:
 
 def test_an_average_begins_at_the_first_version_and_blends_each_further_one() -> None:
     model = random_model()
-    weights = AveragedWeights(model, Pace(rate=0.25))
+    weights = AveragedWeights(model, averaging(rate=0.25))
     expected = values(POLICIES[0])
     # After every step: teacher <- (1 - rate) teacher + rate policy.
     assert weights.take(payload(POLICIES[0], 0))
@@ -254,7 +261,7 @@ def test_an_average_begins_at_the_first_version_and_blends_each_further_one() ->
 
 def test_an_average_begins_at_the_version_it_is_given_first_whatever_its_number() -> None:
     model = random_model()
-    weights = AveragedWeights(model, Pace(rate=0.5, every=2))
+    weights = AveragedWeights(model, averaging(rate=0.5, every=2))
     weights.take(payload(POLICIES[0], 3))
     expected, policy = values(POLICIES[0]), values(POLICIES[1])
     assert_same(model, expected, atol=0)
@@ -265,7 +272,7 @@ def test_an_average_begins_at_the_version_it_is_given_first_whatever_its_number(
 
 def test_versions_that_were_missed_are_stood_in_for_by_the_one_at_hand() -> None:
     model = random_model()
-    weights = AveragedWeights(model, Pace(rate=0.5))
+    weights = AveragedWeights(model, averaging(rate=0.5))
     weights.take(payload(POLICIES[0], 0))
     weights.take(payload(POLICIES[4], 3))
     first, last = values(POLICIES[0]), values(POLICIES[4])
@@ -274,7 +281,7 @@ def test_versions_that_were_missed_are_stood_in_for_by_the_one_at_hand() -> None
 
 def test_steps_between_two_blends_count_as_pulled_and_change_nothing() -> None:
     model = random_model()
-    weights = AveragedWeights(model, Pace(rate=0.5, every=3))
+    weights = AveragedWeights(model, averaging(rate=0.5, every=3))
     weights.take(payload(POLICIES[0], 0))
     weights.take(payload(POLICIES[1], 1))
     assert_same(model, values(POLICIES[0]), atol=0)
@@ -283,7 +290,7 @@ def test_steps_between_two_blends_count_as_pulled_and_change_nothing() -> None:
 
 def test_weights_of_16_bits_are_averaged_in_float32() -> None:
     model = random_model().bfloat16()
-    weights = AveragedWeights(model, Pace(rate=0.01))
+    weights = AveragedWeights(model, averaging(rate=0.01))
     first, policy = random_model(seed=10).bfloat16(), random_model(seed=11).bfloat16()
     weights.take(payload(first, 0))
     for version in range(1, 101):
@@ -299,7 +306,7 @@ def damaged(good: WeightPayload) -> WeightPayload:
     return WeightPayload(identity=good.identity, manifest=good.manifest, buffer=buffer)
 
 
-@pytest.mark.parametrize("make", [CopiedWeights, lambda model: AveragedWeights(model, Pace(rate=0.5))])
+@pytest.mark.parametrize("make", [CopiedWeights, lambda model: AveragedWeights(model, averaging(rate=0.5))])
 def test_weights_that_are_wrong_are_refused_and_the_old_ones_kept(make: type[CopiedWeights]) -> None:
     model = random_model()
     weights = make(model)
@@ -314,7 +321,7 @@ def test_weights_that_are_wrong_are_refused_and_the_old_ones_kept(make: type[Cop
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_restored_average_goes_on_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    pace = Pace(rate=0.03, every=2)
+    pace = averaging(rate=0.03, every=2)
     whole, resumed = random_model().to(dtype), random_model(seed=3).to(dtype)
     weights, again = AveragedWeights(whole, pace), AveragedWeights(resumed, pace)
     for version in (0, 1, 2, 3):
@@ -326,7 +333,7 @@ def test_a_restored_average_goes_on_bit_for_bit(tmp_path: Path, dtype: torch.dty
         weights.take(payload(POLICIES[version], version))
         again.take(payload(POLICIES[version], version))
     assert_same(resumed, values(whole), atol=0)
-    assert [file.name for file in (tmp_path / "teacher").iterdir()] == [AVERAGE_FILE]
+    assert [file.name for file in (tmp_path / "teacher").iterdir()] == [FILE]
     # Once more into the same folder, and back.
     assert weights.save(tmp_path / "teacher")
     again.restore(tmp_path / "teacher")
@@ -335,19 +342,19 @@ def test_a_restored_average_goes_on_bit_for_bit(tmp_path: Path, dtype: torch.dty
 
 def test_an_average_that_cannot_be_kept_or_found_is_told(tmp_path: Path) -> None:
     model = random_model()
-    weights = AveragedWeights(model, Pace(rate=0.5))
+    weights = AveragedWeights(model, averaging(rate=0.5))
     with pytest.raises(CheckpointError, match="must have been given weights"):
         weights.save(tmp_path)
-    with pytest.raises(CheckpointError, match=r"average\.safetensors must hold the teacher's average"):
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors must hold the teacher's average"):
         weights.restore(tmp_path)
     weights.take(payload(POLICIES[0], 0))
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="must be written"):
         weights.save(tmp_path / "file")
     weights.save(tmp_path)
-    file = tmp_path / AVERAGE_FILE
+    file = tmp_path / FILE
     with pytest.raises(CheckpointError, match="those of this model"):
-        AveragedWeights(random_model(family="llama"), Pace(rate=0.5)).restore(tmp_path)
+        AveragedWeights(random_model(family="llama"), averaging(rate=0.5)).restore(tmp_path)
     file.write_bytes(file.read_bytes()[:1000])
     before = values(model)
     with pytest.raises(CheckpointError, match="SafetensorError"):

@@ -18,7 +18,7 @@ from tiny_models import build_tiny_model, random_model
 from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import LossNeeds
 from trl_ray.config.sections import ModelConfig, SharePrompt
-from trl_ray.models.companions.reference import AdapterReference, initial_reference
+from trl_ray.models.companions.companion import AdapterlessCompanion, Companion
 from trl_ray.models.policy_loading import load_policy
 from trl_ray.models.scoring.classifier import ClassifierModule, load_classifier
 from trl_ray.models.scoring.embedding_noise import noise_bounds, noisy_embeddings
@@ -146,7 +146,7 @@ def test_references_hear_no_noise_and_adapters_train_with_it(tmp_path: Path) -> 
     scorer = _scorer(policy, share=SharePrompt.ALWAYS)
     plain = _logprobs(_scorer(policy.eval(), alpha=None, share=SharePrompt.ALWAYS))
     policy.train()
-    for reference in (AdapterReference(policy, scorer), initial_reference(policy, scorer)):
+    for reference in (AdapterlessCompanion(policy, scorer), Companion(policy, scorer)):
         logprobs = reference.logprobs(SAMPLES)
         assert logprobs is not None and policy.training
         torch.testing.assert_close(logprobs, plain, rtol=1e-6, atol=1e-6)
