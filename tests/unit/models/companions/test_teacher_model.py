@@ -340,6 +340,18 @@ def test_a_restored_average_goes_on_bit_for_bit(tmp_path: Path, dtype: torch.dty
     assert_same(resumed, values(whole), atol=0)
 
 
+def test_an_average_under_the_file_name_of_old_checkpoints_is_found(tmp_path: Path) -> None:
+    model, resumed = random_model(), random_model(seed=3)
+    weights, again = AveragedWeights(model, averaging(rate=0.5)), AveragedWeights(resumed, averaging(rate=0.5))
+    for version in (0, 1):
+        weights.take(payload(POLICIES[version], version))
+    weights.save(tmp_path)
+    (tmp_path / FILE).rename(tmp_path / "average.safetensors")
+    again.restore(tmp_path)
+    assert again.identity == weights.identity
+    assert_same(resumed, values(model), atol=0)
+
+
 def test_an_average_that_cannot_be_kept_or_found_is_told(tmp_path: Path) -> None:
     model = random_model()
     weights = AveragedWeights(model, averaging(rate=0.5))
