@@ -119,7 +119,6 @@ _TRAINING: Mapping[str, str] = {
     "eval_on_start": "Remove it: with eval_steps there is an evaluation before the first step.",
     "eval_delay": "Remove it: evaluations come every eval_steps.",
     "warmup_ratio": "Set warmup_steps: a number of optimizer steps.",
-    "lr_scheduler_kwargs": "Choose lr_scheduler_type: linear, cosine, constant or constant_with_warmup.",
     "optim": "Remove it: the optimizer is AdamW.",
     "optim_args": "Remove it: the optimizer is AdamW (adam_beta1, adam_beta2, adam_epsilon, weight_decay).",
     "optim_target_modules": "Set use_peft with lora_target_modules to train a part of the weights.",

@@ -28,10 +28,16 @@ class QuantType(enum.StrEnum):
 
 
 class Schedule(enum.StrEnum):
-    """How the learning rate moves after the warm-up."""
+    """How the learning rate moves: transformers' schedules, but those that wait for a metric."""
 
     LINEAR = "linear"
     COSINE = "cosine"
+    COSINE_WITH_RESTARTS = "cosine_with_restarts"
+    COSINE_WITH_MIN_LR = "cosine_with_min_lr"
+    COSINE_WARMUP_WITH_MIN_LR = "cosine_warmup_with_min_lr"
+    POLYNOMIAL = "polynomial"
+    INVERSE_SQRT = "inverse_sqrt"
+    WARMUP_STABLE_DECAY = "warmup_stable_decay"
     CONSTANT = "constant"
     CONSTANT_WITH_WARMUP = "constant_with_warmup"
 
@@ -205,6 +211,8 @@ class TrainingConfig(Section):
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     lr_scheduler_type: Annotated[Schedule, FROM_STRING] = Schedule.LINEAR
+    lr_scheduler_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
+    """Options of that schedule alone, in transformers' names: `min_lr`, `num_cycles`, `power`, `num_decay_steps`."""
     warmup_steps: Natural = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -1,18 +1,17 @@
-"""AdamW and the learning-rate schedules.
+"""AdamW and the learning-rate schedules, which are transformers' own.
 
 named_parameters --> two groups (decayed, not decayed) --> AdamW <-- LambdaLR(schedule)
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
-from trl_ray.config.sections import Schedule, TrainingConfig
+from trl_ray.config.sections import TrainingConfig
+from trl_ray.errors import ConfigError
 
 
 def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
@@ -32,28 +31,32 @@ def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.A
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, training: TrainingConfig, *, total_steps: int) -> LambdaLR:
-    """The schedule as torch's LambdaLR, to be stepped once after each optimizer step."""
-    factor = learning_rate_factor(
-        training.lr_scheduler_type, warmup_steps=training.warmup_steps, total_steps=total_steps
-    )
-    return LambdaLR(optimizer, factor)
+    """The schedule, to be stepped once after each optimizer step.
 
-
-def learning_rate_factor(schedule: Schedule, *, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """What the learning rate is multiplied with, as a function of the optimizer steps done (from 0).
-
-    All but `constant` rise linearly from 0 over the warm-up. Then `linear` falls to 0 at `total_steps`, `cosine`
-    does so along half a cosine, and the two constants stay at 1.
+    Raises:
+        ConfigError: `lr_scheduler_kwargs` are not those of this schedule.
     """
+    try:
+        scheduler: LambdaLR = get_scheduler(
+            training.lr_scheduler_type.value,
+            optimizer,
+            num_warmup_steps=training.warmup_steps,
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=dict(training.lr_scheduler_kwargs),
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"lr_scheduler_kwargs must be options of lr_scheduler_type={training.lr_scheduler_type.value} in "
+            f"transformers, got {training.lr_scheduler_kwargs}: {error}. Correct one of the two."
+        ) from error
+    return scheduler
 
-    def factor(step: int) -> float:
-        if schedule is Schedule.CONSTANT:
-            return 1.0
-        if step < warmup_steps:
-            return step / warmup_steps
-        if schedule is Schedule.CONSTANT_WITH_WARMUP:
-            return 1.0
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return 1.0 - progress if schedule is Schedule.LINEAR else 0.5 * (1.0 + math.cos(math.pi * progress))
 
-    return factor
+def check_schedule(training: TrainingConfig) -> None:
+    """Refuse options that the schedule does not have, before anything starts.
+
+    Raises:
+        ConfigError: as `build_scheduler`.
+    """
+    unused = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=training.learning_rate)
+    build_scheduler(unused, training, total_steps=2)

@@ -20,6 +20,7 @@ from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.data.examples.example_set import ExampleSet, ExampleTask, load_examples, stream_examples
 from trl_ray.errors import ConfigError
+from trl_ray.models.backends.optimizer import check_schedule
 from trl_ray.models.companions.reference_cache import default_cache_dir
 from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
@@ -137,6 +138,7 @@ def prepare_supervised(
     Raises:
         InputError: anything that is wrong with the configuration, the model or the data.
     """
+    check_schedule(config.part(TrainingConfig))
     model = config.part(ModelConfig)
     tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
     _check_length(config, max_positions(model))
