@@ -1,6 +1,6 @@
 """Measures how hard a checkout is to read: sizes, import edges, names used twice, and what one training step touches.
 
-    python tools/measure_house.py [--repo DIR] [--step]
+    python tools/measure_house.py [--repo DIR] [--step [--list]]
 
 Files and imports are read as text. `--step` also runs a tiny GRPO in this process (runtime.kind=local, the model of the
 tests) and counts the package's files and functions that a steady step calls, in all threads.
@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 STEP = """
+import collections
 import os, sys, threading
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
@@ -43,7 +44,10 @@ folder = Path(sys.argv[2])
 args = runs.grpo(build_tiny_model(folder / "model"), folder / "run", max_steps=4)
 GRPOPipeline(args=args, train_dataset=runs.PROMPTS, callbacks=[Watch()]).train()
 sys.setprofile(None)
-print("measured", len({file for file, _ in touched}), len(touched))
+files = collections.Counter(file for file, _ in touched)
+print("measured", len(files), len(touched))
+for file, count in sorted(files.items()):
+    print("touched", count, file.rpartition("/trl_ray/")[2])
 """
 
 
@@ -105,14 +109,19 @@ def measure_text(repo: Path) -> dict[str, float]:
     }
 
 
-def measure_step(repo: Path) -> dict[str, float]:
-    """What one steady step of a local GRPO run calls."""
+def measure_step(repo: Path, *, list_files: bool) -> dict[str, float]:
+    """What one steady step of a local GRPO run calls; on request its files, each with the functions called in it."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", STEP, str(repo), folder]
         found = subprocess.run(command, capture_output=True, text=True, cwd=repo, check=False)
     lines = [line.split() for line in found.stdout.splitlines() if line.startswith("measured ")]
     if not lines:
         raise SystemExit(f"the run must end, but did not:\n{found.stdout}{found.stderr}")
+    if list_files:
+        print(
+            *(line.removeprefix("touched ") for line in found.stdout.splitlines() if line.startswith("touched")),
+            sep="\n",
+        )
     return {"files_per_step": int(lines[0][1]), "functions_per_step": int(lines[0][2])}
 
 
@@ -121,8 +130,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repo", type=Path, default=Path(__file__).resolve().parents[1])
     parser.add_argument("--step", action="store_true", help="run a tiny GRPO and count what a step calls")
+    parser.add_argument("--list", action="store_true", help="with --step, name the files")
     args = parser.parse_args()
-    figures = measure_text(args.repo) | (measure_step(args.repo) if args.step else {})
+    figures = measure_text(args.repo) | (measure_step(args.repo, list_files=args.list) if args.step else {})
     for name, value in figures.items():
         print(f"{name}: {value:g}")
 
