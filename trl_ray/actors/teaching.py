@@ -216,7 +216,7 @@ class Teaching:
         teachings: list[TeacherScores | None] = [None] * len(contexts)
         for place, scores in zip(places, answer, strict=True):
             teachings[place] = scores
-        metrics |= _lag(answer, completions)
+        metrics |= _version_lag(answer, completions)
         return Taught(contexts=contexts, teachings=tuple(teachings), metrics=metrics)
 
     def _contexts(
@@ -351,7 +351,7 @@ class Teaching:
         return list(answer)
 
 
-def _lag(scores: Sequence[TeacherScores], completions: Sequence[Completion]) -> dict[str, float]:
+def _version_lag(scores: Sequence[TeacherScores], completions: Sequence[Completion]) -> dict[str, float]:
     versions = [each.version for each in scores if each.version is not None]
     if not versions:
         return {}

@@ -137,7 +137,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
         recorder = Recorder(
             directory=opening.directory,
             observer=opening.observer,
-            staleness_bound=self.config.max_age_at_use,
+            max_age_at_use=self.config.max_age_at_use,
             start_step=opening.step,
         )
         arguments = plan.arguments(
