@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import dataset_runs
 import runs
 from fakes import group
 from outside_package import best_of
@@ -109,6 +110,14 @@ def test_options_from_outside_reach_the_loss_of_a_real_run(model: str, tmp_path:
     # In a group with variance not all completions can be above the mean.
     shared = first_step(model, tmp_path / "c", loss=SCALED, loss_kwargs={"by_successes": True})
     assert shared["grad_norm"] > 1.05 * plain["grad_norm"]
+
+
+def test_options_from_outside_reach_the_loss_of_a_supervised_run(model: str, tmp_path: Path) -> None:
+    dataset_runs.train("sft", model, tmp_path / "a", max_steps=1)
+    scaled = {"loss": "outside_package.scaled_sft:ScaledSFTLoss", "loss_kwargs": {"scale": 2.0}}
+    dataset_runs.train("sft", model, tmp_path / "b", max_steps=1, **scaled)
+    [plain], [twice] = (runs.lines(tmp_path / name / "metrics.jsonl") for name in ("a", "b"))
+    assert twice["loss"] == pytest.approx(2 * plain["loss"], rel=1e-5) and plain["loss"] > 0
 
 
 @pytest.mark.parametrize(
