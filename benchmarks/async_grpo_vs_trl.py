@@ -237,8 +237,8 @@ def measure_trl_ray(settings: Settings) -> Measurement:
     from trl_ray.pipelines.grpo import GRPOPipeline
 
     is_async = settings.system == ASYNC
-    lead = settings.max_staleness if is_async else 0
-    total = settings.warmup + settings.steps + lead
+    max_staleness = settings.max_staleness if is_async else 0
+    total = settings.warmup + settings.steps + max_staleness
     options: dict[str, Any] = {
         "dtype": settings.dtype,
         "gradient_checkpointing": settings.gradient_checkpointing,
@@ -271,7 +271,7 @@ def measure_trl_ray(settings: Settings) -> Measurement:
     }
     with tempfile.TemporaryDirectory() as folder:
         options["output_dir"] = str(Path(folder, "run"))
-        args: Any = AsyncGRPOConfig(max_staleness=lead, **options) if is_async else GRPOConfig(**options)
+        args: Any = AsyncGRPOConfig(max_staleness=max_staleness, **options) if is_async else GRPOConfig(**options)
         pipeline = (AsyncGRPOPipeline if is_async else GRPOPipeline)(
             model=settings.model,
             reward_funcs=make_reward(settings.reward, settings.reward_sleep_s),

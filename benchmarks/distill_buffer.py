@@ -108,7 +108,6 @@ def build_model(folder: str, *, layers: int, seed: int) -> str:
 def options(settings: Settings, folder: str) -> dict[str, Any]:
     """The configuration of the run that a child measures."""
     threads = settings.threads
-    lead = settings.max_staleness
     return {
         "model_name_or_path": settings.model,
         "teachers": [
@@ -125,7 +124,7 @@ def options(settings: Settings, folder: str) -> dict[str, Any]:
         "learning_rate": 1e-8,
         "lr_scheduler_type": "constant",
         # Of a distillation, each of which is as many optimizer steps as the buffer holds.
-        "max_steps": settings.warmup + settings.steps + lead,
+        "max_steps": settings.warmup + settings.steps + settings.max_staleness,
         "per_device_train_batch_size": settings.micro_batch,
         "gradient_accumulation_steps": settings.batch // settings.micro_batch,
         "generation_batch_size": settings.batch * settings.buffer,

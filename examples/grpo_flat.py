@@ -10,7 +10,7 @@ What trl_ray has and this file deleted, so that the algorithm fits on three scre
 
   Ray actors          here one process does everything in turn; there generation, rewards and training overlap
   vLLM                here transformers' generate, whose every sample computes the prompt anew
-  lag and its bound   here each batch is sampled by the weights it trains, so no importance correction is needed
+  bounded staleness   here each batch is sampled by the weights it trains, so no importance correction is needed
   the ledger          here a crash loses the run; there every prompt is trained once or dropped with a reason
   weight transport    here learner and sampler are one model; there weights are published, checked and pulled
   reward workers      here the reward is a function call; there it is a child process with a deadline

@@ -11,17 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import dataset_runs
 import runs
 from fakes import group
+from outside_package import best_of
 from outside_package.best_of import BestOf, BestOfConfig, BestOfPipeline
 from outside_package.reinforce import Reinforce
 from outside_package.scaled_loss import ScaledLoss, ScaledOptions
 from tiny_models import build_tiny_model
+from trl_ray.algorithms import loss_registry
 from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import Loss, LossInputs, SampleTokens, StepTotals
-from trl_ray.algorithms.loss_registry import build_loss
+from trl_ray.algorithms.loss_registry import build_loss, resolve_options
 from trl_ray.cli.main import main
-from trl_ray.config.load import build, dump_yaml
+from trl_ray.config.load import build, dump_yaml, parse_yaml
 from trl_ray.config.losses.policy_options import LossConfig
 from trl_ray.errors import ConfigError
 from trl_ray.pipelines.grpo import GRPOPipeline
@@ -29,6 +32,7 @@ from trl_ray.pipelines.pipeline_registry import find_pipeline
 from trl_ray.pipelines.sdpo import SDPOPipeline
 
 REINFORCE = "outside_package.reinforce:Reinforce"
+BEST_OF = "outside_package.best_of:BestOfPipeline"
 SCALED = "outside_package.scaled_loss:ScaledLoss"
 
 
@@ -75,6 +79,26 @@ def test_a_loss_has_options_and_totals_of_its_own() -> None:
     assert loss(two_samples(successes=1)).loss.item() == pytest.approx(6 * plain) and plain != 0
 
 
+def test_options_that_are_resolved_already_are_taken_as_they_are() -> None:
+    options = LossConfig(loss=SCALED, loss_kwargs={"scale": 3.0}, epsilon=0.1)
+    resolved = resolve_options(options)
+    assert resolve_options(resolved) == resolved
+    loss: Loss = build_loss(resolved)
+    assert (loss.config.scale, loss.config.epsilon) == (3.0, 0.1)
+
+
+def test_a_loss_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_for: list[str] = []
+
+    def find(path: str, **arguments: Any) -> Any:
+        looked_for.append(path)
+        return ScaledLoss
+
+    monkeypatch.setattr(loss_registry, "find_plug_in", find)
+    build_loss(LossConfig(loss=SCALED, loss_kwargs={"scale": 3.0}))
+    assert looked_for == [SCALED]
+
+
 def test_a_surrogate_from_outside_trains_in_a_real_run(model: str, tmp_path: Path) -> None:
     plain, outside = first_step(model, tmp_path / "a"), first_step(model, tmp_path / "b", loss=REINFORCE)
     # At ratio 1 the gradients are the same, the values are not.
@@ -89,6 +113,14 @@ def test_options_from_outside_reach_the_loss_of_a_real_run(model: str, tmp_path:
     # In a group with variance not all completions can be above the mean.
     shared = first_step(model, tmp_path / "c", loss=SCALED, loss_kwargs={"by_successes": True})
     assert shared["grad_norm"] > 1.05 * plain["grad_norm"]
+
+
+def test_options_from_outside_reach_the_loss_of_a_supervised_run(model: str, tmp_path: Path) -> None:
+    dataset_runs.train("sft", model, tmp_path / "a", max_steps=1)
+    scaled = {"loss": "outside_package.scaled_sft:ScaledSFTLoss", "loss_kwargs": {"scale": 2.0}}
+    dataset_runs.train("sft", model, tmp_path / "b", max_steps=1, **scaled)
+    [plain], [twice] = (runs.lines(tmp_path / name / "metrics.jsonl") for name in ("a", "b"))
+    assert twice["loss"] == pytest.approx(2 * plain["loss"], rel=1e-5) and plain["loss"] > 0
 
 
 @pytest.mark.parametrize(
@@ -136,6 +168,26 @@ def test_a_pipeline_from_outside_runs_by_the_command_and_is_found_again_by_its_f
     assert len(runs.lines(tmp_path / "run" / "metrics.jsonl")) == 2
 
 
+def test_a_pipeline_in_a_file_is_named_from_any_folder_and_found_again_from_any(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, elsewhere, data = tmp_path / "mine", tmp_path / "elsewhere", tmp_path / "prompts.jsonl"
+    mine.mkdir(), elsewhere.mkdir()
+    source = Path(best_of.__file__).read_text(encoding="utf-8")
+    (mine / "best.py").write_text(source.replace(BEST_OF, "best.py:BestOfPipeline"), encoding="utf-8")
+    data.write_text("".join(f'{{"prompt": "{row["prompt"]}"}}\n' for row in runs.PROMPTS))
+    file = tmp_path / "best.yaml"
+    options = runs.values(model, tmp_path / "run", max_steps=1, save_steps=1, dataset_name=str(data), keep=2)
+    file.write_text(dump_yaml(build(BestOfConfig, options)).replace(BEST_OF, "best.py:BestOfPipeline"))
+    monkeypatch.chdir(elsewhere)
+    assert main(["../mine/best.py:BestOfPipeline", "--config", str(file)]) == 0
+    written = parse_yaml((tmp_path / "run" / "config.yaml").read_text(), source="config.yaml")
+    assert written["pipeline"] == f"{mine.resolve()}/best.py:BestOfPipeline"
+    monkeypatch.chdir(tmp_path)
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    assert len(runs.lines(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -156,8 +208,7 @@ def test_installed_packages_give_names_to_losses_and_pipelines(monkeypatch: pyte
         "trl_ray.losses": [EntryPoint("reinforce", REINFORCE, "trl_ray.losses")],
         "trl_ray.pipelines": [EntryPoint("gone", "no_such_package.module:Pipeline", "trl_ray.pipelines")],
     }
-    for module in ("algorithms.loss_registry", "pipelines.pipeline_registry"):
-        monkeypatch.setattr(f"trl_ray.{module}.entry_points", lambda *, group: given[group])
+    monkeypatch.setattr("trl_ray.config.object_paths.entry_points", lambda *, group: given[group])
     assert type(build_loss(LossConfig(loss="reinforce"))) is Reinforce
     with pytest.raises(ConfigError, match="must be importable"):
         find_pipeline("gone")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass
 from typing import Any
+
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from trl_ray.errors import ActorLostError, DeadlineError, RunError
 from trl_ray.types import Handle
@@ -36,11 +37,11 @@ async def call_patiently(handle: Handle, method: str, patience: Patience, /, **k
     Raises:
         ActorLostError, DeadlineError: of the last try, when patience has run out.
     """
-    end = time.monotonic() + patience.total_s
-    while True:
-        try:
-            return await handle.call(method, deadline_s=patience.deadline_s, **kwargs)
-        except patience.outlasts:
-            if time.monotonic() >= end:
-                raise
-            await asyncio.sleep(_PAUSE_S)
+    again = AsyncRetrying(
+        retry=retry_if_exception_type(patience.outlasts),
+        stop=stop_after_delay(patience.total_s),
+        wait=wait_fixed(_PAUSE_S),
+        sleep=asyncio.sleep,
+        reraise=True,
+    )
+    return await again(handle.call, method, deadline_s=patience.deadline_s, **kwargs)

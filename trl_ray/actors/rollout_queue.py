@@ -62,7 +62,7 @@ class RolloutQueue:
         drop_zero_variance: bool,
         mask_truncated: bool,
         adaptive_slots: bool,
-        window: int = 1,
+        max_look_ahead: int = 1,
         max_attempts: int = 3,
         resume_from_step: int | None = None,
         resume_version: int | None = None,
@@ -81,7 +81,7 @@ class RolloutQueue:
             drop_zero_variance: drop groups whose rewards are all equal.
             mask_truncated: whether the loss masks completions that were cut off; a group of nothing else is dropped.
             adaptive_slots: whether the controller moves the number of slots in use.
-            window: W; up to W-1 younger groups may overtake a straggler.
+            max_look_ahead: W; up to W-1 younger groups may overtake a straggler.
             max_attempts: how often a group is tried in all.
             resume_from_step: step of the checkpoint to go back to; applied once per incarnation.
             resume_version: weight version of that checkpoint; None means the step.
@@ -95,7 +95,7 @@ class RolloutQueue:
         rules = BufferRules(
             groups_per_step=groups_per_step,
             max_staleness=max_staleness,
-            window=window,
+            max_look_ahead=max_look_ahead,
             max_attempts=max_attempts,
             lease_s=lease_s,
             adaptive_slots=adaptive_slots,

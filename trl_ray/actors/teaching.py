@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+from tenacity import AsyncRetrying, retry_if_result, stop_after_attempt
 
 from trl_ray.actors.calling import Patience, call_patiently
 from trl_ray.config.losses.distillation_options import RepromptConfig
@@ -24,6 +25,7 @@ from trl_ray.config.messages import nearest
 from trl_ray.config.teacher_options import PayloadDtype, PayloadIds, TeacherKind
 from trl_ray.data.chat.chat_rendering import ChatFormat, own_template
 from trl_ray.data.prompts.reprompts import Attempt, DecodingTokenizer, gather_feedback, reprompt_group
+from trl_ray.engines.retry_delays import doubling_delays, last_result
 from trl_ray.errors import ActorLostError, DeadlineError, TeacherError, TrlRayError
 from trl_ray.types import (
     Completion,
@@ -37,8 +39,6 @@ from trl_ray.types import (
 )
 from trl_ray.wire.teacher_answers import check_answer, join_scores
 from trl_ray.wire.teacher_payload import decode_scores
-
-_MAX_DELAY_S = 10.0
 
 
 class TeacherSeat(enum.StrEnum):
@@ -216,7 +216,7 @@ class Teaching:
         teachings: list[TeacherScores | None] = [None] * len(contexts)
         for place, scores in zip(places, answer, strict=True):
             teachings[place] = scores
-        metrics |= _lag(answer, completions)
+        metrics |= _version_lag(answer, completions)
         return Taught(contexts=contexts, teachings=tuple(teachings), metrics=metrics)
 
     def _contexts(
@@ -258,18 +258,20 @@ class Teaching:
         self, teacher: str, requests: Sequence[TeacherRequest]
     ) -> tuple[list[TeacherScores] | TeacherFailure, int]:
         """What the teacher says and how often it was asked, or its last failure."""
-        turns = self._turns(teacher)
-        failure: TeacherFailure | None = None
-        for attempt in range(1, self._plan.max_attempts + 1):
-            answer = await self._ask_once(teacher, next(turns), requests)
-            if not isinstance(answer, TeacherFailure):
-                return answer, attempt
-            failure = answer
-            if attempt < self._plan.max_attempts:
-                await asyncio.sleep(min(self._plan.retry_delay_s * 2 ** (attempt - 1), _MAX_DELAY_S))
-        assert failure is not None, "it was asked at least once"
-        detail = f"asked {self._plan.max_attempts} times; the last time: {failure.detail}"
-        return replace(failure, detail=detail), self._plan.max_attempts
+        again = AsyncRetrying(
+            retry=retry_if_result(lambda answer: isinstance(answer, TeacherFailure)),
+            stop=stop_after_attempt(self._plan.max_attempts),
+            wait=doubling_delays(self._plan.retry_delay_s),
+            sleep=asyncio.sleep,
+            retry_error_callback=last_result,
+        )
+        answer: list[TeacherScores] | TeacherFailure = await again(
+            self._ask_once, teacher, self._turns(teacher), requests
+        )
+        asked: int = again.statistics["attempt_number"]
+        if isinstance(answer, TeacherFailure):
+            answer = replace(answer, detail=f"asked {asked} times; the last time: {answer.detail}")
+        return answer, asked
 
     def _turns(self, teacher: str) -> Iterator[_Turn]:
         """Whom to ask, attempt by attempt: the copy with the least to do of those that were not asked yet."""
@@ -286,10 +288,10 @@ class Teaching:
             yield _Turn(copy=copy, waits=not untried)
 
     async def _ask_once(
-        self, teacher: str, turn: _Turn, requests: Sequence[TeacherRequest]
+        self, teacher: str, turns: Iterator[_Turn], requests: Sequence[TeacherRequest]
     ) -> list[TeacherScores] | TeacherFailure:
         """One attempt; whatever a teacher does wrong comes back as one of the kinds of failure."""
-        kind = TeacherErrorKind.ERROR
+        turn, kind = next(turns), TeacherErrorKind.ERROR
         try:
             if turn.copy is None:
                 answer = await self._ask_engine(teacher, requests)
@@ -351,7 +353,7 @@ class Teaching:
         return list(answer)
 
 
-def _lag(scores: Sequence[TeacherScores], completions: Sequence[Completion]) -> dict[str, float]:
+def _version_lag(scores: Sequence[TeacherScores], completions: Sequence[Completion]) -> dict[str, float]:
     versions = [each.version for each in scores if each.version is not None]
     if not versions:
         return {}

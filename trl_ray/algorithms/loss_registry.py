@@ -9,12 +9,11 @@ A loss is found by its section (`LossSection.built_in`): nothing here knows whic
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import entry_points
 from typing import Any
 
 from trl_ray.algorithms.loss import Loss
 from trl_ray.config.losses.loss_section import LossSection
-from trl_ray.config.object_paths import find_object
+from trl_ray.config.object_paths import find_plug_in
 from trl_ray.errors import ConfigError
 from trl_ray.types import TrainingSample
 
@@ -30,7 +29,7 @@ def loss_class(options: LossSection) -> type[Loss]:
         ConfigError: there is none of that name, or what is there is no loss.
     """
     path = options.loss or options.built_in
-    found = find_object(path, what="loss") if ":" in path else _entry_point(path)
+    found = find_plug_in(path, group=ENTRY_POINTS, what="loss")
     # In the classes themselves: every class can be called, to make one.
     known = {name for each in getattr(found, "__mro__", ()) for name in vars(each)}
     missing = [name for name in _PROTOCOL if name not in known]
@@ -46,10 +45,16 @@ def loss_class(options: LossSection) -> type[Loss]:
 def resolve_options(options: LossSection) -> LossSection:
     """The options as the loss itself takes them: those of a loss from outside may be of a class of its own.
 
+    What is resolved already stays as it is.
+
     Raises:
         ConfigError: there is no such loss, or it has no such options.
     """
-    own: type[LossSection] | None = getattr(loss_class(options), "options_class", None)
+    return _own_options(loss_class(options), options)
+
+
+def _own_options(made: type[Loss], options: LossSection) -> LossSection:
+    own: type[LossSection] | None = getattr(made, "options_class", None)
     if own is None:
         if options.loss_kwargs:
             raise ConfigError(
@@ -64,7 +69,7 @@ def resolve_options(options: LossSection) -> LossSection:
             "them beside loss_kwargs."
         )
     shared = {name: getattr(options, name) for name in type(options).model_fields if name in own.model_fields}
-    return own(**{**shared, **options.loss_kwargs})
+    return own(**{**shared, **options.loss_kwargs, "loss_kwargs": {}})
 
 
 def build_loss(options: LossSection, *, max_completion_length: int | None = None) -> Loss:
@@ -78,7 +83,7 @@ def build_loss(options: LossSection, *, max_completion_length: int | None = None
         ConfigError: there is no such loss, or it has no such options.
     """
     made: Any = loss_class(options)
-    built: Loss = made(resolve_options(options), max_completion_length=max_completion_length)
+    built: Loss = made(_own_options(made, options), max_completion_length=max_completion_length)
     return built
 
 
@@ -90,14 +95,3 @@ def update_totals(options: LossSection, samples: Sequence[TrainingSample]) -> Ma
         samples: of the whole update, all ranks; those of an example stand together, in order.
     """
     return build_loss(options).totals(samples)
-
-
-def _entry_point(name: str) -> Any:
-    found = {each.name: each for each in entry_points(group=ENTRY_POINTS)}
-    if name not in found:
-        known = f" ({', '.join(sorted(found))})" if found else ""
-        raise ConfigError(
-            f"loss must be package.module:Class, file.py:Class, or a name that an installed package gives in the "
-            f"entry-point group {ENTRY_POINTS}{known}, got {name!r}. Add the colon, or install the package."
-        )
-    return find_object(found[name].value, what="loss")

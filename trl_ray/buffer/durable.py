@@ -9,7 +9,6 @@ is deterministic given the arguments (time among them), which is what makes repl
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -109,7 +108,7 @@ class DurableLedger:
 
     def _set_up_slots(self) -> None:
         rules = self.rules
-        self.slots = AdmissionSlots(groups_per_step=rules.groups_per_step, max_staleness=rules.max_staleness)
+        self.slots = AdmissionSlots(rules)
         self.controller = SlotController(groups_per_step=rules.groups_per_step, capacity=rules.capacity)
 
     # ---- admission ---------------------------------------------------------------------------------------
@@ -261,7 +260,7 @@ class DurableLedger:
         if mark in self._incarnations:
             return False
         if rules is not None:
-            self.rules = rules if isinstance(rules, BufferRules) else BufferRules(**rules)
+            self.rules = rules if isinstance(rules, BufferRules) else BufferRules.from_state(rules)
             self.ledger.rules = self.rules
         try:
             self.ledger.restore(step=step, version=version, now=now)
@@ -272,7 +271,7 @@ class DurableLedger:
         self.slots.reset(self.ledger.holders())
         for group_id in [g for g in self._offsets if self.ledger.state_of(g) is State.ISSUED]:
             del self._offsets[group_id]
-        args = {"step": step, "version": version, "mark": mark, "now": now, "rules": dataclasses.asdict(self.rules)}
+        args = {"step": step, "version": version, "mark": mark, "now": now, "rules": self.rules.to_state()}
         return self._settle(True, True, "restore", **args)
 
     # ---- looking in --------------------------------------------------------------------------------------
@@ -357,7 +356,7 @@ class DurableLedger:
         """One record with everything but the groups' payloads, which follow it as `payloads` records."""
         head = {
             "op": "base",
-            "rules": dataclasses.asdict(self.rules),
+            "rules": self.rules.to_state(),
             "incarnations": self._incarnations,
             "prompt_ids": self._prompt_ids,
             "ledger": self.ledger.to_state(),
@@ -397,7 +396,7 @@ class DurableLedger:
 
     def _load_base(self, record: Record) -> int:
         head = record.head
-        self._set_up(BufferRules(**head["rules"]))
+        self._set_up(BufferRules.from_state(head["rules"]))
         self.ledger = Ledger.from_state(head["ledger"], rules=self.rules)
         self.controller.load_state(head["controller"])
         self.slots.limit = head["limit"]
@@ -411,7 +410,7 @@ class DurableLedger:
     def _replay(self, op: str, record: Record) -> None:
         try:
             if op == "open":
-                self._set_up(BufferRules(**record.head["rules"]))
+                self._set_up(BufferRules.from_state(record.head["rules"]))
                 self._incarnations = [record.head["incarnation"]]
             elif op == "admit":
                 prompts = _split(record.payload, record.head["sizes"])
@@ -433,7 +432,7 @@ class DurableLedger:
         path = self.journal.path
         if not self._incarnations and not step:
             self._incarnations.append(incarnation)
-            self._log("open", {}, rules=dataclasses.asdict(rules), incarnation=incarnation)
+            self._log("open", {}, rules=rules.to_state(), incarnation=incarnation)
         elif not self._incarnations:
             raise JournalError(f"To resume from step {step}, {path} must hold the ledger of the run, and it is empty.")
         elif incarnation in self._incarnations:

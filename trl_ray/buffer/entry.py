@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trl_ray.buffer.slots import slot_capacity, worst_age
+from trl_ray.config.slot_bounds import SlotBounds
 from trl_ray.types import DropReason
 
 
@@ -102,16 +102,14 @@ class WaitingGroup:
     """When it entered the state, seconds since the epoch."""
 
 
+_IN_JOURNAL = {"max_look_ahead": "window"}
+"""Rules that journals know by another name."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BufferRules:
+class BufferRules(SlotBounds):
     """The constants of one run's buffer; written into the journal, because replay depends on them."""
 
-    groups_per_step: int
-    """P, at least 1."""
-    max_staleness: int
-    """S, at least 0."""
-    window: int = 1
-    """W, at least 1: up to W-1 younger groups may overtake a straggler."""
     max_attempts: int = 3
     """How often a group is tried in all before it is dropped."""
     lease_s: float = 60.0
@@ -127,22 +125,21 @@ class BufferRules:
         Raises:
             ValueError: a value is out of its range.
         """
-        for name, low in (("groups_per_step", 1), ("max_staleness", 0), ("window", 1), ("max_attempts", 1)):
-            value = getattr(self, name)
-            if value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}.")
+        SlotBounds.__post_init__(self)  # a class with slots is made anew, which super() does not see
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts must be at least 1, got {self.max_attempts}.")
         if self.lease_s <= 0:
             raise ValueError(f"lease_s must be positive, got {self.lease_s}.")
 
-    @property
-    def capacity(self) -> int:
-        """B = (S+1) * P slots."""
-        return slot_capacity(groups_per_step=self.groups_per_step, max_staleness=self.max_staleness)
+    def to_state(self) -> dict[str, Any]:
+        """As JSON values, named as the journal names them."""
+        return {_IN_JOURNAL.get(name, name): value for name, value in dataclasses.asdict(self).items()}
 
-    @property
-    def max_age(self) -> int:
-        """The largest age at use that slots and window allow, in weight versions."""
-        return worst_age(groups_per_step=self.groups_per_step, max_staleness=self.max_staleness, window=self.window)
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> BufferRules:
+        """The inverse of `to_state`."""
+        fields = {stored: name for name, stored in _IN_JOURNAL.items()}
+        return cls(**{fields.get(name, name): value for name, value in state.items()})
 
 
 @dataclass(slots=True, kw_only=True)

@@ -270,7 +270,7 @@ class Ledger:
         youngest = chosen[-1].group_id
         passed = [e for e in waiting if e.state is not State.READY and e.group_id < youngest]
         overtakes = {e.group_id: sum(c.group_id > e.group_id for c in chosen) for e in passed}
-        if any(e.overtaken + overtakes[e.group_id] > self.rules.window - 1 for e in passed):
+        if any(e.overtaken + overtakes[e.group_id] > self.rules.max_look_ahead - 1 for e in passed):
             return []
         for entry in passed:
             entry.overtaken += overtakes[entry.group_id]
@@ -351,10 +351,10 @@ class Ledger:
         ahead = {e.step for e in self._live.values() if e.state is State.TAKEN}
         at_use = self.version + len(ahead)
         ready = [e for e in self._live.values() if e.state is State.READY]
-        stale = [e for e in ready if at_use - (e.min_version or 0) > self.rules.max_age]
+        stale = [e for e in ready if at_use - (e.min_version or 0) > self.rules.max_age_at_use]
         for entry in stale:
             age = at_use - (entry.min_version or 0)
-            self._drop(entry, DropReason.STALE, f"age {age} exceeds {self.rules.max_age}", now)
+            self._drop(entry, DropReason.STALE, f"age {age} exceeds {self.rules.max_age_at_use}", now)
         return [entry.group_id for entry in stale]
 
     def finish(self, *, now: float) -> list[int]:
@@ -435,16 +435,14 @@ class Ledger:
     def _usable(self, entry: GroupEntry, position: int) -> bool:
         """Whether a restored group's payload may be trained: of this timeline, and young enough at use.
 
-        `position` older groups are live, and W-1 younger ones may overtake: at most (position + W-1) // P
-        steps pass before this group's own.
+        `position` older groups are live.
         """
         if entry.min_version is None or entry.max_version is None:
             return False
         if entry.reason not in (None, DropReason.END_OF_RUN):
             return False
-        steps_before = (position + self.rules.window - 1) // self.rules.groups_per_step
-        age = self.version + steps_before - entry.min_version
-        return entry.max_version <= self.version and age <= self.rules.max_age
+        age = self.version + self.rules.max_steps_before(position) - entry.min_version
+        return entry.max_version <= self.version and age <= self.rules.max_age_at_use
 
     # ---- looking in --------------------------------------------------------------------------------------
 

@@ -8,52 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-
-def slot_capacity(*, groups_per_step: int, max_staleness: int) -> int:
-    """B = (S+1) * P, the most slots ever charged at once."""
-    return (max_staleness + 1) * groups_per_step
-
-
-def worst_age(*, groups_per_step: int, max_staleness: int, window: int) -> int:
-    """The largest age at use, in weight versions: (B + W - 2) // P.
-
-    Proof. Age at use is the learner's version when it starts step t, which is t-1, less the oldest version that
-    sampled a token of the group g. Let r be the last released step when g was charged. Release follows the pull,
-    so workers ran version r or younger from then on, and the age is at most t-1-r. Each of the steps r+1 .. t-1
-    trained P groups, and none of these was released when g was charged. Those older than g held a slot at that
-    moment, so there are at most B-1 of them. Those younger than g overtook it, and the window allows W-1 of these
-    in all. Hence (t-1-r) * P <= (B-1) + (W-1). A drop only removes a group from the count. A skipped step counts
-    like a trained one: it makes a version (of the same weights), and its groups too hold their slots until its
-    release.
-
-    With W = 1 this is S exactly. Freeing slots when the step is trained, before the pull, breaks the second
-    sentence and the bound with it.
-    """
-    if groups_per_step < 1 or max_staleness < 0 or window < 1:
-        raise ValueError(
-            "groups_per_step and window must be at least 1 and max_staleness at least 0, got "
-            f"{groups_per_step}, {window} and {max_staleness}."
-        )
-    capacity = slot_capacity(groups_per_step=groups_per_step, max_staleness=max_staleness)
-    return (capacity + window - 2) // groups_per_step
+from trl_ray.config.slot_bounds import SlotBounds
 
 
 class AdmissionSlots:
     """The charged slots by group id.
 
-        slots = AdmissionSlots(groups_per_step=8, max_staleness=2)     # B = 24
+        slots = AdmissionSlots(SlotBounds(groups_per_step=8, max_staleness=2))     # B = 24
         slots.charge(range(slots.free))
-        slots.discharge([3])                                           # a drop, or a release after the pull
+        slots.discharge([3])                                            # a drop, or a release after the pull
 
     NOTE: at most B slots are charged, save after `reset`: a restore may bring back more groups than B. Then
     nothing is admitted until their number falls, and only the oldest B (`horizon`) may be generated, so that the
-    proof of `worst_age` still holds: it counts the older groups, and of these there are at most B-1.
+    proof of `SlotBounds.max_age_at_use` still holds: it counts the older groups, and of these there are at most B-1.
     """
 
-    def __init__(self, *, groups_per_step: int, max_staleness: int) -> None:
+    def __init__(self, bounds: SlotBounds) -> None:
         """Start with no slot charged and the limit at B."""
-        self._floor = groups_per_step
-        self.capacity = slot_capacity(groups_per_step=groups_per_step, max_staleness=max_staleness)
+        self._floor = bounds.groups_per_step
+        self.capacity = bounds.capacity
         self._limit = self.capacity
         self._charged: set[int] = set()
 

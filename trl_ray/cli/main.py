@@ -18,12 +18,12 @@ import enum
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
 from trl_ray.config.load import load_config, read_yaml
 from trl_ray.config.messages import nearest
+from trl_ray.config.object_paths import entry_point_paths, real_path
 from trl_ray.errors import ConfigError, InputError, InterruptedRun, RunError, TrlRayError
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.pipelines.pipeline_registry import ENTRY_POINTS, PIPELINES, find_pipeline
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    known = [*PIPELINES, *(each.name for each in entry_points(group=ENTRY_POINTS)), _SERVE, "resume", "report", "env"]
+    known = [*PIPELINES, *entry_point_paths(ENTRY_POINTS), _SERVE, "resume", "report", "env"]
     is_outside = bool(argv) and (":" in argv[0] or (argv[0] in known and argv[0] not in _BUILT_IN))
     parser = build_parser(outside=argv[0] if is_outside else None)
     if argv and not argv[0].startswith("-") and argv[0] not in known and not is_outside:
@@ -133,7 +133,11 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "resume":
         return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir).train())
     pipeline_class: Any = find_pipeline(args.command)
-    pipeline = pipeline_class(args=load_config(pipeline_class.config_class, args.config, args.overrides))
+    config = load_config(pipeline_class.config_class, args.config, args.overrides)
+    if config.pipeline != real_path(args.command):
+        # A file's path is relative to this folder, and the run may be resumed from any.
+        config = config.replace(pipeline=real_path(args.command))
+    pipeline = pipeline_class(args=config)
     if args.dry_run:
         from trl_ray.cli.dry_run import describe_run
 

@@ -1,14 +1,17 @@
-"""Finds the object that a dotted path in a configuration names.
+"""Finds the object that a configuration names: by a dotted path, or by a name that an installed package gives.
 
-"package.module:name" | "file.py:name" --import, once--> object
+"package.module:name" | "file.py:name" | a name of an entry-point group --import, once--> object
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,6 +44,58 @@ def find_object(path: str, *, what: str) -> Any:
             + (f"Did you mean {module_name}:{guess}?" if guess else "Check the name after the colon.")
         )
     return found
+
+
+def entry_point_paths(group: str) -> dict[str, str]:
+    """What installed packages give in an entry-point group: names, and the paths of their objects."""
+    return {each.name: each.value for each in entry_points(group=group)}
+
+
+def find_plug_in(name: str, *, group: str, what: str, built_in: Sequence[str] = ()) -> Any:
+    """The object of a path, or of a name that an installed package gives; its module is imported.
+
+    Args:
+        name: ``package.module:name``, ``file.py:name``, or the name of an entry point.
+        group: of the entry points.
+        what: begins the sentence that says what is wrong, e.g. ``loss``.
+        built_in: other names that would have been right, for that sentence.
+
+    Raises:
+        ConfigError: nobody gives the name, or see `find_object`.
+    """
+    if ":" in name:
+        return find_object(name, what=what)
+    given = entry_point_paths(group)
+    if name not in given:
+        one_of = f"one of {', '.join(built_in)}, or " if built_in else ""
+        known = f" ({', '.join(sorted(given))})" if given else ""
+        raise ConfigError(
+            f"{what} must be {one_of}package.module:Class, file.py:Class, or a name that an installed package gives in "
+            f"the entry-point group {group}{known}, got {name!r}. Add the colon, or install the package."
+        )
+    return find_object(given[name], what=what)
+
+
+def real_path(path: str) -> str:
+    """The same object's path for every folder: that of a file becomes absolute, without links; others stay."""
+    file, _, attribute = path.rpartition(":")
+    return f"{Path(file).resolve()}:{attribute}" if file.endswith(".py") else path
+
+
+def is_same_object(written: str, used: str) -> bool:
+    """Whether two paths name one object.
+
+    Args:
+        written: in a class; that of a file is relative to a folder nobody knows, so its end is what counts.
+        used: from this folder.
+    """
+    if real_path(written) == real_path(used):
+        return True
+    (file, _, name), (used_file, _, used_name) = written.rpartition(":"), real_path(used).rpartition(":")
+    if not file.endswith(".py") or Path(file).is_absolute() or name != used_name:
+        return False
+    end = [part for part in Path(os.path.normpath(file)).parts if part != ".."]
+    return list(Path(used_file).parts[-len(end) :]) == end
 
 
 def _module(name: str, path: str, what: str) -> ModuleType:

@@ -21,11 +21,13 @@ from socket import SHUT_RDWR, socket
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
+
+from trl_ray.engines.retry_delays import doubling_delays
 from trl_ray.errors import ConfigError, TeacherError
 
 AnswerT = TypeVar("AnswerT")
 
-_MAX_DELAY_S = 10.0
 _SHOWN = 300
 """Characters of a server's own words in a message."""
 
@@ -62,7 +64,7 @@ class TeacherServer:
         ConfigError: the address or the token cannot be used.
     """
 
-    def __init__(self, *, teacher: str, address: ServerAddress, sleep: Callable[[float], object] = time.sleep) -> None:
+    def __init__(self, *, teacher: str, address: ServerAddress, sleep: Callable[[float], None] = time.sleep) -> None:
         self.teacher = teacher
         self._address = address
         self._sleep = sleep
@@ -91,24 +93,31 @@ class TeacherServer:
         Raises:
             TeacherError: there was no answer that could be read in `max_attempts`, or the server refused the request.
         """
-        problem = ""
-        for attempt in range(self._address.max_attempts):
-            if attempt:
-                self._sleep(min(self._address.retry_delay_s * 2 ** (attempt - 1), _MAX_DELAY_S))
-            try:
-                content = self._attempt(path, body, media_type)
-            except _Failed as error:
-                problem = str(error)
-                continue
-            try:
-                return read(content)
-            except TeacherError as error:
-                problem = str(error)
-        raise TeacherError(
-            f"teacher {self.teacher}: must answer at {self._address.url}{path}, but failed "
-            f"{self._address.max_attempts} times, at last: {problem} Check that its server runs, or raise timeout_s "
-            "or max_attempts."
+        again = Retrying(
+            retry=retry_if_exception_type(_Failed),
+            stop=stop_after_attempt(self._address.max_attempts),
+            wait=doubling_delays(self._address.retry_delay_s),
+            sleep=self._sleep,
+            reraise=True,
         )
+        try:
+            answer: AnswerT = again(self._answer, path, body, media_type, read)
+        except _Failed as error:
+            raise TeacherError(
+                f"teacher {self.teacher}: must answer at {self._address.url}{path}, but failed "
+                f"{self._address.max_attempts} times, at last: {error} Check that its server runs, or raise timeout_s "
+                "or max_attempts."
+            ) from error
+        return answer
+
+    def _answer(
+        self, path: str, body: bytes | memoryview, media_type: str, read: Callable[[bytes], AnswerT]
+    ) -> AnswerT:
+        content = self._attempt(path, body, media_type)
+        try:
+            return read(content)
+        except TeacherError as error:
+            raise _Failed(str(error)) from error
 
     def _attempt(self, path: str, body: bytes | memoryview, media_type: str) -> bytes:
         """The content of an answer with status 200."""

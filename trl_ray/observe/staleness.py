@@ -30,16 +30,16 @@ class _TokenRun:
 
 
 class StalenessMonitor:
-    """Knows the bound of the run and the worst age it has seen.
+    """Knows the oldest age that the run allows and the oldest it has seen.
 
-    monitor = StalenessMonitor(bound=2)
+    monitor = StalenessMonitor(max_age_at_use=2)
     bag.add(monitor.observe(groups, learner_version=7))
     """
 
-    def __init__(self, *, bound: int) -> None:
-        assert bound >= 0, f"the staleness bound must be >= 0, got {bound}"
-        self.bound = bound
-        self.worst = 0
+    def __init__(self, *, max_age_at_use: int) -> None:
+        assert max_age_at_use >= 0, f"max_age_at_use must be >= 0, got {max_age_at_use}"
+        self.max_age_at_use = max_age_at_use
+        self.worst_age = 0
 
     def observe(
         self, groups: Sequence[RolloutGroup], *, learner_version: int, taken_at: float | None = None
@@ -75,7 +75,7 @@ class StalenessMonitor:
             if taken_at is not None and group.spans:
                 waited.append(max(0.0, taken_at - max(span.end for span in group.spans)))
         if in_flight:
-            self.worst = max(self.worst, *ages)
+            self.worst_age = max(self.worst_age, *ages)
             metrics = self._age_metrics(ages)
             metrics["staleness/in_flight"] = _mean(in_flight)
             metrics["staleness/in_queue"] = _mean(in_queue)
@@ -86,11 +86,11 @@ class StalenessMonitor:
     def _check(self, group: RolloutGroup, *, oldest: int, learner_version: int) -> None:
         age = learner_version - oldest
         who = f"group {group.ticket.group_id} (attempt {group.ticket.attempt}, from {group.worker})"
-        if age > self.bound:
+        if age > self.max_age_at_use:
             raise WeightError(
-                f"No trained token may be older than {self.bound} optimizer steps, got age {age} in {who}: sampled by "
-                f"version {oldest}, learner at version {learner_version}. Admission slots were freed too early; "
-                "resume from the last checkpoint and report the run's journal.bin."
+                f"No trained token may be older than {self.max_age_at_use} optimizer steps, got age {age} in {who}: "
+                f"sampled by version {oldest}, learner at version {learner_version}. Admission slots were freed too "
+                "early; resume from the last checkpoint and report the run's journal.bin."
             )
 
     def _age_metrics(self, ages: Counter[int]) -> dict[str, Metric]:
@@ -99,7 +99,7 @@ class StalenessMonitor:
         if tokens:
             mean = sum(age * count for age, count in ages.items()) / tokens
             metrics["staleness/mean"] = Metric(value=mean, weight=tokens)
-            for age in range(self.bound + 1):
+            for age in range(self.max_age_at_use + 1):
                 metrics[f"staleness/hist_{age}"] = Metric(value=ages[age] / tokens, weight=tokens)
         return metrics
 

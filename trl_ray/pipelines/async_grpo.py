@@ -1,4 +1,4 @@
-"""Asynchronous GRPO: the loop with a lag, so that generation, rewards, training and weight pulls overlap."""
+"""Asynchronous GRPO: with `max_staleness` above 0 generation, rewards, training and weight pulls overlap."""
 
 from __future__ import annotations
 

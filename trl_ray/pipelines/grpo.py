@@ -2,8 +2,8 @@
 
     rewards of G completions --PolicyObjective--> advantages [G] --PolicyLoss--> learner
 
-Synchronous here: the loop with no lag, so every step trains on completions of the weights it starts from. `async_grpo`,
-`rloo` and `sdpo` share the objective.
+Synchronous here: the loop with `max_staleness` 0, so every step trains on completions of the weights it starts from.
+`async_grpo`, `rloo` and `sdpo` share the objective.
 """
 
 from __future__ import annotations

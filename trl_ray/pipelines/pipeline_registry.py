@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
 from typing import Any
 
-from trl_ray.config.object_paths import find_object
+from trl_ray.config.object_paths import find_plug_in, is_same_object
 from trl_ray.errors import ConfigError
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
 from trl_ray.pipelines.distill import DistillPipeline
@@ -48,26 +47,16 @@ def find_pipeline(name: str) -> type[Pipeline[Any, Any]]:
     """
     if name in PIPELINES:
         return PIPELINES[name]
-    found = find_object(name, what="Pipeline") if ":" in name else _entry_point(name)
+    found = find_plug_in(name, group=ENTRY_POINTS, what="Pipeline", built_in=tuple(PIPELINES))
     if not isinstance(found, type) or not issubclass(found, Pipeline) or not hasattr(found, "config_class"):
         raise ConfigError(
             f"{name} must be a class derived from trl_ray.pipelines.run.pipeline.Pipeline, with a config_class, got "
             f"{found!r}. Name one, or one of {', '.join(PIPELINES)}."
         )
     called = found.config_class.model_fields["pipeline"].default
-    if called != name:
+    if not is_same_object(called, name):
         raise ConfigError(
             f"{found.config_class.__name__}.pipeline must be {name!r}, as that is how a run finds its pipeline again, "
             f'got {called!r}. Write in that class: pipeline: str = "{name}"'
         )
     return found
-
-
-def _entry_point(name: str) -> Any:
-    found = {each.name: each for each in entry_points(group=ENTRY_POINTS)}
-    if name not in found:
-        raise ConfigError(
-            f"a pipeline must be one of {', '.join([*PIPELINES, *sorted(found)])}, or package.module:Class, got "
-            f"{name!r}. Add the colon, or install the package that gives it."
-        )
-    return find_object(found[name].value, what="Pipeline")

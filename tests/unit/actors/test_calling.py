@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from fakes import FakeHandle, in_turn
+from fakes import FakeHandle, in_turn, until
 from trl_ray.actors import calling
 from trl_ray.actors.calling import Patience, call_patiently
 from trl_ray.errors import ActorLostError, DataError, DeadlineError
@@ -35,3 +35,35 @@ def test_patience_runs_out_with_the_last_error(error):
     with pytest.raises(type(error), match=str(error)):
         asyncio.run(call_patiently(made, "take", Patience(deadline_s=1, total_s=0.02)))
     assert len(made.calls) > 1
+
+
+@pytest.mark.parametrize(
+    ("pause_s", "tries"), [(0.001, 2), (3600.0, 1)], ids=["while it is asked", "between two tries"]
+)
+def test_a_caller_that_is_cancelled_does_not_ask_again(pause_s, tries, monkeypatch):
+    monkeypatch.setattr(calling, "_PAUSE_S", pause_s)
+    made = FakeHandle()
+
+    async def lost_then_silent():
+        if len(made.calls) == 1:
+            raise ActorLostError("it died")
+        await asyncio.sleep(3600)
+
+    made.answers["take"] = lost_then_silent
+
+    async def scenario():
+        task = asyncio.create_task(call_patiently(made, "take", LONG))
+        await until(lambda: len(made.calls) == tries)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(scenario())
+    assert len(made.calls) == tries
+
+
+def test_without_time_for_more_there_is_one_try():
+    made = FakeHandle(answers={"take": ActorLostError("it died")})
+    with pytest.raises(ActorLostError):
+        asyncio.run(call_patiently(made, "take", Patience(deadline_s=1, total_s=0)))
+    assert len(made.calls) == 1

@@ -3,7 +3,7 @@
     model: learner (step, version), engines (pulled version), what the current timeline trained, the checkpoint
     rules: everything a prompt source, worker, supervisor, learner or power cut may do, in any order
 
-The model knows nothing of slots or windows: it only measures the age of every token at use.
+The model knows nothing of slots or overtaking: it only measures the age of every token at use.
 HYPOTHESIS_PROFILE=thorough runs many more examples.
 """
 
@@ -34,7 +34,7 @@ class World(RuleBasedStateMachine):
         self.rules = BufferRules(
             groups_per_step=p,
             max_staleness=s,
-            window=w,
+            max_look_ahead=w,
             max_attempts=2,
             lease_s=10.0,
             reuse_finished=reuse,
@@ -152,7 +152,7 @@ class World(RuleBasedStateMachine):
         for group_id in self.store.ledger.groups_of(self.step):
             assert group_id not in self.trained, f"group {group_id} is trained twice in one timeline"
             age = self.version - self.min_versions[group_id]
-            assert 0 <= age <= self.rules.max_age, f"group {group_id} has the age {age} at use"
+            assert 0 <= age <= self.rules.max_age_at_use, f"group {group_id} has the age {age} at use"
             assert self.store.payload(group_id).startswith(b"%d/" % group_id)
             self.trained[group_id] = self.step
         self.version += 1

@@ -120,7 +120,7 @@ def test_freeing_the_slots_of_a_skipped_step_before_the_pull_breaks_the_bound(
 
 def overtaken_for_ever(path: Path) -> int:
     """The worker of group 0 finishes only when nothing else can be taken any more."""
-    adversary = Adversary(path, groups_per_step=2, max_staleness=1, window=3)
+    adversary = Adversary(path, groups_per_step=2, max_staleness=1, max_look_ahead=3)
     adversary.admit()
     adversary.sample(withhold=0)
     for _ in range(6):
@@ -136,7 +136,7 @@ def overtaken_for_ever(path: Path) -> int:
     return adversary.worst_age
 
 
-def test_a_straggler_is_overtaken_only_as_often_as_the_window_allows(tmp_path: Path) -> None:
+def test_a_straggler_is_overtaken_only_as_often_as_max_look_ahead_allows(tmp_path: Path) -> None:
     assert overtaken_for_ever(tmp_path / "j") <= (4 + 3 - 2) // 2
 
 

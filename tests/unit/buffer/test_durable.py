@@ -1,6 +1,7 @@
 """The durable ledger: restart, resume, compaction, and a disk that fills up."""
 
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from trl_ray.buffer.durable import DurableLedger
 from trl_ray.buffer.entry import BufferRules, ChangeKind, Outcome, State
+from trl_ray.buffer.journal import Journal
 from trl_ray.errors import JournalError
 
 RULES = BufferRules(groups_per_step=2, max_staleness=1, lease_s=10.0)
@@ -43,6 +45,25 @@ def step(store: DurableLedger, number: int) -> list[int]:
     store.trained(step=number, now=2.0)
     store.release(step=number, wait_s=0.0, step_s=1.0)
     return taken
+
+
+def test_the_journal_names_the_rules_as_it_always_did(tmp_path: Path) -> None:
+    rules = BufferRules(groups_per_step=2, max_staleness=1, max_look_ahead=3, lease_s=10.0)
+    start(tmp_path / "j", rules=rules).close()
+    written = {
+        "groups_per_step": 2,
+        "max_staleness": 1,
+        "window": 3,
+        "max_attempts": 3,
+        "lease_s": 10.0,
+        "adaptive_slots": False,
+        "reuse_finished": True,
+    }
+    with closing(Journal(tmp_path / "j")) as journal:
+        [record] = journal.records()
+    assert list(record.head["rules"].items()) == list(written.items())
+    with closing(start(tmp_path / "j", rules=rules)) as again:
+        assert again.rules == rules == BufferRules.from_state(written)
 
 
 def test_a_restart_finds_everything_as_it_was(tmp_path: Path) -> None:

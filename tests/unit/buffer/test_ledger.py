@@ -137,7 +137,7 @@ def test_a_worker_may_drop_its_own_attempt_once() -> None:
     assert ledger.snapshot().dropped == {"zero_variance": 1}
 
 
-def test_with_window_one_the_oldest_live_groups_must_all_be_ready() -> None:
+def test_without_looking_ahead_the_oldest_live_groups_must_all_be_ready() -> None:
     ledger = make(groups=4)
     finish(ledger, 1, 2, 3)
     assert ledger.take(count=2, step=1, now=2.0) == []
@@ -152,9 +152,9 @@ def test_a_dropped_straggler_does_not_hold_the_others_up() -> None:
     assert ledger.take(count=2, step=1, now=2.0) == [1, 2]
 
 
-def test_the_window_counts_overtakes_over_the_whole_life_of_a_straggler() -> None:
+def test_max_look_ahead_counts_overtakes_over_the_whole_life_of_a_straggler() -> None:
     # W = 4 allows 3 overtakes: the first step uses 2, so the second may not use 2 more.
-    ledger = make(groups=6, window=4, max_staleness=2)
+    ledger = make(groups=6, max_look_ahead=4, max_staleness=2)
     finish(ledger, 1, 2, 3, 4, 5)
     assert train(ledger, 1) == [1, 2]
     assert ledger.take(count=2, step=2, now=2.0) == []
@@ -365,7 +365,9 @@ def test_the_check_finds_a_group_that_vanished() -> None:
     assert not ledger.snapshot().balanced
 
 
-@pytest.mark.parametrize("wrong", [{"groups_per_step": 0}, {"window": 0}, {"max_attempts": 0}, {"lease_s": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"groups_per_step": 0}, {"max_look_ahead": 0}, {"max_attempts": 0}, {"lease_s": 0.0}]
+)
 def test_rules_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BufferRules(**{"groups_per_step": 1, "max_staleness": 0, **wrong})  # type: ignore[arg-type]

@@ -1,29 +1,13 @@
-"""Slots by hand, and the bound that follows from them."""
+"""Slots by hand."""
 
 import pytest
 
-from trl_ray.buffer.slots import AdmissionSlots, worst_age
-
-
-@pytest.mark.parametrize(
-    ("p", "s", "w", "age"),
-    [(8, 2, 1, 2), (8, 0, 1, 0), (1, 3, 1, 3), (4, 1, 2, 2), (4, 1, 5, 2), (4, 1, 6, 3), (1, 0, 2, 1)],
-)
-def test_the_worst_age_by_hand(p: int, s: int, w: int, age: int) -> None:
-    assert worst_age(groups_per_step=p, max_staleness=s, window=w) == age
-
-
-def test_without_a_window_the_worst_age_is_max_staleness() -> None:
-    assert all(worst_age(groups_per_step=p, max_staleness=s, window=1) == s for p in range(1, 9) for s in range(5))
-
-
-def test_a_window_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="window"):
-        worst_age(groups_per_step=1, max_staleness=1, window=0)
+from trl_ray.buffer.slots import AdmissionSlots
+from trl_ray.config.slot_bounds import SlotBounds
 
 
 def test_slots_are_charged_and_freed() -> None:
-    slots = AdmissionSlots(groups_per_step=2, max_staleness=1)
+    slots = AdmissionSlots(SlotBounds(groups_per_step=2, max_staleness=1))
     slots.charge([0, 1, 2])
     assert (slots.in_use, slots.free) == (3, 1)
     slots.discharge([1, 7])
@@ -31,7 +15,7 @@ def test_slots_are_charged_and_freed() -> None:
 
 
 def test_more_groups_than_slots_cannot_be_admitted() -> None:
-    slots = AdmissionSlots(groups_per_step=2, max_staleness=1)
+    slots = AdmissionSlots(SlotBounds(groups_per_step=2, max_staleness=1))
     slots.charge([0, 1, 2])
     with pytest.raises(AssertionError, match="At most 4 slots"):
         slots.charge([3, 4])
@@ -40,7 +24,7 @@ def test_more_groups_than_slots_cannot_be_admitted() -> None:
 
 
 def test_the_limit_holds_admission_back_and_stays_within_its_bounds() -> None:
-    slots = AdmissionSlots(groups_per_step=2, max_staleness=2)
+    slots = AdmissionSlots(SlotBounds(groups_per_step=2, max_staleness=2))
     slots.charge([0, 1, 2])
     slots.limit = 2
     assert slots.free == 0
@@ -52,7 +36,7 @@ def test_the_limit_holds_admission_back_and_stays_within_its_bounds() -> None:
 
 
 def test_after_a_restore_beyond_capacity_only_the_oldest_groups_may_be_generated() -> None:
-    slots = AdmissionSlots(groups_per_step=1, max_staleness=1)
+    slots = AdmissionSlots(SlotBounds(groups_per_step=1, max_staleness=1))
     assert slots.horizon is None
     slots.reset([4, 9, 6, 8])
     assert (slots.free, slots.horizon) == (0, 6)

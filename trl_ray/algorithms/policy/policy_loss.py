@@ -52,7 +52,7 @@ class PolicyLoss:
     update only, the first two are one: the ratio is 1, nothing is clipped, and only its gradient counts. When it
     gives several, `TrainingSample.old_logprobs` must hold the old policy's log-probs of a first pass
     (`first_pass.with_scores`). With `old_logprobs=sampler` there is one ratio, policy / sampler, and clipping bounds
-    lag and updates together, as in TRL's asynchronous GRPO.
+    staleness and updates together, as in TRL's asynchronous GRPO.
 
     Metrics, means over trained tokens unless said otherwise:
 

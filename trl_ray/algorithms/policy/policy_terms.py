@@ -1,14 +1,15 @@
 """What the policy objective is made of beside its surrogate: ratios, KL, entropy bonus, and one number for all tokens.
 
-*Ratios* of probabilities: policy / old policy, which is clipped, and old policy / sampler, which corrects for lag.
+*Ratios* of probabilities: policy / old policy, which is clipped, and old policy / sampler, which corrects for a stale
+sampler.
 
     sampler log-probs --correction (no gradient)--> old log-probs --ratio--> policy log-probs
     over a token: e^x   over a sequence: e^(mean x) or e^(sum x), the same at all its tokens          x [N] log-ratio
 
 The old policy is the one before the first update on the samples: with one update per sample it is the policy itself, so
 the ratio is 1 and only its gradient counts; with several updates its log-probs come from a first pass. Together this is
-decoupled PPO (https://arxiv.org/abs/2110.00641): clipping bounds how far the updates move, whatever the lag of the
-sampler. With `old_logprobs=sampler` the two ratios are one, and clipping bounds the lag too.
+decoupled PPO (https://arxiv.org/abs/2110.00641): clipping bounds how far the updates move, however stale the sampler.
+With `old_logprobs=sampler` the two ratios are one, and clipping bounds the staleness too.
 
 *KL(policy || reference)*, estimated from single tokens; x = log reference - log policy.
 

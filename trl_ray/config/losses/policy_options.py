@@ -47,9 +47,9 @@ class OldLogprobs(enum.StrEnum):
 
     POLICY = "policy"
     """The learner's weights before the first update on the completions: the proximal policy of decoupled PPO
-    (https://arxiv.org/abs/2110.00641). The lag of the sampler is left to the importance correction."""
+    (https://arxiv.org/abs/2110.00641). The staleness of the sampler is left to the importance correction."""
     SAMPLER = "sampler"
-    """The policy that sampled the token: the ratio carries the lag, and clipping bounds it."""
+    """The policy that sampled the token: the ratio carries the staleness, and clipping bounds it."""
 
 
 class ImportanceMode(enum.StrEnum):

@@ -24,6 +24,7 @@ from trl_ray.config.sections import (
     RolloutConfig,
     RuntimeKind,
 )
+from trl_ray.config.slot_bounds import SlotBounds
 from trl_ray.config.teacher_options import TeacherSource
 
 
@@ -85,23 +86,24 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
 
     @property
     def joins_groups(self) -> bool:
-        """Whether reward models rate groups together unless they are told: a run without lag repeats itself exactly."""
-        return self.runtime.kind is RuntimeKind.RAY and self.lag > 0
+        """Whether reward models rate groups together unless they are told; a run that waits repeats itself exactly."""
+        return self.runtime.kind is RuntimeKind.RAY and self.slot_bounds.max_staleness > 0
+
+    # Named unlike the options of `AheadConfig`: pydantic warns of a field that hides a base's attribute.
+    @property
+    def slot_bounds(self) -> SlotBounds:
+        """How far generation may run ahead of training: not at all, groups in the order of their prompts."""
+        return SlotBounds(groups_per_step=self.groups_per_step, max_staleness=0)
 
     @property
-    def staleness_bound(self) -> int:
-        """Optimizer steps a trained token's weights may lie behind: 0."""
-        return 0
+    def slots(self) -> int:
+        """Groups that may exist between admission and the weight pull after their step."""
+        return self.slot_bounds.capacity
 
     @property
-    def lag(self) -> int:
-        """Optimizer steps S that generation may run ahead of training: 0."""
-        return 0
-
-    @property
-    def window(self) -> int:
-        """Look-ahead window W of the queue; 1 is strict first in, first out."""
-        return 1
+    def max_age_at_use(self) -> int:
+        """Optimizer steps that the weights of a trained token may lie behind: `max_staleness` while W is 1."""
+        return self.slot_bounds.max_age_at_use
 
     @property
     def adapts_slots(self) -> bool:
@@ -213,29 +215,18 @@ class AheadConfig(RolloutRunConfig):
     max_staleness: Natural = 0
     """Optimizer steps S between the weights that sampled a token and the weights that train on it; 0 waits."""
     max_look_ahead: Positive = 1
-    """Window W: up to W-1 younger groups may overtake a straggler. Raises the worst age; see `staleness_bound`."""
+    """W: up to W-1 younger groups may overtake a straggler. Raises the worst age; see `max_age_at_use`."""
     adaptive_slots: bool = True
     """Charge fewer slots while the learner never waits: fresher samples at the same speed."""
 
     @property
-    def slots(self) -> int:
-        """B = (S + 1) * P: groups that may exist between admission and the weight pull after their step."""
-        return (self.max_staleness + 1) * self.groups_per_step
-
-    @property
-    def staleness_bound(self) -> int:
-        """Worst age at use, ``(B + W - 2) // P``: S while W is 1."""
-        return (self.slots + self.max_look_ahead - 2) // self.groups_per_step
-
-    @property
-    def lag(self) -> int:
-        """Optimizer steps S that generation may run ahead of training."""
-        return self.max_staleness
-
-    @property
-    def window(self) -> int:
-        """Look-ahead window W of the queue."""
-        return self.max_look_ahead
+    def slot_bounds(self) -> SlotBounds:
+        """How far generation may run ahead of training."""
+        return SlotBounds(
+            groups_per_step=self.groups_per_step,
+            max_staleness=self.max_staleness,
+            max_look_ahead=self.max_look_ahead,
+        )
 
     @property
     def adapts_slots(self) -> bool:
@@ -243,7 +234,7 @@ class AheadConfig(RolloutRunConfig):
         return self.adaptive_slots and self.max_staleness > 0
 
     @model_validator(mode="after")
-    def _check_window(self) -> Self:
+    def _check_look_ahead(self) -> Self:
         if self.max_look_ahead > 1 and self.max_staleness == 0:
             raise ValueError(
                 f"max_look_ahead must be 1 with max_staleness=0, got {self.max_look_ahead}: a synchronous step waits "

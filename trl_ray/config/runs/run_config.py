@@ -11,6 +11,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from trl_ray.config.deepspeed import resolve_deepspeed
+from trl_ray.config.object_paths import is_same_object
 from trl_ray.config.sections import (
     DataConfig,
     ModelConfig,
@@ -34,7 +35,7 @@ class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig):
         # Before all else: the options of another pipeline would be found unknown one by one.
         own = cls.model_fields["pipeline"].default
         given = values.get("pipeline", own) if isinstance(values, Mapping) else own
-        if isinstance(given, str) and given != own:
+        if isinstance(given, str) and not is_same_object(own, given):
             raise ValueError(f"pipeline must be {own} here, got {given}. Run it with: trl-ray {given} --config FILE")
         return values
 

@@ -217,7 +217,7 @@ def _staleness(run: RunData) -> Chart:
         ("staleness/in_queue", "in queue"),
     )
     series = [Series(name=name, values=run.values(key), color=color) for color, (key, name) in enumerate(keys)]
-    bound = run.staleness_bound
+    bound = run.max_age_at_use
     return Chart(
         title="Staleness",
         unit="optimizer steps",

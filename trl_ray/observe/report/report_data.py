@@ -107,7 +107,7 @@ class RunData:
         return None
 
     @property
-    def staleness_bound(self) -> int | None:
+    def max_age_at_use(self) -> int | None:
         """The worst age a token may have."""
         announced = self.announced("staleness_bound")
         if isinstance(announced, int):

@@ -87,7 +87,7 @@ def tiles(run: RunData) -> str:
     shown += _held_out_tiles(run)
     worst = run.present("staleness/max")
     if worst:
-        bound = run.staleness_bound
+        bound = run.max_age_at_use
         mark = "" if bound is None else _mark(max(worst) <= bound, good=f"bound {bound}", bad=f"bound {bound}")
         shown.append(_tile("Worst staleness", compact(max(worst)), "optimizer steps", mark))
     for name in ("trained", "generated", "seen"):

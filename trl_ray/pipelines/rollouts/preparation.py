@@ -100,7 +100,7 @@ class Preparation:
         self, *, journal: str, checkpoint: str | None, resume_from: int | None, incarnation: str
     ) -> ActorArguments:
         """Constructor arguments of every actor."""
-        config, teachers = self.config, self.teachers
+        config, teachers, bounds = self.config, self.teachers, self.config.slot_bounds
         return ActorArguments(
             learner={
                 "model": config.part(ModelConfig),
@@ -116,9 +116,9 @@ class Preparation:
             queue={
                 "name": "queue",
                 "journal_path": journal,
-                "groups_per_step": config.groups_per_step,
-                "max_staleness": config.lag,
-                "window": config.window,
+                "groups_per_step": bounds.groups_per_step,
+                "max_staleness": bounds.max_staleness,
+                "max_look_ahead": bounds.max_look_ahead,
                 "max_attempts": config.max_attempts,
                 "lease_s": config.rollout.lease_s,
                 "drop_zero_variance": config.drops_zero_variance,
@@ -175,8 +175,8 @@ class Preparation:
             "prompt groups per step": config.groups_per_step,
             "completions per step": config.completions_per_step,
             "training prompts": len(self.prompts),
-            "staleness bound (steps)": config.staleness_bound,
-            "admission slots": (config.lag + 1) * config.groups_per_step,
+            "staleness bound (steps)": config.max_age_at_use,
+            "admission slots": config.slots,
             "tokens per sequence": self.max_model_len,
             "reward functions": ", ".join(spec.name for spec in self.rewards) or "none",
             **({"reward models": models} if models else {}),

@@ -256,7 +256,7 @@ class RolloutLoop:
             await self._pulling
         identity = await self._actors.publish(step=step)
         self._pulling = asyncio.create_task(self._pull(step, identity.version, wait_s, step_s), name=f"pull {step}")
-        if self._config.lag == 0:
+        if self._config.slot_bounds.max_staleness == 0:
             await self._pulling
         return identity.version
 

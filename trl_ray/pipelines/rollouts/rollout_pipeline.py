@@ -131,13 +131,13 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
         return prepare(self.config, self._inputs, objective=self.objective_class(self.config))
 
     def _announcement(self) -> Mapping[str, Any]:
-        return {"staleness_bound": self.config.staleness_bound}
+        return {"staleness_bound": self.config.max_age_at_use}
 
     def _make_session(self, plan: Preparation, opening: Opening) -> RolloutSession:
         recorder = Recorder(
             directory=opening.directory,
             observer=opening.observer,
-            staleness_bound=self.config.staleness_bound,
+            max_age_at_use=self.config.max_age_at_use,
             start_step=opening.step,
         )
         arguments = plan.arguments(

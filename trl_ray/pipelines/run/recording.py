@@ -79,15 +79,15 @@ class Recorder(RunRecorder):
     `pulled_version` is the version that every working rollout worker has pulled; tickets carry it.
     """
 
-    def __init__(self, *, directory: RunDirectory, observer: Observer, staleness_bound: int, start_step: int) -> None:
+    def __init__(self, *, directory: RunDirectory, observer: Observer, max_age_at_use: int, start_step: int) -> None:
         super().__init__(directory=directory, observer=observer)
         self.pulled_version = start_step
-        self._monitor = StalenessMonitor(bound=staleness_bound)
+        self._monitor = StalenessMonitor(max_age_at_use=max_age_at_use)
 
     @property
     def worst_age(self) -> int:
         """The oldest token that was trained on, in optimizer steps."""
-        return self._monitor.worst
+        return self._monitor.worst_age
 
     def check_staleness(self, step: int, groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
         """Measure the age of every token about to be trained on.

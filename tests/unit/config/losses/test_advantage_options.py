@@ -123,7 +123,7 @@ def test_rloo_is_reinforce_with_a_leave_one_out_baseline_and_the_kl_in_the_rewar
     assert config.importance_sampling_level is ImportanceLevel.SEQUENCE_PRODUCT
     assert config.loss_type is LossType.GRPO
     assert not config.vllm_importance_sampling_correction
-    assert (config.staleness_bound, config.lag) == (0, 0)
+    assert (config.max_age_at_use, config.slot_bounds.max_staleness) == (0, 0)
 
 
 def test_a_configuration_is_for_one_pipeline() -> None:

@@ -47,7 +47,9 @@ def test_a_step_counts_completions_over_its_micro_batches_and_groups_over_its_co
 
 
 def test_the_synchronous_pipeline_has_no_staleness_and_a_strict_order() -> None:
-    assert (GRPOConfig().staleness_bound, GRPOConfig().window) == (0, 1)
+    config = build(GRPOConfig, {"per_device_train_batch_size": 32})
+    assert (config.max_age_at_use, config.slot_bounds.max_look_ahead) == (0, 1)
+    assert config.slots == config.groups_per_step == 4
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_the_worst_age_follows_from_slots_and_look_ahead(
         {"max_staleness": staleness, "max_look_ahead": look_ahead, "per_device_train_batch_size": 32},
     )
     assert config.groups_per_step == 4
-    assert (config.slots, config.staleness_bound, config.window) == (slots, bound, look_ahead)
+    assert (config.slots, config.max_age_at_use, config.slot_bounds.max_look_ahead) == (slots, bound, look_ahead)
 
 
 def test_an_owner_gets_its_own_options_only() -> None:

@@ -67,7 +67,7 @@ def test_every_shipped_config_writes_into_a_run_directory_of_its_own(path: Path)
 def test_the_quickstart_takes_eight_groups_of_eight_and_runs_at_most_two_steps_ahead() -> None:
     config = load_config(AsyncGRPOConfig, ROOT / "configs/async-grpo/quickstart.yaml")
     assert (config.groups_per_step, config.num_generations) == (8, 8)
-    assert (config.staleness_bound, config.slots) == (2, 24)
+    assert (config.max_age_at_use, config.slots) == (2, 24)
 
 
 def test_the_synchronous_quickstart_differs_from_the_asynchronous_one_only_in_staleness_and_output() -> None:

@@ -104,7 +104,7 @@ def test_torn_files_cost_only_what_is_torn(finished_run: RunDirectory) -> None:
     data = read_run(finished_run)
     assert [row["step"] for row in data.rows] == [1, 2, 3] and data.ledger is None and data.config == {}
     assert [samples.step for samples in data.samples] == [1, 3]
-    assert data.total_steps is None and data.staleness_bound is None
+    assert data.total_steps is None and data.max_age_at_use is None
     _read(finished_run)
 
 
@@ -126,7 +126,7 @@ def test_the_status_is_what_happened_last(finished_run: RunDirectory) -> None:
     with finished_run.events.open("a") as stream:
         stream.write('{"kind":"run_resumed","actor":"driver","time":200,"detail":{"staleness_bound":4}}\n')
     data = read_run(finished_run)
-    assert data.status is Status.UNFINISHED and data.staleness_bound == 4
+    assert data.status is Status.UNFINISHED and data.max_age_at_use == 4
 
 
 def test_losses_come_first_and_drops_at_the_end_of_the_run_are_ordinary(finished_run: RunDirectory) -> None:

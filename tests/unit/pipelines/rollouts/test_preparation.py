@@ -113,11 +113,11 @@ def test_the_queue_learns_how_far_generation_may_run_ahead(model):
     made = prepared(model, kind=AsyncGRPOConfig, max_staleness=2, max_look_ahead=3, zero_variance_groups="drop")
     arguments = made.arguments(journal="j", checkpoint=None, resume_from=4, incarnation="job-1")
     queue = arguments.queue
-    assert (queue["groups_per_step"], queue["max_staleness"], queue["window"]) == (4, 2, 3)
+    assert (queue["groups_per_step"], queue["max_staleness"], queue["max_look_ahead"]) == (4, 2, 3)
     assert (queue["drop_zero_variance"], queue["adaptive_slots"]) == (True, True)
     assert (queue["resume_from_step"], queue["resume_version"], queue["incarnation"]) == (4, 4, "job-1")
     synchronous = prepared(model).arguments(journal="j", checkpoint=None, resume_from=None, incarnation="job-1").queue
-    assert (synchronous["max_staleness"], synchronous["window"], synchronous["adaptive_slots"]) == (0, 1, False)
+    assert (synchronous["max_staleness"], synchronous["max_look_ahead"], synchronous["adaptive_slots"]) == (0, 1, False)
 
 
 def test_the_plan_in_numbers(model):

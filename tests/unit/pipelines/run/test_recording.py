@@ -55,7 +55,7 @@ SNAPSHOT = LedgerSnapshot(
 def stage(tmp_path):
     notes = Notes()
     directory = RunDirectory.create(tmp_path / "run")
-    return Recorder(directory=directory, observer=notes, staleness_bound=1, start_step=2), notes
+    return Recorder(directory=directory, observer=notes, max_age_at_use=1, start_step=2), notes
 
 
 def test_a_step_is_one_line_with_its_ledger_and_its_completions(stage):
