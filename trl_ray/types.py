@@ -10,6 +10,7 @@ Arrays are NumPy so that Ray hands them over without copying; nothing here impor
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -546,6 +547,11 @@ class Event:
     """Seconds since the epoch."""
     detail: Mapping[str, Any] = field(default_factory=dict)
     """JSON values."""
+
+    @classmethod
+    def now(cls, kind: EventKind, actor: str, /, **detail: Any) -> Event:
+        """Something that happens at this moment."""
+        return cls(kind=kind, actor=actor, time=time.time(), detail=detail)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
