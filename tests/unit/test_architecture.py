@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "trl_ray"
+NOUNS = "trl_ray.types"  # the one package whose names are imported from itself, not from its modules
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 100
 MAX_FILES_AT_A_WINGS_ROOT = 15
@@ -171,11 +172,23 @@ def form_breaches(subject: Module, *, is_package: bool) -> list[str]:
     breaches = []
     if not ast.get_docstring(subject.tree):
         breaches.append(f"{subject.name} does not open with a docstring")
-    if is_package and subject.name != PACKAGE and len(subject.tree.body) > 1:
+    if is_package and subject.name == NOUNS:
+        breaches += [f"{subject.name}:{node.lineno} does more than name what is inside" for node in work_of(subject)]
+    elif is_package and subject.name != PACKAGE and len(subject.tree.body) > 1:
         breaches.append(f"{subject.name}/__init__.py holds more than a docstring")
     if any(word in {"util", "utils"} for part in subject.name.split(".") for word in part.split("_")):
         breaches.append(f"{subject.name} is named utils; name it after what it does")
     return breaches
+
+
+def work_of(face: Module) -> list[ast.stmt]:
+    """What a package's `__init__` holds besides its docstring, imports of its own modules and `__all__`."""
+    return [
+        node
+        for node in face.tree.body[1:]
+        if not (isinstance(node, ast.ImportFrom) and within(node.module or "", face.name))
+        and not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__")
+    ]
 
 
 def declared_import_names() -> set[str]:
@@ -241,6 +254,19 @@ def test_every_part_of_the_package_has_a_place_in_the_import_order() -> None:
 
 def test_imports_follow_the_arrows() -> None:
     assert [breach for subject in all_modules() for breach in arrow_breaches(subject)] == []
+
+
+def test_the_nouns_are_imported_from_one_place() -> None:
+    modules = all_modules()
+    drawers = {subject.name for subject in modules if within(subject.name, NOUNS)} - {NOUNS}
+    breaches = [
+        f"{subject.name}:{found.line} imports {found.target}"
+        for subject in modules
+        if not within(subject.name, NOUNS)
+        for found in imports_of(subject.tree)
+        if any(within(found.target, drawer) for drawer in drawers)
+    ]
+    assert drawers and breaches == []
 
 
 def test_libraries_stay_in_their_homes() -> None:
@@ -428,6 +454,11 @@ def test_planted_breaches_of_size_and_form_are_caught() -> None:
     assert size_breaches(module("trl_ray.a", "x = 1\n" * 601)) != []
     assert form_breaches(module("trl_ray.a", "x = 1"), is_package=False) != []
     assert form_breaches(module("trl_ray.a", '"""Doc."""\nimport os'), is_package=True) != []
+    naming = '"""Doc."""\nfrom trl_ray.types.events import Event\n__all__ = ["Event"]'
+    assert form_breaches(module(NOUNS, naming), is_package=True) == []
+    assert form_breaches(module(NOUNS, naming + "\nEvent.version = 1"), is_package=True) != []
+    assert form_breaches(module(NOUNS, '"""Doc."""\nfrom numpy import ndarray'), is_package=True) != []
+    assert form_breaches(module("trl_ray.wire", naming), is_package=True) != []
     assert form_breaches(module("trl_ray.a.data_utils", '"""Doc."""'), is_package=False) != []
     assert form_breaches(module("trl_ray.a", '"""Doc."""\nimport os'), is_package=False) == []
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from trl_ray.actors.actor_log import ActorLog
 from trl_ray.actors.learner_passes import OF_TEACHER, NonFinitePlace, Passed, Passes
 from trl_ray.actors.random_state import keep_random_state, random_state, set_random_state
 from trl_ray.algorithms.loss import HeadKind, Loss
@@ -59,7 +60,6 @@ from trl_ray.models.weight_payload import build_manifest, export_weights
 from trl_ray.types import (
     ActorReport,
     Evaluation,
-    Event,
     EventKind,
     FloatArray,
     Health,
@@ -67,7 +67,6 @@ from trl_ray.types import (
     Metric,
     Reduce,
     SampleScores,
-    Span,
     StepResult,
     TensorEntry,
     TrainBatch,
@@ -143,8 +142,7 @@ class PolicyLearner:
         self._skipped_in_a_row = 0
         self._busy_since: float | None = None
         self._progress = 0
-        self._spans: list[Span] = []
-        self._events: list[Event] = []
+        self._log = ActorLog(self.name)
         if num_ranks > 1:
             return  # until the ranks have met
         if training.deepspeed is not None:
@@ -387,7 +385,7 @@ class PolicyLearner:
             )
         if self._ranks.is_first:
             detail = {"message": f"{problem}; the step was skipped", **asdict(problem)}
-            self._events.append(Event(kind=EventKind.WARNING, actor=self.name, time=time.time(), detail=detail))
+            self._log.event(EventKind.WARNING, **detail)
 
     def publish(self) -> WeightPayload | None:
         """Copy the weights out as engines know them: adapters merged, tied ones once. None from all ranks but 0."""
@@ -513,9 +511,7 @@ class PolicyLearner:
 
     def drain(self) -> ActorReport:
         """Spans and events since the last call."""
-        events, self._events = self._events, []
-        spans, self._spans = self._spans, []
-        return ActorReport(events=tuple(events), spans=tuple(spans))
+        return self._log.drain()
 
     def close(self) -> None:
         """Part from the other ranks; the process's end frees the rest."""
@@ -529,4 +525,4 @@ class PolicyLearner:
         finally:
             self._busy_since = None
             self._progress += 1
-            self._spans.append(Span(actor=self.name, name=name, start=start, end=time.time()))
+            self._log.span(name, start)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trl_ray.actors.actor_log import ActorLog
 from trl_ray.config.reward_model_options import RewardModelKind, RewardModelOptions
 from trl_ray.data.prompts.reward_inputs import RatedText, ReadingRules, RewardReader
 from trl_ray.errors import ModelError
@@ -27,7 +28,6 @@ from trl_ray.models.scoring.reward_model import RewardModel, RewardModelFacts, f
 from trl_ray.types import (
     ActorReport,
     Completion,
-    Event,
     EventKind,
     Health,
     Prompt,
@@ -35,7 +35,6 @@ from trl_ray.types import (
     RewardErrorKind,
     RewardFailure,
     ScoredGroup,
-    Span,
 )
 
 
@@ -112,8 +111,7 @@ class RewardModelWorker:
         self._busy_since: float | None = None
         self._problem: str | None = None
         self._told_of_cuts = False
-        self._events: list[Event] = []
-        self._spans: list[Span] = []
+        self._log = ActorLog(name)
 
     def _load(self, facts: RewardModelFacts) -> RewardModel:
         on_gpu = self._options.num_gpus > 0
@@ -145,9 +143,7 @@ class RewardModelWorker:
 
     def drain(self) -> ActorReport:
         """Spans and warnings since the last call."""
-        events, self._events = self._events, []
-        spans, self._spans = self._spans, []
-        return ActorReport(events=events, spans=spans)
+        return self._log.drain()
 
     def close(self) -> None:
         """Stop; groups under way are not answered. May be called twice."""
@@ -167,7 +163,7 @@ class RewardModelWorker:
             self._busy_since = begin = time.time()
             await self._rate(groups)
             self._busy_since = None
-            self._spans.append(Span(actor=self.name, name="score", start=begin, end=time.time()))
+            self._log.span("score", begin)
             for group in groups:
                 if not group.answer.done() and (group.failure is not None or not self._is_broken()):
                     group.answer.set_result(self._scored(group))
@@ -273,7 +269,7 @@ class RewardModelWorker:
             f"{self._max_length or 0} + {cut}: the beginning is cut off. reward/{self._label}/truncated_fraction tells "
             "how often. Shorten prompts or completions, or raise max_length."
         )
-        self._events.append(Event(kind=EventKind.WARNING, actor=self.name, time=time.time(), detail={"detail": detail}))
+        self._log.event(EventKind.WARNING, detail=detail)
 
     def _failure(self, kind: RewardErrorKind, detail: str) -> RewardFailure:
         return RewardFailure(function=self._label, kind=kind, detail=detail)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from trl_ray.actors.actor_log import ActorLog
 from trl_ray.actors.calling import Patience, call_patiently
 from trl_ray.config.sections import Isolation
 from trl_ray.errors import ActorLostError, DeadlineError
@@ -26,7 +27,6 @@ from trl_ray.rewards.scoring import GroupInput, join_scores, score_group, weight
 from trl_ray.types import (
     ActorReport,
     Completion,
-    Event,
     EventKind,
     Handle,
     Health,
@@ -34,7 +34,6 @@ from trl_ray.types import (
     RewardErrorKind,
     RewardFailure,
     ScoredGroup,
-    Span,
 )
 
 
@@ -76,8 +75,7 @@ class RewardWorker:
         self._progress = 0
         self._busy: dict[int, float] = {}
         self._calls = itertools.count()
-        self._events: list[Event] = []
-        self._spans: list[Span] = []
+        self._log = ActorLog(name)
         self._inline = isolation is Isolation.INLINE
         self._sandbox = Sandbox(
             functions=functions, weights=weights, timeout_s=timeout_s, may_abstain=bool(self._models)
@@ -103,7 +101,7 @@ class RewardWorker:
             start, by_functions = await self._score_by_functions(group_prompt, completions)
             scores.append(by_functions)
         scored = join_scores([*scores, *await rated], weights=self._weights)
-        self._spans.append(Span(actor=self.name, name="score", start=start, end=time.time()))
+        self._log.span("score", start)
         self._progress += 1
         if scored.failure is not None:
             self._record(scored.failure, group_prompt)
@@ -115,9 +113,7 @@ class RewardWorker:
 
     def drain(self) -> ActorReport:
         """Spans and failures since the last call."""
-        events, self._events = self._events, []
-        spans, self._spans = self._spans, []
-        return ActorReport(events=events, spans=spans)
+        return self._log.drain()
 
     def close(self) -> None:
         """Kill the sandbox; groups under way or queued are answered with CRASH. May be called twice."""
@@ -154,7 +150,7 @@ class RewardWorker:
             "detail": failure.detail,
             "prompt_id": prompt.prompt_id,
         }
-        self._events.append(Event(kind=EventKind.REWARD_FAILED, actor=self.name, time=time.time(), detail=detail))
+        self._log.event(EventKind.REWARD_FAILED, **detail)
 
 
 class _ModelCalls:

@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from trl_ray.actors.actor_log import ActorLog
 from trl_ray.buffer.durable import DurableLedger
 from trl_ray.buffer.entry import BufferRules, Change, ChangeKind, LedgerSnapshot, Outcome, WaitingGroup
 from trl_ray.buffer.journal import lock_path
 from trl_ray.types import (
     ActorReport,
     DropReason,
-    Event,
     EventKind,
     FinishReason,
     GroupTicket,
@@ -105,9 +105,8 @@ class RolloutQueue:
         )
         self._drop_zero_variance = drop_zero_variance
         self._mask_truncated = mask_truncated
-        self._name = name
         self._clock = clock
-        self._events: list[Event] = []
+        self._log = ActorLog(name, clock)
         self._waiters: set[asyncio.Future[None]] = set()
         # A long-poll outlives the worker that sent it, and must not lease to the dead. Names are never used again.
         self._lost_workers: set[str] = set()
@@ -125,7 +124,7 @@ class RolloutQueue:
         )
         self._limit = self._store.slots.limit
         if self._store.journal.truncated_bytes:
-            self._event(EventKind.WARNING, truncated_bytes=self._store.journal.truncated_bytes, path=journal_path)
+            self._log.event(EventKind.WARNING, truncated_bytes=self._store.journal.truncated_bytes, path=journal_path)
 
     # ---- the prompt source -------------------------------------------------------------------------------
 
@@ -261,7 +260,7 @@ class RolloutQueue:
         # The learner, who may be waiting for groups, decides whether there were too many.
         self._scorers_failed += bool({drop, exhausted} & {DropReason.REWARD_FAILED, DropReason.TEACHER_FAILED})
         if outcome is Outcome.APPLIED and DropReason.TEACHER_FAILED in (drop, exhausted):
-            self._event(EventKind.TEACHER_FAILED, group_id=group_id, attempt=attempt, detail=detail)
+            self._log.event(EventKind.TEACHER_FAILED, group_id=group_id, attempt=attempt, detail=detail)
         return self._done(outcome)
 
     async def lose_worker(self, *, worker: str) -> list[int]:
@@ -343,7 +342,7 @@ class RolloutQueue:
         """Give up the journal and answer every long-poll with nothing; a second call does nothing."""
         if not self._closed:
             self._closed = True
-            self._event(EventKind.WAITING, closed=reason, polls_ended=len(self._waiters))
+            self._log.event(EventKind.WAITING, closed=reason, polls_ended=len(self._waiters))
             self._store.close()
             self._wake()
 
@@ -386,13 +385,8 @@ class RolloutQueue:
 
     async def drain(self) -> ActorReport:
         """Events since the last call, for the driver."""
-        return ActorReport(events=tuple(await self.drain_events()))
-
-    async def drain_events(self) -> list[Event]:
-        """What happened since the last call, oldest first."""
         self._gather_changes()
-        events, self._events = self._events, []
-        return events
+        return self._log.drain()
 
     def health(self) -> Health:
         """For the supervisor: the queue must be restarted once its journal could not be written."""
@@ -439,20 +433,17 @@ class RolloutQueue:
             self._event_of(change)
         self._store.changes.clear()
         if self._store.slots.limit != self._limit:
-            self._event(EventKind.SLOTS, before=self._limit, after=self._store.slots.limit)
+            self._log.event(EventKind.SLOTS, before=self._limit, after=self._store.slots.limit)
             self._limit = self._store.slots.limit
 
     def _event_of(self, change: Change) -> None:
         key = {"group_id": change.group_id, "attempt": change.attempt, "worker": change.worker}
         if change.because == "expired":
-            self._event(EventKind.LEASE_EXPIRED, **key)
+            self._log.event(EventKind.LEASE_EXPIRED, **key)
         if change.kind is ChangeKind.REISSUED:
-            self._event(EventKind.GROUP_REISSUED, **key, because=change.because)
+            self._log.event(EventKind.GROUP_REISSUED, **key, because=change.because)
         elif change.reason is not None:
-            self._event(EventKind.GROUP_DROPPED, **key, because=change.because, reason=change.reason.value)
-
-    def _event(self, kind: EventKind, **detail: object) -> None:
-        self._events.append(Event(kind=kind, actor=self._name, time=self._clock(), detail=detail))
+            self._log.event(EventKind.GROUP_DROPPED, **key, because=change.because, reason=change.reason.value)
 
 
 def _wait_for_lock(journal_path: str) -> None:

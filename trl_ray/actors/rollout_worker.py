@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from trl_ray.actors.actor_log import ActorLog
 from trl_ray.actors.calling import Patience, call_patiently
 from trl_ray.actors.dataset_completions import given_completions
 from trl_ray.actors.teaching import Taught, TeacherFailure, TeacherSeat, Teaching, TeachingPlan
@@ -34,7 +35,6 @@ from trl_ray.types import (
     ActorReport,
     Completion,
     DropReason,
-    Event,
     EventKind,
     GenerationRequest,
     GroupTicket,
@@ -46,7 +46,6 @@ from trl_ray.types import (
     RolloutGroup,
     SamplingParams,
     ScoredGroup,
-    Span,
     TeacherContext,
     TeacherScores,
     WeightCheck,
@@ -151,8 +150,7 @@ class RolloutWorker:
         self._poll_s = min(_POLL_S, rollout.lease_s / 4)
         self._problem: str | None = None
         self._progress = 0
-        self._spans: list[Span] = []
-        self._events: list[Event] = []
+        self._log = ActorLog(name)
 
     @cached_property
     def _tokenizer(self) -> DecodingTokenizer:
@@ -187,7 +185,7 @@ class RolloutWorker:
             self._give_up(str(error))
             raise
         self._progress += 1
-        self._span("pull", begin)
+        self._log.span("pull", begin)
         return report
 
     async def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> list[EvaluatedPrompt]:
@@ -220,9 +218,7 @@ class RolloutWorker:
         taught = await self._teaching.teach(prompt, completions, rewards)
         if taught.failure is not None:
             detail = f"held-out prompt {prompt.prompt_id} stays without a teacher: {taught.failure}"
-            self._events.append(
-                Event(kind=EventKind.WARNING, actor=self._name, time=time.time(), detail={"detail": detail})
-            )
+            self._log.event(EventKind.WARNING, detail=detail)
         return replace(evaluated, contexts=taught.contexts, teachings=taught.teachings, teacher_failure=taught.failure)
 
     def health(self) -> Health:
@@ -239,9 +235,7 @@ class RolloutWorker:
 
     def drain(self) -> ActorReport:
         """Hand over the events and spans gathered since the last call."""
-        spans, self._spans = self._spans, []
-        events, self._events = self._events, []
-        return ActorReport(events=tuple(events), spans=tuple(spans))
+        return self._log.drain()
 
     def close(self) -> None:
         """Stop working and free the engine."""
@@ -315,11 +309,11 @@ class RolloutWorker:
         try:
             completions = await asyncio.wrap_future(future)
             self._room.set()
-            spans = [self._span("generate", began)]
+            spans = [self._log.span("generate", began)]
             await self._ask("generated", group_id=ticket.group_id, attempt=ticket.attempt)
             scored = await self._score(ticket.prompt, completions)
             if self._rewards:
-                spans.append(self._span("score", spans[-1].end))
+                spans.append(self._log.span("score", spans[-1].end))
             if scored.failure is not None:
                 failure = scored.failure
                 detail = f"reward {failure.function} ({failure.kind}): {failure.detail}"
@@ -327,7 +321,7 @@ class RolloutWorker:
                 return
             taught = await self._teach(ticket.prompt, completions, scored.rewards)
             if self._teaching is not None:
-                spans.append(self._span("teach", spans[-1].end))
+                spans.append(self._log.span("teach", spans[-1].end))
             if taught.failure is not None:
                 await self._give_back(ticket, str(taught.failure), DropReason.TEACHER_FAILED)
                 return
@@ -428,11 +422,6 @@ class RolloutWorker:
             weight_check_mean=mean,
             weight_check_max=worst,
         )
-
-    def _span(self, name: str, begin: float) -> Span:
-        span = Span(actor=self._name, name=name, start=begin, end=time.time())
-        self._spans.append(span)
-        return span
 
 
 def open_engine(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trl_ray.actors.actor_log import ActorLog
 from trl_ray.actors.teacher_scoring import AskedScoring, JoinedScoring, Scoring
 from trl_ray.config.sections import Dtype, EngineChoice
 from trl_ray.config.teacher_options import (
@@ -38,7 +39,6 @@ from trl_ray.models.companions.teacher_weights import CopiedWeights, follow_poli
 from trl_ray.models.policy_loading import find_source, max_positions
 from trl_ray.types import (
     ActorReport,
-    Event,
     EventKind,
     Health,
     PullReport,
@@ -91,7 +91,7 @@ class Teacher:
         self.name, self._source, self._options = name, source, source.options
         exact = source.model.dtype is Dtype.FLOAT32 and not source.model.bf16
         self._tolerance = weight_check_tolerance or (1e-3 if exact else 0.2)
-        self._events: list[Event] = []
+        self._log = ActorLog(name)
         self._fed = asyncio.Event()
         self._model: TeacherModel | None = None
         self._weights: CopiedWeights | None = None
@@ -196,8 +196,7 @@ class Teacher:
 
     def drain(self) -> ActorReport:
         """Spans and warnings since the last call."""
-        events, self._events = self._events, []
-        return ActorReport(events=events, spans=self._scoring.spans())
+        return replace(self._log.drain(), spans=self._scoring.spans())
 
     def close(self) -> None:
         """Stop; calls under way are not answered. May be called twice."""
@@ -314,7 +313,7 @@ class Teacher:
         detail = (
             f"its average begins at version {version}, as there was none to go on from; it is the policy itself now"
         )
-        self._events.append(Event(kind=EventKind.WARNING, actor=self.name, time=time.time(), detail={"detail": detail}))
+        self._log.event(EventKind.WARNING, detail=detail)
 
 
 def open_teacher_engine(options: TeacherOptions) -> EngineThread:

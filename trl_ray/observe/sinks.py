@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trl_ray.observe.run_files import JsonLines
-from trl_ray.types import ActorReport, Event, EventKind, RolloutGroup, Span
+from trl_ray.types import ActorReport, Event, RolloutGroup, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -101,7 +101,7 @@ class Observer:
     """Hands everything to every sink, in their order.
 
     observer = Observer([MetricsFile(run.metrics), EventsFile(run.events)])
-    observer.emit(EventKind.RUN_STARTED, actor="driver", staleness_bound=2)
+    observer.event(Event.now(EventKind.RUN_STARTED, "driver", staleness_bound=2))
     observer.step(1, {"loss": 0.5})
     observer.close()
     """
@@ -115,13 +115,9 @@ class Observer:
             sink.step(step, metrics)
 
     def event(self, event: Event) -> None:
-        """One event, made elsewhere."""
+        """One event."""
         for sink in self.sinks:
             sink.event(event)
-
-    def emit(self, kind: EventKind, *, actor: str, **detail: object) -> None:
-        """One event that happens now."""
-        self.event(Event(kind=kind, actor=actor, time=time.time(), detail=detail))
 
     def spans(self, spans: Sequence[Span]) -> None:
         """Intervals of actors' timelines."""

@@ -140,7 +140,7 @@ def test_groups_that_come_while_a_pass_runs_wait_and_are_joined_then(folder):
     idle, report = made.health(), made.drain()
     assert (idle.progress, idle.busy_since) == (3, None)
     assert [(span.actor, span.name) for span in report.spans] == [("reward-model-judge-0", "score")] * 2
-    assert made.drain().spans == []
+    assert made.drain().spans == ()
     made.close()
 
 

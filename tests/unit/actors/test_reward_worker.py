@@ -145,7 +145,7 @@ def test_a_failure_becomes_an_event_once_and_is_not_retried(tmp_path):
         assert (event.kind, event.actor) == (EventKind.REWARD_FAILED, "reward-0")
         assert (event.detail["kind"], event.detail["prompt_id"]) == ("exception", "2:5")
         assert "boom" in event.detail["detail"]
-        assert made.drain().events == []
+        assert made.drain().events == ()
 
 
 def test_a_hang_is_cut_short_and_the_group_behind_it_is_scored():

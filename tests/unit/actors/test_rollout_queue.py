@@ -92,7 +92,7 @@ async def fill(queue: RolloutQueue, count: int = 4) -> list[GroupTicket]:
 
 
 async def kinds(queue: RolloutQueue) -> list[EventKind]:
-    return [event.kind for event in await queue.drain_events()]
+    return [event.kind for event in (await queue.drain()).events]
 
 
 def test_a_group_goes_from_prompt_to_batch(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_expired_leases_lost_workers_and_failures_are_issued_again_and_told(tmp_
         assert await kinds(queue) == [EventKind.LEASE_EXPIRED, EventKind.GROUP_REISSUED]
         await queue.fail(group_id=1, attempt=0, detail="engine hung")
         assert await queue.lose_worker(worker="rollout-0") == [2, 3]
-        events = await queue.drain_events()
+        events = (await queue.drain()).events
         assert [(e.detail["group_id"], e.detail["because"]) for e in events] == [
             (1, "engine hung"),
             (2, "worker lost"),
@@ -358,7 +358,7 @@ def test_a_group_whose_reward_keeps_failing_is_dropped_for_that_reason(tmp_path:
         await queue.lease(worker="w", capacity=1, wait_s=0)
         await queue.fail(group_id=0, attempt=1, **failure)
         assert (await queue.snapshot()).dropped == {"reward_failed": 1}
-        dropped = (await queue.drain_events())[-1]
+        dropped = (await queue.drain()).events[-1]
         assert dropped.kind is EventKind.GROUP_DROPPED
         assert (dropped.detail["reason"], dropped.detail["because"]) == ("reward_failed", "reward f timed out")
 
@@ -415,7 +415,7 @@ def test_the_controller_is_fed_and_its_moves_are_told(tmp_path: Path) -> None:
             await queue.trained(step=step)
             await queue.release(step=step, wait_s=0.0, step_s=1.0)
         assert await queue.slots() == 2
-        [event] = await queue.drain_events()
+        [event] = (await queue.drain()).events
         assert (event.kind, event.detail) == (EventKind.SLOTS, {"before": 3, "after": 2})
 
     run(scenario())
@@ -501,7 +501,7 @@ def test_every_attempt_that_a_teacher_failed_is_an_event_and_the_last_one_a_drop
         await fill(queue)
         failed = {"detail": "teacher t (error): HTTP 500", "exhausted": DropReason.TEACHER_FAILED}
         await queue.fail(group_id=0, attempt=0, **failed)
-        [event] = [each for each in await queue.drain_events() if each.kind is EventKind.TEACHER_FAILED]
+        [event] = [each for each in (await queue.drain()).events if each.kind is EventKind.TEACHER_FAILED]
         assert event.detail == {"group_id": 0, "attempt": 0, "detail": "teacher t (error): HTTP 500"}
         # The same failure told twice, and one of an attempt that is over, are nothing new.
         await queue.fail(group_id=0, attempt=0, **failed)

@@ -152,7 +152,7 @@ def test_a_teacher_follows_the_published_versions(folder: str, kind: TeacherKind
     health = made.health()
     assert (health.version, health.checksum) == (3, payload(3).identity.checksum)
     assert [span.name for span in made.drain().spans] == ["pull", "score"] * 3
-    assert made.drain().events == []
+    assert made.drain().events == ()
     made.close()
 
 
@@ -266,7 +266,7 @@ def test_a_restored_average_goes_on_as_if_nothing_had_been(folder: str, tmp_path
 
     whole, again = (policy_teacher(folder, TeacherKind.EMA) for _ in range(2))
     asyncio.run(run())
-    assert again.drain().events == []
+    assert again.drain().events == ()
     for made in (whole, again):
         made.close()
 

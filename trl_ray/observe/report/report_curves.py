@@ -1,6 +1,6 @@
 """Chooses what the report plots: one card per question a person asks of a run, in the order they ask it.
 
-RunData.rows -> curves -> Chart, Chart, ... -> trl_ray.observe.report.svg.draw_chart
+RunData.rows -> curves -> Chart, Chart, ... -> place_chart -> templates/curves.html.jinja
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from trl_ray.observe.report.chart_layout import Chart, PlacedChart, Series, hue, place_chart, shade
 from trl_ray.observe.report.report_data import RunData, thinned
-from trl_ray.observe.report.svg import Chart, Series, draw_chart, hue, shade
 from trl_ray.types import EventKind
 
 _SMOOTHING_FRACTION = 0.1
@@ -118,10 +118,10 @@ _AFTER_STALENESS = (
 )
 
 
-def draw_curves(run: RunData) -> str:
+def curves(run: RunData) -> list[PlacedChart]:
     """All cards for which the run has numbers."""
     if not run.rows:
-        return ""
+        return []
     run = replace(run, rows=thinned(run.rows))
     charts = [
         _rewards(run),
@@ -131,7 +131,7 @@ def draw_curves(run: RunData) -> str:
         _token_ages(run),
         *(_plain(run, card) for card in _AFTER_STALENESS),
     ]
-    return "".join(map(draw_chart, charts))
+    return [placed for placed in map(place_chart, charts) if placed is not None]
 
 
 def smoothed(values: Sequence[float | None]) -> list[float | None]:

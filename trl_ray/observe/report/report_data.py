@@ -166,6 +166,11 @@ def thinned(rows: Sequence[Row], limit: int = MAX_POINTS) -> list[Row]:
     return [_joined(rows[start:end]) for start, end in pairwise(edges)]
 
 
+def shortened(text: str, limit: int) -> str:
+    """At most `limit` characters, and how many were left out."""
+    return text if len(text) <= limit else text[:limit] + f"… ({len(text) - limit} more characters)"
+
+
 def _joined(rows: Sequence[Row]) -> Row:
     joined: dict[str, float] = {}
     for key in dict.fromkeys(key for row in rows for key in row):

@@ -199,4 +199,4 @@ class TeacherActors:
             )
 
     def _say(self, kind: EventKind, actor: str, /, **detail: object) -> None:
-        self._emit(Event(kind=kind, actor=actor, time=time.time(), detail=detail))
+        self._emit(Event.now(kind, actor, **detail))

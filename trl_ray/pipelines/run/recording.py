@@ -46,7 +46,7 @@ class RunRecorder:
 
     def say(self, kind: EventKind, actor: str, /, **detail: Any) -> None:
         """Write down one event of the driver's own."""
-        self.emit(Event(kind=kind, actor=actor, time=time.time(), detail=detail))
+        self.emit(Event.now(kind, actor, **detail))
 
     def report(self, report: ActorReport) -> None:
         """Write down what actors had to tell."""

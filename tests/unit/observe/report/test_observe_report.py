@@ -1,23 +1,29 @@
+import base64
+import hashlib
+import json
 import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 
 from trl_ray.errors import ConfigError
+from trl_ray.observe.report.chart_layout import Chart, Series, compact, place_chart, ticks
 from trl_ray.observe.report.report_curves import smoothed
-from trl_ray.observe.report.report_data import LedgerFigures, Status, read_run, thinned
-from trl_ray.observe.report.report_page import build_report
-from trl_ray.observe.report.svg import Chart, Series, compact, draw_chart, ticks
+from trl_ray.observe.report.report_data import LedgerFigures, RunData, Samples, Status, read_run, thinned
+from trl_ray.observe.report.report_page import build_report, render, templates
 from trl_ray.observe.run_directory import RunDirectory
+from trl_ray.types import Span
 
 VOID = {"meta", "br", "link", "img"}
+HOSTILE = """'"></title></pre></script><script>alert(1)</script><img src=x onerror="alert(2)"> {{ 7 * 7 }}"""
 LOADING = {"src", "href", "action", "data", "poster", "srcset", "xlink:href", "background"}
 
 
 class Page(HTMLParser):
-    """Checks that tags balance, and gathers scripts, text, and attributes that load something."""
+    """Checks that tags balance; gathers scripts, text, the policy, charts, and attributes that load something."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -26,6 +32,9 @@ class Page(HTMLParser):
         self.scripts = 0
         self.handlers: list[str] = []
         self.text = ""
+        self.inlined: dict[str, str] = {}
+        self.policy = ""
+        self.charts: list[tuple[str, str]] = []
         self.feed(text)
         self.close()
 
@@ -33,6 +42,11 @@ class Page(HTMLParser):
         self.scripts += tag == "script"
         self.loads += [value or "" for name, value in attrs if name in LOADING]
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
+        named = {name: value or "" for name, value in attrs}
+        if named.get("http-equiv") == "Content-Security-Policy":
+            self.policy += named["content"]
+        if "data-plot" in named:
+            self.charts.append((named["aria-label"], named["data-plot"]))
         if tag not in VOID:
             self.open.append(tag)
 
@@ -47,6 +61,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self.open and self.open[-1] in {"script", "style"}:
+            self.inlined[self.open[-1]] = self.inlined.get(self.open[-1], "") + data
 
 
 def _read(run: RunDirectory) -> Page:
@@ -61,15 +77,48 @@ def test_the_report_is_balanced_html_that_loads_nothing(finished_run: RunDirecto
     assert page.loads and all(target.startswith("#") for target in page.loads)
     assert page.handlers == []
     assert not re.search(r"@import|url\(|<link|<img|<iframe", text)
-    assert "default-src 'none'" in text and "unsafe-inline" not in text
+    assert "default-src 'none'" in page.policy and "unsafe-inline" not in text
+
+
+def test_the_policy_lets_only_the_inlined_style_sheet_and_script_run(finished_run: RunDirectory) -> None:
+    page = _read(finished_run)
+    for tag in ("script", "style"):
+        digest = base64.b64encode(hashlib.sha256(page.inlined[tag].encode()).digest()).decode()
+        assert re.findall(f"{tag}-src ([^;]*)", page.policy) == [f"'sha256-{digest}'"]
 
 
 def test_hostile_text_stays_text(finished_run: RunDirectory) -> None:
     page = _read(finished_run)
     text = finished_run.report.read_text(encoding="utf-8")
     assert page.scripts == 1
-    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;" in text and "<script>alert" not in text
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in text and "<script>alert" not in text
     assert "<b>killed" not in text and "\x1b" not in text
+
+
+def test_hostile_text_stays_text_wherever_a_run_may_put_it(tmp_path: Path) -> None:
+    row = {"prompt": HOSTILE, "completion": HOSTILE, "reward": 1.0, f"reward/{HOSTILE}": 1.0}
+    run = RunData(
+        path=tmp_path,
+        config={"run_name": HOSTILE, "model_name_or_path": HOSTILE},
+        rows=[{"step": 1.0, f"reward/{HOSTILE}/mean": 1.0}],
+        events=[{"kind": "warning", "actor": HOSTILE, "time": 1.0, "detail": {HOSTILE: HOSTILE}}],
+        ledger=LedgerFigures(issued=2, trained=0, dropped={HOSTILE: 1}, live={HOSTILE: 1}),
+        spans=[Span(actor=HOSTILE, name=HOSTILE, start=1.0, end=2.0)],
+        samples=[Samples(step=1, rows=[row])],
+    )
+    page = Page(render(run))
+    assert page.open == [] and page.scripts == 1 and page.handlers == []
+    assert all(target.startswith("#") for target in page.loads)
+    # Title, heading, model; dropped, live; legend of the curve; timeline: bar, legend, actor, work;
+    # event: actor, key, value; prompt, completion, part of the reward.
+    assert page.text.count(HOSTILE) == 16
+    ((label, plot),) = page.charts
+    assert HOSTILE in label and json.loads(plot)["series"][0]["name"] == HOSTILE
+
+
+def test_a_name_that_a_template_misses_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="misspelt"):
+        templates().from_string("{{ page.misspelt }}").render(page=object())
 
 
 def test_the_report_says_what_the_run_did(finished_run: RunDirectory) -> None:
@@ -167,6 +216,7 @@ def test_numbers_and_ticks_are_round() -> None:
 
 def test_a_chart_of_nothing_is_nothing_and_a_flat_line_is_drawn() -> None:
     empty = Chart(title="x", steps=[1, 2], series=[Series(name="a", values=[None, None], color=0)])
-    assert draw_chart(empty) == ""
+    assert place_chart(empty) is None
     flat = Chart(title="x", steps=[1, 2], series=[Series(name="<a>", values=[0.0, 0.0], color=0)])
-    assert "polyline" in draw_chart(flat) and "&lt;a&gt;" in draw_chart(flat) and "<a>" not in draw_chart(flat)
+    drawn = templates().get_template("chart.html.jinja").render(chart=place_chart(flat))
+    assert "polyline" in drawn and "&lt;a&gt;" in drawn and "<a>" not in drawn

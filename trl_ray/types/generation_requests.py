@@ -1,0 +1,35 @@
+"""What an engine is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trl_ray.types.arrays import IntArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How an engine samples; TRL's names."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GenerationRequest:
+    """n samples of one prompt."""
+
+    request_id: str
+    prompt_ids: IntArray
+    """[P]"""
+    n: int
+    sampling: SamplingParams
+    seed: int
+    """Sample i draws from a generator seeded by (seed, i) alone, whatever else is in the batch."""

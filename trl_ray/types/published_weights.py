@@ -1,0 +1,69 @@
+"""Weights on their way from the learner to engines, and the proof that they are used.
+
+TensorEntry x parameters + buffer = WeightPayload, named by its WeightVersion -> PullReport
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trl_ray.types.arrays import FloatArray, IntArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """Where one parameter lies in a weight buffer."""
+
+    name: str
+    """The Hugging Face parameter name."""
+    shape: tuple[int, ...]
+    dtype: str
+    """``"float32"``, ``"bfloat16"`` or ``"float16"``."""
+    offset: int
+    """Bytes from the start of the buffer."""
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightVersion:
+    """The identity of one published set of weights."""
+
+    version: int
+    checksum: str
+    """Hex digest over names, shapes, dtypes and bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WeightPayload:
+    """One published set of weights: a flat buffer and where each parameter lies in it."""
+
+    identity: WeightVersion
+    manifest: tuple[TensorEntry, ...]
+    buffer: NDArray[np.uint8]
+    """[bytes] read-only once published."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WeightCheck:
+    """A fixed token sequence and the learner's log-probs of it under one version."""
+
+    token_ids: IntArray
+    """[T]"""
+    logprobs: FloatArray
+    """[T-1] natural log-prob of token t+1 given tokens ..t, temperature 1."""
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullReport:
+    """What a worker really runs after a weight pull."""
+
+    version: int
+    checksum: str
+    seconds: float
+    weight_check_mean: float | None = None
+    """Mean |learner - engine| log-prob over the weight-check tokens, in nats; None when no weight check came along."""
+    weight_check_max: float | None = None
