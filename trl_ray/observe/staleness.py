@@ -33,7 +33,7 @@ class StalenessMonitor:
     """Knows the bound of the run and the worst age it has seen.
 
     monitor = StalenessMonitor(bound=2)
-    bag.add(monitor.observe(groups, learner_version=7))
+    metrics = monitor.observe(groups, learner_version=7)
     """
 
     def __init__(self, *, bound: int) -> None:
