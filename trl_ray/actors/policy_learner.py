@@ -393,7 +393,7 @@ class PolicyLearner:
         """Copy the weights out as engines know them: adapters merged, tied ones once. None from all ranks but 0."""
         self._require_language_head("publish")
         with self._busy("publish"):
-            if not (self._ranks.is_first or self._backend.splits_weights):
+            if not (self._ranks.is_first or self._backend.shards_weights):
                 return None
             if self._manifest is None:
                 self._manifest = build_manifest(self._plain_weights())
@@ -448,7 +448,7 @@ class PolicyLearner:
                 "ranks": self._ranks.gather(random_state()),
                 **self._backend.save_state(partial),
             }
-            weights = self._whole_weights() if self._backend.splits_weights else None
+            weights = self._whole_weights() if self._backend.shards_weights else None
             return self._ranks.first(lambda: self._finish_checkpoint(directory, state, weights, extra))
 
     def _finish_checkpoint(
