@@ -99,6 +99,7 @@ def build_step(
     """
     _check_groups(groups)
     rules = rules if rules is not None else RewardRules()
+    # Samples come before their advantages, because the KL in the reward is estimated on their trained tokens.
     plain = _samples(groups, mask_truncated=config.mask_truncated_completions)
     kls = None if scores is None else sequence_kls(plain, scores, rules.kl_estimator)
     advantages = step_advantages(groups, config=config, rules=rules, kls=kls)
@@ -153,6 +154,7 @@ def step_advantages(
         rules: the rest of how.
         kls: [groups * G] divergences from the reference.
     """
+    # Each function is normalised by itself: there is no total that could be clipped or penalised first.
     if config.multi_objective_aggregation is Aggregation.NORMALIZE_THEN_SUM:
         return objective_advantages(reward_parts(groups), weights=rules.reward_weights)
     return group_advantages(
@@ -176,6 +178,7 @@ def shaped_rewards(
     for group in groups:
         row: list[float | None] = []
         for completion, reward in zip(group.completions, group.rewards, strict=True):
+            # Taken even where there is no reward: the KLs stand in the order of completions.
             penalty = next(penalties) if kls is not None else 0.0
             if reward.total is None:
                 row.append(None)
@@ -261,6 +264,7 @@ def _group_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
     completions = [completion for group in groups for completion in group.completions]
     rewards = [reward for group in groups for reward in group.rewards]
     totals = [[reward.total for reward in group.rewards] for group in groups]
+    # Where nobody gives rewards, as in distillation, a spread of 0 would look like rewards that are all alike.
     is_rewarded = any(total is not None for group in totals for total in group)
     lengths = [len(completion.token_ids) for completion in completions]
     metrics = {
