@@ -17,12 +17,8 @@ import torch
 from torch import Tensor
 
 from trl_ray.algorithms.batches.sequences import TokenSequences
-from trl_ray.algorithms.distillation.distillation_terms import (
-    DistillationInputs,
-    SDPOInputs,
-    distillation_loss,
-    sdpo_loss,
-)
+from trl_ray.algorithms.distillation.distillation_loss import distillation_loss
+from trl_ray.algorithms.distillation.sdpo_loss import sdpo_loss
 from trl_ray.algorithms.distillation.teacher_signal import TeacherSignal
 from trl_ray.algorithms.head.divergence import (
     HeadInput,
@@ -33,6 +29,7 @@ from trl_ray.algorithms.head.divergence import (
 )
 from trl_ray.algorithms.head.head_problem import ExtraOutputs, LogitTransform
 from trl_ray.algorithms.head.logprobs import TokenLogprobs, token_logprobs
+from trl_ray.algorithms.loss import LossOutput
 from trl_ray.config.losses.distillation_options import (
     DistillationLossConfig,
     DistillationMode,
@@ -155,13 +152,8 @@ def local_support(given: Case, support: Support) -> SupportLogprobs:
 
 
 def distilled(given: Case, teacher: TeacherSignal, **options: Any) -> Tensor:
-    inputs = DistillationInputs(
-        tokens=given.tokens,
-        logprobs=given.scores(given.student).logprobs,
-        teacher=teacher,
-        num_valid_tokens=len(given.places),
-    )
-    return distillation_loss(inputs, DistillationLossConfig(**options)).loss
+    config, count = DistillationLossConfig(**options), len(given.places)
+    return distillation_loss(given.tokens, given.scores(given.student), teacher, config, num_valid_tokens=count).loss
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -333,15 +325,15 @@ def test_importance_weighted_distillation_is_trls_with_its_metrics(with_rollout:
 
     given = case()
     own = given.scores(given.teacher).logprobs
-    inputs = DistillationInputs(
-        tokens=given.tokens,
-        logprobs=given.scores(given.student).logprobs,
-        teacher=TeacherSignal(logprobs=own),
-        sampler_logprobs=given.old.reshape(-1)[given.places] if with_rollout else None,
-        num_valid_tokens=11,
-    )
     options = DistillationLossConfig(distillation_objective=DistillationObjective.IW_OPD, iw_opd_gamma=gamma)
-    found = distillation_loss(inputs, options)
+    found = distillation_loss(
+        given.tokens,
+        given.scores(given.student),
+        TeacherSignal(logprobs=own),
+        options,
+        num_valid_tokens=11,
+        sampler_logprobs=given.old.reshape(-1)[given.places] if with_rollout else None,
+    )
     trainer = SimpleNamespace(
         temperature=TEMPERATURE,
         iw_opd_epsilon=options.iw_opd_epsilon,
@@ -428,13 +420,14 @@ def sdpo_signal(given: Case, options: SDPOLossConfig, support: Support) -> Teach
     return TeacherSignal(logprobs=own)
 
 
-def sdpo_inputs(given: Case, signal: TeacherSignal, *, with_old: bool, is_distilled: Tensor) -> SDPOInputs:
-    return SDPOInputs(
-        tokens=given.tokens,
-        logprobs=given.scores(given.student).logprobs,
-        teacher=signal,
+def self_distilled(given: Case, signal: TeacherSignal, options: SDPOLossConfig, is_distilled: Tensor) -> LossOutput:
+    return sdpo_loss(
+        given.tokens,
+        given.scores(given.student).logprobs,
+        signal,
+        options,
         is_distilled=is_distilled,
-        old_logprobs=given.old.reshape(-1)[given.places] if with_old else None,
+        old_logprobs=given.old.reshape(-1)[given.places],
         num_samples=ROWS,
     )
 
@@ -447,7 +440,7 @@ def test_self_distillation_is_trls_in_every_mode(mode: dict[str, Any], clip: flo
     given, options = case(), SDPOLossConfig(**mode, distillation_is_clip=clip)
     signal = sdpo_signal(given, options, Support.STUDENT)
     is_distilled = torch.tensor(DISTILLED)
-    found = sdpo_loss(sdpo_inputs(given, signal, with_old=True, is_distilled=is_distilled), options)
+    found = self_distilled(given, signal, options, is_distilled)
     trainer = SDPOStandIn(options)
     logits = SimpleNamespace(
         completion_ids=given.ids,
@@ -470,7 +463,7 @@ def test_self_distillation_from_a_server_is_trls_on_the_teachers_support(mode: d
     given, options = case(), SDPOLossConfig(**mode)
     signal = sdpo_signal(given, options, Support.TEACHER)
     is_distilled = torch.tensor(DISTILLED)
-    found = sdpo_loss(sdpo_inputs(given, signal, with_old=True, is_distilled=is_distilled), options)
+    found = self_distilled(given, signal, options, is_distilled)
     trainer = SDPOStandIn(options)
     trainer.logits = given.logits(given.student) / TEMPERATURE
     teacher = (given.logits(given.teacher) / TEMPERATURE).log_softmax(-1)
@@ -505,20 +498,17 @@ def test_the_blend_with_the_policy_loss_is_trls(weight: float) -> None:
     given, options = case(), SDPOLossConfig(distillation_weight=weight)
     signal = sdpo_signal(given, options, Support.STUDENT)
     is_distilled, advantages = torch.tensor(DISTILLED), torch.tensor([1.0, -1.0, 0.5, 2.0], dtype=torch.float64)
-    inputs = sdpo_inputs(given, signal, with_old=False, is_distilled=is_distilled)
-    logprobs = inputs.logprobs
+    logprobs = given.scores(given.student).logprobs
     surrogate = -(logprobs - logprobs.detach()).exp() * advantages[given.tokens.sample_index]
     policy = given.tokens.means(surrogate).sum() / ROWS
     found = sdpo_loss(
-        SDPOInputs(
-            tokens=inputs.tokens,
-            logprobs=logprobs,
-            teacher=signal,
-            is_distilled=is_distilled,
-            policy_loss=policy,
-            num_samples=ROWS,
-        ),
+        given.tokens,
+        logprobs,
+        signal,
         options,
+        is_distilled=is_distilled,
+        policy_loss=policy,
+        num_samples=ROWS,
     )
     trainer: Any = SDPOStandIn(options)
     trainer.args.distillation_weight = weight

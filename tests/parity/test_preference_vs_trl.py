@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from trl_ray.algorithms.batches.sequences import TokenSequences, sequence_logprobs
+from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import LossOutput
-from trl_ray.algorithms.preference.paired_preference import PairInputs, PairTotals, preference_loss
-from trl_ray.algorithms.preference.reference_free import ReferenceFreeInputs, ReferenceFreeTotals, cpo_loss, orpo_loss
-from trl_ray.algorithms.preference.unpaired_preference import UnpairedInputs, UnpairedTotals, kl_estimate, unpaired_loss
+from trl_ray.algorithms.preference.paired_preference import preference_loss
+from trl_ray.algorithms.preference.reference_free import cpo_loss, orpo_loss
+from trl_ray.algorithms.preference.unpaired_preference import kl_estimate, unpaired_loss
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.preference_options import (
     DIFFERENCE_OF_SCORES,
@@ -167,19 +168,24 @@ def sequences(kept: Tensor) -> TokenSequences:
     return TokenSequences(sample_index=kept.nonzero()[:, 0], num_sequences=len(kept))
 
 
-def pair_inputs(data: Rows, config: PreferenceLossConfig, pairs: slice = slice(None)) -> PairInputs:
+def of_pairs(data: Rows, config: PreferenceLossConfig, pairs: slice = slice(None)) -> LossOutput:
     order = data.interleaved.view(-1, 2)[pairs].reshape(-1)
     kept = data.kept[order]
     tokens = sequences(kept)
-    return PairInputs(
-        tokens=tokens,
+    scores = TokenLogprobs(
         logprobs=data.policy[order][kept],
+        entropy=1 + data.sum_squared_probs[order][kept],
+        sum_squared_probs=data.sum_squared_probs[order][kept],
+        top1=data.sum_squared_probs[order][kept] > 0.5,
+    )
+    return preference_loss(
+        tokens,
+        scores,
+        config,
         lengths=data.completion_mask[order].sum(1),
         reference=sequence_logprobs(data.reference[order][kept], tokens, ld_alpha=config.ld_alpha),
-        sum_squared_probs=data.sum_squared_probs[order][kept],
-        entropy=1 + data.sum_squared_probs[order][kept],
-        top1=data.sum_squared_probs[order][kept] > 0.5,
-        totals=PairTotals(num_pairs=data.num_pairs, num_chosen_tokens=int(data.kept[: data.num_pairs].sum())),
+        num_pairs=data.num_pairs,
+        num_chosen_tokens=int(data.kept[: data.num_pairs].sum()),
     )
 
 
@@ -192,7 +198,7 @@ def result(output: LossOutput, leaf: Tensor) -> Result:
 
 
 def our_dpo(data: Rows, config: PreferenceLossConfig) -> Result:
-    return result(preference_loss(pair_inputs(data, config), config), data.policy)
+    return result(of_pairs(data, config), data.policy)
 
 
 def assert_same(ours: Result, theirs: Result, what: object = "", *, metrics: set[str] | None = None) -> None:
@@ -293,7 +299,7 @@ def test_a_cut_into_micro_batches_changes_neither_loss_nor_gradient(kind: Prefer
     config = PreferenceLossConfig(loss_type=(kind,), label_smoothing=smoothing(kind), ld_alpha=0.5)
     config = config.replace(use_weighting=kind not in NOT_WEIGHED_BY_TRL)
     data = rows()
-    parts = [preference_loss(pair_inputs(data, config, pairs), config) for pairs in (slice(0, 1), slice(1, 4))]
+    parts = [of_pairs(data, config, pairs) for pairs in (slice(0, 1), slice(1, 4))]
     value = parts[0].loss + parts[1].loss
     gradient = torch.autograd.grad(value, data.policy)[0]
     assert_same(Result(value=value.item(), gradient=gradient, metrics={}), trl_dpo(data, config), kind, metrics=set())
@@ -388,15 +394,15 @@ def our_kto(
     data: Rows, config: UnpairedLossConfig, good: Tensor, kl: float | None, part: slice = slice(None)
 ) -> LossOutput:
     kept = data.kept[part]
-    inputs = UnpairedInputs(
-        tokens=sequences(kept),
-        logprobs=data.policy[part][kept],
+    return unpaired_loss(
+        sequences(kept),
+        TokenLogprobs(logprobs=data.policy[part][kept], entropy=1 + data.sum_squared_probs[part][kept]),
+        config,
         reference=data.reference[part].sum(1),
         desirable=good[part],
-        entropy=1 + data.sum_squared_probs[part][kept],
-        totals=UnpairedTotals(num_completions=len(data.policy), kl=kl),
+        num_completions=len(data.policy),
+        kl=kl,
     )
-    return unpaired_loss(inputs, config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -487,18 +493,17 @@ def trl_reference_free(trainer: Any, data: Texts, options: dict[str, Any]) -> Re
     return Result(value=value.item(), gradient=torch.autograd.grad(value, data.logits)[0], metrics=metrics)
 
 
-def reference_free_inputs(data: Texts, *, prompts: bool, pairs: slice = slice(None)) -> ReferenceFreeInputs:
+def our_reference_free(data: Texts, config: CPOLossConfig | ORPOLossConfig, pairs: slice = slice(None)) -> LossOutput:
     order = torch.arange(8).view(2, -1).T[pairs].reshape(-1)
     logprobs, trained = data.logprobs(), data.labels[:, 1:] != -100
     in_prompt = ~trained & data.attention[:, 1:].bool()
-    likelihood = trained | in_prompt if prompts else trained
+    likelihood = trained | in_prompt if isinstance(config, ORPOLossConfig) else trained
     chosen = order[::2]
-    return ReferenceFreeInputs(
-        tokens=sequences(trained[order]),
-        logprobs=logprobs[order][trained[order]],
-        prompt_logprobs=logprobs[chosen][in_prompt[chosen]] if prompts else None,
-        totals=ReferenceFreeTotals(num_pairs=4, num_likelihood_tokens=int(likelihood[:4].sum())),
-    )
+    totals = {"num_pairs": 4, "num_likelihood_tokens": int(likelihood[:4].sum())}
+    tokens, of_completions = sequences(trained[order]), logprobs[order][trained[order]]
+    if isinstance(config, CPOLossConfig):
+        return cpo_loss(tokens, of_completions, config, **totals)
+    return orpo_loss(tokens, of_completions, logprobs[chosen][in_prompt[chosen]], config, **totals)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -523,7 +528,7 @@ def test_cpo_and_simpo_are_those_of_trl(options: dict[str, Any], alpha: float, d
     names = ("beta", "label_smoothing", "loss_type", "cpo_alpha", "simpo_gamma", "alpha")
     data = texts(dtype)
     theirs = trl_reference_free(CPOTrainer, data, {name: getattr(resolved, name) for name in names})
-    ours = result(cpo_loss(reference_free_inputs(data, prompts=False), config), data.logits)
+    ours = result(our_reference_free(data, config), data.logits)
     nll = {"nll_loss"} if config.nll_weight else set()
     assert ours.metrics.keys() == PAIR_METRICS | nll
     assert_same(ours, theirs, options, metrics=PAIR_METRICS | nll)
@@ -536,7 +541,7 @@ def test_orpo_is_that_of_trl(dtype: torch.dtype) -> None:
     config = ORPOLossConfig(beta=0.6)
     data = texts(dtype)
     theirs = trl_reference_free(ORPOTrainer, data, {"beta": config.beta})
-    ours = result(orpo_loss(reference_free_inputs(data, prompts=True), config), data.logits)
+    ours = result(our_reference_free(data, config), data.logits)
     extra = {"nll_loss", "log_odds_chosen", "log_odds_ratio"}
     assert_same(ours, theirs, metrics=PAIR_METRICS | extra)
 
@@ -546,8 +551,7 @@ def test_losses_without_a_reference_do_not_depend_on_the_cut(prompts: bool) -> N
     data = texts(torch.float64)
 
     def loss(pairs: slice) -> Tensor:
-        inputs = reference_free_inputs(data, prompts=prompts, pairs=pairs)
-        return orpo_loss(inputs, ORPOLossConfig()).loss if prompts else cpo_loss(inputs, CPOLossConfig()).loss
+        return our_reference_free(data, ORPOLossConfig() if prompts else CPOLossConfig(), pairs).loss
 
     whole = torch.autograd.grad(loss(slice(None)), data.logits)[0]
     cut = torch.autograd.grad(loss(slice(0, 3)) + loss(slice(3, 4)), data.logits)[0]
@@ -556,6 +560,6 @@ def test_losses_without_a_reference_do_not_depend_on_the_cut(prompts: bool) -> N
 
 def test_metrics_are_joined_over_micro_batches_by_their_pairs() -> None:
     config = PreferenceLossConfig()
-    output = preference_loss(pair_inputs(rows(), config, slice(0, 3)), config)
+    output = of_pairs(rows(), config, slice(0, 3))
     metric: Metric = output.metrics["rewards/margins"]
     assert metric.weight == 3

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.preference.reward_losses import RatedSteps, RewardPairs, bradley_terry_loss, step_loss
+from trl_ray.algorithms.preference.reward_losses import bradley_terry_loss, step_loss
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.reward_modelling_options import RewardLossConfig
 
@@ -59,13 +59,11 @@ def test_the_loss_of_pairs_is_that_of_trl_however_it_is_cut(
     for cuts in ([slice(0, 5)], [slice(0, 2), slice(2, 5)]):
         outputs = [
             bradley_terry_loss(
-                RewardPairs(
-                    chosen=values[:5][cut],
-                    rejected=values[5:][cut],
-                    margin=None if margin is None else margin[cut],
-                    num_pairs=5,
-                ),
+                values[:5][cut],
+                values[5:][cut],
                 config,
+                margin=None if margin is None else margin[cut],
+                num_pairs=5,
             )
             for cut in cuts
         ]
@@ -87,7 +85,7 @@ def test_the_loss_of_steps_is_that_of_token_classification(num_items: int | None
     labels[0, 1], labels[0, 4], labels[1, 5], labels[2, 0] = 1, 0, 1, 1
     value = ForTokenClassification(logits, labels, SimpleNamespace(num_labels=2), num_items_in_batch=num_items)
     at = labels != -100
-    output = step_loss(RatedSteps(logits=logits[at], right=labels[at] == 1, num_steps=num_items or 4))
+    output = step_loss(logits[at], labels[at] == 1, num_steps=num_items or 4)
     assert output.loss.item() == pytest.approx(value.item(), rel=1e-6)
     wanted = torch.autograd.grad(value, logits)[0]
     torch.testing.assert_close(torch.autograd.grad(output.loss, logits)[0], wanted)

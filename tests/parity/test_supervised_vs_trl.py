@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.supervised_loss import SupervisedInputs, supervised_loss
+from trl_ray.algorithms.head.logprobs import TokenLogprobs
+from trl_ray.algorithms.supervised_loss import supervised_loss
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.supervised_options import SupervisedLossConfig
 
@@ -62,14 +63,14 @@ def ours(data: Texts, config: SupervisedLossConfig, num_valid_tokens: int | None
     logprobs = over_vocabulary(data)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     top1 = logprobs.argmax(-1) == data.labels[:, 1:]
-    inputs = SupervisedInputs(
+    scores = TokenLogprobs(
         logprobs=chosen(data)[data.kept],
-        num_valid_tokens=data.num_tokens if num_valid_tokens is None else num_valid_tokens,
         mean_logprobs=logprobs.mean(-1)[data.kept] if config.needs_mean_logprobs else None,
         entropy=entropy[data.kept],
         top1=top1[data.kept],
     )
-    return supervised_loss(inputs, config)
+    trained = data.num_tokens if num_valid_tokens is None else num_valid_tokens
+    return supervised_loss(scores, config, num_valid_tokens=trained)
 
 
 def trl_loss(

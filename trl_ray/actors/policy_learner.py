@@ -123,6 +123,7 @@ class PolicyLearner:
         if threads is not None:
             torch.set_num_threads(threads)
         if checkpoint is not None:
+            # Before anything is loaded, so that a damaged one is found in seconds.
             verify_checkpoint(checkpoint)
         self.name = "learner" if num_ranks == 1 else f"learner-{rank}"
         self._model_config, self._training, self._temperature = model, training, temperature
@@ -146,6 +147,7 @@ class PolicyLearner:
         if num_ranks > 1:
             return  # until the ranks have met
         if training.deepspeed is not None:
+            # DeepSpeed wants a process group, even of one.
             self._meet(free_address())
         self._build()
 
@@ -174,6 +176,7 @@ class PolicyLearner:
 
     def _build(self) -> None:
         training, model = self._training, self._model_config
+        # By rank, as dropout and noise must not be the same everywhere; new weights have a seed of their own.
         torch.manual_seed(training.seed + self._ranks.rank)
         module = self._load()
         self._backend = self._make_backend(module)
@@ -319,7 +322,9 @@ class PolicyLearner:
         started = time.perf_counter()
         with self._busy("step"):
             every = self._ranks.gather(self._passes.train(batch))
+            # One rank's problem is everybody's: all skip the update, or weights would part ways.
             problem = next((passed.problem for passed in every if passed.problem is not None), None)
+            # Read here because `_finish` moves the schedule on to the next update's.
             lr = self._backend.learning_rate
             grad_norm = math.nan
             if problem is None:
@@ -327,6 +332,7 @@ class PolicyLearner:
                 if not math.isfinite(grad_norm):
                     problem = self._find_bad_gradient(batch)
             self._finish(problem)
+            # However many updates a step has, workers pull its weights once.
             if batch.is_last_update:
                 self._version = batch.step
                 for companion in self._companions:
@@ -354,6 +360,7 @@ class PolicyLearner:
         """Move the weights, or leave them alone and say why; the schedule moves on either way."""
         if problem is None:
             self._backend.update()
+            # These are no longer the weights that were published.
             self._checksum = None
             self._skipped_in_a_row = 0
         else:
@@ -362,6 +369,7 @@ class PolicyLearner:
 
     def _metrics(self, every: list[Passed], batch: TrainBatch, problem: NonFinitePlace | None) -> Mapping[str, Metric]:
         """Of all ranks, with what the loss adapted to them."""
+        # Every rank merges all of them and comes to the same numbers, so that what adapts to them stays equal.
         metrics = merge_metrics(part for passed in every for part in passed.metrics)
         if problem is None:
             metrics |= self._loss.joined(metrics)
@@ -391,8 +399,9 @@ class PolicyLearner:
         """Copy the weights out as engines know them: adapters merged, tied ones once. None from all ranks but 0."""
         self._require_language_head("publish")
         with self._busy("publish"):
-            if not (self._ranks.is_first or self._backend.splits_weights):
+            if not (self._ranks.is_first or self._backend.shards_weights):
                 return None
+            # Names and shapes never change, and asking for them may gather all weights.
             if self._manifest is None:
                 self._manifest = build_manifest(self._plain_weights())
             if not self._ranks.is_first:
@@ -446,7 +455,8 @@ class PolicyLearner:
                 "ranks": self._ranks.gather(random_state()),
                 **self._backend.save_state(partial),
             }
-            weights = self._whole_weights() if self._backend.splits_weights else None
+            # Before rank 0 writes alone: gathering needs every rank, and the others only wait from here on.
+            weights = self._whole_weights() if self._backend.shards_weights else None
             return self._ranks.first(lambda: self._finish_checkpoint(directory, state, weights, extra))
 
     def _finish_checkpoint(
@@ -475,6 +485,7 @@ class PolicyLearner:
         kept = {}
         for name, weight in self._backend.weights():
             if self._ranks.is_first and name in trained:
+                # A copy, because what was gathered is valid until the next one only.
                 kept[name] = weight.detach().to("cpu", copy=True)
         return kept
 
@@ -484,6 +495,7 @@ class PolicyLearner:
         try:
             self._version, self._skipped_in_a_row = int(state["version"]), int(state["skipped_in_a_row"])
             self._loss.load_state_dict(state["loss"])
+            # A run may go on with more ranks than it had; new ones keep the state their seed gave them.
             if self._ranks.rank < len(state["ranks"]):
                 set_random_state(state["ranks"][self._ranks.rank])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:

@@ -201,8 +201,10 @@ class RolloutWorker:
             self._request(f"eval-{seed}-{index}", prompt, n=count, seed=_mix(seed, index))
             for index, prompt in enumerate(prompts)
         ]
+        # Beside the leased groups: the engine shares its steps out among all that it holds.
         futures = self._complete(prompts, requests)
         results = [await asyncio.wrap_future(future) for future in futures]
+        # Held-out completions took room that the loop may be waiting for.
         self._room.set()
         return await asyncio.gather(
             *(self._judge(prompt, result) for prompt, result in zip(prompts, results, strict=True))
@@ -251,6 +253,7 @@ class RolloutWorker:
         """
         renewed = time.monotonic()
         while True:
+            # Cleared before looking: room that comes after the look ends the wait at once.
             self._room.clear()
             capacity = self._capacity()
             if capacity == 0:
@@ -258,6 +261,7 @@ class RolloutWorker:
                     async with asyncio.timeout(self._poll_s):
                         await self._room.wait()
             else:
+                # What it holds goes along: groups in an answer that got lost are issued again at once.
                 tickets: list[GroupTicket] = await self._ask(
                     "lease", worker=self._name, capacity=capacity, holding=list(self._in_flight), wait_s=self._poll_s
                 )
@@ -270,6 +274,7 @@ class RolloutWorker:
         """Groups that the engine can start now; at least one while it is idle."""
         generating = self._engine.in_flight
         free = (self._engine.max_num_seqs - generating) // self._generation.num_generations
+        # A group of more completions than the engine takes at once must start some time; the rest waits inside.
         return max(free, 1 if generating == 0 else 0)
 
     def _begin(self, tickets: Sequence[GroupTicket]) -> None:
@@ -286,6 +291,7 @@ class RolloutWorker:
         now = time.time()
         futures = self._complete([ticket.prompt for ticket in tickets], requests)
         for ticket, future in zip(tickets, futures, strict=True):
+            # Noted before anything is awaited, so that the next lease already names it.
             self._in_flight[ticket.group_id, ticket.attempt] = now
             self._launch(self._finish(ticket, future), name=f"group {ticket.group_id}")
 
@@ -293,6 +299,7 @@ class RolloutWorker:
         self, prompts: Sequence[Prompt], requests: Sequence[GenerationRequest]
     ) -> list[Future[tuple[Completion, ...]]]:
         """Completions for each prompt: the dataset's where it has one, the others from the engine, all at once."""
+        # Nobody samples a given completion; with the engine's version it ages like those that are sampled beside it.
         version = self._engine.version.version
         asked = [request for prompt, request in zip(prompts, requests, strict=True) if prompt.given_ids is None]
         sampled = iter(self._engine.submit(asked) if asked else ())
@@ -308,6 +315,7 @@ class RolloutWorker:
         began = self._in_flight[ticket.group_id, ticket.attempt]
         try:
             completions = await asyncio.wrap_future(future)
+            # From here on the engine is free for others: this group is scored while the next one is generated.
             self._room.set()
             spans = [self._log.span("generate", began)]
             await self._ask("generated", group_id=ticket.group_id, attempt=ticket.attempt)
@@ -363,6 +371,7 @@ class RolloutWorker:
         return scored
 
     async def _ask(self, method: str, /, **kwargs: Any) -> Any:
+        # A worker that cannot finish its groups must not renew its leases on them.
         if self._engine.broken is not None:
             raise EngineError(self._engine.broken)
         return await call_patiently(self._queue, method, CALL, **kwargs)
@@ -377,11 +386,13 @@ class RolloutWorker:
         """Turn whatever a task fails with into a problem that the next probe reports."""
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
+        # Nobody awaits these tasks, so that an error that is not kept here is lost.
         if error is not None:
             self._give_up(str(error) if isinstance(error, TrlRayError) else f"{type(error).__name__}: {error}")
 
     def _give_up(self, problem: str) -> None:
         """Answer probes only: what is in flight may hold wrong tokens, and is about to be issued again."""
+        # The first problem is the cause; those after it follow from it.
         self._problem = self._problem or problem
         for task in self._tasks:
             task.cancel()
@@ -403,6 +414,7 @@ class RolloutWorker:
             raise WeightError(f"{self._name} must run {payload.identity} after its pull, but runs {identity}.")
         mean = worst = None
         if check is not None:
+            # Neighbouring versions are so much alike that a check of the wrong one might pass.
             if check.version != identity.version:
                 raise WeightError(f"a weight check of version {check.version} cannot prove version {identity.version}.")
             scored = self._engine.score([check.token_ids], deadline_s=self._rollout.hang_deadline_s)[0]

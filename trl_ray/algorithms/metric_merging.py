@@ -1,8 +1,14 @@
-"""Joining metrics of micro-batches: each `Metric` says itself how."""
+"""Joins metrics of micro-batches, ranks, updates and groups into one per name: each `Metric` says itself how.
+
+    {name: Metric(value, reduce, weight)}, ... --merge_metrics--> {name: Metric} --merged_values--> {name: float}
+
+MEAN is the weighted mean over everything joined, never a mean of means; SUM, MAX and MIN are what they are called; LAST
+is the last one given.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from trl_ray.types import Metric, Reduce
 
@@ -12,31 +18,51 @@ def token_mean(total: float, count: float) -> Metric:
     return Metric(value=total / count if count else 0.0, reduce=Reduce.MEAN, weight=count)
 
 
+def mean_metric(values: Iterable[float | None]) -> Metric:
+    """The mean of the values that exist, weighing as many as there are."""
+    known = [float(value) for value in values if value is not None]
+    return token_mean(sum(known), len(known))
+
+
 def merge_metrics(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
-    """Join the metrics of several micro-batches or ranks, name by name.
+    """Join metrics name by name, in the order the names first came.
 
     A MEAN of total weight 0 (nothing was counted anywhere) is left out.
+
+    Raises:
+        AssertionError: one name came with two rules, or with a weight below 0.
     """
     by_name: dict[str, list[Metric]] = {}
     for part in parts:
         for name, metric in part.items():
             by_name.setdefault(name, []).append(metric)
-    merged = {name: merge_metric(metrics) for name, metrics in by_name.items()}
+    merged = {name: _merge_metric(name, metrics) for name, metrics in by_name.items()}
     return {name: metric for name, metric in merged.items() if metric.reduce is not Reduce.MEAN or metric.weight > 0}
 
 
-def merge_metric(metrics: list[Metric]) -> Metric:
-    """Join values of one metric, which must agree on the rule."""
+def merged_values(parts: Iterable[Mapping[str, Metric]]) -> dict[str, float]:
+    """`merge_metrics` as the numbers that are written down."""
+    return {name: metric.value for name, metric in merge_metrics(parts).items()}
+
+
+def _merge_metric(name: str, metrics: Sequence[Metric]) -> Metric:
     rule = metrics[0].reduce
-    assert all(metric.reduce is rule for metric in metrics), f"a metric has one rule, got {metrics}"
-    values = [metric.value for metric in metrics]
-    if rule is Reduce.MEAN:
-        weight = sum(metric.weight for metric in metrics)
-        # An empty part may hold anything: 0 * NaN must not reach the sum.
-        total = sum(metric.value * metric.weight for metric in metrics if metric.weight)
-        return Metric(value=total / weight if weight else 0.0, reduce=rule, weight=weight)
-    if rule is Reduce.SUM:
-        return Metric(value=sum(values), reduce=rule)
-    if rule is Reduce.MAX:
-        return Metric(value=max(values), reduce=rule)
-    return Metric(value=min(values) if rule is Reduce.MIN else values[-1], reduce=rule)
+    for metric in metrics:
+        assert metric.reduce is rule, (
+            f"metric {name!r} must keep one rule, got {metric.reduce.value!r} after {rule.value!r}"
+        )
+        assert metric.weight >= 0, f"metric {name!r} must have a weight >= 0, got {metric.weight}"
+    values = [float(metric.value) for metric in metrics]
+    match rule:
+        case Reduce.MEAN:
+            # An empty part may hold anything: 0 * NaN must not reach the sum.
+            total = sum(metric.value * metric.weight for metric in metrics if metric.weight)
+            return token_mean(total, sum(metric.weight for metric in metrics))
+        case Reduce.SUM:
+            return Metric(value=sum(values), reduce=rule)
+        case Reduce.MAX:
+            return Metric(value=max(values), reduce=rule)
+        case Reduce.MIN:
+            return Metric(value=min(values), reduce=rule)
+        case Reduce.LAST:
+            return Metric(value=values[-1], reduce=rule)

@@ -78,6 +78,7 @@ class Ledger:
         """Lease up to `count` issued groups to `worker`, oldest first, none younger than `horizon`."""
         keys: list[LeaseKey] = []
         for entry in self._live.values():
+            # Live groups stand in the order of their ids: after the first one beyond the horizon all are.
             if len(keys) >= count or (horizon is not None and entry.group_id > horizon):
                 break
             if entry.state is State.ISSUED:
@@ -144,6 +145,7 @@ class Ledger:
         if entry is None:
             return self._unheld(group_id, attempt)
         self._move(entry, State.READY, now)
+        # It is stored now, and cannot be lost with its worker any more.
         entry.worker = entry.expires_at = None
         entry.committed, entry.min_version, entry.max_version = attempt, min_version, max_version
         return Outcome.APPLIED
@@ -161,6 +163,7 @@ class Ledger:
         entry = self._held(group_id, attempt)
         if entry is None:
             return self._unheld(group_id, attempt, failing=True)
+        # Kept, so that the same news told again is a repetition and no second failure.
         entry.failed = attempt
         self._retry(entry, because, exhausted, now)
         return Outcome.APPLIED
@@ -170,6 +173,7 @@ class Ledger:
         entry = self._held(group_id, attempt)
         if entry is None:
             return self._unheld(group_id, attempt)
+        # As after a commit: the worker may tell of it twice.
         entry.committed = attempt
         self._drop(entry, reason, because, now)
         return Outcome.APPLIED
@@ -194,6 +198,7 @@ class Ledger:
         entry = self._live.get(group_id) or self._settled.get(group_id)
         if entry is not None and attempt == (entry.failed if failing else entry.committed):
             return Outcome.REPEATED
+        # No error: the worker has done nothing wrong, its attempt was given up meanwhile.
         self.fenced += 1
         return Outcome.FENCED
 
@@ -205,6 +210,7 @@ class Ledger:
             self._reissue(entry, because, now)
 
     def _reissue(self, entry: GroupEntry, because: str, now: float) -> None:
+        # Noted with the attempt that ended and the worker that held it, before both are gone.
         self._note(ChangeKind.REISSUED, entry, because)
         entry.attempt += 1
         entry.worker = entry.expires_at = entry.committed = entry.min_version = entry.max_version = None
@@ -258,6 +264,7 @@ class Ledger:
 
         A step that was already taken answers the same groups again.
         """
+        # The driver asks again where an answer got lost, and must get the same groups.
         taken = self.groups_of(step)
         if taken:
             return taken
@@ -320,11 +327,13 @@ class Ledger:
     def release(self, *, step: int) -> Outcome:
         """All engines have pulled the weights of `step`: the slots of everything finished up to it are free."""
         assert step <= self.step, f"Only finished steps are released: step {self.step} was the last, got {step}."
+        # The driver repeats this too, where it does not know whether it was heard.
         if step <= self._released:
             return Outcome.REPEATED
         for entry in self._settled.values():
             if self._holds_slot(entry) and (entry.step or 0) <= step:
                 self._note(ChangeKind.RELEASED, entry, "released")
+        # Slots are freed here and not in `trained`: until the pull, engines sample with older weights.
         self._released = step
         return Outcome.APPLIED
 
@@ -349,6 +358,7 @@ class Ledger:
         With slots charged correctly there are none, so each is an alarm.
         """
         ahead = {e.step for e in self._live.values() if e.state is State.TAKEN}
+        # Steps that are taken and not finished will each have made a version before a ready group's turn.
         at_use = self.version + len(ahead)
         ready = [e for e in self._live.values() if e.state is State.READY]
         stale = [e for e in ready if at_use - (e.min_version or 0) > self.rules.max_age_at_use]
@@ -422,6 +432,7 @@ class Ledger:
 
     def _revive(self, entry: GroupEntry, position: int, now: float) -> None:
         keep = self.rules.reuse_finished and self._usable(entry, position)
+        # What the lost timeline did to a group is not held against it.
         entry.failures = entry.overtaken = 0
         entry.step = entry.reason = entry.failed = None
         entry.skipped = False
@@ -522,6 +533,7 @@ class Ledger:
         ledger._forgotten_trained = state["forgotten_trained"]
         ledger._forgotten_dropped = Counter({DropReason(k): v for k, v in state["forgotten_dropped"].items()})
         reasons = Counter(entry.reason for entry in ledger._settled.values())
+        # Counted again rather than stored, so that totals cannot disagree with groups.
         ledger._trained = ledger._forgotten_trained + reasons[None]
         ledger._dropped = Counter({r: ledger._forgotten_dropped[r] + reasons[r] for r in DropReason})
         return ledger

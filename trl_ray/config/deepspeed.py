@@ -65,6 +65,21 @@ class DeepSpeedPlan:
     config: dict[str, Any]
     """For `deepspeed.initialize`, which also gets an optimizer and no schedule."""
 
+    @property
+    def shards_optimizer(self) -> bool:
+        """Each rank keeps the optimizer's state, and float32 weights, of its own part of the model only."""
+        return self.stage >= 1
+
+    @property
+    def shards_gradients(self) -> bool:
+        """Gradients are reduced into shards in every backward pass, so that ranks wait for each other in it."""
+        return self.stage >= 2
+
+    @property
+    def shards_weights(self) -> bool:
+        """No rank holds the parameters whole, but for those that a pass is using."""
+        return self.stage >= 3
+
 
 def resolve_deepspeed(
     training: TrainingConfig, *, num_ranks: int, dtype: Dtype, hidden_size: int | None = None

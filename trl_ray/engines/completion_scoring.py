@@ -1,9 +1,9 @@
-"""What every engine does with a question about completions, whatever software computes the answer.
+"""From a question about completions to checked scores, whatever software computes the answer and wherever it runs.
 
-    question --check_question--> backend: logprobs [L], most probable tokens [L, W] --answer_of--> TeacherAnswer
+    question --check_question--> engine, server: logprobs [L], most probable tokens [L, W] --answer_of--> TeacherAnswer
     TeacherAnswer x B --finish_answers: checked, tail--> TeacherScores x B
 
-W is more than `top_k` where a back end ranks ids that the question's vocabulary lacks: those are taken out.
+W is more than `top_k` where what answers ranks ids that the question's vocabulary lacks, or cannot be asked for fewer.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def answer_of(
     top_logprobs: FloatArray,
     *,
     question: TeacherQuestion,
-    version: int,
+    version: int | None = None,
 ) -> TeacherAnswer:
     """What is said of one completion, without the tail.
 
@@ -70,7 +70,7 @@ def answer_of(
         top_ids: [L, W] the model's most probable tokens, most probable first.
         top_logprobs: [L, W] theirs.
         question: what was asked.
-        version: of the weights.
+        version: of the weights; None: it is not told.
     """
     ids, values = _known(top_ids, top_logprobs, question)
     return TeacherAnswer(

@@ -1,9 +1,10 @@
 """Teachers behind HTTP, whatever they speak, with one face: requests in, checked scores out.
 
     requests ─► chunks ─► HTTP, a few at a time ─► answers, checked ─► scores, in the order of the requests
-                  FrameTeacher   trl-ray teacher-serve: frames both ways
-                  VllmTeacher    vLLM's OpenAI server: JSON
-                  TrlTeacher     TRL v1.1's server: base64 in JSON
+                  FrameTeacher   trl-ray teacher-serve: frames both ways, read by `decode_scores`
+                  JsonTeacher    JSON both ways; like an engine's, its answers go through `answer_of`, `finish_answers`
+                    VllmTeacher    vLLM's OpenAI server
+                    TrlTeacher     TRL v1.1's server: base64 in JSON
 
 Neither of the last two can be asked about given tokens, and both leave the temperature out: vLLM applies it to what it
 samples, not to the tokens of a prompt, among which the completion stands. Such questions are refused rather than
@@ -13,37 +14,33 @@ answered wrongly.
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trl_ray.config.teacher_options import PayloadDtype, PayloadIds, TeacherConfig, TeacherProtocol, TeacherServerConfig
+from trl_ray.engines.completion_scoring import answer_of, finish_answers
 from trl_ray.engines.teacher_transport import ServerAddress, TeacherServer
 from trl_ray.errors import ConfigError, TeacherError
-from trl_ray.types import FloatArray, IntArray, TeacherQuestion, TeacherRequest, TeacherScores
-from trl_ray.wire.teacher_answers import TeacherAnswer, check_answer, log_tail, split_answer
+from trl_ray.types import IntArray, TeacherQuestion, TeacherRequest, TeacherScores
+from trl_ray.wire.teacher_answers import TeacherAnswer
 from trl_ray.wire.teacher_frames import MEDIA_TYPE
 from trl_ray.wire.teacher_payload import decode_scores
 from trl_ray.wire.teacher_requests import TeacherCall, encode_requests
 
 SCORE_PATH = "/v1/teacher/score"
 """Of our own endpoint: a frame of requests is posted, a frame of scores comes back."""
-_VLLM_PATH = "/v1/completions"
-_TRL_PATH = "/get_sequence_logprobs/"
 _VLLM_NOTHING = -9999.0
 """What vLLM's server writes for -inf."""
 _MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 """What reading an answer of another form ends in."""
-
-ReadT = TypeVar("ReadT")
 
 
 @runtime_checkable
@@ -85,6 +82,11 @@ class HttpTeacher(ABC):
         chunking: how requests are cut.
     """
 
+    path: ClassVar[str]
+    """Below the server's address."""
+    media_type: ClassVar[str]
+    """Of what is posted."""
+
     def __init__(self, server: TeacherServer, chunking: Chunking) -> None:
         self._server, self._chunking = server, chunking
 
@@ -108,8 +110,21 @@ class HttpTeacher(ABC):
         """Refuse, by ConfigError, what this kind of server cannot answer."""
 
     @abstractmethod
+    def message(self, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> bytes | memoryview:
+        """What is posted."""
+
+    @abstractmethod
+    def read(self, content: bytes, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherScores]:
+        """Checked scores of what came back; TeacherError if it cannot be true."""
+
     def ask(self, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherScores]:
         """One HTTP request, repeated within bounds."""
+        return self._server.post(
+            self.path,
+            self.message(chunk, question),
+            media_type=self.media_type,
+            read=lambda content: self.read(content, chunk, question),
+        )
 
 
 class FrameTeacher(HttpTeacher):
@@ -120,6 +135,9 @@ class FrameTeacher(HttpTeacher):
         dtype: of log-probs on their way.
         ids: of token ids on their way.
     """
+
+    path = SCORE_PATH
+    media_type = MEDIA_TYPE
 
     def __init__(
         self,
@@ -135,17 +153,44 @@ class FrameTeacher(HttpTeacher):
     def check(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> None:
         """It answers all that can be asked."""
 
-    def ask(self, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherScores]:
+    def message(self, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> bytes | memoryview:
         call = TeacherCall(requests=tuple(chunk), question=question, dtype=self._dtype, ids=self._ids)
-        return self._server.post(
-            SCORE_PATH,
-            encode_requests(call).data,
-            media_type=MEDIA_TYPE,
-            read=lambda content: decode_scores(content, teacher=self.name, requests=chunk, question=question),
-        )
+        return encode_requests(call).data
+
+    def read(self, content: bytes, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherScores]:
+        return decode_scores(content, teacher=self.name, requests=chunk, question=question)
 
 
-class VllmTeacher(HttpTeacher):
+class JsonTeacher(HttpTeacher):
+    """A server that runs vLLM and speaks JSON."""
+
+    media_type = "application/json"
+
+    def check(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> None:
+        _check_plain(self.name, requests, question)
+
+    def message(self, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> bytes | memoryview:
+        return json.dumps(self.body(chunk, question)).encode()
+
+    def read(self, content: bytes, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherScores]:
+        try:
+            answers = self.answers(json.loads(content), chunk, question)
+        except _MALFORMED as error:
+            raise _malformed(
+                self.name, f"what {self.path} is known to answer", f"{content[:200]!r} ({error!r})"
+            ) from error
+        return finish_answers(answers, requests=chunk, question=question, teacher=self.name)
+
+    @abstractmethod
+    def body(self, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> Mapping[str, Any]:
+        """The question as the server understands it."""
+
+    @abstractmethod
+    def answers(self, told: Any, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherAnswer]:
+        """One answer for each request, by `answer_of`; whatever of `_MALFORMED` is raised means another form."""
+
+
+class VllmTeacher(JsonTeacher):
     """vLLM's OpenAI server, whose ``--max-logprobs`` must be at least `top_k`.
 
     Args:
@@ -153,15 +198,14 @@ class VllmTeacher(HttpTeacher):
         model: the name under which it is served.
     """
 
+    path = "/v1/completions"
+
     def __init__(self, server: TeacherServer, chunking: Chunking, *, model: str) -> None:
         super().__init__(server, chunking)
         self._model = model
 
-    def check(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> None:
-        _check_plain(self.name, requests, question)
-
-    def ask(self, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherScores]:
-        body = {
+    def body(self, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> Mapping[str, Any]:
+        return {
             "model": self._model,
             "prompt": [_sequence(request) for request in chunk],
             # A server samples at least one token.
@@ -169,19 +213,17 @@ class VllmTeacher(HttpTeacher):
             "temperature": question.temperature,
             "prompt_logprobs": question.top_k,
         }
-        return _post_json(
-            self._server, _VLLM_PATH, body, chunk, question, lambda answer: self._read(answer, chunk, question.top_k)
-        )
 
-    def _read(self, answer: Any, chunk: Sequence[TeacherRequest], top_k: int) -> TeacherAnswer:
-        choices = {choice["index"]: choice["prompt_logprobs"] for choice in answer["choices"]}
+    def answers(self, told: Any, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherAnswer]:
+        choices = {choice["index"]: choice["prompt_logprobs"] for choice in told["choices"]}
         if choices.keys() != set(range(len(chunk))):
             raise _malformed(self.name, f"choices 0 to {len(chunk) - 1}", f"choices {sorted(choices)[:8]}")
-        read = [self._read_one(choices[index], index, request, top_k) for index, request in enumerate(chunk)]
-        return _join(read, top_k)
+        return [self._read_one(choices[index], index, request, question) for index, request in enumerate(chunk)]
 
-    def _read_one(self, places: Any, completion: int, request: TeacherRequest, top_k: int) -> _Columns:
-        start, length = len(request.prompt_ids), len(request.completion_ids)
+    def _read_one(
+        self, places: Any, completion: int, request: TeacherRequest, question: TeacherQuestion
+    ) -> TeacherAnswer:
+        start, length, top_k = len(request.prompt_ids), len(request.completion_ids), question.top_k
         if len(places) != start + length:
             raise _malformed(self.name, f"{start + length} places for completion {completion}", f"{len(places)}")
         logprobs = np.empty(length, np.float32)
@@ -198,52 +240,41 @@ class VllmTeacher(HttpTeacher):
             top_logprobs[token] = [value["logprob"] for _, value in ranked]
         for values in (logprobs, top_logprobs):
             values[values <= _VLLM_NOTHING] = -np.inf
-        return _Columns(logprobs=logprobs, top_ids=_as_ids(top_ids), top_logprobs=top_logprobs)
+        return answer_of(logprobs, _as_ids(top_ids), top_logprobs, question=question)
 
 
-class TrlTeacher(HttpTeacher):
+class TrlTeacher(JsonTeacher):
     """TRL v1.1's server."""
 
-    def check(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> None:
-        _check_plain(self.name, requests, question)
+    path = "/get_sequence_logprobs/"
 
-    def ask(self, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherScores]:
-        body = {
+    def body(self, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> Mapping[str, Any]:
+        return {
             "sequences": [_sequence(request) for request in chunk],
             "prompt_lengths": [len(request.prompt_ids) for request in chunk],
-            "top_logprobs": max(1, question.top_k),
+            "top_logprobs": _trl_width(question),
             "temperature": question.temperature,
             "response_format": "binary",
         }
-        return _post_json(
-            self._server, _TRL_PATH, body, chunk, question, lambda answer: self._read(answer, chunk, question.top_k)
-        )
 
-    def _read(self, answer: Any, chunk: Sequence[TeacherRequest], top_k: int) -> TeacherAnswer:
+    def answers(self, told: Any, chunk: Sequence[TeacherRequest], question: TeacherQuestion) -> list[TeacherAnswer]:
         lengths = [len(request.completion_ids) for request in chunk]
-        if answer["completion_lengths"] != lengths:
-            raise _malformed(self.name, f"completions of {lengths} tokens", f"{answer['completion_lengths']!r:.200}")
-        shape = (len(chunk), max(lengths), max(1, top_k))
-        if list(answer["shape"]) != list(shape):
-            raise _malformed(self.name, f"arrays of shape {shape}", f"{answer['shape']!r:.200}")
-        logprobs = _array(answer, "logprobs_b64", "<f4", shape)
-        ids = _array(answer, "token_ids_b64", "<i4", shape)
-        sampled = _array(answer, "actual_logprobs_b64", "<f4", (*shape[:2], 1))
-        sampled_ids = _array(answer, "actual_token_ids_b64", "<i4", (*shape[:2], 1))
+        if told["completion_lengths"] != lengths:
+            raise _malformed(self.name, f"completions of {lengths} tokens", f"{told['completion_lengths']!r:.200}")
+        shape = (len(chunk), max(lengths), _trl_width(question))
+        if list(told["shape"]) != list(shape):
+            raise _malformed(self.name, f"arrays of shape {shape}", f"{told['shape']!r:.200}")
+        logprobs = _array(told, "logprobs_b64", "<f4", shape)
+        ids = _array(told, "token_ids_b64", "<i4", shape)
+        sampled = _array(told, "actual_logprobs_b64", "<f4", (*shape[:2], 1))
+        sampled_ids = _array(told, "actual_token_ids_b64", "<i4", (*shape[:2], 1))
         for row, request in enumerate(chunk):
             if (sampled_ids[row, : lengths[row], 0] != request.completion_ids).any():
                 raise _malformed(self.name, f"the tokens of completion {row} as they were sent", "others")
-        return _join(
-            [
-                _Columns(
-                    logprobs=sampled[row, :length, 0],
-                    top_ids=ids[row, :length],
-                    top_logprobs=logprobs[row, :length],
-                )
-                for row, length in enumerate(lengths)
-            ],
-            top_k,
-        )
+        return [
+            answer_of(sampled[row, :length, 0], ids[row, :length], logprobs[row, :length], question=question)
+            for row, length in enumerate(lengths)
+        ]
 
 
 def teacher_client(*, name: str, server: TeacherServerConfig, teacher: TeacherConfig) -> TeacherClient:
@@ -301,53 +332,6 @@ def cut(requests: Sequence[TeacherRequest], chunking: Chunking) -> Iterator[list
         yield chunk
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Columns:
-    """One completion's part of an answer."""
-
-    logprobs: FloatArray
-    """[L]"""
-    top_ids: IntArray
-    """[L, K]"""
-    top_logprobs: FloatArray
-    """[L, K]"""
-
-
-def _join(columns: Sequence[_Columns], top_k: int) -> TeacherAnswer:
-    return TeacherAnswer(
-        lengths=np.array([len(each.logprobs) for each in columns], dtype=np.int64),
-        logprobs=np.concatenate([each.logprobs for each in columns]),
-        top_ids=np.concatenate([each.top_ids for each in columns]) if top_k else None,
-        top_logprobs=np.concatenate([each.top_logprobs for each in columns]) if top_k else None,
-    )
-
-
-def _post_json(
-    server: TeacherServer,
-    path: str,
-    body: Mapping[str, Any],
-    chunk: Sequence[TeacherRequest],
-    question: TeacherQuestion,
-    read: Callable[[Any], TeacherAnswer],
-) -> list[TeacherScores]:
-    """Send JSON, read JSON, check, and take the tail from what has been checked."""
-
-    def read_content(content: bytes) -> list[TeacherScores]:
-        try:
-            answer = read(json.loads(content))
-        except _MALFORMED as error:
-            raise _malformed(
-                server.teacher, f"what {path} is known to answer", f"{content[:200]!r} ({error!r})"
-            ) from error
-        told = dataclasses.replace(question, tail=False)
-        check_answer(answer, teacher=server.teacher, requests=chunk, question=told)
-        if question.tail and answer.top_logprobs is not None:
-            answer = dataclasses.replace(answer, tail=log_tail(answer.top_logprobs))
-        return split_answer(answer, teacher=server.teacher)
-
-    return server.post(path, json.dumps(body).encode(), media_type="application/json", read=read_content)
-
-
 def _check_plain(teacher: str, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> None:
     """What a server that runs vLLM can be asked."""
     if question.temperature != 1:
@@ -360,6 +344,11 @@ def _check_plain(teacher: str, requests: Sequence[TeacherRequest], question: Tea
             f"teacher {teacher} must be asked about its own most probable tokens only, got others: its server cannot "
             "score given ones. Set support to teacher or sampled, or serve the teacher by trl-ray teacher-serve."
         )
+
+
+def _trl_width(question: TeacherQuestion) -> int:
+    """Tokens asked for at each place: this server gives one at least, and `answer_of` leaves it out again."""
+    return max(1, question.top_k)
 
 
 def _sequence(request: TeacherRequest) -> list[int]:

@@ -159,12 +159,14 @@ class EngineThread:
         """
         for request in requests:
             self._check(request)
+        # A name may come again, as those of evaluations do; a key never does.
         keyed = {f"{next(self._counter)}:{request.request_id}": request for request in requests}
         entries = {
             key: _Pending(request_id=request.request_id, size=request.n, future=Future())
             for key, request in keyed.items()
         }
 
+        # One command for all, so that the batch is the same in every run.
         def add_all() -> None:
             for key, request in keyed.items():
                 self._add(key, partial(self._backend.add, key, request))
@@ -194,6 +196,7 @@ class EngineThread:
 
         def add_all() -> None:
             for key, sequence in keyed.items():
+                # Nothing predicts the first token, so that there is nothing to ask about a lone one.
                 if len(sequence) > 1:
                     self._add(key, partial(self._backend.add_score, key, sequence))
                 else:
@@ -237,6 +240,7 @@ class EngineThread:
             asked = [requests[index] for index in missing]
             found = self._results(self._ask(asked, question), until=until, patience_s=deadline_s)
             answers.update(zip(missing, found, strict=True))
+            # Only answers of one version can be joined, and the youngest is the one that stays.
             youngest = max(answer.version or 0 for answer in answers.values())
             missing = [index for index, answer in answers.items() if answer.version != youngest]
         ordered = [answers[index] for index in range(len(requests))]
@@ -262,6 +266,7 @@ class EngineThread:
         """
         with self._condition:
             self._require_working()
+            # A pause is no hang: the watchdog counts from here.
             self._paused = False
             self._watched_since = time.monotonic()
             self._condition.notify_all()
@@ -273,9 +278,11 @@ class EngineThread:
             WeightError: names, shapes, layout or checksum are wrong; the engine is untouched and works on.
             EngineError: loading failed half-way; the engine is broken.
         """
+        # In the caller's thread and before anything is touched: a payload that does not fit costs nobody a step.
         verify_payload(self._limits.manifest, payload)
 
         def load() -> None:
+            # Both in the engine's thread, between two steps: no token is sampled under the wrong version.
             self._backend.load(payload)
             self._version = payload.identity
 
@@ -297,6 +304,7 @@ class EngineThread:
             self._condition.notify_all()
         self._fail_all(f"{self._name} was closed")
         atexit.unregister(self.close)
+        # What hangs in the model software cannot be stopped; its thread is a daemon and ends with the process.
         hangs = self._broken is not None and self._active
         self._thread.join(timeout=0.0 if hangs else _JOIN_S)
 
@@ -365,6 +373,7 @@ class EngineThread:
         command = _Command(run=run, done=Future())
         with self._condition:
             self._require_working()
+            # Time without work is no hang either.
             if not self._busy():
                 self._watched_since = time.monotonic()
             self._pending.update(entries)
@@ -404,6 +413,7 @@ class EngineThread:
     def _settle(self, results: Sequence[Finished]) -> None:
         with self._condition:
             settled = [(self._pending.pop(item.key), item) for item in results if item.key in self._pending]
+        # Outside the lock: a future runs its callbacks here, and they may call the engine.
         for pending, item in settled:
             with suppress(InvalidStateError):  # The caller has cancelled it.
                 pending.future.set_result(item.result)
@@ -456,6 +466,7 @@ class EngineThread:
             self._condition.wait_for(lambda: self._closed or self._broken is not None or self._busy())
             if self._closed or self._broken is not None:
                 return False
+            # Commands first, so that weights and aborts do not wait for what is generated.
             self._running = self._commands.popleft() if self._commands else None
             self._active = True
         try:

@@ -33,7 +33,7 @@ class StalenessMonitor:
     """Knows the oldest age that the run allows and the oldest it has seen.
 
     monitor = StalenessMonitor(max_age_at_use=2)
-    bag.add(monitor.observe(groups, learner_version=7))
+    metrics = monitor.observe(groups, learner_version=7)
     """
 
     def __init__(self, *, max_age_at_use: int) -> None:

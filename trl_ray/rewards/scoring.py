@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trl_ray.algorithms.metric_merging import mean_metric
 from trl_ray.rewards.functions import RewardFunction
 from trl_ray.types import Completion, Prompt, Reward, RewardErrorKind, RewardFailure, ScoredGroup
 
@@ -244,7 +245,7 @@ def combine(
         values = {named.name: parts[named.name][index] for named in functions}
         extra = {column: column_values[index] for column, column_values in log.extra.items()}
         rewards.append(Reward(total=_total(values, weights), parts=values, extra=extra))
-    metrics = {name: sum(values) / len(values) for name, values in log.metrics.items()}
+    metrics = {name: mean_metric(values).value for name, values in log.metrics.items()}
     scored = ScoredGroup(rewards=tuple(rewards), metrics=metrics)
     return scored if may_abstain else _unless_all_abstained(scored, names=list(weights))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,17 +29,15 @@ from trl_ray.algorithms.loss import (
 )
 from trl_ray.algorithms.loss_registry import build_loss, update_totals
 from trl_ray.algorithms.policy.policy_loss import PolicyLoss
-from trl_ray.algorithms.preference.paired_preference import PairInputs, PairTotals, preference_loss
+from trl_ray.algorithms.preference.paired_preference import preference_loss
 from trl_ray.algorithms.preference.reference_free import (
-    ReferenceFreeInputs,
-    ReferenceFreeTotals,
     are_prompts,
     cpo_loss,
     orpo_loss,
 )
-from trl_ray.algorithms.preference.reward_losses import RatedSteps, RewardPairs, bradley_terry_loss, step_loss
-from trl_ray.algorithms.preference.unpaired_preference import UnpairedInputs, UnpairedTotals, unpaired_loss
-from trl_ray.algorithms.supervised_loss import SupervisedInputs, supervised_loss
+from trl_ray.algorithms.preference.reward_losses import bradley_terry_loss, step_loss
+from trl_ray.algorithms.preference.unpaired_preference import unpaired_loss
+from trl_ray.algorithms.supervised_loss import supervised_loss
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.policy_options import LossConfig
 from trl_ray.config.losses.preference_options import (
@@ -103,17 +102,7 @@ def assert_same(found: LossOutput, expected: LossOutput, inputs: LossInputs) -> 
 def test_supervised_fine_tuning(options: dict[str, Any]) -> None:
     config = SupervisedLossConfig(**options)
     inputs = inputs_of(config, flat(texts(1)))
-    scores = inputs.language
-    expected = supervised_loss(
-        SupervisedInputs(
-            logprobs=scores.logprobs,
-            num_valid_tokens=inputs.totals.num_valid_tokens,
-            mean_logprobs=scores.mean_logprobs,
-            entropy=scores.entropy,
-            top1=scores.top1,
-        ),
-        config,
-    )
+    expected = supervised_loss(inputs.language, config, num_valid_tokens=3 * len(inputs.logprobs))
     found = build_loss(config)(inputs)
     assert_same(found, expected, inputs)
     assert {"entropy", "mean_token_accuracy", "nll"} == found.metrics.keys()
@@ -128,24 +117,19 @@ def test_pairs_against_a_reference_that_is_passed_or_known(ld_alpha: float | Non
     if known:
         samples = [replace(one, label=SampleLabel(reference=n)) for one, n in zip(samples, numbers, strict=True)]
     inputs = inputs_of(config, samples, reference=not known)
-    scores = inputs.language
     if known:
         reference = torch.tensor(numbers)
     else:
         assert inputs.reference_logprobs is not None
         reference = sequence_logprobs(inputs.reference_logprobs, inputs.tokens, ld_alpha=ld_alpha)
     expected = preference_loss(
-        PairInputs(
-            tokens=inputs.tokens,
-            logprobs=scores.logprobs,
-            lengths=torch.tensor([len(one.completion_ids) for one in samples]),
-            reference=reference,
-            sum_squared_probs=scores.sum_squared_probs,
-            entropy=scores.entropy,
-            top1=scores.top1,
-            totals=PairTotals(num_pairs=8, num_chosen_tokens=sum(len(one.completion_ids) for one in samples[::2])),
-        ),
+        inputs.tokens,
+        inputs.language,
         config,
+        lengths=torch.tensor([len(one.completion_ids) for one in samples]),
+        reference=reference,
+        num_pairs=8,
+        num_chosen_tokens=sum(len(one.completion_ids) for one in samples[::2]),
     )
     assert_same(build_loss(config)(inputs), expected, inputs)
 
@@ -164,15 +148,13 @@ def test_rated_completions_take_the_kl_from_the_totals() -> None:
     inputs = inputs_of(config, samples, reference=True, kl=0.4)
     assert inputs.reference_logprobs is not None
     expected = unpaired_loss(
-        UnpairedInputs(
-            tokens=inputs.tokens,
-            logprobs=inputs.logprobs,
-            reference=inputs.tokens.sums(inputs.reference_logprobs),
-            desirable=torch.tensor([True, False] * 4),
-            entropy=inputs.entropy,
-            totals=UnpairedTotals(num_completions=16, kl=0.4),
-        ),
+        inputs.tokens,
+        inputs.language,
         config,
+        reference=inputs.tokens.sums(inputs.reference_logprobs),
+        desirable=torch.tensor([True, False] * 4),
+        num_completions=16,
+        kl=0.4,
     )
     loss = build_loss(config)
     assert_same(loss(inputs), expected, inputs)
@@ -192,14 +174,7 @@ def test_pairs_without_a_reference() -> None:
     samples = flat(pairs(1))
     inputs = inputs_of(config, samples)
     trained = sum(len(one.completion_ids) for one in samples[::2])
-    expected = cpo_loss(
-        ReferenceFreeInputs(
-            tokens=inputs.tokens,
-            logprobs=inputs.logprobs,
-            totals=ReferenceFreeTotals(num_pairs=8, num_likelihood_tokens=trained),
-        ),
-        config,
-    )
+    expected = cpo_loss(inputs.tokens, inputs.logprobs, config, num_pairs=8, num_likelihood_tokens=trained)
     assert_same(build_loss(config)(inputs), expected, inputs)
 
 
@@ -216,16 +191,15 @@ def test_odds_ratios_take_prompts_from_the_third_samples() -> None:
     trained = sum(len(samples[place].completion_ids) for place in completions[::2])
     rest = sum(len(one.completion_ids) for one, is_prompt in zip(samples, prompts, strict=True) if is_prompt)
     expected = orpo_loss(
-        ReferenceFreeInputs(
-            tokens=TokenSequences(
-                sample_index=torch.tensor([completions.index(number) for number in index if not prompts[number]]),
-                num_sequences=16,
-            ),
-            logprobs=inputs.logprobs[kept],
-            prompt_logprobs=inputs.logprobs[~kept],
-            totals=ReferenceFreeTotals(num_pairs=8, num_likelihood_tokens=trained + rest),
+        TokenSequences(
+            sample_index=torch.tensor([completions.index(number) for number in index if not prompts[number]]),
+            num_sequences=16,
         ),
+        inputs.logprobs[kept],
+        inputs.logprobs[~kept],
         config,
+        num_pairs=8,
+        num_likelihood_tokens=trained + rest,
     )
     assert_same(build_loss(config)(inputs), expected, inputs)
 
@@ -244,12 +218,12 @@ def test_pairs_of_rewards_have_margin_0_where_they_have_none() -> None:
     inputs = inputs_of(config, samples, classes=1)
     assert inputs.class_logits is not None
     rewards = inputs.class_logits[:, 0]
-    pair = RewardPairs(chosen=rewards[::2], rejected=rewards[1::2], margin=torch.tensor([0.0, 0.5] * 4), num_pairs=8)
+    expected = partial(bradley_terry_loss, rewards[::2], rewards[1::2], config, num_pairs=8)
     found = build_loss(config)(inputs)
-    assert_same(found, bradley_terry_loss(pair, config), inputs)
+    assert_same(found, expected(margin=torch.tensor([0.0, 0.5] * 4)), inputs)
     without = [replace(one, label=None) for one in samples]
     plain = build_loss(config)(replace(inputs, samples=without))
-    assert_same(plain, bradley_terry_loss(replace(pair, margin=None), config), inputs)
+    assert_same(plain, expected(margin=None), inputs)
     assert plain.loss.item() < found.loss.item()
 
 
@@ -259,8 +233,8 @@ def test_steps_are_read_in_the_order_of_the_trained_positions() -> None:
     inputs = inputs_of(config, samples, classes=2)
     assert inputs.class_logits is not None
     right = [bool(value) for one in samples for value in one.label.steps]  # type: ignore[union-attr]
-    steps = RatedSteps(logits=inputs.class_logits, right=torch.tensor(right), num_steps=inputs.totals.num_valid_tokens)
-    assert_same(build_loss(config)(inputs), step_loss(steps), inputs)
+    expected = step_loss(inputs.class_logits, torch.tensor(right), num_steps=inputs.totals.num_valid_tokens)
+    assert_same(build_loss(config)(inputs), expected, inputs)
 
 
 LABELLED = [replace(one, label=SampleLabel(steps=np.ones(3, dtype=np.bool_))) for one in flat(solutions(1))[:1]]

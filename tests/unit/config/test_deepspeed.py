@@ -63,6 +63,12 @@ def test_auto_takes_our_values() -> None:
     assert "optimizer" not in plan.config and plan.torch_adam and not plan.bf16
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_stage_shards_what_the_one_before_does_and_one_thing_more(stage: int) -> None:
+    plan = resolve({"zero_optimization": {"stage": stage}})
+    assert (plan.shards_optimizer, plan.shards_gradients, plan.shards_weights) == (stage > 0, stage > 1, stage > 2)
+
+
 def test_equal_values_may_stand_in_both_places() -> None:
     plan = resolve(
         {

@@ -72,6 +72,14 @@ def test_scores_are_those_of_the_teacher(protocol: str, top_k: int) -> None:
     assert {each.version for each in scores} == {3 if protocol == "trl_ray" else None}
 
 
+@pytest.mark.parametrize("protocol", ["vllm", "trl"])
+def test_no_tokens_leave_out_everything_as_they_do_for_an_engine(protocol: str) -> None:
+    with serving(GOOD[protocol]) as server:
+        question = TeacherQuestion(vocab_size=VOCAB, top_k=0, tail=True)
+        scores = MAKERS[protocol](connect(server.url), ALL_AT_ONCE).score(REQUESTS, question)
+    assert [None if each.tail is None else each.tail.tolist() for each in scores] == [[0.0] * n for n in LENGTHS]
+
+
 @pytest.mark.parametrize("protocol", MAKERS)
 def test_chunks_are_asked_apart_and_put_together_in_order(protocol: str) -> None:
     with serving(GOOD[protocol]) as server:

@@ -2,8 +2,8 @@ from collections.abc import Callable
 
 import pytest
 
+from trl_ray.algorithms.metric_merging import merged_values
 from trl_ray.errors import WeightError
-from trl_ray.observe.metric_bag import MetricBag
 from trl_ray.observe.staleness import StalenessMonitor
 from trl_ray.types import RolloutGroup, Span
 
@@ -13,9 +13,7 @@ GroupMaker = Callable[..., RolloutGroup]
 def test_ages_weigh_tokens_and_split_into_flight_and_queue(make_group: GroupMaker) -> None:
     # Learner at 5. First group: 3 tokens of v3, 1 of v4. Second: 4 tokens of v5.
     groups = [make_group(versions=[[(3, 0, 3), (4, 3, 4)]]), make_group(group_id=1, versions=[[(5, 0, 4)]])]
-    bag = MetricBag()
-    bag.add(StalenessMonitor(max_age_at_use=2).observe(groups, learner_version=5))
-    assert bag.reduce() == {
+    assert merged_values([StalenessMonitor(max_age_at_use=2).observe(groups, learner_version=5)]) == {
         "staleness/max": 2.0,
         "staleness/mean": (3 * 2 + 1 * 1) / 8,
         "staleness/hist_0": 4 / 8,

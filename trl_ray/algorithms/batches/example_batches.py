@@ -49,6 +49,7 @@ def cut_examples(examples: Sequence[Sequence[TrainingSample]], rules: CutRules) 
     for example in examples:
         pieces.append(piece_of(samples, range(start, start + len(example)), trained, whole=True))
         start += len(example)
+    # No smaller pieces are tried, as they are for groups: what a loss compares must meet in one forward pass.
     return filled(pack(pieces, rules, trained), samples) if pieces else ()
 
 
@@ -72,6 +73,7 @@ def mismatched_kl(batch: TrainBatch, scores: Sequence[SampleScores]) -> float:
         known = None if sample.label is None else sample.label.reference
         if known is None:
             assert score.reference_logprobs is not None, "the estimate needs log-probs of the reference"
+            # In float64, as the estimate is a small difference of two large sums.
             known = float(score.reference_logprobs[sample.loss_mask].sum(dtype="float64"))
         policy.append(float(score.logprobs[sample.loss_mask].sum(dtype="float64")))
         reference.append(known)
@@ -98,6 +100,7 @@ def example_references(
         Per example, the numbers of its samples and then of the mismatched one, if it has one: what `with_references`
         takes.
     """
+    # By identity: the batch holds the same objects, cut and ordered anew.
     known = {id(sample): answer for sample, answer in zip(batch.samples, answers, strict=True)}
     return [
         _sums(asked_of(example), [known[id(sample)] for sample in asked_of(example)], ld_alpha=ld_alpha)

@@ -129,6 +129,7 @@ def build_layout(
     for index in trained:
         assert len(samples[index].prompt_ids) > 0, "the first completion token needs a prompt token that predicts it"
     single = [_block(samples, bodies, [index]) for index in trained]
+    # Neither kind can be told that completions see one prompt but not each other.
     if share is SharePrompt.NEVER or attention in {AttentionKind.CAUSAL, AttentionKind.RESTARTS}:
         grouped = single
     else:
@@ -137,6 +138,7 @@ def build_layout(
         case AttentionKind.SEGMENTS | AttentionKind.RESTARTS:
             rows = [grouped]
         case AttentionKind.CAUSAL | AttentionKind.MASKED:
+            # A dense mask makes attention pay for all pairs of a row, so that sharing does not always save work.
             rows = [[block] for block in single]
             shared = pack_rows(grouped)
             if grouped is not single and (share is SharePrompt.ALWAYS or _pays(shared, rows, hidden_size)):
@@ -217,17 +219,21 @@ def _assemble(samples: Sequence[TrainingSample], rows: Sequence[Sequence[_Block]
             positions[r, start : last_of_prompt + 1] = np.arange(len(block.prompt))
             at = last_of_prompt + 1
             whole = [len(block.prompt) + len(samples[sample].completion_ids) for sample in block.samples]
+            # A shared prompt is embedded once, so that its noise cannot have the length of each completion.
             lengths[r, start:at] = np.mean(whole)
             for part, (sample, body) in enumerate(zip(block.samples, block.bodies, strict=True), start=1):
                 part_of[r, at : at + len(body)] = part
                 lengths[r, at : at + len(body)] = whole[part - 1]
                 positions[r, at : at + len(body)] = len(block.prompt) + np.arange(len(body))
+                # The token before predicts: the prompt's last one stands before the first of each of its completions.
                 before = np.concatenate([[last_of_prompt], np.arange(at, at + len(body))])
                 predictors[sample] = r * width + before[np.flatnonzero(samples[sample].loss_mask)]
                 at += len(body)
             start = end
     packed = attention in {AttentionKind.SEGMENTS, AttentionKind.RESTARTS}
+    # Rows of one sequence are right under plain causal attention, for which there are fused kernels.
     plain = packed or all(len(row) == 1 and len(row[0].bodies) == 1 for row in rows)
+    # Rows may have been filled longest first; losses want the tokens sample by sample.
     order = sorted(predictors)
     targets = [samples[index].completion_ids[samples[index].loss_mask] for index in order]
     return Layout(

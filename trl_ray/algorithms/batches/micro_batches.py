@@ -51,11 +51,13 @@ def cut_samples(samples: Sequence[TrainingSample], rules: CutRules) -> tuple[Mic
     largest = max(len(group.members) for group in groups)
     best: list[Bin] | None = None
     size = min(largest, rules.max_samples or largest)
+    # Whole groups first, then halves, quarters, ...: each tear costs a prompt that is computed again.
     while size:
         pieces = [piece for group in groups for piece in split_piece(group, size, trained)]
         bins = pack(pieces, rules, trained)
         if best is None or _is_better(bins, best, rules.ranks):
             best = bins
+        # One rank gains nothing from evenness, and there is no cut into fewer.
         if rules.ranks == 1 and len(best) == fewest(pieces, rules):
             break
         size //= 2
@@ -150,6 +152,7 @@ def split_updates(
         groups: dict[int, list[int]] = {}
         for place, sample in enumerate(samples):
             groups.setdefault(sample.group_id, []).append(place)
+        # From seed and step alone, so that a step that is done again after a resume is cut as it was.
         shuffled = np.random.default_rng([seed, step]).permutation(len(groups))
         whole = list(groups.values())
         order = [place for number in shuffled for place in whole[number]]
@@ -172,6 +175,7 @@ def shard(batch: TrainBatch, *, ranks: int, equal: bool) -> list[TrainBatch]:
             ones at the end, which are not counted in `num_micro_batches`.
     """
     assert ranks >= 1, "there is at least one rank"
+    # The cut stands; costs only say who gets what, for which the sizes of a usual model do.
     rules = CutRules()
     costs = []
     for micro_batch in batch.micro_batches:
@@ -185,6 +189,7 @@ def shard(batch: TrainBatch, *, ranks: int, equal: bool) -> list[TrainBatch]:
     for hand in hands:
         parts = [batch.micro_batches[place] for place in hand]
         if equal:
+            # Ranks that exchange data in each pass would wait for ever for one with fewer passes.
             parts += [()] * (most - len(parts))
         shards.append(dataclasses.replace(batch, micro_batches=tuple(parts)))
     return shards

@@ -90,6 +90,7 @@ class TokenMetrics:
 
     def add(self, name: str, values: Tensor, *, where: Tensor | None = None) -> None:
         """A mean over tokens [N], or over those that are True in `where` [N]."""
+        # Sums stay on the device: asking for a number here would wait for it, once per metric.
         values = values.detach()
         if where is None:
             self._means[name] = (values.sum(), None)
@@ -99,6 +100,7 @@ class TokenMetrics:
     def add_by_sample(self, name: str, values: Tensor) -> None:
         """A mean over completions that have tokens, of values [N] that are the same at all tokens of a completion."""
         counts = self._tokens.counts()
+        # The value stands at every token of its completion; the shares of all its tokens add up to it once.
         shares = values.detach() / counts[self._tokens.sample_index]
         self._means[name] = (shares.sum(), (counts > 0).sum())
 

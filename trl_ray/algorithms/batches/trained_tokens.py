@@ -45,6 +45,7 @@ def completion_lengths(inputs: LossInputs) -> Tensor:
     """[B] int64 tokens of each completion: as its label says, else those that are trained."""
     given = [None if sample.label is None else sample.label.length for sample in inputs.samples]
     counts = inputs.tokens.counts()
+    # The two differ only where a prompt is empty: nothing predicts the first token then, though it is part of the text.
     if all(length is None for length in given):
         return counts
     known = torch.tensor([0 if length is None else length for length in given], device=counts.device)
@@ -53,6 +54,7 @@ def completion_lengths(inputs: LossInputs) -> Tensor:
 
 def reference_logprobs(inputs: LossInputs, *, ld_alpha: float | None) -> Tensor:
     """[B] of the reference, summed as `sequence_logprobs` does: precomputed for all samples, or of a reference pass."""
+    # Where labels have them, no reference is held that could be asked (`LossNeeds.reference`).
     known = precomputed_references(inputs.samples)
     if known is not None:
         return inputs.logprobs.detach().new_tensor(known)

@@ -105,6 +105,7 @@ class Bin:
         """Tokens of model input once it is added."""
         if self.rules.padded:
             rows = [p + b for key, p, b in zip(piece.keys, piece.prompts, piece.bodies, strict=True) if key]
+            # Every row is filled up to the longest, so that one long text makes all others dear.
             return (self._rows + len(rows)) * max([self._longest, *rows])
         return self.tokens + _tokens(piece, self.rules, self._prompts)
 
@@ -130,7 +131,9 @@ def _tokens(piece: Piece, rules: CutRules, known: Iterable[tuple[int, bytes]] = 
 
 def _cost(piece: Piece, rules: CutRules, known: Iterable[tuple[int, bytes]] = ()) -> float:
     """Work in tokens: linear layers, attention (pairs of tokens), head."""
+    # Only completions: each of their tokens sees the whole prompt and, on average, half of its own completion.
     pairs = sum(b * (p + b / 2) for p, b in zip(piece.prompts, piece.bodies, strict=True))
+    # 2 H for a pair against 12 H^2 for a token makes a pair worth 1 / (6 H) tokens.
     return _tokens(piece, rules, known) + pairs / (6 * rules.hidden_size) + rules.head_share * piece.trained
 
 
@@ -167,6 +170,7 @@ def split_piece(piece: Piece, size: int, trained: Sequence[int]) -> list[Piece]:
 def pack(pieces: Sequence[Piece], rules: CutRules, trained: Sequence[int]) -> list[Bin]:
     """The fewest bins, in multiples of the ranks, that the longest-first rule can do with."""
     count = rules.ranks * max(1, -(-fewest(pieces, rules) // rules.ranks))
+    # The bound is only one from below; the rule may need more, and then one more for every rank.
     while True:
         bins = _fill(pieces, rules, trained, count)
         if bins is not None:
@@ -229,6 +233,7 @@ def assign_to_ranks(costs: Sequence[float], ranks: int, *, equal: bool) -> list[
     most = -(-len(costs) // ranks) if equal else len(costs)
     hands: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0.0] * ranks
+    # Equal work goes by place, so that the same batch is always dealt out alike.
     for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
         rank = min((r for r in range(ranks) if len(hands[r]) < most), key=lambda r: (loads[r], len(hands[r]), r))
         hands[rank].append(place)

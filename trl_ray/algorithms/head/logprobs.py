@@ -114,6 +114,7 @@ def token_logprobs(
         tile=tile_shape(hidden.shape[0], weight.shape[0], chunk_size=chunk_size, device=hidden.device),
         extras=extras,
         backend=backend or _backend(hidden.device, compute_dtype or weight.dtype),
+        # Whoever names a chunk size is short of memory, and without gradients nothing would read what is kept.
         keep=chunk_size is None and torch.is_grad_enabled(),
     )
     logprobs, entropy, mean, further, values, squares, top1, ids = _Head.apply(  # type: ignore[no-untyped-call]
@@ -155,6 +156,7 @@ def _even(size: int, longest: int, *, multiple: int) -> int:
 
 def _backend(device: torch.device, dtype: torch.dtype) -> HeadBackend:
     """Triton where there is a GPU for it; its kernels compute in float32."""
+    # Found, not imported: that is left to the module with the kernels.
     has_triton = device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None
     return HeadBackend.TRITON if has_triton else HeadBackend.TORCH
 
@@ -212,9 +214,11 @@ class _Head(torch.autograd.Function):
         found: HeadResult = _module(settings.backend).forward(
             problem, settings.extras, keep=settings.keep and any(ctx.needs_input_grad[:3])
         )
+        # What no loss reads comes back as None rather than as zeros, and its terms are left out.
         ctx.set_materialize_grads(False)
         top_ids = found.top_ids if settings.extras.top_gradient else None
         ctx.save_for_backward(hidden, weight, bias, targets, support, top_ids, found.log_total, found.entropy)
+        # Not saved like the others: tiles of logits are large, and the backward pass frees each as it uses it up.
         ctx.settings, ctx.kept = settings, found.kept
         fixed = [found.sum_squared_probs, found.top1, found.top_ids]
         if not settings.extras.top_gradient:
@@ -224,12 +228,15 @@ class _Head(torch.autograd.Function):
         return *differentiable, found.top_logprobs, *fixed[:3]
 
     @staticmethod
+    # Tiles are computed again outside of autograd: there is nothing that a second derivative could follow.
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, support, top_ids, log_total, entropy = ctx.saved_tensors
+        # Computing every tile again would give zeros.
         if all(grad is None for grad in grads[:5]):
             return (None,) * 6
         settings: _Settings = ctx.settings
+        # Named and most probable tokens are alike on the way back: ids, each with a gradient.
         further = [(ids, grad) for ids, grad in ((support, grads[3]), (top_ids, grads[4])) if grad is not None]
         kept, ctx.kept = ctx.kept, {}
         found = _module(settings.backend).backward(

@@ -73,7 +73,9 @@ def group_advantages(
     divisors = _divisors(arrays, scale)
     values = [_centred(group, baseline) / divisor for group, divisor in zip(arrays, divisors, strict=True)]
     if normalize:
+        # Without a baseline a group of equal rewards is not at 0, and shifts like any other.
         values = _normalized(values, keep=flat & (baseline is not AdvantageBaseline.NONE))
+    # Statistics first, what is no number last: one bad reward must not spoil the advantages of all others.
     return Advantages(values=_finished(values, [_poisoned(group) for group in rewards]), flat=flat)
 
 
@@ -97,9 +99,11 @@ def objective_advantages(parts: Parts, *, weights: Sequence[float] | None = None
         factors = [1.0] * len(columns) if weights is None else list(weights)
         assert len(factors) == len(columns), f"one weight per function, got {len(factors)} for {len(columns)}"
         scores = [_centred(column, AdvantageBaseline.GROUP_MEAN) / (_std(column) + EPSILON) for column in columns]
+        # A function that abstained moves nothing; its NaN would swallow what the others say.
         total = sum((w * np.nan_to_num(z, nan=0.0) for w, z in zip(factors, scores, strict=True)), np.zeros(len(group)))
         bad = np.array([any(_is_bad(value) for value in row) for row in group], dtype=np.bool_)
         nobody = np.array([all(value is None for value in row) for row in group], dtype=np.bool_)
+        # Neither is a score, so that both stay out of the statistics of the step.
         combined.append(np.where(bad | nobody, np.nan, total))
         flat.append(all(_is_flat(column) for column in columns))
         poisoned.append(bad)
@@ -131,6 +135,7 @@ def _centred(group: _Array, baseline: AdvantageBaseline) -> _Array:
     scored = group[~np.isnan(group)]
     if baseline is AdvantageBaseline.NONE or not scored.size:
         return group
+    # There are no others that it could be held against.
     if baseline is AdvantageBaseline.LEAVE_ONE_OUT and scored.size == 1:
         return np.full_like(group, np.nan)
     if _is_flat(group):
@@ -181,4 +186,5 @@ def _is_flat(group: _Array) -> bool:
 
 def _std(group: _Array) -> float:
     scored = group[~np.isnan(group)]
+    # The deviation of one number is unknown; NaN would reach the advantage through the divisor.
     return float(scored.std(ddof=1)) if scored.size > 1 else 0.0

@@ -64,6 +64,7 @@ def in_order(samples: Sequence[TrainingSample], scored: Iterable[tuple[TrainBatc
         samples: the same objects that the batches hold.
         scored: batches that hold them all together, each with its scores in its own order.
     """
+    # By identity: samples hold arrays, and two of one group may be alike in all of them.
     found = {id(s): score for batch, scores in scored for s, score in zip(batch.samples, scores, strict=True)}
     return [found[id(sample)] for sample in samples]
 
@@ -96,4 +97,5 @@ def high_entropy_masks(
 
 
 def _keeps_old(loss: LossConfig, updates_per_step: int) -> bool:
+    # With one update the old policy is the current one, and with the sampler as the old policy nobody has to be asked.
     return updates_per_step > 1 and loss.old_logprobs is OldLogprobs.POLICY

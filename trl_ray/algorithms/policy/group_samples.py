@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from trl_ray.algorithms.metric_merging import token_mean
+from trl_ray.algorithms.metric_merging import mean_metric, token_mean
 from trl_ray.algorithms.policy.advantages import (
     Advantages,
     Parts,
@@ -99,6 +99,7 @@ def build_step(
     """
     _check_groups(groups)
     rules = rules if rules is not None else RewardRules()
+    # Samples come before their advantages, because the KL in the reward is estimated on their trained tokens.
     plain = _samples(groups, mask_truncated=config.mask_truncated_completions)
     kls = None if scores is None else sequence_kls(plain, scores, rules.kl_estimator)
     advantages = step_advantages(groups, config=config, rules=rules, kls=kls)
@@ -119,7 +120,7 @@ def build_distillation_step(groups: Sequence[RolloutGroup]) -> BuiltStep:
     """
     _check_groups(groups)
     completions = [completion for group in groups for completion in group.completions]
-    labels = _mean([float(not completion.is_sampled) for completion in completions])
+    labels = mean_metric([float(not completion.is_sampled) for completion in completions])
     metrics = _present({**_group_metrics(groups), "distillation/label_fraction": labels})
     return BuiltStep(
         samples=tuple(_samples(groups, mask_truncated=False)),
@@ -153,6 +154,7 @@ def step_advantages(
         rules: the rest of how.
         kls: [groups * G] divergences from the reference.
     """
+    # Each function is normalised by itself: there is no total that could be clipped or penalised first.
     if config.multi_objective_aggregation is Aggregation.NORMALIZE_THEN_SUM:
         return objective_advantages(reward_parts(groups), weights=rules.reward_weights)
     return group_advantages(
@@ -176,6 +178,7 @@ def shaped_rewards(
     for group in groups:
         row: list[float | None] = []
         for completion, reward in zip(group.completions, group.rewards, strict=True):
+            # Taken even where there is no reward: the KLs stand in the order of completions.
             penalty = next(penalties) if kls is not None else 0.0
             if reward.total is None:
                 row.append(None)
@@ -261,22 +264,23 @@ def _group_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
     completions = [completion for group in groups for completion in group.completions]
     rewards = [reward for group in groups for reward in group.rewards]
     totals = [[reward.total for reward in group.rewards] for group in groups]
+    # Where nobody gives rewards, as in distillation, a spread of 0 would look like rewards that are all alike.
     is_rewarded = any(total is not None for group in totals for total in group)
     lengths = [len(completion.token_ids) for completion in completions]
     metrics = {
-        "reward/mean": _mean([reward.total for reward in rewards]),
+        "reward/mean": mean_metric([reward.total for reward in rewards]),
         # Spread within a group, which is what there is to learn from; not the spread between easy and hard prompts.
-        "reward/std": _mean(list(group_deviations(totals)) if is_rewarded else []),
-        "completion/length_mean": _mean(lengths),
+        "reward/std": mean_metric(list(group_deviations(totals)) if is_rewarded else []),
+        "completion/length_mean": mean_metric(lengths),
         "completion/length_max": Metric(value=float(max(lengths, default=0)), reduce=Reduce.MAX),
-        "completion/truncated_fraction": _mean(
+        "completion/truncated_fraction": mean_metric(
             [float(completion.finish_reason is FinishReason.LENGTH) for completion in completions]
         ),
     }
     for name in dict.fromkeys(name for reward in rewards for name in reward.parts):
-        metrics[f"reward/{name}/mean"] = _mean([reward.parts.get(name) for reward in rewards])
+        metrics[f"reward/{name}/mean"] = mean_metric([reward.parts.get(name) for reward in rewards])
     for name in dict.fromkeys(name for group in groups for name in group.metrics):
-        metrics[name] = _mean([group.metrics.get(name) for group in groups])
+        metrics[name] = mean_metric([group.metrics.get(name) for group in groups])
     return metrics
 
 
@@ -289,9 +293,9 @@ def _advantage_metrics(advantages: Advantages) -> dict[str, Metric]:
     values = [value for group in advantages.values for value in group if np.isfinite(value)]
     deviation = float(np.std(values)) if values else 0.0
     return {
-        "advantage/mean": _mean(values),
+        "advantage/mean": mean_metric(values),
         "advantage/std": Metric(value=deviation, weight=len(values)),
-        "advantage/zero_std_fraction": _mean([float(flat) for flat in advantages.flat]),
+        "advantage/zero_std_fraction": mean_metric([float(flat) for flat in advantages.flat]),
     }
 
 
@@ -299,8 +303,3 @@ def _kl_metrics(kls: Sequence[SequenceKL] | None) -> dict[str, Metric]:
     """The divergence per token, as TRL's RLOO reports it."""
     tokens = sum(kl.num_tokens for kl in kls or ())
     return {"kl/ref": token_mean(sum(kl.total for kl in kls), tokens)} if kls and tokens else {}
-
-
-def _mean(values: Sequence[float | None]) -> Metric:
-    known = [float(value) for value in values if value is not None]
-    return token_mean(sum(known), len(known))

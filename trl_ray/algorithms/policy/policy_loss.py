@@ -102,6 +102,7 @@ class PolicyLoss:
         per_token = self.surrogate(inputs, log_ratio, ratio, correction.weight, metrics)
         if config.off_policy_mask_threshold is not None:
             far = off_policy(inputs, config.off_policy_mask_threshold)
+            # Set to 0 rather than left out: denominators are those of the whole update, whatever is masked.
             per_token = per_token.masked_fill(far, 0.0)
             metrics.add("off_policy/masked_fraction", far)
         if tokens.surrogate_mask is not None:
@@ -111,6 +112,7 @@ class PolicyLoss:
         # vespo has multiplied it into the ratio of the completion.
         if correction.weight is not None and config.loss_type is not LossType.VESPO:
             per_token = per_token * correction.weight
+        # After masks and weights: what holds the policy near its reference counts on every trained token.
         if config.kl_in_loss:
             per_token = per_token + config.beta * self._kl(inputs, ratio, metrics)
         loss = aggregate(
@@ -140,6 +142,7 @@ class PolicyLoss:
         config, advantages = self.config, inputs.tokens.advantages
         if config.loss_type in CLIPPED:
             low, high = config.epsilon, config.upper_epsilon
+            # Only on the side to which the advantage pushes does clipping take the gradient away.
             self._add_clip(metrics, "clip/low", (ratio < 1 - low) & (advantages < 0))
             self._add_clip(metrics, "clip/high", (ratio > 1 + high) & (advantages > 0))
             return surrogates.clipped(ratio, advantages, low=low, high=high, delta=config.delta)
@@ -163,6 +166,7 @@ class PolicyLoss:
         raise AssertionError(f"a loss_type must have a surrogate of its own, but {config.loss_type} has none")
 
     def _add_clip(self, metrics: TokenMetrics, name: str, clipped: Tensor) -> None:
+        # The ratio of a completion is clipped once, however many tokens it stands at.
         if self.config.importance_sampling_level is ImportanceLevel.TOKEN:
             metrics.add(name, clipped)
         else:

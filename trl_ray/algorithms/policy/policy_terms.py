@@ -97,6 +97,7 @@ def sampler_correction(inputs: LossInputs, config: LossConfig) -> SamplerCorrect
     """
     tokens, mode = inputs.tokens, config.vllm_importance_sampling_mode
     if not config.corrects_for_sampler:
+        # Nothing is corrected; how far sampler and policy are apart is still worth reporting.
         return SamplerCorrection(ratio=torch.exp(inputs.logprobs.detach() - inputs.sampler_logprobs), weight=None)
     log_ratio = old_logprobs(inputs, config) - inputs.sampler_logprobs
     if mode in SEQUENCE_MODES:
@@ -133,6 +134,7 @@ def kl_estimate(logprobs: Tensor, other: Tensor, estimator: KLEstimator) -> Tens
         case KLEstimator.K2:
             return x.square() / 2
         case KLEstimator.K3:
+            # Most log-ratios are near 0, where e^x - 1 would lose all its digits.
             return torch.expm1(x) - x
 
 
@@ -200,6 +202,7 @@ def aggregate(
             return per_token.sum() / (samples * max_completion_length)
         case LossType.LUSPO:
             return per_token.sum() / samples
+        # The one type that is defined by the micro-batch, so that its loss depends on how the update is cut.
         case LossType.BNPO:
             return per_token.sum() / max(inputs.micro_batch_tokens, 1) / max(totals.num_micro_batches, 1)
     assert_never(loss_type)

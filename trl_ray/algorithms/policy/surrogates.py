@@ -30,6 +30,7 @@ def clipped(ratio: Tensor, advantages: Tensor, *, low: float, high: float, delta
             (https://arxiv.org/abs/2505.07291); None: without end.
     """
     bounded = ratio if delta is None else ratio.clamp(max=delta)
+    # The smaller of the two: leaving the bounds never pays, but a ratio that is too far on the wrong side still learns.
     return -torch.minimum(bounded * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
@@ -51,6 +52,7 @@ def sapo(ratio: Tensor, advantages: Tensor, *, positive: float, negative: float)
         negative: elsewhere.
     """
     temperature = torch.where(advantages > 0, positive, negative)
+    # 4 / temperature gives the gate the slope of the plain ratio where policy and old policy are the same.
     return -torch.sigmoid(temperature * (ratio - 1)) * 4.0 / temperature * advantages
 
 
@@ -75,8 +77,10 @@ def vespo_weights(
         positive: (k, lambda) where the advantage is not negative.
         negative: (k, lambda) elsewhere.
     """
+    # In logarithms, as products over long completions leave float32 at both ends.
     per_token = log_ratio.detach().clamp(-_LOG_LARGEST, _LOG_LARGEST)
     if correction is not None:
+        # A masked token has weight 0, whose logarithm would take the whole completion to minus infinity.
         per_token = per_token + correction.log().clamp(_LOG_SMALLEST, _LOG_LARGEST)
     log_w = tokens.sums(per_token).clamp(_LOG_SMALLEST, _LOG_LARGEST)[tokens.sample_index]
     good = tokens.advantages >= 0

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,29 +30,6 @@ from trl_ray.algorithms.batches.trained_tokens import pairs_of, trained_tokens
 from trl_ray.algorithms.loss import FixedLoss, LossInputs, LossNeeds, LossOutput
 from trl_ray.config.losses.preference_options import CPOLossConfig, CPOLossType, ORPOLossConfig
 from trl_ray.types import Metric, TrainingSample
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceFreeTotals:
-    """Denominators of one optimizer update, over all micro-batches and ranks."""
-
-    num_pairs: int
-    num_likelihood_tokens: int
-    """Trained tokens of chosen completions; for ORPO also the tokens of their prompts but for each one's first."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ReferenceFreeInputs:
-    """P pairs of a micro-batch: completion 2i is the chosen one of pair i, 2i + 1 the rejected one."""
-
-    tokens: TokenSequences
-    """The N trained tokens of the 2P completions."""
-    logprobs: Tensor
-    """[N] of the policy, with gradient, in nats."""
-    prompt_logprobs: Tensor | None = None
-    """[M] of the policy, with gradient: the prompts' tokens but for each one's first, every pair's prompt once; only
-    ORPO asks for it."""
-    totals: ReferenceFreeTotals
 
 
 class CPOLoss(FixedLoss):
@@ -77,8 +53,13 @@ class CPOLoss(FixedLoss):
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         pairs_of(inputs.samples)
-        given = ReferenceFreeInputs(tokens=inputs.tokens, logprobs=inputs.logprobs, totals=_totals(inputs))
-        return cpo_loss(given, self.config)
+        return cpo_loss(
+            inputs.tokens,
+            inputs.logprobs,
+            self.config,
+            num_pairs=inputs.totals.count("pairs"),
+            num_likelihood_tokens=inputs.totals.count("likelihood_tokens"),
+        )
 
 
 class ORPOLoss(FixedLoss):
@@ -109,13 +90,14 @@ class ORPOLoss(FixedLoss):
         is_prompt = torch.tensor(prompts, dtype=torch.bool, device=index.device)
         numbers = (~is_prompt).long().cumsum(0) - 1
         of_prompt = is_prompt[index]
-        given = ReferenceFreeInputs(
-            tokens=TokenSequences(sample_index=numbers[index[~of_prompt]], num_sequences=2 * len(completions)),
-            logprobs=inputs.logprobs[~of_prompt],
-            prompt_logprobs=inputs.logprobs[of_prompt],
-            totals=_totals(inputs),
+        return orpo_loss(
+            TokenSequences(sample_index=numbers[index[~of_prompt]], num_sequences=2 * len(completions)),
+            inputs.logprobs[~of_prompt],
+            inputs.logprobs[of_prompt],
+            self.config,
+            num_pairs=inputs.totals.count("pairs"),
+            num_likelihood_tokens=inputs.totals.count("likelihood_tokens"),
         )
-        return orpo_loss(given, self.config)
 
 
 def are_prompts(samples: Sequence[TrainingSample]) -> list[bool]:
@@ -138,45 +120,63 @@ def _without(samples: Sequence[TrainingSample], left_out: Sequence[bool]) -> lis
     return [sample for sample, out in zip(samples, left_out, strict=True) if not out]
 
 
-def _totals(inputs: LossInputs) -> ReferenceFreeTotals:
-    totals = inputs.totals
-    return ReferenceFreeTotals(num_pairs=totals.count("pairs"), num_likelihood_tokens=totals.count("likelihood_tokens"))
-
-
-def cpo_loss(inputs: ReferenceFreeInputs, config: CPOLossConfig) -> LossOutput:
+def cpo_loss(
+    tokens: TokenSequences, logprobs: Tensor, config: CPOLossConfig, *, num_pairs: int, num_likelihood_tokens: int
+) -> LossOutput:
     """The loss of a micro-batch of pairs, with every option of `CPOLossConfig`.
 
     Metrics, means over pairs: `rewards/chosen` and `rewards/rejected` (beta s), `rewards/accuracies`,
     `rewards/margins`, `logps/chosen`, `logps/rejected` (l); `nll_loss` over tokens, if it has weight.
+
+    Args:
+        tokens: the N trained tokens of 2P completions: 2i is the chosen one of pair i, 2i + 1 the rejected one.
+        logprobs: [N] of the policy, with gradient, in nats.
+        config: the options.
+        num_pairs: of the whole update, over all micro-batches and ranks.
+        num_likelihood_tokens: trained ones of chosen completions, of the whole update.
     """
-    logps = inputs.tokens.means(inputs.logprobs) if config.averages_tokens else inputs.tokens.sums(inputs.logprobs)
+    logps = tokens.means(logprobs) if config.averages_tokens else tokens.sums(logprobs)
     logps = logps.view(-1, 2)
     scores = logps if config.alpha == 0 else -torch.expm1(-config.alpha * logps) / config.alpha
-    loss = _cpo_terms(scores[:, 0] - scores[:, 1], config).sum() / max(inputs.totals.num_pairs, 1)
+    loss = _cpo_terms(scores[:, 0] - scores[:, 1], config).sum() / max(num_pairs, 1)
     metrics = _pair_metrics(config.beta * scores.detach(), logps)
     if config.nll_weight:
-        loss = loss + config.nll_weight * _nll(inputs, inputs.logprobs[_is_chosen(inputs)], metrics)
+        chosen = logprobs[tokens.sample_index % 2 == 0]
+        loss = loss + config.nll_weight * _nll(chosen, num_likelihood_tokens, metrics)
     return LossOutput(loss=loss, metrics=metrics)
 
 
-def orpo_loss(inputs: ReferenceFreeInputs, config: ORPOLossConfig) -> LossOutput:
+def orpo_loss(
+    tokens: TokenSequences,
+    logprobs: Tensor,
+    prompt_logprobs: Tensor,
+    config: ORPOLossConfig,
+    *,
+    num_pairs: int,
+    num_likelihood_tokens: int,
+) -> LossOutput:
     """The loss of a micro-batch of pairs.
 
     A mean log-prob is held four roundings of its type below 0, where odds are infinite.
 
     Metrics, means over pairs: those of `cpo_loss`, with rewards beta l; `log_odds_chosen`, the logarithm of the ratio
     of the odds, and `log_odds_ratio`, its ln sigma. `nll_loss` over tokens.
+
+    Args:
+        tokens, logprobs, config, num_pairs: as for `cpo_loss`.
+        prompt_logprobs: [M] of the policy, with gradient: the prompts' tokens but for each one's first, every pair's
+            prompt once.
+        num_likelihood_tokens: trained ones of chosen completions and of prompts, of the whole update.
     """
-    assert inputs.prompt_logprobs is not None, "ORPO's likelihood is of prompts too"
-    logps = inputs.tokens.means(inputs.logprobs).view(-1, 2)
+    logps = tokens.means(logprobs).view(-1, 2)
     # Far enough from 0 that e^x does not round to 1, which would make a NaN of the gradient of the branch not taken.
     log_odds = logps - _log1mexp(logps.clamp(max=-4 * torch.finfo(logps.dtype).eps))
     log_ratio = log_odds[:, 0] - log_odds[:, 1]
     found = logsigmoid(log_ratio)
     metrics = _pair_metrics(config.beta * logps.detach(), logps)
     metrics |= means_of({"log_odds_chosen": log_ratio, "log_odds_ratio": found})
-    likelihood = torch.cat((inputs.logprobs[_is_chosen(inputs)], inputs.prompt_logprobs))
-    loss = _nll(inputs, likelihood, metrics) - config.beta * found.sum() / max(inputs.totals.num_pairs, 1)
+    likelihood = torch.cat((logprobs[tokens.sample_index % 2 == 0], prompt_logprobs))
+    loss = _nll(likelihood, num_likelihood_tokens, metrics) - config.beta * found.sum() / max(num_pairs, 1)
     return LossOutput(loss=loss, metrics=metrics)
 
 
@@ -197,15 +197,10 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
-def _is_chosen(inputs: ReferenceFreeInputs) -> Tensor:
-    """[N] bool: whether a token belongs to a chosen completion."""
-    return inputs.tokens.sample_index % 2 == 0
-
-
-def _nll(inputs: ReferenceFreeInputs, logprobs: Tensor, metrics: dict[str, Metric]) -> Tensor:
+def _nll(logprobs: Tensor, num_likelihood_tokens: int, metrics: dict[str, Metric]) -> Tensor:
     """A micro-batch's share of the update's mean negative log-likelihood, from the log-probs [K] it counts."""
     metrics |= means_of({"nll_loss": -logprobs})
-    return -logprobs.sum() / max(inputs.totals.num_likelihood_tokens, 1)
+    return -logprobs.sum() / max(num_likelihood_tokens, 1)
 
 
 def _pair_metrics(rewards: Tensor, logps: Tensor) -> dict[str, Metric]:

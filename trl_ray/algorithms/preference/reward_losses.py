@@ -13,7 +13,6 @@ Means are over the pairs or steps of the whole optimizer update, so that it does
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,32 +24,6 @@ from trl_ray.algorithms.batches.trained_tokens import label_of, pairs_of
 from trl_ray.algorithms.loss import FixedLoss, HeadKind, LossInputs, LossNeeds, LossOutput
 from trl_ray.config.losses.reward_modelling_options import RewardLossConfig, StepAggregation, StepLossConfig
 from trl_ray.types import Metric, Reduce, TrainingSample
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RewardPairs:
-    """P pairs of a micro-batch."""
-
-    chosen: Tensor
-    """[P] rewards, with gradient."""
-    rejected: Tensor
-    """[P]"""
-    margin: Tensor | None = None
-    """[P] by how much the chosen one should win; None: 0."""
-    num_pairs: int
-    """Of the whole update, over all micro-batches and ranks."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RatedSteps:
-    """S steps of solutions of a micro-batch, each read at its separator token."""
-
-    logits: Tensor
-    """[S, 2] of wrong and right, with gradient."""
-    right: Tensor
-    """[S] bool"""
-    num_steps: int
-    """Of the whole update, over all micro-batches and ranks."""
 
 
 class PairRewardLoss(FixedLoss):
@@ -77,13 +50,13 @@ class PairRewardLoss(FixedLoss):
         assert logits.shape == (2 * len(pairs), 1), f"each text has one reward, got logits {tuple(logits.shape)}"
         margins = [None if chosen.label is None else chosen.label.margin for chosen, _ in pairs]
         chosen, rejected = logits.view(-1, 2).unbind(dim=1)
-        given = RewardPairs(
-            chosen=chosen,
-            rejected=rejected,
+        return bradley_terry_loss(
+            chosen,
+            rejected,
+            self.config,
             margin=None if set(margins) <= {None} else logits.new_tensor([margin or 0.0 for margin in margins]),
             num_pairs=inputs.totals.count("pairs"),
         )
-        return bradley_terry_loss(given, self.config)
 
 
 class StepRewardLoss(FixedLoss):
@@ -105,7 +78,7 @@ class StepRewardLoss(FixedLoss):
             assert labels is not None and len(labels) == count, f"{count} steps of example {sample.group_id} are rated"
             steps.append(labels)
         right = torch.from_numpy(np.concatenate(steps)).to(logits.device)
-        return step_loss(RatedSteps(logits=logits, right=right, num_steps=inputs.totals.num_valid_tokens))
+        return step_loss(logits, right, num_steps=inputs.totals.num_valid_tokens)
 
 
 def _class_logits(inputs: LossInputs) -> Tensor:
@@ -114,31 +87,45 @@ def _class_logits(inputs: LossInputs) -> Tensor:
     return inputs.class_logits
 
 
-def bradley_terry_loss(pairs: RewardPairs, config: RewardLossConfig) -> LossOutput:
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, config: RewardLossConfig, *, margin: Tensor | None, num_pairs: int
+) -> LossOutput:
     """The loss of a micro-batch of pairs.
 
     Metrics, which TRL calls the same: `accuracy` and `margin` over pairs, `mean_reward`, `min_reward` and `max_reward`
     over both sides; a pair of equal rewards is not won.
+
+    Args:
+        chosen: [P] rewards, with gradient.
+        rejected: [P]
+        config: the options.
+        margin: [P] by how much the chosen one should win; None: 0.
+        num_pairs: of the whole update, over all micro-batches and ranks.
     """
-    difference = pairs.chosen - pairs.rejected
-    losses = -logsigmoid(difference if pairs.margin is None else difference - pairs.margin)
+    difference = chosen - rejected
+    losses = -logsigmoid(difference if margin is None else difference - margin)
     if config.center_rewards_coefficient is not None:
-        losses = losses + config.center_rewards_coefficient * (pairs.chosen + pairs.rejected).square()
-    rewards = torch.cat((pairs.chosen, pairs.rejected)).detach()
+        losses = losses + config.center_rewards_coefficient * (chosen + rejected).square()
+    rewards = torch.cat((chosen, rejected)).detach()
     metrics = means_of({"accuracy": difference > 0, "margin": difference, "mean_reward": rewards})
     if len(rewards):
         low, high = torch.stack(rewards.aminmax()).tolist()
         metrics["min_reward"] = Metric(value=low, reduce=Reduce.MIN)
         metrics["max_reward"] = Metric(value=high, reduce=Reduce.MAX)
-    return LossOutput(loss=losses.sum() / max(pairs.num_pairs, 1), metrics=metrics)
+    return LossOutput(loss=losses.sum() / max(num_pairs, 1), metrics=metrics)
 
 
-def step_loss(steps: RatedSteps) -> LossOutput:
-    """The loss of a micro-batch of rated steps; the metric `accuracy` is over steps, a tie meaning wrong."""
-    labels = steps.right.long()
-    loss = cross_entropy(steps.logits, labels, reduction="sum") / max(steps.num_steps, 1)
-    right = steps.logits.argmax(dim=-1) == labels
-    return LossOutput(loss=loss, metrics=means_of({"accuracy": right}))
+def step_loss(logits: Tensor, right: Tensor, *, num_steps: int) -> LossOutput:
+    """The loss of a micro-batch of rated steps; the metric `accuracy` is over steps, a tie meaning wrong.
+
+    Args:
+        logits: [S, 2] of wrong and right, with gradient, each read at a step's separator token.
+        right: [S] bool
+        num_steps: of the whole update, over all micro-batches and ranks.
+    """
+    labels = right.long()
+    loss = cross_entropy(logits, labels, reduction="sum") / max(num_steps, 1)
+    return LossOutput(loss=loss, metrics=means_of({"accuracy": logits.argmax(dim=-1) == labels}))
 
 
 def step_rewards(logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
     kto                 good: 1 - sigma(beta (x - kl))     bad: 1 - sigma(beta (kl - x))   https://arxiv.org/abs/2402.01306
     apo_zero_unpaired   good: 1 - sigma(beta x)            bad: sigma(beta x)              https://arxiv.org/abs/2408.06266
 
-    before the update:  all mismatched completions --policy, reference, no gradient--> kl_estimate --> UnpairedTotals.kl
+    before the update:  all mismatched completions --policy, reference, no gradient--> kl_estimate --> totals: kl
 
 The KL stands in the loss of every completion, and a micro-batch sees only a few of the mismatched ones. So it belongs
 to the totals of the update: a first pass without gradient over all micro-batches and ranks, and one number for all.
@@ -16,42 +16,16 @@ TRL takes one per micro-batch, over ranks; where the update is one micro-batch, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trl_ray.algorithms.batches.sequences import TokenSequences, means_of
 from trl_ray.algorithms.batches.trained_tokens import label_of, reference_logprobs
+from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import FixedLoss, LossInputs, LossNeeds, LossOutput
 from trl_ray.config.losses.preference_options import UnpairedLossConfig
 from trl_ray.types import Metric
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnpairedTotals:
-    """What is known of one optimizer update, over all micro-batches and ranks, before its first backward pass."""
-
-    num_completions: int
-    kl: float | None
-    """`kl_estimate` over all mismatched completions of the update, in nats; None: the loss does not ask for it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class UnpairedInputs:
-    """B completions of a micro-batch."""
-
-    tokens: TokenSequences
-    """The N trained tokens of the B completions."""
-    logprobs: Tensor
-    """[N] of the policy, with gradient, in nats."""
-    reference: Tensor
-    """[B] sums over trained tokens of the reference's log-probs."""
-    desirable: Tensor
-    """[B] bool, True where a completion was found good."""
-    entropy: Tensor | None = None
-    """[N] nats; None: it is not reported."""
-    totals: UnpairedTotals
 
 
 class UnpairedLoss(FixedLoss):
@@ -71,18 +45,17 @@ class UnpairedLoss(FixedLoss):
         return LossNeeds(reference=not self.config.precompute_ref_log_probs)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        scores, totals = inputs.language, inputs.totals
         desirable = [label_of(sample).desirable for sample in inputs.samples]
         assert None not in desirable, "every completion was found good or bad"
-        given = UnpairedInputs(
-            tokens=inputs.tokens,
-            logprobs=scores.logprobs,
+        return unpaired_loss(
+            inputs.tokens,
+            inputs.language,
+            self.config,
             reference=reference_logprobs(inputs, ld_alpha=None),
-            desirable=torch.tensor(desirable, dtype=torch.bool, device=scores.logprobs.device),
-            entropy=scores.entropy,
-            totals=UnpairedTotals(num_completions=totals.num_samples, kl=totals.named.get("kl")),
+            desirable=torch.tensor(desirable, dtype=torch.bool, device=inputs.logprobs.device),
+            num_completions=inputs.totals.num_samples,
+            kl=inputs.totals.named.get("kl"),
         )
-        return unpaired_loss(given, self.config)
 
     def joined(self, metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
         """`rewards/margins`: the mean reward of good completions less that of bad ones, where there are both."""
@@ -109,36 +82,51 @@ def kl_estimate(policy: Tensor, reference: Tensor) -> float:
     return 0.0 if mean < 0 else mean  # and a NaN stays one
 
 
-def unpaired_loss(inputs: UnpairedInputs, config: UnpairedLossConfig) -> LossOutput:
+def unpaired_loss(
+    tokens: TokenSequences,
+    scores: TokenLogprobs,
+    config: UnpairedLossConfig,
+    *,
+    reference: Tensor,
+    desirable: Tensor,
+    num_completions: int,
+    kl: float | None,
+) -> LossOutput:
     """The loss of a micro-batch of completions, with every option of `UnpairedLossConfig`.
 
     A NaN stays one, where TRL leaves it out of the mean: the learner must meet it.
 
     Metrics, which TRL calls the same: `rewards/chosen`, `rewards/rejected` (beta times the log-ratio), `logps/chosen`,
-    `logps/rejected`, means over the completions of that kind; `entropy` over trained tokens, where it is given; `kl`
-    with kto. TRL's `rewards/margins` is the difference of two means over different completions; `UnpairedLoss.joined`
-    takes it.
+    `logps/rejected`, means over the completions of that kind; `entropy` over trained tokens; `kl` with kto. TRL's
+    `rewards/margins` is the difference of two means over different completions; `UnpairedLoss.joined` takes it.
+
+    Args:
+        tokens: the N trained tokens of B completions.
+        scores: [N] of the policy, with gradient.
+        config: the options.
+        reference: [B] sums over trained tokens of the reference's log-probs.
+        desirable: [B] bool, True where a completion was found good.
+        num_completions: of the whole update, over all micro-batches and ranks.
+        kl: `kl_estimate` over all mismatched completions of the update, in nats; None only where it is not asked for.
     """
-    logps = inputs.tokens.sums(inputs.logprobs)
-    ratios = logps - inputs.reference.detach()
-    kl = 0.0
+    logps = tokens.sums(scores.logprobs)
+    ratios = logps - reference.detach()
+    shift = 0.0
     if config.needs_kl:
-        assert inputs.totals.kl is not None, "kto needs an estimate of the KL"
-        kl = inputs.totals.kl
-    good = inputs.desirable
+        assert kl is not None, "kto needs an estimate of the KL"
+        shift = kl
     # 1 - sigma(y) is sigma(-y).
-    losses = torch.sigmoid(config.beta * torch.where(good, kl - ratios, ratios - kl))
-    weighted = torch.where(good, config.desirable_weight * losses, config.undesirable_weight * losses)
+    losses = torch.sigmoid(config.beta * torch.where(desirable, shift - ratios, ratios - shift))
+    weighted = torch.where(desirable, config.desirable_weight * losses, config.undesirable_weight * losses)
     rewards = config.beta * ratios.detach()
     values = {
-        "rewards/chosen": rewards[good],
-        "rewards/rejected": rewards[~good],
-        "logps/chosen": logps[good],
-        "logps/rejected": logps[~good],
+        "rewards/chosen": rewards[desirable],
+        "rewards/rejected": rewards[~desirable],
+        "logps/chosen": logps[desirable],
+        "logps/rejected": logps[~desirable],
+        "entropy": scores.entropy,
     }
-    if inputs.entropy is not None:
-        values["entropy"] = inputs.entropy
     metrics = means_of(values)
     if config.needs_kl:
-        metrics["kl"] = Metric(value=kl)
-    return LossOutput(loss=weighted.sum() / max(inputs.totals.num_completions, 1), metrics=metrics)
+        metrics["kl"] = Metric(value=shift)
+    return LossOutput(loss=weighted.sum() / max(num_completions, 1), metrics=metrics)

@@ -101,7 +101,7 @@ class DistillationObjective(enum.StrEnum):
 
 
 class DistillationLossConfig(DivergenceConfig, LossSection):
-    """The loss of distillation; `trl_ray.algorithms.distillation.distillation_terms` has the formulas."""
+    """The loss of distillation; `trl_ray.algorithms.distillation.distillation_loss` has the formulas."""
 
     built_in: ClassVar[str] = "trl_ray.algorithms.distillation.distillation_loss:DistillationLoss"
 

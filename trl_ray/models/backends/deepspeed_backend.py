@@ -65,8 +65,8 @@ class DeepSpeedBackend:
         self._optimizer = self._build_optimizer(training)
         self._scheduler = build_scheduler(self._optimizer, training, total_steps=total_updates)
         self._engine = self._start_engine(module)
-        self.in_step = self._plan.stage >= 2
-        self.splits_weights = self._plan.stage == 3
+        self.in_step = self._plan.shards_gradients
+        self.shards_weights = self._plan.shards_weights
         self.module: nn.Module = self._engine if self.in_step else module
 
     def _build_optimizer(self, training: TrainingConfig) -> torch.optim.Optimizer:
@@ -107,7 +107,7 @@ class DeepSpeedBackend:
         """Shards are scaled down by DeepSpeed itself, in `update`."""
         if not self.in_step:
             self._reduce_whole_gradients()
-        if self._plan.stage == 0:
+        if not self._plan.shards_optimizer:
             return float(torch.nn.utils.clip_grad_norm_(self._trained, self._max_norm))
         squares = [torch.linalg.vector_norm(shard.float()).square() for shard in self._gradient_shards()]
         total = torch.stack(squares).sum().to(self._engine.device)
@@ -119,7 +119,7 @@ class DeepSpeedBackend:
             if parameter.grad is None:  # ranks must reduce the same tensors, and a shard has no place for "none"
                 parameter.grad = torch.zeros_like(parameter)
         self._engine.set_gradient_accumulation_boundary(True)
-        if self._plan.stage == 1:
+        if self._plan.shards_optimizer:
             self._engine.optimizer.setup_buckets()  # a backward pass has done that, but this rank may have had none
         self._engine.allreduce_gradients()
 
@@ -133,18 +133,18 @@ class DeepSpeedBackend:
     def _weight_shards(self) -> list[Tensor]:
         """This rank's part of the float32 weights, flat; what the optimizer's state is kept by."""
         optimizer = self._engine.optimizer
-        name = "fp32_partitioned_groups_flat" if self._plan.stage == 3 else "single_partition_of_fp32_groups"
+        name = "fp32_partitioned_groups_flat" if self.shards_weights else "single_partition_of_fp32_groups"
         return list(getattr(optimizer, name))
 
     def update(self) -> None:
-        stale = self._gradient_shards() if self._plan.stage == 3 else []
+        stale = self._gradient_shards() if self.shards_weights else []
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
         self._finish(stale)
 
     def discard(self) -> None:
-        stale = self._gradient_shards() if self._plan.stage == 3 else []
-        if self._plan.stage:
+        stale = self._gradient_shards() if self.shards_weights else []
+        if self._plan.shards_optimizer:
             self._drop_shards()
         self._finish(stale)
 
@@ -152,7 +152,7 @@ class DeepSpeedBackend:
         """Do what DeepSpeed does with gradients that overflow."""
         optimizer = self._engine.optimizer
         optimizer.zero_grad(set_to_none=True)
-        if self._plan.stage < 3:
+        if not self.shards_weights:
             optimizer.micro_step_id = -1
             release = getattr(optimizer, "_release_preflattened_grad_buffers", None)
             if release is not None:  # younger versions accumulate float32 gradients of bfloat16 weights there
@@ -186,7 +186,7 @@ class DeepSpeedBackend:
     def save_state(self, directory: Path) -> dict[str, Any]:
         """From stage 1 on every rank writes a file of its shards, to a folder that all of them see."""
         state: dict[str, Any] = {"scheduler": self._scheduler.state_dict(), _STATE: self._layout()}
-        if self._plan.stage == 0:
+        if not self._plan.shards_optimizer:
             return state | {"optimizer": self._optimizer.state_dict()}
         self._together(directory, lambda: self._write_shards(directory))
         return state
@@ -208,7 +208,7 @@ class DeepSpeedBackend:
     def load_state(self, directory: Path, state: dict[str, Any]) -> None:
         """Shards fit the number of ranks and the stage that wrote them."""
         found, wanted = state.get(_STATE, {"zero_stage": 0}), self._layout()
-        if found["zero_stage"] != self._plan.stage or (self._plan.stage and found != wanted):
+        if found["zero_stage"] != self._plan.stage or (self._plan.shards_optimizer and found != wanted):
             raise CheckpointError(
                 f"the optimizer state in {directory} must be of this run's {wanted}, but is of {found}. Resume with "
                 "the number of ranks and the DeepSpeed configuration of the run that wrote it, or start a new run with "
@@ -217,7 +217,7 @@ class DeepSpeedBackend:
         self._together(directory, lambda: self._read_state(directory, state))
 
     def _read_state(self, directory: Path, state: dict[str, Any]) -> None:
-        if self._plan.stage == 0:
+        if not self._plan.shards_optimizer:
             self._optimizer.load_state_dict(state["optimizer"])
         else:
             self._read_shards(directory)

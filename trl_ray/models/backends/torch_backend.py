@@ -31,7 +31,7 @@ class TorchBackend:
     """See `Backend`."""
 
     in_step = False
-    splits_weights = False
+    shards_weights = False
 
     def __init__(self, module: PredictorModule, training: TrainingConfig, *, total_updates: int, ranks: Ranks) -> None:
         self.module: nn.Module = module

@@ -32,8 +32,8 @@ class TrainingBackend(Protocol):
         ...
 
     @property
-    def splits_weights(self) -> bool:
-        """True where no rank holds the parameters whole."""
+    def shards_weights(self) -> bool:
+        """True where no rank holds the parameters whole. Ask here: nobody looks at a parameter itself to find out."""
         ...
 
     @property

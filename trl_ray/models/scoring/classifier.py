@@ -84,6 +84,7 @@ class ClassifierModule(PredictorModule):
         """
         del targets, temperature, extras
         chosen = self.states(input_ids, position_ids, attention_mask, predictors, segments, noise)
+        # A reward is one number, of which bfloat16 would leave three digits.
         with torch.autocast(input_ids.device.type, enabled=False):
             logits = _classify(self.policy, chosen)
         return (logits.float() if logits.dtype in {torch.bfloat16, torch.float16} else logits,)
@@ -138,6 +139,7 @@ def load_classifier(
             changes=_CHANGES[num_labels] if is_new else None,
         )
     name = class_head_name(loaded)
+    # A new head is missing on purpose; anything else would be random without a word.
     refuse_missing(source.base, (key for key in missing if not is_new or not key.startswith(f"{name}.")))
     if is_new:
         _draw_head(class_head(loaded), std=_initial_std(config), seed=seed)
@@ -171,6 +173,7 @@ def _initial_std(config: PretrainedConfig) -> float:
 
 @torch.no_grad()
 def _draw_head(head: nn.Module, *, std: float, seed: int) -> None:
+    # Drawn on the CPU by a generator of its own: the same on every rank and device.
     generator = torch.Generator().manual_seed(seed)
     for parameter in head.parameters():
         drawn = torch.zeros(parameter.shape)
@@ -203,6 +206,7 @@ def load_classifier_tokenizer(model: ModelConfig, *, path: str | None = None) ->
 def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The padding token's id, or where that ends sequences too, another special token's."""
     pad: int = tokenizer.pad_token_id
+    # With one token for both, the end would be taken for padding and not be read.
     if pad != tokenizer.eos_token_id:
         return pad
     used = {tokenizer.eos_token_id, tokenizer.bos_token_id}
@@ -229,6 +233,7 @@ def check_classifier(model: PreTrainedModel) -> None:
     training = model.training
     model.train(False)
     pad = model.config.get_text_config().pad_token_id
+    # A pooling model reads at the last token that is no padding, which must be the last one here.
     ids = torch.tensor([[number for number in (1, 2, 3) if number != pad][:2]], device=weight.device)
     expected = model(input_ids=ids, use_cache=False).logits.float()
     actual = _classify(model, hidden_states(model, input_ids=ids)).float()

@@ -40,6 +40,7 @@ def noisy_embeddings(model: nn.Module, bounds: Tensor | None) -> Iterator[None]:
         return embeddings + noise * bounds.unsqueeze(-1).to(embeddings.dtype)
 
     embedding: nn.Module = causal_model(model).get_input_embeddings()
+    # A hook, so that the model still takes token ids, and what it does to embeddings itself comes after the noise.
     hook = embedding.register_forward_hook(shake)
     try:
         yield

@@ -224,6 +224,7 @@ def _load(options: RewardModelOptions, facts: RewardModelFacts) -> PreTrainedMod
             f"the model in {facts.base} must load, but: {type(error).__name__}: {_first_line(error)}. Copy it again."
         ) from error
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    # The head that a language model lacks may come with its adapter.
     brought = () if facts.adapter is None else read_adapter_weights(Path(facts.adapter)).keys()
     missing = sorted(key for key in info["missing_keys"] if not any(name.endswith(f".{key}") for name in brought))
     if missing:
@@ -296,6 +297,7 @@ class RewardModel:
 
     def _rate_steps(self, rows: Sequence[IntArray], positions: Sequence[IntArray]) -> list[float | None]:
         counts = [len(row) for row in positions]
+        # Solutions without a step are not read at all: there is no place at which a reward stands.
         if not any(counts):
             return [None] * len(rows)
         index = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
@@ -330,6 +332,7 @@ class RewardModel:
         """
         if self._pad is not None:
             return self._pad
+        # Of B + 1 ids one at least ends none of B rows.
         ends = {int(row[-1]) for row in rows}
         pad = next(token for token in range(len(rows) + 1) if token not in ends)
         self._text_config.pad_token_id = pad

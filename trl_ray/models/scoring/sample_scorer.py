@@ -79,6 +79,7 @@ class SampleScorer:
         )
         self._device = head_weight(self._model).device
         self._hidden_size = int(self._model.config.get_text_config().hidden_size)
+        # Proved rather than believed: a mask that is not obeyed gives wrong numbers and no error.
         self._attention = self._prove_attention(attention_kind(self._model))
 
     @property
@@ -139,6 +140,7 @@ class SampleScorer:
         """Log-prob [T-1] of every token of a sequence [T] but its first, at temperature 1; only for language heads."""
         assert not self.classifies, "a classifier has no log-probs of tokens"
         sample = _probe_sample(token_ids[:1], token_ids[1:])
+        # The plainest layout there is: engines are held against these numbers.
         layout = self._lay_out([sample], share=SharePrompt.NEVER, attention=AttentionKind.CAUSAL)
         if layout is None:
             return np.zeros(0, dtype=np.float32)
@@ -152,6 +154,7 @@ class SampleScorer:
         return build_layout(samples, share=share, hidden_size=self._hidden_size, attention=attention)
 
     def _bounds(self, layout: Layout) -> Tensor | None:
+        # A first pass, a reference or an evaluation through the same model must not be shaken.
         if self._noise is None or not self._model.training:
             return None
         return noise_bounds(layout.lengths.to(self._device), alpha=self._noise, hidden_size=self._hidden_size)
@@ -200,6 +203,7 @@ class SampleScorer:
             return AttentionKind.CAUSAL
         if kind is AttentionKind.SEGMENTS:
             self._model.set_attn_implementation(SEGMENT_ATTENTION)
+        # AUTO may share later, so that sharing is what must be proved.
         share = SharePrompt.NEVER if self._share is SharePrompt.NEVER else SharePrompt.ALWAYS
         prompt = np.array([5, 6, 7, 8], dtype=np.int32)
         group = [_probe_sample(prompt, np.array(ids, dtype=np.int32)) for ids in ([9, 10, 11], [12, 13], [14, 9, 12])]
@@ -211,6 +215,7 @@ class SampleScorer:
                 scores.append(self._run(layout, temperature=1.0)[0])
         difference = float((scores[0] - scores[1]).abs().mean())
         if self.classifies:
+            # Unlike log-probs, class logits have no unit: they are measured by how far they differ among each other.
             difference /= max(float((scores[1] - scores[1].mean(dim=0)).abs().mean()), _TINY)
         if difference <= (0.2 if self._is_half() else _PROBE_TOLERANCE):
             return kind

@@ -121,6 +121,7 @@ class ScoringModule(PredictorModule):
         self._chunk_size, self._vocab_size = chunk_size, vocab_size
         self._transform = logit_transform(policy)
         head = head_module(policy)
+        # Kept: called without targets, as the model itself does, the head goes on giving logits.
         plain = head.forward
 
         def forward(
@@ -156,6 +157,7 @@ class ScoringModule(PredictorModule):
         if question.divergence_target is not None:
             scores = replace(scores, divergence=self._divergence(own, question.divergence_target, temperature))
         found = [getattr(scores, name) for name in _EXTRAS]
+        # A tuple, since hooks of sharded training look for tensors in tuples and not in classes of ours.
         return (scores.logprobs, scores.entropy, *(value for value in found if value is not None))
 
     @property
@@ -212,6 +214,7 @@ class ScoringModule(PredictorModule):
         if states is None:
             assert input_ids is not None and position_ids is not None and predictors is not None, "inputs, or states"
             states = self.states(input_ids, position_ids, attention_mask, predictors, segments, noise)
+        # The head is asked later (`judge`), as what it is asked may depend on the other side's answer.
         if targets is None:
             return (states,)
         scores: tuple[Tensor, ...] = head_module(self.policy)(

@@ -32,6 +32,7 @@ def attention_kind(model: PreTrainedModel) -> AttentionKind:
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    # Layers with a window see less than our masks and segments would let them.
     if any(kind != "full_attention" for kind in kinds) or (window is not None and not hasattr(config, "layer_types")):
         return AttentionKind.CAUSAL
     implementation = str(config._attn_implementation)
@@ -74,6 +75,7 @@ def segment_attention(
         prompt = queries[first], keys[first], values[first]
         outputs.append(scaled_dot_product_attention(*prompt, is_causal=True, **options))
         for place in range(first + 1, first + 1 + len(segment.bodies)):
+            # Copying the prompt's keys is cheap beside computing them once per completion in every layer.
             known = torch.cat([prompt[1], keys[place]], dim=2), torch.cat([prompt[2], values[place]], dim=2)
             outputs.append(attend(prompt[0], queries[place], *known, options))
     return torch.cat(outputs, dim=2).transpose(1, 2), None

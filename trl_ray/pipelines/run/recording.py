@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from trl_ray.actors.rollout_worker import EvaluatedPrompt, mean_reward
+from trl_ray.algorithms.metric_merging import merged_values
 from trl_ray.algorithms.policy.group_samples import BuiltStep
 from trl_ray.buffer.entry import LedgerSnapshot
-from trl_ray.observe.metric_bag import MetricBag
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import Observer, TrainedGroups
 from trl_ray.observe.staleness import StalenessMonitor
@@ -111,14 +111,11 @@ class Recorder(RunRecorder):
         staleness: Mapping[str, Metric],
     ) -> None:
         """Write the line of one optimizer step, its ledger and its completions."""
-        bag = MetricBag()
-        for metrics in (built.metrics, result.metrics, staleness):
-            bag.add(metrics)
         record: dict[str, float] = {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
-            **bag.reduce(),
+            **merged_values([built.metrics, result.metrics, staleness]),
             "weights/version": version,
             **self._queue(snapshot, slots),
             **self._speed(groups, built, result, times),
@@ -138,9 +135,8 @@ class Recorder(RunRecorder):
         """
         numbers: dict[str, float] = {}
         if held_out is not None:
-            bag = MetricBag()
-            bag.add(held_out.metrics)
-            numbers = {f"eval/{name}": value for name, value in {"loss": held_out.loss, **bag.reduce()}.items()}
+            said = {"loss": held_out.loss, **merged_values([held_out.metrics])}
+            numbers = {f"eval/{name}": value for name, value in said.items()}
         means = [mean for answer in answers if (mean := mean_reward(answer.scored.rewards)) is not None]
         mean = sum(means) / len(means) if means else None
         self.say(

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trl_ray.algorithms.metric_merging import merged_values
 from trl_ray.buffer.entry import LedgerSnapshot
-from trl_ray.observe.metric_bag import MetricBag
 from trl_ray.pipelines.run.recording import RunRecorder
 from trl_ray.pipelines.supervised.example_feed import Fed, StreamPlace, place_of, state_of
 from trl_ray.types import DropReason, Evaluation, EventKind, StepResult
@@ -106,10 +106,8 @@ class SupervisedRecorder(RunRecorder):
         evaluated: Mapping[str, float],
     ) -> None:
         """Write the line of one optimizer step, with what was evaluated after it, and the ledger."""
-        bag = MetricBag()
-        bag.add(result.metrics)
         elapsed = self._elapsed(times.begin, times.trained)
-        metrics, seen = bag.reduce(), sum(example.num_tokens for example in fed.examples)
+        metrics, seen = merged_values([result.metrics]), sum(example.num_tokens for example in fed.examples)
         wait, learn = times.fed - times.begin, result.seconds
         ledger = accounts.snapshot()
         record: dict[str, float] = {
@@ -140,9 +138,7 @@ class SupervisedRecorder(RunRecorder):
         Returns:
             Its numbers, without ``eval/``.
         """
-        bag = MetricBag()
-        bag.add(evaluation.metrics)
-        numbers = {"loss": evaluation.loss, **bag.reduce()}
+        numbers = {"loss": evaluation.loss, **merged_values([evaluation.metrics])}
         self.say(
             EventKind.EVALUATED,
             "evaluation",

@@ -11,8 +11,6 @@ from trl_ray.algorithms.batches.sequences import TokenSequences
 from trl_ray.algorithms.loss import LossOutput
 from trl_ray.algorithms.metric_merging import merge_metrics
 from trl_ray.algorithms.preference.reward_losses import (
-    RatedSteps,
-    RewardPairs,
     bradley_terry_loss,
     step_loss,
     step_rewards,
@@ -26,13 +24,13 @@ LN9 = math.log(9)
 def loss(
     chosen: list[float], rejected: list[float], margin: list[float] | None = None, coefficient: float | None = None
 ) -> LossOutput:
-    pairs = RewardPairs(
-        chosen=torch.tensor(chosen),
-        rejected=torch.tensor(rejected),
+    return bradley_terry_loss(
+        torch.tensor(chosen),
+        torch.tensor(rejected),
+        RewardLossConfig(center_rewards_coefficient=coefficient),
         margin=None if margin is None else torch.tensor(margin),
         num_pairs=2,
     )
-    return bradley_terry_loss(pairs, RewardLossConfig(center_rewards_coefficient=coefficient))
 
 
 def test_a_pair_loses_by_the_logistic_of_its_difference_less_its_margin() -> None:
@@ -61,7 +59,7 @@ def test_smallest_and_largest_rewards_are_those_of_all_micro_batches() -> None:
 
 def test_steps_lose_by_cross_entropy_over_the_steps_of_the_update() -> None:
     logits = torch.tensor([[0.0, LN9], [0.0, LN9]])
-    output = step_loss(RatedSteps(logits=logits, right=torch.tensor([True, False]), num_steps=4))
+    output = step_loss(logits, torch.tensor([True, False]), num_steps=4)
     assert output.loss.item() == pytest.approx(-(math.log(0.9) + math.log(0.1)) / 4)
     assert output.metrics["accuracy"].value == 0.5
     assert step_rewards(logits).tolist() == pytest.approx([0.9, 0.9])

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from trl_ray.algorithms.batches.sequences import TokenSequences
+from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import LossOutput
 from trl_ray.algorithms.preference.unpaired_preference import (
-    UnpairedInputs,
-    UnpairedTotals,
     kl_estimate,
     mismatched,
     unpaired_loss,
@@ -24,14 +23,16 @@ LN3 = math.log(3)
 def loss(desirable: list[bool], *, kl: float | None, num_completions: int = 1, **options: float | str) -> LossOutput:
     """Of completions of two tokens whose log-ratio to the reference is ln 3."""
     count = len(desirable)
-    inputs = UnpairedInputs(
-        tokens=TokenSequences(sample_index=torch.arange(count).repeat_interleave(2), num_sequences=count),
-        logprobs=torch.full((2 * count,), LN3 / 2 - 2, dtype=torch.float64, requires_grad=True),
+    logprobs = torch.full((2 * count,), LN3 / 2 - 2, dtype=torch.float64, requires_grad=True)
+    return unpaired_loss(
+        TokenSequences(sample_index=torch.arange(count).repeat_interleave(2), num_sequences=count),
+        TokenLogprobs(logprobs=logprobs, entropy=torch.zeros_like(logprobs)),
+        UnpairedLossConfig(**{"beta": 1.0, **options}),
         reference=torch.full((count,), -4.0, dtype=torch.float64),
         desirable=torch.tensor(desirable),
-        totals=UnpairedTotals(num_completions=num_completions, kl=kl),
+        num_completions=num_completions,
+        kl=kl,
     )
-    return unpaired_loss(inputs, UnpairedLossConfig(**{"beta": 1.0, **options}))
 
 
 @pytest.mark.parametrize(
@@ -85,12 +86,14 @@ def test_every_prompt_gets_the_completion_of_its_predecessor() -> None:
 
 
 def test_a_nan_stays_one() -> None:
-    inputs = UnpairedInputs(
-        tokens=TokenSequences(sample_index=torch.tensor([0, 1]), num_sequences=2),
-        logprobs=torch.tensor([float("nan"), -1.0]),
+    output = unpaired_loss(
+        TokenSequences(sample_index=torch.tensor([0, 1]), num_sequences=2),
+        TokenLogprobs(logprobs=torch.tensor([float("nan"), -1.0]), entropy=torch.zeros(2)),
+        UnpairedLossConfig(),
         reference=torch.zeros(2),
         desirable=torch.tensor([True, False]),
-        totals=UnpairedTotals(num_completions=2, kl=0.0),
+        num_completions=2,
+        kl=0.0,
     )
-    assert math.isnan(unpaired_loss(inputs, UnpairedLossConfig()).loss.item())
+    assert math.isnan(output.loss.item())
     assert math.isnan(kl_estimate(torch.tensor([float("nan"), -1.0]), torch.zeros(2)))

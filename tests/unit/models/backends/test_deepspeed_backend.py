@@ -56,12 +56,12 @@ def test_only_sharded_gradients_make_ranks_wait_in_every_pass(
     model: str, ranks: Ranks, stage: int, in_step: bool, splits: bool
 ) -> None:
     backend = build(model, ranks, deepspeed=zero(stage)).backend
-    assert (backend.in_step, backend.splits_weights) == (in_step, splits)
+    assert (backend.in_step, backend.shards_weights) == (in_step, splits)
 
 
 def test_stage_three_shards_weights_and_shows_them_whole(model: str, ranks: Ranks) -> None:
     learner = build(model, ranks, deepspeed=zero(3, stage3_param_persistence_threshold=0))
-    assert learner.backend.in_step and learner.backend.splits_weights
+    assert learner.backend.in_step and learner.backend.shards_weights
     assert all(parameter.numel() == 0 for parameter in learner.module.parameters())
     found, expected = finish(learner, Outcome()), finish(build(model, SOLO), Outcome())
     assert found.names == expected.names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -11,16 +10,11 @@ import torch
 from torch import Tensor
 
 from trl_ray.algorithms.batches.sequences import TokenSequences
-from trl_ray.algorithms.distillation.distillation_terms import (
-    DistillationInputs,
-    SDPOInputs,
-    clipped_ratio,
-    distillation_loss,
-    sdpo_loss,
-    weighted_advantages,
-)
+from trl_ray.algorithms.distillation.distillation_loss import distillation_loss, weighted_advantages
+from trl_ray.algorithms.distillation.sdpo_loss import clipped_ratio, sdpo_loss
 from trl_ray.algorithms.distillation.teacher_signal import TeacherSignal
 from trl_ray.algorithms.head.divergence import SupportLogprobs
+from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import LossOutput
 from trl_ray.algorithms.metric_merging import merge_metrics
 from trl_ray.config.losses.distillation_options import (
@@ -45,13 +39,15 @@ def completions(*lengths: int) -> TokenSequences:
     return TokenSequences(sample_index=index, num_sequences=len(lengths))
 
 
-def given(logprobs: Tensor, teacher: TeacherSignal, **others: Any) -> DistillationInputs:
+def given(logprobs: Tensor, teacher: TeacherSignal, **others: Any) -> dict[str, Any]:
+    """For `distillation_loss`."""
     others = {"tokens": completions(len(logprobs)), "num_valid_tokens": len(logprobs), **others}
-    return DistillationInputs(logprobs=logprobs, teacher=teacher, **others)
+    scores = TokenLogprobs(logprobs=logprobs, entropy=torch.zeros_like(logprobs))
+    return {"scores": scores, "teacher": teacher, **others}
 
 
-def sdpo(**others: Any) -> SDPOInputs:
-    """Two completions of two tokens and one; the second is not distilled."""
+def sdpo(**others: Any) -> dict[str, Any]:
+    """For `sdpo_loss`. Two completions of two tokens and one; the second is not distilled."""
     values: dict[str, Any] = {
         "tokens": completions(2, 1),
         "logprobs": numbers(-1, -2, -3),
@@ -59,11 +55,13 @@ def sdpo(**others: Any) -> SDPOInputs:
         "is_distilled": torch.tensor([True, False]),
         "num_samples": 2,
     }
-    return SDPOInputs(**{**values, **others})
+    return {**values, **others}
 
 
 def test_every_token_of_the_update_counts_alike() -> None:
-    found = distillation_loss(given(numbers(-1, -1), TeacherSignal(divergence=numbers(1, 3)), num_valid_tokens=8), FULL)
+    found = distillation_loss(
+        **given(numbers(-1, -1), TeacherSignal(divergence=numbers(1, 3)), num_valid_tokens=8), config=FULL
+    )
     assert found.loss.item() == 0.5
     assert found.metrics["distillation/loss"].value == 2 and found.metrics["distillation/loss"].weight == 2
 
@@ -72,10 +70,10 @@ def test_labels_lose_their_share_of_cross_entropy_and_the_students_own_tokens_do
     """(3/4 of 4 + 1/4 of 2 + 4) / 2."""
     config = FULL.replace(cross_entropy_weight=0.25)
     inputs = given(numbers(-2, -8), TeacherSignal(divergence=numbers(4, 4)), is_label=torch.tensor([True, False]))
-    found = distillation_loss(inputs, config)
+    found = distillation_loss(**inputs, config=config)
     assert found.loss.item() == 3.75
     assert found.metrics["distillation/cross_entropy"].value == 2
-    everywhere = distillation_loss(dataclasses.replace(inputs, is_label=None), config)
+    everywhere = distillation_loss(**{**inputs, "is_label": None}, config=config)
     assert everywhere.loss.item() == (3.5 + 5) / 2
 
 
@@ -92,7 +90,7 @@ def test_the_support_says_what_is_taken_of_the_teacher() -> None:
         (Support.STUDENT, binary),
         (Support.UNION, binary),
     ):
-        loss = distillation_loss(given(student, signal), DistillationLossConfig(loss_support=wanted)).loss
+        loss = distillation_loss(**given(student, signal), config=DistillationLossConfig(loss_support=wanted)).loss
         assert loss.item() == pytest.approx(expected), wanted
 
 
@@ -102,16 +100,16 @@ def test_below_beta_one_the_realised_token_has_company() -> None:
     signal = TeacherSignal(logprobs=numbers(-9), support=support)
     config = DistillationLossConfig(loss_support=Support.REALISED, beta=0.5, loss_add_tail=False)
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert distillation_loss(given(numbers(-9), signal), config).loss.item() == pytest.approx(expected)
+    assert distillation_loss(**given(numbers(-9), signal), config=config).loss.item() == pytest.approx(expected)
 
 
 def test_early_tokens_weigh_more_in_importance_weighted_distillation() -> None:
     """Advantages 1, -1 and 2 with 0, 1/4 and 1/2 of their sum before them."""
     logprobs = numbers(-1, -2, -3).requires_grad_()
     inputs = given(logprobs, TeacherSignal(logprobs=numbers(-4, -6, -1)), sampler_logprobs=numbers(-5, -5, -3))
-    weighted = weighted_advantages(inputs, IW_OPD)
+    weighted = weighted_advantages(completions(3), numbers(-4, -6, -1), numbers(-5, -5, -3), IW_OPD)
     assert weighted.weights.tolist() == [1.5, 1.375, 1.25] and weighted.plain.tolist() == [1, -1, 2]
-    found = distillation_loss(inputs, IW_OPD)
+    found = distillation_loss(**inputs, config=IW_OPD)
     assert found.loss.item() == pytest.approx(6.25 / 3)
     (grad,) = torch.autograd.grad(found.loss, logprobs)
     torch.testing.assert_close(grad, -numbers(1.5, -1.375, 2.5) / 3)
@@ -125,26 +123,21 @@ def test_early_tokens_weigh_more_in_importance_weighted_distillation() -> None:
 def test_without_a_sampler_the_students_own_logprobs_are_the_baseline_and_get_no_gradient_from_it() -> None:
     logprobs = numbers(-1, -2).requires_grad_()
     inputs = given(logprobs, TeacherSignal(logprobs=numbers(-2, -1)))
-    weighted = weighted_advantages(inputs, IW_OPD)
+    weighted = weighted_advantages(completions(2), numbers(-2, -1), logprobs, IW_OPD)
     assert weighted.plain.tolist() == [-1, 1] and not weighted.weights.requires_grad
-    (grad,) = torch.autograd.grad(distillation_loss(inputs, IW_OPD).loss, logprobs)
+    (grad,) = torch.autograd.grad(distillation_loss(**inputs, config=IW_OPD).loss, logprobs)
     torch.testing.assert_close(grad, numbers(1.5, -1.25) / 2)
 
 
 def test_weights_begin_anew_with_each_completion_and_agreement_weighs_all_alike() -> None:
-    inputs = given(
-        numbers(*[-1.0] * 5),
-        TeacherSignal(logprobs=numbers(-2, -4, -1, -1, -3)),
-        sampler_logprobs=numbers(*[-1.0] * 5),
-        tokens=completions(2, 0, 2, 1),
-    )
-    weights = weighted_advantages(inputs, IW_OPD).weights
+    teacher, sampler = numbers(-2, -4, -1, -1, -3), numbers(*[-1.0] * 5)
+    weights = weighted_advantages(completions(2, 0, 2, 1), teacher, sampler, IW_OPD).weights
     torch.testing.assert_close(weights, numbers(1.5, 1.375, 1.5, 1.5, 1.5))
 
 
 def test_self_distillation_is_a_mean_over_all_samples_of_means_over_tokens() -> None:
     """(1 + 3) / 2 of the one that is distilled, and 0 of the other, over 2."""
-    found = sdpo_loss(sdpo(), SDPO_FULL)
+    found = sdpo_loss(**sdpo(), config=SDPO_FULL)
     assert found.loss.item() == 1
     assert found.metrics["self_distillation/distillation_loss"].value == 2
     assert found.metrics["self_distillation/distillation_loss"].weight == 2
@@ -152,11 +145,12 @@ def test_self_distillation_is_a_mean_over_all_samples_of_means_over_tokens() -> 
 
 def test_the_blend_is_convex() -> None:
     config = SDPO_FULL.replace(distillation_weight=0.25)
-    found = sdpo_loss(sdpo(policy_loss=torch.tensor(10.0)), config)
+    found = sdpo_loss(**sdpo(policy_loss=torch.tensor(10.0)), config=config)
     assert found.loss.item() == 7.75
     assert found.metrics["self_distillation/policy_loss"].value == 10
     only_policy = sdpo_loss(
-        sdpo(policy_loss=torch.tensor(10.0), teacher=TeacherSignal()), SDPO_FULL.replace(distillation_weight=0.0)
+        **sdpo(policy_loss=torch.tensor(10.0), teacher=TeacherSignal()),
+        config=SDPO_FULL.replace(distillation_weight=0.0),
     )
     assert only_policy.loss.item() == 10
 
@@ -171,11 +165,11 @@ def test_a_ratio_is_clipped_from_above_alone_and_followed_for_20_nats() -> None:
 def test_tokens_of_samples_that_are_trained_on_again_weigh_as_much_as_the_policy_has_moved() -> None:
     """Ratios of 4, held at 2, and of 1/2: (2 * 1 + 1/2 * 3) / 2 / 2."""
     inputs = sdpo(logprobs=numbers(-1, -2, -3), old_logprobs=numbers(-1, -2, -3) - numbers(4, 0.5, 1).log())
-    found = sdpo_loss(inputs, SDPO_FULL)
+    found = sdpo_loss(**inputs, config=SDPO_FULL)
     assert found.loss.item() == pytest.approx(0.875)
     assert found.metrics["self_distillation/is_ratio"].value == pytest.approx(1.25)
     assert found.metrics["self_distillation/is_clipped"].value == 0.5
-    assert sdpo_loss(inputs, SDPO_FULL.replace(distillation_is_clip=None)).loss.item() == 1
+    assert sdpo_loss(**inputs, config=SDPO_FULL.replace(distillation_is_clip=None)).loss.item() == 1
 
 
 def test_the_modes_take_what_they_say_of_the_teacher() -> None:
@@ -188,14 +182,14 @@ def test_the_modes_take_what_they_say_of_the_teacher() -> None:
         (SDPOLossConfig(), (1 * -1 + 2 * -2) / 2 / 2),
         (SDPOLossConfig(distillation_mode=DistillationMode.TOPK_LOGITS, **top), binary / 2),
     ):
-        found = sdpo_loss(sdpo(teacher=signal), config)
+        found = sdpo_loss(**sdpo(teacher=signal), config=config)
         assert found.loss.item() == pytest.approx(expected)
         assert found.metrics["self_distillation/logprob_abs_diff"].value == 1.5
 
 
 def test_what_is_not_distilled_may_be_anything_and_gets_no_gradient() -> None:
     divergence = torch.tensor([1.0, 3.0, torch.nan], requires_grad=True)
-    found = sdpo_loss(sdpo(teacher=TeacherSignal(divergence=divergence)), SDPO_FULL)
+    found = sdpo_loss(**sdpo(teacher=TeacherSignal(divergence=divergence)), config=SDPO_FULL)
     (grad,) = torch.autograd.grad(found.loss, divergence)
     assert found.loss.item() == 1 and grad.tolist() == [0.25, 0.25, 0]
 
@@ -205,7 +199,7 @@ def test_a_micro_batch_without_anything_to_distil_has_a_loss_of_0_with_a_gradien
     inputs = sdpo(
         logprobs=logprobs, teacher=TeacherSignal(logprobs=numbers(0, 0, 0)), is_distilled=torch.tensor([False, False])
     )
-    found = sdpo_loss(inputs, SDPOLossConfig())
+    found = sdpo_loss(**inputs, config=SDPOLossConfig())
     (grad,) = torch.autograd.grad(found.loss, logprobs)
     assert found.loss.item() == 0 and not grad.any()
     assert found.metrics["self_distillation/distillation_loss"].weight == 0
@@ -213,7 +207,7 @@ def test_a_micro_batch_without_anything_to_distil_has_a_loss_of_0_with_a_gradien
 
 def test_a_policy_loss_that_weighs_something_must_be_given() -> None:
     with pytest.raises(AssertionError, match=r"a policy loss of weight 0\.5"):
-        sdpo_loss(sdpo(), SDPO_FULL.replace(distillation_weight=0.5))
+        sdpo_loss(**sdpo(), config=SDPO_FULL.replace(distillation_weight=0.5))
 
 
 def pieces(lengths: list[int], cuts: list[list[int]]) -> list[tuple[Tensor, TokenSequences]]:
@@ -238,7 +232,7 @@ def test_how_an_update_is_cut_changes_neither_distillation_nor_its_metrics(
     def of(places: Tensor, tokens: TokenSequences) -> LossOutput:
         signal = TeacherSignal(logprobs=teacher[places], divergence=divergence[places])
         inputs = given(logprobs[places], signal, tokens=tokens, sampler_logprobs=sampler[places], num_valid_tokens=8)
-        return distillation_loss(inputs, config)
+        return distillation_loss(**inputs, config=config)
 
     whole = of(torch.arange(8), completions(*lengths))
     parts = [of(places, tokens) for places, tokens in pieces(lengths, cuts)]
@@ -263,7 +257,7 @@ def test_how_an_update_is_cut_changes_neither_self_distillation_nor_its_metrics(
             is_distilled=torch.tensor([distilled[index] for index in chosen]),
             num_samples=4,
         )
-        return sdpo_loss(inputs, SDPOLossConfig())
+        return sdpo_loss(**inputs, config=SDPOLossConfig())
 
     whole = of([0, 1, 2, 3], torch.arange(8), completions(*lengths))
     parts = [of(chosen, *piece) for chosen, piece in zip(cuts, pieces(lengths, cuts), strict=True)]
