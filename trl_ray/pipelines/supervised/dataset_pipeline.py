@@ -71,7 +71,7 @@ class SupervisedSession(Session):
         snapshot = loop.accounts.snapshot()
         recorder.directory.write_ledger(snapshot.to_json())
         return TrainOutput(
-            steps=loop.accounts.step, run_dir=recorder.directory.path, metrics=dict(recorder.last), ledger=snapshot
+            steps=loop.step, run_dir=recorder.directory.path, metrics=dict(recorder.last), ledger=snapshot
         )
 
     async def _references(self, stop: asyncio.Event) -> LabelledSets:
