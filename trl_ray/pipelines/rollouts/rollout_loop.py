@@ -22,19 +22,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from trl_ray.algorithms.policy.group_samples import BuiltStep
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.errors import StallError
 from trl_ray.models.companions.resident_teacher import FOLDER
-from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.rollouts.evaluation import evaluate, held_out_loss
 from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
 from trl_ray.pipelines.rollouts.objective import with_metrics
 from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, Preparation
 from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
-from trl_ray.pipelines.rollouts.updates import Prepared, Updated, prepare_step, train_on
+from trl_ray.pipelines.rollouts.updates import Updated, prepare_step, train_on
 from trl_ray.pipelines.run.learner_actors import under_watch
+from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
-from trl_ray.pipelines.run.step_loop import StepLoop
+from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.types import EventKind, Metric, RolloutGroup, StepResult
 
 _POLL_S = 2.0
@@ -42,51 +43,28 @@ _SAY_WAITING_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Trained:
-    """A step that is trained and published."""
-
+class _Trained(TrainedStep):
     groups: Sequence[RolloutGroup]
+    built: BuiltStep
     staleness: Mapping[str, Metric]
-    updated: Updated
     version: int
     times: StepTimes
 
 
 class RolloutLoop(StepLoop[_Trained]):
-    """Trains on rollouts, from a checkpoint to the end; evaluates after a step's line.
-
-    Args:
-        plan: of the run.
-        actors: started.
-        recorder: takes what happens.
-        callbacks: of the run.
-        checkpoint: that training goes on from.
-        step: of the checkpoint.
-        stop: ends the run in order once it is set.
-    """
+    """Trains on rollouts; evaluates after a step's line.  Its `actors` are started; for the rest see `StepLoop`."""
 
     _plan: Preparation
     _config: RolloutRunConfig
     _recorder: Recorder
 
     def __init__(
-        self,
-        *,
-        plan: Preparation,
-        actors: RolloutActors,
-        recorder: Recorder,
-        callbacks: CallbackList,
-        checkpoint: str | None,
-        step: int,
-        stop: asyncio.Event,
+        self, *, plan: Preparation, actors: RolloutActors, recorder: Recorder, opening: Opening, stop: asyncio.Event
     ) -> None:
-        super().__init__(plan=plan, recorder=recorder, callbacks=callbacks, checkpoint=checkpoint, step=step, stop=stop)
+        can_evaluate = plan.config.eval_steps > 0
+        super().__init__(plan=plan, recorder=recorder, opening=opening, can_evaluate=can_evaluate, stop=stop)
         self._actors, self._failures = actors, FailuresInARow(plan.config)
         self._pulling: asyncio.Task[None] | None = None
-
-    @property
-    def _can_evaluate(self) -> bool:
-        return self._config.eval_steps > 0
 
     async def run(self) -> None:
         plan = self._plan
@@ -127,12 +105,15 @@ class RolloutLoop(StepLoop[_Trained]):
         trained = time.time()
         await self._settle(step, updated.result)
         version = await self._publish(step, wait_s=taken - begin, step_s=trained - begin)
-        times = StepTimes(begin=begin, taken=taken, trained=trained, published=time.time())
-        return _Trained(groups=groups, staleness=staleness, updated=updated, version=version, times=times)
-
-    def _epoch_of(self, trained: _Trained) -> float:
-        del trained
-        return self._plan.epoch_after(self.step)
+        return _Trained(
+            epoch=self._plan.epoch_after(step),
+            result=updated.result,
+            groups=groups,
+            built=updated.built,
+            staleness=staleness,
+            version=version,
+            times=StepTimes(begin=begin, taken=taken, trained=trained, published=time.time()),
+        )
 
     async def _report(self, trained: _Trained) -> None:
         await self._drain()
@@ -140,8 +121,8 @@ class RolloutLoop(StepLoop[_Trained]):
         self._recorder.step(
             self.step,
             groups=trained.groups,
-            built=trained.updated.built,
-            result=trained.updated.result,
+            built=trained.built,
+            result=trained.result,
             times=trained.times,
             version=trained.version,
             snapshot=snapshot,
@@ -187,33 +168,18 @@ class RolloutLoop(StepLoop[_Trained]):
         return named
 
     async def _optimize(self, step: int, groups: list[RolloutGroup]) -> Updated:
-        plan = self._plan
-        prepared = await self._prepare(step, groups)
-        await plan.objective.show(self._callbacks, groups, prepared.samples, pad_token_id=plan.pad_token_id)
-        return await train_on(
-            prepared,
-            step=step,
-            config=self._config,
-            objective=plan.objective,
-            cut=plan.cut,
-            ask_learner=self._actors.learner.ask,
-        )
-
-    async def _prepare(self, step: int, groups: list[RolloutGroup]) -> Prepared:
-        """Samples of one step, and what there is to say of their groups."""
-        objective = self._plan.objective
+        plan, ask_learner = self._plan, self._actors.learner.ask
         prepared = await prepare_step(
-            groups,
-            step=step,
-            objective=objective,
-            cut=self._plan.cut,
-            ask_learner=self._actors.learner.ask,
-            deadline_s=self._config.runtime.step_deadline_s,
+            groups, step=step, objective=plan.objective, cut=plan.cut, ask_learner=ask_learner
         )
-        observed = objective.observe(groups)
+        observed = plan.objective.observe(groups)
         for warning in observed.warnings:
             self._recorder.say(EventKind.WARNING, "driver", step=step, detail=warning)
-        return replace(prepared, built=with_metrics(prepared.built, observed.metrics))
+        prepared = replace(prepared, built=with_metrics(prepared.built, observed.metrics))
+        await plan.objective.show(self._callbacks, groups, prepared.samples, pad_token_id=plan.pad_token_id)
+        return await train_on(
+            prepared, step=step, config=self._config, objective=plan.objective, cut=plan.cut, ask_learner=ask_learner
+        )
 
     async def _settle(self, step: int, result: StepResult) -> None:
         """Tell the ledger what became of the groups of this step."""
@@ -250,22 +216,18 @@ class RolloutLoop(StepLoop[_Trained]):
 
     async def _evaluate(self) -> Mapping[str, float]:
         await self._pulled()
-        begin = time.time()
+        begin, plan, config = time.time(), self._plan, self._config
         evaluation = await evaluate(
-            self._actors.working,
-            self._plan.eval_prompts,
-            seed=self._config.seed,
-            deadline_s=self._config.runtime.step_deadline_s,
+            self._actors.working, plan.eval_prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s
         )
         for reason in evaluation.lost:
             self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of the evaluation was lost: {reason}")
         held_out = await held_out_loss(
             evaluation.answers,
             step=self.step,
-            objective=self._plan.objective,
-            cut=self._plan.cut,
+            objective=plan.objective,
+            cut=plan.cut,
             ask_learner=self._actors.learner.ask,
-            deadline_s=self._config.runtime.step_deadline_s,
         )
         numbers = self._recorder.evaluated(self.step, evaluation.answers, held_out, time.time() - begin)
         await self._callbacks.evaluated(numbers)

@@ -38,15 +38,7 @@ class RolloutSession(Session):
         actors, recorder, begin = self._actors, self.recorder, time.time()
         await actors.start()
         recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
-        loop = RolloutLoop(
-            plan=self._preparation,
-            actors=actors,
-            recorder=recorder,
-            callbacks=self._opening.callbacks,
-            checkpoint=self._opening.checkpoint,
-            step=self._opening.step,
-            stop=stop,
-        )
+        loop = RolloutLoop(plan=self._preparation, actors=actors, recorder=recorder, opening=self._opening, stop=stop)
         await loop.run()
         await actors.ask_queue("finish")
         recorder.report(await actors.drain())

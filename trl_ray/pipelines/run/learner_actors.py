@@ -34,10 +34,7 @@ class Watch(Protocol):
 async def under_watch(watch: Watch, work: Coroutine[Any, Any, T], *beside: Coroutine[Any, Any, None]) -> T:
     """The result of work that needs the learner, ended as soon as the learner is lost.
 
-    Args:
-        watch: notices it.
-        work: is waited for.
-        beside: serves the work and never ends by itself; its error is the work's.
+    What runs `beside` it never ends by itself, and ends it by an error.
 
     Raises:
         LearnerLostError: it died or hung.
@@ -155,16 +152,15 @@ class LearnerActors:
         detail = {"pid": health.pid}
         self._emit(Event(kind=EventKind.ACTOR_STARTED, actor=handle.name, time=time.time(), detail=detail))
 
-    async def ask(self, method: str, /, *args: Any, deadline_s: float | None = None, **kwargs: Any) -> Any:
-        """Call the learner; None allows it as long as a step.
+    async def ask(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Call the learner; it may take as long as a step.
 
         Raises:
             LearnerLostError: it died, or did not answer in time.
         """
         with learner_lost():
-            return await self.handle.call(
-                method, *args, deadline_s=deadline_s or self._config.runtime.step_deadline_s, **kwargs
-            )
+            deadline_s = self._config.runtime.step_deadline_s
+            return await self.handle.call(method, *args, deadline_s=deadline_s, **kwargs)
 
     async def drain(self) -> ActorReport:
         """Events and spans since the last call; nothing where the learner is gone, which the supervisor tells of."""

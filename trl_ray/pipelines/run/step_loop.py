@@ -11,19 +11,29 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.errors import InterruptedRun
 from trl_ray.models.checkpoint import prune
-from trl_ray.pipelines.callbacks.hooks import CallbackList, TrainingSpan
-from trl_ray.pipelines.run.pipeline import Plan
+from trl_ray.pipelines.callbacks.hooks import TrainingSpan
+from trl_ray.pipelines.run.pipeline import Opening, Plan
 from trl_ray.pipelines.run.recording import RunRecorder
-from trl_ray.types import EventKind
+from trl_ray.types import EventKind, StepResult
 
-TrainedT = TypeVar("TrainedT")
-"""What a step leaves for its report."""
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainedStep:
+    """What a step leaves for its line; each loop adds its own."""
+
+    epoch: float
+    """Passes over the dataset that are done after it."""
+    result: StepResult
+
+
+TrainedT = TypeVar("TrainedT", bound=TrainedStep)
 
 
 class StepLoop(ABC, Generic[TrainedT]):
@@ -35,9 +45,8 @@ class StepLoop(ABC, Generic[TrainedT]):
     Args:
         plan: of the run.
         recorder: takes what happens.
-        callbacks: of the run.
-        checkpoint: that training goes on from; None at the beginning.
-        step: finished optimizer steps, those of the checkpoint.
+        opening: what the session starts from.
+        can_evaluate: whether there is something to evaluate on.
         stop: ends the run in order once it is set.
     """
 
@@ -46,62 +55,31 @@ class StepLoop(ABC, Generic[TrainedT]):
     _recorder: RunRecorder
 
     def __init__(
-        self,
-        *,
-        plan: Plan,
-        recorder: RunRecorder,
-        callbacks: CallbackList,
-        checkpoint: str | None,
-        step: int,
-        stop: asyncio.Event,
+        self, *, plan: Plan, recorder: RunRecorder, opening: Opening, can_evaluate: bool, stop: asyncio.Event
     ) -> None:
-        self._plan, self._config, self._recorder = plan, plan.config, recorder
-        self._callbacks, self._checkpoint, self._stop = callbacks, checkpoint, stop
-        self.step = step
-        """Finished optimizer steps."""
-        self._saved = step
-        """Step of the newest checkpoint."""
-
-    @abstractmethod
-    async def run(self) -> None:
-        """Train to the last step.
-
-        Raises:
-            InterruptedRun: the stop event was set; a checkpoint was written.
-            LearnerLostError: the learner died or hung.
-            RunError: whatever else ended training.
-        """
-
-    # What differs.
+        self._plan, self._config, self._recorder, self._stop = plan, plan.config, recorder, stop
+        self._opening, self._callbacks, self._can_evaluate = opening, opening.callbacks, can_evaluate
+        self.step = self._saved = opening.step  # finished optimizer steps, and those in the newest checkpoint
 
     @abstractmethod
     async def _train_step(self, step: int) -> TrainedT:
         """Wait for what the step is trained on, and train it."""
 
     @abstractmethod
-    def _epoch_of(self, trained: TrainedT) -> float:
-        """Passes over the dataset that are done after the step."""
-
-    @abstractmethod
     async def _report(self, trained: TrainedT) -> None:
-        """Evaluate if it is time to, write the step's line, and show it to callbacks."""
+        """Write the step's line and show it to callbacks, and evaluate before or after if that is due."""
 
     @abstractmethod
     async def _evaluate(self) -> Mapping[str, float]:
         """The held-out numbers under the weights as they are, written down and told to callbacks."""
 
-    @property
-    @abstractmethod
-    def _can_evaluate(self) -> bool:
-        """Whether there is something to evaluate on."""
-
     @abstractmethod
     async def _state_files(self) -> Mapping[str, bytes]:
-        """What a checkpoint holds beside the learner's files, without the states of callbacks."""
+        """What the loop goes on from, for a checkpoint; without the states of callbacks."""
 
     @abstractmethod
     async def _write_checkpoint(self, path: Path, files: Mapping[str, bytes]) -> None:
-        """Have the learner write a checkpoint of the last finished step, with these files in it."""
+        """Have the learner write a checkpoint, with these files in it."""
 
     @property
     def _place(self) -> int:
@@ -114,20 +92,18 @@ class StepLoop(ABC, Generic[TrainedT]):
 
     @property
     def _evaluation_is_due(self) -> bool:
-        """Whether the step that was trained last is to be followed by an evaluation."""
-        asked = self._callbacks.control.should_evaluate or self._is_due(self._config.eval_steps)
+        """Whether the step that was trained last is evaluated."""
+        asked = self._callbacks.control.should_evaluate or self._comes_now(self._config.eval_steps)
         return self._can_evaluate and asked
 
     def _leave_epoch(self) -> None:
-        """A callback has asked to leave out what is left of the epoch; refused where that cannot be done."""
+        """A callback leaves out what is left of the epoch; it is refused that where it cannot be done."""
 
     def _say_why_over(self) -> None:
         """Why training ends before its last step, if it does."""
         if (name := self._callbacks.stopped_by) is not None:
             detail = f"training ends early: the callback {name} asked for it"
             self._recorder.say(EventKind.WARNING, "driver", step=self.step, detail=detail)
-
-    # What is the same.
 
     async def _begin(self, *, epoch: float, num_train_epochs: int, can_stop_epoch: bool) -> None:
         """Tell callbacks that the session starts, and where."""
@@ -140,17 +116,17 @@ class StepLoop(ABC, Generic[TrainedT]):
             can_evaluate=self._can_evaluate,
             can_stop_epoch=can_stop_epoch,
         )
-        await self._callbacks.begin(span, checkpoint=self._checkpoint, say=self._recorder.say)
+        await self._callbacks.begin(span, checkpoint=self._opening.checkpoint, say=self._recorder.say)
 
     async def _train(self) -> None:
-        """All steps that are left, one after the other, and the last checkpoint."""
+        """All steps that are left, and the last checkpoint."""
         if self.step == 0 and self._can_evaluate:
             await self._evaluate()
         while not self._is_over:
             await self._callbacks.step_begin()
             trained = await self._train_step(self.step + 1)
             self.step += 1
-            await self._callbacks.step_end(step=self.step, epoch=self._epoch_of(trained))
+            await self._callbacks.step_end(step=self.step, epoch=trained.epoch)
             await self._report(trained)
             await self._finish_step()
         await self._save_last()
@@ -167,12 +143,12 @@ class StepLoop(ABC, Generic[TrainedT]):
         if self._is_over:
             self._say_why_over()
             return
-        if control.should_save or self._is_due(self._config.save_steps):
+        if control.should_save or self._comes_now(self._config.save_steps):
             await self.save()
         await self._heed_stop()
 
-    def _is_due(self, every: int) -> bool:
-        """Whether something that comes every so many steps comes after this one; 0 never does."""
+    def _comes_now(self, every: int) -> bool:
+        """Whether what comes every so many steps comes after this one; with 0 it never does."""
         return every > 0 and self.step % every == 0
 
     def _say_skipped(self, step: int, what: str) -> None:
@@ -191,15 +167,13 @@ class StepLoop(ABC, Generic[TrainedT]):
         await self._callbacks.saved()
 
     async def _save_last(self) -> None:
-        """A checkpoint of the last finished step, unless there is one; also of none."""
+        """A checkpoint of the last finished step, unless there is one; also of step 0."""
         if self._saved != self.step or self.step == 0:
             await self.save()
 
     async def _heed_stop(self) -> None:
         """End the run in order if the stop event is set."""
-        if not self._stop.is_set():
-            return
-        await self._save_last()
-        raise InterruptedRun(
-            f"interrupted after step {self.step}; go on with: trl-ray resume {self._recorder.directory.path}"
-        )
+        if self._stop.is_set():
+            await self._save_last()
+            path = self._recorder.directory.path
+            raise InterruptedRun(f"interrupted after step {self.step}; go on with: trl-ray resume {path}")

@@ -20,10 +20,10 @@ from trl_ray.algorithms.loss_registry import update_totals
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.errors import InputError
-from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
+from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.signals import heed_signals
-from trl_ray.pipelines.run.step_loop import StepLoop
+from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.pipelines.supervised.dataset_preparation import SupervisedPlan
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder, SupervisedTimes
 from trl_ray.pipelines.supervised.early_stopping import EarlyStopping
@@ -52,30 +52,23 @@ class _Ready:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Trained:
-    """A step that is trained."""
-
+class _Trained(TrainedStep):
     fed: Fed
-    result: StepResult
     times: SupervisedTimes
 
 
 class DatasetLoop(StepLoop[_Trained]):
-    """Trains on a dataset, from a checkpoint to the end; evaluates before a step's line, which has the numbers in it.
+    """Trains on a dataset; evaluates before a step's line, which has the numbers in it.
 
-    consumes: the examples of a step.  produces: what every loop does.  waits for: the examples, the learner.
+    consumes: the examples of a step.  waits for: the examples, the learner.
     unblocked by: the thread's answer; the learner's, or its loss.
 
     Args:
-        plan: of the run.
+        plan, recorder, opening, stop: see `StepLoop`.
         actors: started.
-        recorder: takes what happens.
         feed: of the examples, at the place of `accounts`.
         held_out: examples to evaluate on; empty for none.
         accounts, stopping: as the checkpoint left them.
-        callbacks: of the run.
-        checkpoint: that training goes on from.
-        stop: ends the run in order once it is set.
     """
 
     _plan: SupervisedPlan
@@ -88,20 +81,16 @@ class DatasetLoop(StepLoop[_Trained]):
         plan: SupervisedPlan,
         actors: LearnerActors,
         recorder: SupervisedRecorder,
+        opening: Opening,
         feed: Feed,
         held_out: Sequence[Example],
         accounts: Accounts,
         stopping: EarlyStopping,
-        callbacks: CallbackList,
-        checkpoint: str | None,
         stop: asyncio.Event,
     ) -> None:
-        super().__init__(
-            plan=plan, recorder=recorder, callbacks=callbacks, checkpoint=checkpoint, step=accounts.step, stop=stop
-        )
-        self._actors, self._feed, self._stopping = actors, feed, stopping
+        super().__init__(plan=plan, recorder=recorder, opening=opening, can_evaluate=bool(held_out), stop=stop)
+        self._actors, self._feed, self._stopping, self._held_out = actors, feed, stopping, held_out
         self.accounts = accounts
-        self._held_out = held_out
         self._evaluation = self._update(held_out, step=1, is_training=False) if held_out else None
         self._coming: asyncio.Future[_Ready] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="examples")
@@ -113,10 +102,6 @@ class DatasetLoop(StepLoop[_Trained]):
     @property
     def _is_over(self) -> bool:
         return self._stopping.is_due or super()._is_over
-
-    @property
-    def _can_evaluate(self) -> bool:
-        return self._evaluation is not None
 
     @property
     def _evaluation_is_due(self) -> bool:
@@ -135,15 +120,13 @@ class DatasetLoop(StepLoop[_Trained]):
             self._thread.shutdown(cancel_futures=True)
 
     async def _begin_and_train(self) -> None:
-        if isinstance(self._feed, ShuffledFeed):
+        if in_memory := isinstance(self._feed, ShuffledFeed):
             per_epoch = self._feed.steps_per_epoch
             epoch, epochs = self._place / per_epoch, self._plan.total_steps / per_epoch
         else:
             streamed = self.accounts.place
             epoch, epochs = float(streamed.epoch) if streamed is not None else 0.0, self._config.num_train_epochs
-        await self._begin(
-            epoch=epoch, num_train_epochs=math.ceil(epochs), can_stop_epoch=isinstance(self._feed, ShuffledFeed)
-        )
+        await self._begin(epoch=epoch, num_train_epochs=math.ceil(epochs), can_stop_epoch=in_memory)
         self._callbacks.set_best(self._stopping.best, self._stopping.best_step)
         await self._train()
 
@@ -155,10 +138,8 @@ class DatasetLoop(StepLoop[_Trained]):
         result: StepResult = await self._actors.ask("step", await self._with_kl(ready.update))
         trained = time.time()
         self.accounts.advance(ready.fed, step=step, skipped=result.skipped)
-        return _Trained(fed=ready.fed, result=result, times=SupervisedTimes(begin=begin, fed=fed, trained=trained))
-
-    def _epoch_of(self, trained: _Trained) -> float:
-        return trained.fed.epoch
+        times = SupervisedTimes(begin=begin, fed=fed, trained=trained)
+        return _Trained(epoch=ready.fed.epoch, result=result, fed=ready.fed, times=times)
 
     async def _report(self, trained: _Trained) -> None:
         evaluated = await self._evaluate() if self._evaluation_is_due else {}

@@ -58,12 +58,11 @@ class SupervisedSession(Session):
             plan=plan,
             actors=self._actors,
             recorder=recorder,
+            opening=self._opening,
             feed=plan.feed(accounts.place or StreamPlace(), sets.train),
             held_out=sets.held_out.examples if sets.held_out is not None else (),
             accounts=accounts,
             stopping=stopping,
-            callbacks=self._opening.callbacks,
-            checkpoint=self._opening.checkpoint,
             stop=stop,
         )
         await loop.run()
