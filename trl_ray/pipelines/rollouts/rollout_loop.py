@@ -185,7 +185,7 @@ class RolloutLoop(StepLoop[_Trained]):
         """Tell the ledger what became of the groups of this step."""
         await self._actors.ask_queue("skip" if result.skipped else "trained", step=step)
         if result.skipped:
-            self._say_skipped(step, "groups")
+            self._recorder.skipped(step, what="groups")
         else:
             self._failures.forget()
 
@@ -233,19 +233,15 @@ class RolloutLoop(StepLoop[_Trained]):
         await self._callbacks.evaluated(numbers)
         return numbers
 
-    async def _state_files(self) -> Mapping[str, bytes]:
-        snapshot = await self._actors.ask_queue("snapshot")
-        return {
-            "ledger.json": json.dumps(snapshot.to_json()).encode(),
-            OBJECTIVE_STATE: json.dumps(self._plan.objective.state_dict()).encode(),
-        }
-
-    async def _write_checkpoint(self, path: Path, files: Mapping[str, bytes]) -> None:
+    async def _write_checkpoint(self, path: Path) -> None:
         """Also of teachers that are averages; then let the journal forget what it no longer needs."""
+        snapshot = await self._actors.ask_queue("snapshot")
+        kept = {"ledger.json": snapshot.to_json(), OBJECTIVE_STATE: self._plan.objective.state_dict()}
+        extra = {name: json.dumps(state).encode() for name, state in kept.items()} | self._callbacks.files()
         step, teachers = self.step, self._actors.teachers
         beside = path.with_name(f"{FOLDER}-{step}.tmp")
         adopt = {FOLDER: str(beside)} if await teachers.save(beside) else {}
-        await self._actors.learner.ask("save", str(path.parent), step=step, extra=files, adopt=adopt)
+        await self._actors.learner.ask("save", str(path.parent), step=step, extra=extra, adopt=adopt)
         teachers.checkpoint = str(path)
         # One checkpoint behind, so that a run whose newest checkpoint is damaged can go back to the one before.
         if self._saved not in (0, step):

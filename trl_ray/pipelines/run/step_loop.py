@@ -62,6 +62,16 @@ class StepLoop(ABC, Generic[TrainedT]):
         self.step = self._saved = opening.step  # finished optimizer steps, and those in the newest checkpoint
 
     @abstractmethod
+    async def run(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            InterruptedRun: the stop event was set; a checkpoint was written.
+            LearnerLostError: the learner died or hung.
+            RunError: whatever else ended training.
+        """
+
+    @abstractmethod
     async def _train_step(self, step: int) -> TrainedT:
         """Wait for what the step is trained on, and train it."""
 
@@ -74,12 +84,8 @@ class StepLoop(ABC, Generic[TrainedT]):
         """The held-out numbers under the weights as they are, written down and told to callbacks."""
 
     @abstractmethod
-    async def _state_files(self) -> Mapping[str, bytes]:
-        """What the loop goes on from, for a checkpoint; without the states of callbacks."""
-
-    @abstractmethod
-    async def _write_checkpoint(self, path: Path, files: Mapping[str, bytes]) -> None:
-        """Have the learner write a checkpoint, with these files in it."""
+    async def _write_checkpoint(self, path: Path) -> None:
+        """Have the learner write a checkpoint, with what the loop and its callbacks go on from."""
 
     @property
     def _place(self) -> int:
@@ -151,15 +157,11 @@ class StepLoop(ABC, Generic[TrainedT]):
         """Whether what comes every so many steps comes after this one; with 0 it never does."""
         return every > 0 and self.step % every == 0
 
-    def _say_skipped(self, step: int, what: str) -> None:
-        detail = f"loss or gradients were not finite; the step was skipped and its {what} dropped"
-        self._recorder.say(EventKind.WARNING, "learner", step=step, detail=detail)
-
     async def save(self) -> None:
         """Write a checkpoint of the last finished step."""
         step, begin = self.step, time.time()
         path = self._recorder.directory.checkpoint(step)
-        await self._write_checkpoint(path, {**await self._state_files(), **self._callbacks.files()})
+        await self._write_checkpoint(path)
         self._saved = step
         self._recorder.checkpoint(path, step=step, seconds=time.time() - begin)
         if self._config.save_total_limit is not None:

@@ -1,7 +1,6 @@
 """The loop of pipelines that train on datasets: one step after the other, the next step's examples made meanwhile.
 
-feed --thread: take, cut--> _Ready --> learner.step --> evaluation, metrics, checkpoint        (the rest: step_loop.py)
-          ^ step k+1 while the learner trains step k
+feed --> StepsAhead: step k+1 --> learner.step: step k --> evaluation, metrics, checkpoint      (the rest: step_loop.py)
 """
 
 from __future__ import annotations
@@ -11,14 +10,10 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from trl_ray.algorithms.batches.example_batches import example_batch, mismatched_batch, mismatched_kl
-from trl_ray.algorithms.loss_registry import update_totals
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
-from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.errors import InputError
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.pipeline import Opening
@@ -28,27 +23,11 @@ from trl_ray.pipelines.supervised.dataset_preparation import SupervisedPlan
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder, SupervisedTimes
 from trl_ray.pipelines.supervised.early_stopping import EarlyStopping
 from trl_ray.pipelines.supervised.example_feed import Fed, Feed, ShuffledFeed
-from trl_ray.types import Evaluation, EventKind, Example, StepResult, TrainBatch
+from trl_ray.pipelines.supervised.example_updates import ReadyStep, StepsAhead, example_update, with_kl
+from trl_ray.types import Evaluation, EventKind, Example, StepResult
 
 PROGRESS = "progress.json"
 """In checkpoints: what the loop goes on from."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Update:
-    """Examples as the learner takes them."""
-
-    batch: TrainBatch
-    mismatched: TrainBatch | None
-    """What the KL of the update is estimated on, where its loss asks for one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Ready:
-    """A step that can be trained."""
-
-    fed: Fed
-    update: _Update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,9 +70,8 @@ class DatasetLoop(StepLoop[_Trained]):
         super().__init__(plan=plan, recorder=recorder, opening=opening, can_evaluate=bool(held_out), stop=stop)
         self._actors, self._feed, self._stopping, self._held_out = actors, feed, stopping, held_out
         self.accounts = accounts
-        self._evaluation = self._update(held_out, step=1, is_training=False) if held_out else None
-        self._coming: asyncio.Future[_Ready] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="examples")
+        self._evaluation = example_update(plan, held_out, step=1, is_training=False) if held_out else None
+        self._ahead = StepsAhead(plan, feed)
 
     @property
     def _place(self) -> int:
@@ -109,7 +87,7 @@ class DatasetLoop(StepLoop[_Trained]):
         return super()._evaluation_is_due or (self._can_evaluate and ends)
 
     async def run(self) -> None:
-        """Train to the last step; see `StepLoop.run`.
+        """Train to the last step.
 
         Raises:
             InputError: a row of a stream cannot be used; what was trained before it is saved.
@@ -117,7 +95,7 @@ class DatasetLoop(StepLoop[_Trained]):
         try:
             await under_watch(self._actors.supervisor, self._begin_and_train())
         finally:
-            self._thread.shutdown(cancel_futures=True)
+            self._ahead.close()
 
     async def _begin_and_train(self) -> None:
         if in_memory := isinstance(self._feed, ShuffledFeed):
@@ -132,10 +110,11 @@ class DatasetLoop(StepLoop[_Trained]):
 
     async def _train_step(self, step: int) -> _Trained:
         begin = time.time()
-        ready = await self._arrived(self._coming or self._make(step))
+        ready = await self._take(step)
         fed = time.time()
-        self._coming = self._make(step + 1) if self._place + 1 < self._plan.total_steps else None
-        result: StepResult = await self._actors.ask("step", await self._with_kl(ready.update))
+        if self._place + 1 < self._plan.total_steps:
+            self._ahead.begin(step + 1, place=self._place + 2)
+        result: StepResult = await self._actors.ask("step", await with_kl(ready.update, self._actors.ask))
         trained = time.time()
         self.accounts.advance(ready.fed, step=step, skipped=result.skipped)
         times = SupervisedTimes(begin=begin, fed=fed, trained=trained)
@@ -153,7 +132,7 @@ class DatasetLoop(StepLoop[_Trained]):
             evaluated=evaluated,
         )
         if trained.result.skipped:
-            self._say_skipped(self.step, "rows")
+            self._recorder.skipped(self.step, what="rows")
         await self._callbacks.logged(self._recorder.last)
 
     def _leave_epoch(self) -> None:
@@ -161,57 +140,29 @@ class DatasetLoop(StepLoop[_Trained]):
         left_out = -self._place % self._feed.steps_per_epoch
         if left_out:
             self.accounts.left_out += left_out
-            self._coming = None
+            self._ahead.forget()
 
     async def _heed_stop(self) -> None:
         await heed_signals()
         await super()._heed_stop()
 
-    def _make(self, step: int) -> asyncio.Future[_Ready]:
-        """Make a step's examples on the thread, from now on."""
-        place = step + self.accounts.left_out
-        return asyncio.get_running_loop().run_in_executor(self._thread, self._ready, step, place)
-
-    async def _arrived(self, coming: asyncio.Future[_Ready]) -> _Ready:
-        """The examples of the step; before a row that cannot be used, what was trained is saved."""
+    async def _take(self, step: int) -> ReadyStep:
+        """The examples of a step; before a row that cannot be used, what was trained is saved."""
         try:
-            return await coming
+            return await self._ahead.take(step, place=self._place + 1)
         except InputError as error:
             if not self.step:
                 raise
             await self._save_last()
-            path = self._recorder.directory.path
             raise type(error)(
                 f"{error} {self.step} steps were trained before it and are kept; once it is mended, go on "
-                f"with: trl-ray resume {path}"
+                f"with: trl-ray resume {self._recorder.directory.path}"
             ) from error
-
-    def _ready(self, step: int, place: int) -> _Ready:
-        fed = self._feed.take(place)
-        return _Ready(fed=fed, update=self._update(fed.examples, step=step, is_training=True))
-
-    def _update(self, examples: Sequence[Example], *, step: int, is_training: bool) -> _Update:
-        plan = self._plan
-        rules = plan.cut if is_training else plan.eval_cut
-        totals = update_totals(plan.loss, [sample for example in examples for sample in example.samples])
-        asks_kl = plan.task is ExampleTask.UNPAIRED_WITH_KL
-        return _Update(
-            batch=example_batch(examples, step=step, rules=rules, totals=totals),
-            mismatched=mismatched_batch(examples, step=step, rules=rules) if asks_kl else None,
-        )
-
-    async def _with_kl(self, update: _Update) -> TrainBatch:
-        """The batch, with the KL under the weights as they are where its loss asks for it."""
-        if update.mismatched is None:
-            return update.batch
-        scores = await self._actors.ask("score", update.mismatched)
-        kl = mismatched_kl(update.mismatched, scores)
-        return replace(update.batch, totals={**update.batch.totals, "kl": kl})
 
     async def _evaluate(self) -> Mapping[str, float]:
         assert self._evaluation is not None, "there is something to evaluate on"
         begin, stopping = time.time(), self._stopping
-        evaluation: Evaluation = await self._actors.ask("evaluate", await self._with_kl(self._evaluation))
+        evaluation: Evaluation = await self._actors.ask("evaluate", await with_kl(self._evaluation, self._actors.ask))
         numbers = self._recorder.evaluated(self.step, evaluation, examples=len(self._held_out), begin=begin)
         stopping.observe(self.step, numbers)
         await self._callbacks.evaluated(numbers, best=stopping.best, best_step=stopping.best_step)
@@ -230,15 +181,13 @@ class DatasetLoop(StepLoop[_Trained]):
                 best_step=stopping.best_step,
             )
 
-    async def _state_files(self) -> Mapping[str, bytes]:
-        train = self._plan.train
+    async def _write_checkpoint(self, path: Path) -> None:
+        accounts, train = self.accounts, self._plan.train
         progress = {
-            "accounts": self.accounts.state_dict(),
+            "accounts": accounts.state_dict(),
             "stopping": self._stopping.state_dict(),
             "examples": None if train is None else len(train),
         }
-        ledger = self.accounts.snapshot().to_json()
-        return {PROGRESS: json.dumps(progress).encode(), "ledger.json": json.dumps(ledger).encode()}
-
-    async def _write_checkpoint(self, path: Path, files: Mapping[str, bytes]) -> None:
-        await self._actors.ask("save", str(path.parent), step=self.step, extra=files)
+        kept = {PROGRESS: progress, "ledger.json": accounts.snapshot().to_json()}
+        extra = {name: json.dumps(state).encode() for name, state in kept.items()} | self._callbacks.files()
+        await self._actors.ask("save", str(path.parent), step=self.step, extra=extra)
