@@ -20,11 +20,13 @@ from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import EventsFile, MetricsFile, Observer
 from trl_ray.pipelines.callbacks.hooks import CallbackList
+from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
 from trl_ray.pipelines.supervised.dataset_preparation import DatasetInputs, SupervisedPlan
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder
 from trl_ray.pipelines.supervised.early_stopping import EarlyStopping
 from trl_ray.pipelines.supervised.example_feed import ShuffledFeed
+from trl_ray.runtime.local import LocalRuntime
 from trl_ray.types import (
     ActorReport,
     Evaluation,
@@ -151,17 +153,25 @@ class Run:
             cut=CutRules(max_examples=2),
             eval_cut=CutRules(max_examples=2),
         )
+        opening = Opening(
+            runtime=LocalRuntime(),
+            directory=directory,
+            observer=observer,
+            checkpoint=self.checkpoint,
+            step=self.accounts.step,
+            resuming=False,
+            callbacks=CallbackList(self.callbacks, args=self.config),
+        )
         actors: Any = self.learner
         return DatasetLoop(
             plan=plan,
             actors=actors,
             recorder=SupervisedRecorder(directory=directory, observer=observer),
+            opening=opening,
             feed=ShuffledFeed(examples(5, mismatched=self.mismatched), per_step=2, seed=1, shuffle=False),
             held_out=examples(self.held_out, mismatched=self.mismatched),
             accounts=self.accounts,
             stopping=EarlyStopping.of(self.config),
-            callbacks=CallbackList(self.callbacks, args=self.config),
-            checkpoint=self.checkpoint,
             stop=self.stop,
         )
 

@@ -66,7 +66,6 @@ async def held_out_loss(
     objective: Objective[Any],
     cut: CutRules,
     ask_learner: AskLearner,
-    deadline_s: float,
 ) -> Evaluation | None:
     """The loss on held-out answers that teachers were asked about; None where the loss is none of teachers alone.
 
@@ -76,7 +75,6 @@ async def held_out_loss(
         objective: of the run.
         cut: how the answers are cut into micro-batches.
         ask_learner: calls a method of the learner.
-        deadline_s: for the call.
 
     Raises:
         LearnerLostError: the learner died or hung.
@@ -88,5 +86,5 @@ async def held_out_loss(
         return None
     totals_of = partial(update_totals, objective.loss)
     batch = train_batch(objective.build(groups).samples, step=step + 1, rules=cut, totals_of=totals_of)
-    found: Evaluation = await ask_learner("evaluate", batch, deadline_s=deadline_s)
+    found: Evaluation = await ask_learner("evaluate", batch)
     return found

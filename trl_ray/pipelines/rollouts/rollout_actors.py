@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,17 +17,15 @@ from trl_ray.actors.reward_worker import RewardWorker
 from trl_ray.actors.rollout_queue import RolloutQueue
 from trl_ray.actors.rollout_worker import RolloutWorker
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
-from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, RunError, WeightError
+from trl_ray.errors import ActorLostError, DeadlineError, EngineError, RunError, WeightError
 from trl_ray.pipelines.rollouts.reward_model_actors import spawn_reward_models
 from trl_ray.pipelines.rollouts.teacher_actors import TeacherActors, TeacherArguments
-from trl_ray.pipelines.run.learner_actors import learner_lost
-from trl_ray.pipelines.run.learner_group import LearnerGroup, ranks_of, spawn_learner
+from trl_ray.pipelines.run.learner_actors import Emit, LearnerActors, drained, learner_lost
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime
 from trl_ray.runtime.supervision import Supervisor, Watched
 from trl_ray.runtime.weights import Published, WeightTransport
-from trl_ray.types import ActorReport, Event, EventKind, Health, IntArray, Span, WeightVersion
+from trl_ray.types import ActorReport, Event, EventKind, Health, IntArray, WeightVersion
 
-Emit = Callable[[Event], None]
 _CONTROL_S = 60.0
 _PAUSE_S = 0.25
 QUEUE_PATIENCE = Patience(deadline_s=30.0, total_s=120.0)
@@ -82,7 +80,6 @@ class RolloutActors:
         self._workers: set[ActorHandle] = set()
         self._working, self._rewards = dict[str, ActorHandle](), list[ActorHandle]()
         self._reward_models = list[ActorHandle]()
-        self._learner: ActorHandle | None = None
         self._queue: ActorHandle | None = None
         self.supervisor = Supervisor(
             interval_s=config.runtime.health_interval_s,
@@ -90,12 +87,9 @@ class RolloutActors:
             on_lost=self._on_lost,
             on_reborn=self._on_reborn,
         )
-
-    @property
-    def learner(self) -> ActorHandle:
-        """The learner's handle."""
-        assert self._learner is not None, "the actors must be started first"
-        return self._learner
+        self.learner = LearnerActors(
+            runtime=runtime, config=config, arguments=arguments.learner, emit=emit, supervisor=self.supervisor
+        )
 
     @property
     def queue(self) -> ActorHandle:
@@ -111,16 +105,14 @@ class RolloutActors:
     async def start(self) -> None:
         """Start every actor side by side, publish the learner's weights, and let the workers begin."""
         self._queue = await self._runtime.spawn(Role.QUEUE, "queue", RolloutQueue, **self._arguments.queue)
-        self._learner = await spawn_learner(self._runtime, self._config, self._arguments.learner)
+        await self.learner.spawn()
         await self._spawn_rewards()
         await self.teachers.spawn()
         workers = [
             await self._spawn_worker(f"rollout-{slot}", slot) for slot in range(self._config.rollout.num_workers)
         ]
-        if isinstance(self._learner, LearnerGroup):
-            await self._learner.join(deadline_s=self._config.runtime.start_deadline_s)
-            await asyncio.gather(*(self._greet(rank, watch=False) for rank in self._learner.members))
-        others = (self._queue, self._learner, *self._reward_models, *self._rewards, *self.teachers.handles)
+        await self.learner.meet()
+        others = (self._queue, self.learner.handle, *self._reward_models, *self._rewards, *self.teachers.handles)
         await asyncio.gather(*(self._greet(handle) for handle in others))
         healths = await asyncio.gather(*(self._greet(handle, watch=False) for handle in workers))
         await self.publish(step=0)
@@ -150,7 +142,7 @@ class RolloutActors:
         """
         begin = time.time()
         with learner_lost():
-            identity = (await self._weights.publish(self.learner, step=step)).identity
+            identity = (await self._weights.publish(self.learner.handle, step=step)).identity
         seconds = round(time.time() - begin, 4)
         self._emit(EventKind.WEIGHTS_PUBLISHED, "learner", **asdict(identity), seconds=seconds)
         return identity
@@ -162,31 +154,15 @@ class RolloutActors:
 
     async def drain(self) -> ActorReport:
         """Events and spans of all actors since the last call."""
-        events: list[Event] = []
-        spans: list[Span] = []
         scorers = (*self._reward_models, *self._rewards, *self.teachers.handles)
-        for handle in (self.queue, self.learner, *scorers, *self.working):
-            try:
-                report: ActorReport = await handle.call("drain", deadline_s=_CONTROL_S)
-            except (ActorLostError, DeadlineError):
-                # Whatever it had gathered died with it; the supervisor tells of the loss itself.
-                continue
-            events.extend(report.events)
-            spans.extend(report.spans)
-        return ActorReport(events=events, spans=spans)
+        handles = (self.queue, self.learner.handle, *scorers, *self.working)
+        reports = [await drained(handle) for handle in handles]
+        events = [event for report in reports for event in report.events]
+        return ActorReport(events=events, spans=[span for report in reports for span in report.spans])
 
     async def ask_queue(self, method: str, /, **kwargs: Any) -> Any:
         """Call the queue, waiting out its restart."""
         return await call_patiently(self.queue, method, QUEUE_PATIENCE, **kwargs)
-
-    async def ask_learner(self, method: str, /, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
-        """Call the learner.
-
-        Raises:
-            LearnerLostError: it died, or did not answer in time.
-        """
-        with learner_lost():
-            return await self.learner.call(method, *args, deadline_s=deadline_s, **kwargs)
 
     def _emit(self, kind: EventKind, actor: str, /, **detail: Any) -> None:
         self._emit_event(Event(kind=kind, actor=actor, time=time.time(), detail=detail))
@@ -243,12 +219,11 @@ class RolloutActors:
             RunError: the actor was lost more often than it may be.
         """
         name, role = watched.handle.name, watched.handle.role
+        if role is Role.LEARNER:
+            await self.learner.lost(watched, reason)
         self.supervisor.forget(name)
         self._working.pop(name, None)
         self.teachers.lose(watched.handle)
-        if role is Role.LEARNER:
-            # Told once, by the pipeline: a call of its own may have met the loss first.
-            raise LearnerLostError(reason)
         pid = watched.health.pid if watched.health else None
         self._emit(EventKind.ACTOR_LOST, name, reason=reason, pid=pid)
         begin = time.time()
@@ -302,8 +277,9 @@ class RolloutActors:
         for watched in self.supervisor.watched:
             self.supervisor.forget(watched.handle.name)
         scorers = (*self._rewards, *self._reward_models, *self.teachers.handles)
-        known = (*ranks_of(self._learner), *scorers, *self._workers)
-        await asyncio.gather(*(self._runtime.end(handle) for handle in (self.queue, *known)))
+        others = (*scorers, *self._workers)
+        ends = [self._runtime.end(handle) for handle in others]
+        await asyncio.gather(self._runtime.end(self.queue), self.learner.dismiss(), *ends)
 
     async def _discard(self, handle: ActorHandle) -> None:
         """End a worker for good and give its leases to others."""
@@ -344,9 +320,12 @@ class RolloutActors:
         """Tell of an actor that died and came back between two probes.
 
         Raises:
+            LearnerLostError: it is the learner.
             RunError: it did so more often than it may.
         """
         name = watched.handle.name
+        if watched.handle.role is Role.LEARNER:
+            await self.learner.reborn(watched, health)
         reason = f"{name} answers from another process than before"
         self._emit(EventKind.ACTOR_LOST, name, reason=reason)
         self._count_restart(watched, reason)

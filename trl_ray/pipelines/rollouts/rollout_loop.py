@@ -7,7 +7,7 @@ dataset -> _admit -> RolloutQueue -> rollout workers -> rewards, teachers -> Rol
 _admit   consumes: free slots, prompts.  produces: tickets.      waits for: a slot.
          unblocked by: release, and drops.
 _train   consumes: P ready groups.       produces: weights, a metrics line.   waits for: ready groups.
-         unblocked by: commits of rollout workers.
+         unblocked by: commits of rollout workers.                            (its steps: step_loop.py)
 pull     consumes: published weights.    produces: freed slots.  waits for: every working worker.
          unblocked by: their answers, or their replacement.
 """
@@ -16,106 +16,78 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from trl_ray.errors import (
-    InterruptedRun,
-    RewardError,
-    StallError,
-    TeacherError,
-)
-from trl_ray.models.checkpoint import prune
+from trl_ray.algorithms.policy.group_samples import BuiltStep
+from trl_ray.config.runs.rollout_config import RolloutRunConfig
+from trl_ray.errors import StallError
 from trl_ray.models.companions.teacher_rules import FOLDER
-from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.rollouts.evaluation import evaluate, held_out_loss
+from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
 from trl_ray.pipelines.rollouts.objective import with_metrics
 from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, Preparation
 from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
-from trl_ray.pipelines.rollouts.updates import Prepared, Updated, prepare_step, train_on
+from trl_ray.pipelines.rollouts.updates import Updated, prepare_step, train_on
+from trl_ray.pipelines.run.learner_actors import under_watch
+from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
-from trl_ray.types import Event, EventKind, Metric, RolloutGroup, StepResult
+from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
+from trl_ray.types import EventKind, Metric, RolloutGroup, StepResult
 
 _POLL_S = 2.0
 _SAY_WAITING_S = 30.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TooManyFailures:
-    """Groups in a row that were dropped for one reason."""
-
-    count: int
-    allowed: int
-    last: Event
-
-    def describe(self, what: str) -> str:
-        """What must hold, and what was given."""
-        return (
-            f"fewer than {self.allowed} groups in a row may lose {what}, but {self.count} did without one trained "
-            f"step. The last one: {dict(self.last.detail)}."
-        )
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Trained(TrainedStep):
+    groups: Sequence[RolloutGroup]
+    built: BuiltStep
+    staleness: Mapping[str, Metric]
+    version: int
+    times: StepTimes
 
 
-@dataclass(slots=True, kw_only=True)
-class Progress:
-    """How far the run is; mutable, and owned by the loop."""
+class RolloutLoop(StepLoop[_Trained]):
+    """Trains on rollouts; evaluates after a step's line.  Its `actors` are started; for the rest see `StepLoop`."""
 
-    step: int
-    """Finished optimizer steps."""
-    saved: int
-    """Step of the newest checkpoint."""
-
-
-class RolloutLoop:
-    """Runs the loops from one checkpoint to the end of training."""
+    _plan: Preparation
+    _config: RolloutRunConfig
+    _recorder: Recorder
 
     def __init__(
-        self,
-        *,
-        preparation: Preparation,
-        actors: RolloutActors,
-        recorder: Recorder,
-        callbacks: CallbackList,
-        start_step: int,
-        stop: asyncio.Event,
+        self, *, plan: Preparation, actors: RolloutActors, recorder: Recorder, opening: Opening, stop: asyncio.Event
     ) -> None:
-        self._preparation, self._config = preparation, preparation.config
-        self._actors, self._recorder, self._callbacks, self._stop = actors, recorder, callbacks, stop
-        self.progress = Progress(step=start_step, saved=start_step)
+        can_evaluate = plan.config.eval_steps > 0
+        super().__init__(plan=plan, recorder=recorder, opening=opening, can_evaluate=can_evaluate, stop=stop)
+        self._actors, self._failures = actors, FailuresInARow(plan.config)
         self._pulling: asyncio.Task[None] | None = None
-        self._staleness: dict[str, Metric] = {}
-        self._failures = dict.fromkeys((EventKind.REWARD_FAILED, EventKind.TEACHER_FAILED), 0)
 
     async def run(self) -> None:
-        """Train to the last step.
-
-        Raises:
-            InterruptedRun: the stop event was set; a checkpoint was written.
-            RunError: whatever ended a loop.
-        """
-        train = asyncio.create_task(self._train(), name="train")
-        supervise = asyncio.create_task(self._actors.supervisor.run(), name="supervise")
-        tasks = [train, supervise, asyncio.create_task(self._admit(), name="admit")]
+        plan = self._plan
+        # Before the first prompt is admitted: callbacks may take their time, or refuse.
+        await self._begin(
+            epoch=plan.epoch_after(self.step),
+            num_train_epochs=math.ceil(plan.epoch_after(plan.total_steps)),
+            can_stop_epoch=False,
+        )
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            # Two may end together; the supervisor knows best why an actor is gone.
-            for task in sorted(done, key=lambda task: task is not supervise):
-                task.result()
-            assert train in done, "only the training loop may end by itself"
+            await under_watch(self._actors.supervisor, self._train(), self._admit())
         finally:
-            pulling = [self._pulling] if self._pulling is not None else []
-            for task in (*tasks, *pulling):
-                task.cancel()
-            await asyncio.gather(*tasks, *pulling, return_exceptions=True)
+            if self._pulling is not None:
+                self._pulling.cancel()
+                await asyncio.gather(self._pulling, return_exceptions=True)
 
     async def _admit(self) -> None:
         """Keeps the slots charged, and issues no more groups than the remaining steps need."""
-        prompts, config = self._preparation.prompts, self._config
+        prompts, config = self._plan.prompts, self._config
         while True:
             free: int = await self._actors.ask_queue("wait_for_slots", wait_s=_POLL_S)
             snapshot = await self._actors.ask_queue("snapshot")
-            remaining = (self._preparation.total_steps - snapshot.step) * config.groups_per_step
+            remaining = (self._plan.total_steps - snapshot.step) * config.groups_per_step
             count = min(free, remaining - snapshot.live_total)
             if count <= 0:
                 await asyncio.sleep(0.25 if free else 0)
@@ -124,52 +96,42 @@ class RolloutLoop:
             chosen = [prompts.prompt(ordinal) for ordinal in range(first, first + count)]
             await self._actors.ask_queue("admit", prompts=chosen, version=self._recorder.pulled_version)
 
-    async def _train(self) -> None:
-        if self._config.eval_steps and self.progress.step == 0:
-            await self._evaluate()
-        while not self._is_over:
-            await self._callbacks.step_begin()
-            step, begin = self.progress.step + 1, time.time()
-            groups = await self._take(step)
-            taken = time.time()
-            updated = await self._optimize(step, groups)
-            trained = time.time()
-            await self._settle(step, updated.result)
-            version = await self._publish(step, wait_s=taken - begin, step_s=trained - begin)
-            published = time.time()
-            self.progress.step = step
-            times = StepTimes(begin=begin, taken=taken, trained=trained, published=published)
-            await self._callbacks.step_end(step=step, epoch=self._preparation.epoch_after(step))
-            await self._record(step, groups, updated, times, version)
-            await self._finish(step)
-        if self._pulling is not None:
-            await self._pulling
-        if self.progress.saved != self.progress.step or self.progress.step == 0:
-            await self.save()
-        await self._callbacks.train_end()
+    async def _train_step(self, step: int) -> _Trained:
+        begin = time.time()
+        groups = await self._take(step)
+        taken = time.time()
+        staleness = self._recorder.check_staleness(step, groups)
+        updated = await self._optimize(step, groups)
+        trained = time.time()
+        await self._settle(step, updated.result)
+        version = await self._publish(step, wait_s=taken - begin, step_s=trained - begin)
+        return _Trained(
+            epoch=self._plan.epoch_after(step),
+            result=updated.result,
+            groups=groups,
+            built=updated.built,
+            staleness=staleness,
+            version=version,
+            times=StepTimes(begin=begin, taken=taken, trained=trained, published=time.time()),
+        )
 
-    @property
-    def _is_over(self) -> bool:
-        return self._callbacks.control.should_training_stop or self.progress.step >= self._preparation.total_steps
-
-    async def _finish(self, step: int) -> None:
-        """What follows a step and its line: evaluation, a checkpoint, and perhaps the end."""
-        config, callbacks = self._config, self._callbacks
-        await callbacks.logged(self._recorder.last)
-        if callbacks.control.should_evaluate or (config.eval_steps and step % config.eval_steps == 0):
+    async def _report(self, trained: _Trained) -> None:
+        await self._drain()
+        snapshot, slots = await self._actors.ask_queue("snapshot"), await self._actors.ask_queue("slots")
+        self._recorder.step(
+            self.step,
+            groups=trained.groups,
+            built=trained.built,
+            result=trained.result,
+            times=trained.times,
+            version=trained.version,
+            snapshot=snapshot,
+            slots=slots,
+            staleness=trained.staleness,
+        )
+        await self._callbacks.logged(self._recorder.last)
+        if self._evaluation_is_due:
             await self._evaluate()
-        await callbacks.epoch_end()
-        if callbacks.control.should_evaluate:
-            await self._evaluate()
-        if self._is_over:
-            if callbacks.stopped_by is not None:
-                detail = f"training ends early: the callback {callbacks.stopped_by} asked for it"
-                self._recorder.say(EventKind.WARNING, "driver", step=step, detail=detail)
-            return
-        if callbacks.control.should_save or (config.save_steps and step % config.save_steps == 0):
-            await self.save()
-        if self._stop.is_set():
-            await self._interrupt()
 
     async def _take(self, step: int) -> list[RolloutGroup]:
         """Wait for the groups of one step; say who is waited for, and give up when nothing moves any more."""
@@ -183,8 +145,7 @@ class RolloutLoop:
             if groups:
                 return groups
             await self._drain()
-            if self._stop.is_set():
-                await self._interrupt()
+            await self._heed_stop()
             if self._pulling is not None and self._pulling.done():
                 self._pulling.result()
             now = time.monotonic()
@@ -207,57 +168,34 @@ class RolloutLoop:
         return named
 
     async def _optimize(self, step: int, groups: list[RolloutGroup]) -> Updated:
-        self._staleness = self._recorder.check_staleness(step, groups)
-        prepared = await self._prepare(step, groups)
-        await self._preparation.objective.show(
-            self._callbacks, groups, prepared.samples, pad_token_id=self._preparation.pad_token_id
-        )
-        return await train_on(
-            prepared,
-            step=step,
-            config=self._config,
-            objective=self._preparation.objective,
-            cut=self._preparation.cut,
-            ask_learner=self._actors.ask_learner,
-        )
-
-    async def _prepare(self, step: int, groups: list[RolloutGroup]) -> Prepared:
-        """Samples of one step, and what there is to say of their groups."""
-        objective = self._preparation.objective
+        plan, ask_learner = self._plan, self._actors.learner.ask
         prepared = await prepare_step(
-            groups,
-            step=step,
-            objective=objective,
-            cut=self._preparation.cut,
-            ask_learner=self._actors.ask_learner,
-            deadline_s=self._config.runtime.step_deadline_s,
+            groups, step=step, objective=plan.objective, cut=plan.cut, ask_learner=ask_learner
         )
-        observed = objective.observe(groups)
+        observed = plan.objective.observe(groups)
         for warning in observed.warnings:
             self._recorder.say(EventKind.WARNING, "driver", step=step, detail=warning)
-        return replace(prepared, built=with_metrics(prepared.built, observed.metrics))
+        prepared = replace(prepared, built=with_metrics(prepared.built, observed.metrics))
+        await plan.objective.show(self._callbacks, groups, prepared.samples, pad_token_id=plan.pad_token_id)
+        return await train_on(
+            prepared, step=step, config=self._config, objective=plan.objective, cut=plan.cut, ask_learner=ask_learner
+        )
 
     async def _settle(self, step: int, result: StepResult) -> None:
         """Tell the ledger what became of the groups of this step."""
         await self._actors.ask_queue("skip" if result.skipped else "trained", step=step)
-        if not result.skipped:
-            self._failures = dict.fromkeys(self._failures, 0)
-            return
-        self._recorder.say(
-            EventKind.WARNING,
-            "learner",
-            step=step,
-            detail="loss or gradients were not finite; the step was skipped and its groups dropped",
-        )
+        if result.skipped:
+            self._recorder.skipped(step, what="groups")
+        else:
+            self._failures.forget()
 
     async def _publish(self, step: int, *, wait_s: float, step_s: float) -> int:
         """Publish, and pull beside the next step; a pull must have ended before the next one begins."""
-        if self._pulling is not None:
-            await self._pulling
+        await self._pulled()
         identity = await self._actors.publish(step=step)
         self._pulling = asyncio.create_task(self._pull(step, identity.version, wait_s, step_s), name=f"pull {step}")
         if self._config.slot_bounds.max_staleness == 0:
-            await self._pulling
+            await self._pulled()
         return identity.version
 
     async def _pull(self, step: int, version: int, wait_s: float, step_s: float) -> None:
@@ -265,103 +203,50 @@ class RolloutLoop:
         self._recorder.pulled_version = version
         await self._actors.ask_queue("release", step=step, wait_s=wait_s, step_s=step_s)
 
-    async def _record(
-        self, step: int, groups: list[RolloutGroup], updated: Updated, times: StepTimes, version: int
-    ) -> None:
-        await self._drain()
-        snapshot, slots = await self._actors.ask_queue("snapshot"), await self._actors.ask_queue("slots")
-        self._recorder.step(
-            step,
-            groups=groups,
-            built=updated.built,
-            result=updated.result,
-            times=times,
-            version=version,
-            snapshot=snapshot,
-            slots=slots,
-            staleness=self._staleness,
-        )
+    async def _pulled(self) -> None:
+        """Until the workers hold the weights that were published last."""
+        if self._pulling is not None:
+            await self._pulling
 
     async def _drain(self) -> None:
         """Write down what the actors have to tell, and stop when rewards or teachers fail without end."""
         report = await self._actors.drain()
         self._recorder.report(report)
-        allowed: int | None = self._config.reward.max_failures_in_a_row
-        rewards = self._count_failures(EventKind.REWARD_FAILED, report.events, allowed)
-        if rewards is not None:
-            raise RewardError(
-                f"{rewards.describe('their rewards (reward.max_failures_in_a_row)')} Mend the reward function, then "
-                "resume."
-            )
-        allowed = min((source.options.max_failures_in_a_row for source in self._config.teacher_sources), default=None)
-        teachers = self._count_failures(EventKind.TEACHER_FAILED, report.events, allowed)
-        if teachers is not None:
-            raise TeacherError(
-                f"{teachers.describe('their teacher (max_failures_in_a_row)')} Bring the teacher back, then resume."
-            )
+        self._failures.count(report.events)
 
-    def _count_failures(self, kind: EventKind, events: Sequence[Event], allowed: int | None) -> TooManyFailures | None:
-        failed = [event for event in events if event.kind is kind]
-        self._failures[kind] += len(failed)
-        if not failed or allowed is None or self._failures[kind] < allowed:
-            return None
-        return TooManyFailures(count=self._failures[kind], allowed=allowed, last=failed[-1])
-
-    async def _evaluate(self) -> None:
-        """Answer the held-out prompts, once the workers hold the newest weights."""
-        if self._pulling is not None:
-            await self._pulling
-        begin = time.time()
+    async def _evaluate(self) -> Mapping[str, float]:
+        await self._pulled()
+        begin, plan, config = time.time(), self._plan, self._config
         evaluation = await evaluate(
-            self._actors.working,
-            self._preparation.eval_prompts,
-            seed=self._config.seed,
-            deadline_s=self._config.runtime.step_deadline_s,
+            self._actors.working, plan.eval_prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s
         )
         for reason in evaluation.lost:
             self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of the evaluation was lost: {reason}")
         held_out = await held_out_loss(
             evaluation.answers,
-            step=self.progress.step,
-            objective=self._preparation.objective,
-            cut=self._preparation.cut,
-            ask_learner=self._actors.ask_learner,
-            deadline_s=self._config.runtime.step_deadline_s,
+            step=self.step,
+            objective=plan.objective,
+            cut=plan.cut,
+            ask_learner=self._actors.learner.ask,
         )
-        numbers = self._recorder.evaluated(self.progress.step, evaluation.answers, held_out, time.time() - begin)
+        numbers = self._recorder.evaluated(self.step, evaluation.answers, held_out, time.time() - begin)
         await self._callbacks.evaluated(numbers)
+        return numbers
 
-    async def save(self) -> None:
-        """Write a checkpoint of the last finished step, then let the journal forget what it no longer needs."""
-        step, begin = self.progress.step, time.time()
-        path = self._recorder.directory.checkpoint(step)
+    async def _write_checkpoint(self, path: Path) -> None:
+        """Also of teachers that are averages; then let the journal forget what it no longer needs."""
         snapshot = await self._actors.ask_queue("snapshot")
-        extra = {
-            "ledger.json": json.dumps(snapshot.to_json()).encode(),
-            OBJECTIVE_STATE: json.dumps(self._preparation.objective.state_dict()).encode(),
-            **self._callbacks.files(),
-        }
+        kept = {"ledger.json": snapshot.to_json(), OBJECTIVE_STATE: self._plan.objective.state_dict()}
+        extra = {name: json.dumps(state).encode() for name, state in kept.items()} | self._callbacks.files()
+        step, teachers = self.step, self._actors.teachers
         beside = path.with_name(f"{FOLDER}-{step}.tmp")
-        adopt = {FOLDER: str(beside)} if await self._actors.teachers.save(beside) else {}
-        deadline_s = self._config.runtime.step_deadline_s
-        await self._actors.ask_learner(
-            "save", str(path.parent), step=step, extra=extra, adopt=adopt, deadline_s=deadline_s
-        )
-        self._actors.teachers.checkpoint = str(path)
+        adopt = {FOLDER: str(beside)} if await teachers.save(beside) else {}
+        await self._actors.learner.ask("save", str(path.parent), step=step, extra=extra, adopt=adopt)
+        teachers.checkpoint = str(path)
         # One checkpoint behind, so that a run whose newest checkpoint is damaged can go back to the one before.
-        if self.progress.saved not in (0, step):
-            await self._actors.ask_queue("checkpoint", step=self.progress.saved)
-        self.progress.saved = step
-        self._recorder.checkpoint(path, step=step, seconds=time.time() - begin)
-        if self._config.save_total_limit is not None:
-            prune(path.parent, keep=self._config.save_total_limit)
-        await self._callbacks.saved()
+        if self._saved not in (0, step):
+            await self._actors.ask_queue("checkpoint", step=self._saved)
 
-    async def _interrupt(self) -> None:
-        if self._pulling is not None:
-            await self._pulling
-        if self.progress.saved != self.progress.step or self.progress.step == 0:
-            await self.save()
-        raise InterruptedRun(
-            f"interrupted after step {self.progress.step}; go on with: trl-ray resume {self._recorder.directory.path}"
-        )
+    async def _save_last(self) -> None:
+        await self._pulled()
+        await super()._save_last()

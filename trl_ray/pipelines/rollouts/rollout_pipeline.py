@@ -6,7 +6,6 @@ prepare -> session: [actors -> loop] -> how it ended          (the rest of a run
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from typing import Any, ClassVar
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.runs.run_config import RunConfig
-from trl_ray.pipelines.callbacks.hooks import TrainingSpan
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.preparation import FROM_PYTHON, Inputs, Preparation, RewardFunction, prepare
 from trl_ray.pipelines.rollouts.reward_model_actors import separate_reward_models
@@ -40,41 +38,19 @@ class RolloutSession(Session):
         actors, recorder, begin = self._actors, self.recorder, time.time()
         await actors.start()
         recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
-        await self._begin_callbacks()
-        loop = RolloutLoop(
-            preparation=self._preparation,
-            actors=actors,
-            recorder=recorder,
-            callbacks=self._opening.callbacks,
-            start_step=self._opening.step,
-            stop=stop,
-        )
+        loop = RolloutLoop(plan=self._preparation, actors=actors, recorder=recorder, opening=self._opening, stop=stop)
         await loop.run()
         await actors.ask_queue("finish")
         recorder.report(await actors.drain())
         snapshot: LedgerSnapshot = await actors.ask_queue("snapshot")
         recorder.directory.write_ledger(snapshot.to_json())
         return TrainOutput(
-            steps=loop.progress.step,
+            steps=loop.step,
             run_dir=recorder.directory.path,
             metrics=dict(recorder.last),
             ledger=snapshot,
             worst_age=recorder.worst_age,
         )
-
-    async def _begin_callbacks(self) -> None:
-        """Tell callbacks that the session starts, and where."""
-        plan, opening = self._preparation, self._opening
-        span = TrainingSpan(
-            step=opening.step,
-            max_steps=plan.total_steps,
-            epoch=plan.epoch_after(opening.step),
-            num_train_epochs=math.ceil(plan.epoch_after(plan.total_steps)),
-            checkpoints=opening.directory.checkpoints,
-            can_evaluate=plan.config.eval_steps > 0,
-            can_stop_epoch=False,
-        )
-        await opening.callbacks.begin(span, checkpoint=opening.checkpoint, say=self.recorder.say)
 
     async def dismiss(self) -> None:
         await self._actors.dismiss()

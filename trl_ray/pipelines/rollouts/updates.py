@@ -22,6 +22,7 @@ from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.types import RolloutGroup, StepResult, TrainingSample
 
 AskLearner = Callable[..., Awaitable[Any]]
+"""(method, batch) -> the learner's answer, within a step's time; see `LearnerActors.ask`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,6 @@ async def prepare_step(
     objective: Objective[Any],
     cut: CutRules,
     ask_learner: AskLearner,
-    deadline_s: float,
 ) -> Prepared:
     """Make samples of the groups of one step, and have the learner score them where the objective asks for it.
 
@@ -58,7 +58,6 @@ async def prepare_step(
         objective: of the run.
         cut: how an update is cut into micro-batches.
         ask_learner: calls a method of the learner.
-        deadline_s: for one call.
 
     Raises:
         LearnerLostError: the learner died or hung.
@@ -67,7 +66,7 @@ async def prepare_step(
     if not objective.needs_first_pass:
         return Prepared(built=built, samples=built.samples)
     draft = train_batch(built.samples, step=step, rules=cut)
-    scored = await ask_learner("score", draft, deadline_s=deadline_s)
+    scored = await ask_learner("score", draft)
     scores = in_order(built.samples, [(draft, scored)])
     if objective.builds_on_scores:
         built = objective.build(groups, scores=scores)
@@ -106,8 +105,7 @@ async def train_on(
         rules=cut,
         totals_of=partial(update_totals, objective.loss),
     )
-    deadline_s = config.runtime.step_deadline_s
-    results = [await ask_learner("step", batch, deadline_s=deadline_s) for batch in batches]
+    results = [await ask_learner("step", batch) for batch in batches]
     return Updated(built=prepared.built, result=merge_results(results))
 
 

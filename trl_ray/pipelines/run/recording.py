@@ -52,6 +52,11 @@ class RunRecorder:
         """Write down what actors had to tell."""
         self._observer.report(report)
 
+    def skipped(self, step: int, *, what: str) -> None:
+        """Write down that a step met NaN or infinity, and what was lost with it."""
+        detail = f"loss or gradients were not finite; the step was skipped and its {what} dropped"
+        self.say(EventKind.WARNING, "learner", step=step, detail=detail)
+
     def checkpoint(self, path: Path, *, step: int, seconds: float) -> None:
         """Write down a checkpoint."""
         self.say(EventKind.CHECKPOINT, "learner", step=step, path=path.name, seconds=round(seconds, 3))

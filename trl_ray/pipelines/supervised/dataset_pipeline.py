@@ -58,12 +58,11 @@ class SupervisedSession(Session):
             plan=plan,
             actors=self._actors,
             recorder=recorder,
+            opening=self._opening,
             feed=plan.feed(accounts.place or StreamPlace(), sets.train),
             held_out=sets.held_out.examples if sets.held_out is not None else (),
             accounts=accounts,
             stopping=stopping,
-            callbacks=self._opening.callbacks,
-            checkpoint=self._opening.checkpoint,
             stop=stop,
         )
         await loop.run()
@@ -71,7 +70,7 @@ class SupervisedSession(Session):
         snapshot = loop.accounts.snapshot()
         recorder.directory.write_ledger(snapshot.to_json())
         return TrainOutput(
-            steps=loop.accounts.step, run_dir=recorder.directory.path, metrics=dict(recorder.last), ledger=snapshot
+            steps=loop.step, run_dir=recorder.directory.path, metrics=dict(recorder.last), ledger=snapshot
         )
 
     async def _references(self, stop: asyncio.Event) -> LabelledSets:

@@ -27,8 +27,7 @@ class Learner:
         self.scored: list[TrainBatch] = []
         self.steps: list[TrainBatch] = []
 
-    async def ask(self, method: str, batch: TrainBatch, *, deadline_s: float) -> Any:
-        assert deadline_s > 0
+    async def ask(self, method: str, batch: TrainBatch) -> Any:
         if method == "score":
             self.scored.append(batch)
             return [self._score(s.group_id) for micro_batch in batch.micro_batches for s in micro_batch]
@@ -61,7 +60,7 @@ def result(number: int, *, skipped: bool = False) -> StepResult:
 def one_step(groups: Sequence[RolloutGroup], config: GRPOConfig, cut: CutRules, ask: AskLearner) -> Updated:
     async def updated() -> Updated:
         objective = objective_of(config)
-        prepared = await prepare_step(groups, step=5, objective=objective, cut=cut, ask_learner=ask, deadline_s=60.0)
+        prepared = await prepare_step(groups, step=5, objective=objective, cut=cut, ask_learner=ask)
         return await train_on(prepared, step=5, config=config, objective=objective, cut=cut, ask_learner=ask)
 
     return asyncio.run(updated())
@@ -133,9 +132,9 @@ def test_scores_find_their_samples_however_the_first_pass_was_cut() -> None:
     class Telling(Learner):
         """The policy is as many nats above the reference as the draft's advantage, which is the reward."""
 
-        async def ask(self, method: str, batch: TrainBatch, *, deadline_s: float) -> Any:
+        async def ask(self, method: str, batch: TrainBatch) -> Any:
             if method == "step":
-                return await super().ask(method, batch, deadline_s=deadline_s)
+                return await super().ask(method, batch)
             drafts = [s.advantage for micro_batch in batch.micro_batches for s in micro_batch]
             assert drafts != [0.0, 1.0, 2.0, 0.0, 1.0, 2.0], "cut in twos, groups of three must be torn and mixed"
             zeros = np.zeros(2, np.float32)
