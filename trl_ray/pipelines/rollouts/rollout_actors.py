@@ -165,7 +165,7 @@ class RolloutActors:
         return await call_patiently(self.queue, method, QUEUE_PATIENCE, **kwargs)
 
     def _emit(self, kind: EventKind, actor: str, /, **detail: Any) -> None:
-        self._emit_event(Event(kind=kind, actor=actor, time=time.time(), detail=detail))
+        self._emit_event(Event.now(kind, actor, **detail))
 
     async def _spawn_worker(self, name: str, slot: int) -> ActorHandle:
         handles = {"queue": self.queue, "rewards": tuple(self._rewards), "teachers": self.teachers.by_teacher}

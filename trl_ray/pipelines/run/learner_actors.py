@@ -6,7 +6,6 @@ LearnerActors.start --spawn, join--> learner, or its ranks          Supervisor -
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -150,7 +149,7 @@ class LearnerActors:
 
     def _tell_started(self, handle: ActorHandle, health: Health) -> None:
         detail = {"pid": health.pid}
-        self._emit(Event(kind=EventKind.ACTOR_STARTED, actor=handle.name, time=time.time(), detail=detail))
+        self._emit(Event.now(EventKind.ACTOR_STARTED, handle.name, **detail))
 
     async def ask(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
         """Call the learner; it may take as long as a step.
