@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from trl_ray.algorithms.batches.work_sharing import CutRules
+from trl_ray.algorithms.loss_registry import build_loss
 from trl_ray.config.losses.preference_options import UnpairedLossConfig
 from trl_ray.config.losses.supervised_options import SupervisedLossConfig
 from trl_ray.config.runs.dataset_config import KTOConfig, SFTConfig, SupervisedRunConfig
@@ -141,10 +142,12 @@ class Run:
         directory = RunDirectory.create(self.path / "run", overwrite=True)
         observer = Observer([MetricsFile(directory.metrics), EventsFile(directory.events)])
         kto = isinstance(self.config, KTOConfig)
+        loss = UnpairedLossConfig() if kto else SupervisedLossConfig()
         plan = SupervisedPlan(
             config=self.config,
             task=ExampleTask.UNPAIRED_WITH_KL if kto else ExampleTask.SUPERVISED,
-            loss=UnpairedLossConfig() if kto else SupervisedLossConfig(),
+            loss=loss,
+            totals_of=build_loss(loss).totals,
             inputs=DatasetInputs(),
             tokenizer=None,
             train=None,

@@ -9,7 +9,7 @@ import numpy as np
 
 from trl_ray.algorithms.batches.example_batches import example_batch
 from trl_ray.algorithms.batches.work_sharing import CutRules
-from trl_ray.algorithms.loss_registry import update_totals
+from trl_ray.algorithms.loss_registry import build_loss
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.types import Example, IntArray, SampleLabel, TrainBatch, TrainingSample
 
@@ -111,5 +111,5 @@ def batch_of(
 ) -> TrainBatch:
     """An update whose micro-batches hold `size` examples; `more` are totals of a first pass."""
     samples = [one for example in examples for one in example.samples]
-    totals = {**update_totals(options, samples), **more}
+    totals = {**build_loss(options).totals(samples), **more}
     return example_batch(examples, step=step, rules=CutRules(max_examples=size), totals=totals)

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.batches.trained_tokens import precomputed_references, trained_tokens
+from trl_ray.algorithms.batches.labels import precomputed_references
+from trl_ray.algorithms.batches.sequences import trained_tokens
 from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import Loss, LossInputs, LossOutput, StepTotals, first_non_finite_sample, sample_tokens
 from trl_ray.models.backends.ranks import Ranks

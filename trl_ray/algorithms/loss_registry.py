@@ -1,21 +1,18 @@
-"""From the options of any objective to the `Loss` that a learner runs, and to the totals of an update.
+"""From the options of any objective to its `Loss`: the learner runs one, the driver asks another for totals.
 
-options --loss_class: the one they name, or the section's own--> class --its own options--> Loss (on the learner)
-options, samples of an update --update_totals--> TrainBatch.totals (on the driver)
+options --loss_class: the one they name, or the section's own--> class --its own options--> Loss
 
 A loss is found by its section (`LossSection.built_in`): nothing here knows which losses there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trl_ray.algorithms.loss import Loss
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.object_paths import find_plug_in
 from trl_ray.errors import ConfigError
-from trl_ray.types import TrainingSample
 
 ENTRY_POINTS = "trl_ray.losses"
 """Group of installed packages' entry points: ``name = package.module:Class``."""
@@ -85,13 +82,3 @@ def build_loss(options: LossSection, *, max_completion_length: int | None = None
     made: Any = loss_class(options)
     built: Loss = made(_own_options(made, options), max_completion_length=max_completion_length)
     return built
-
-
-def update_totals(options: LossSection, samples: Sequence[TrainingSample]) -> Mapping[str, float]:
-    """`TrainBatch.totals` of an update, by the names that its loss documents.
-
-    Args:
-        options: of the loss.
-        samples: of the whole update, all ranks; those of an example stand together, in order.
-    """
-    return build_loss(options).totals(samples)

@@ -240,6 +240,10 @@ class TeacherSource:
     weights: TeacherWeights | None = None
     """How it follows the policy; None where it is external."""
 
+    def __post_init__(self) -> None:
+        is_external = self.kind is TeacherKind.EXTERNAL
+        assert is_external == (self.external is not None), "an external teacher, and no other, has options of its own"
+
     @property
     def external(self) -> TeacherOptions | None:
         """Its own options, where it is another model."""

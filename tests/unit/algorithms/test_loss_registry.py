@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from supervised_batches import pairs, rated, reward_pairs, sample, solutions, texts, tokens
+from trl_ray.algorithms.batches.labels import completion_lengths, pairs_of
 from trl_ray.algorithms.batches.sequences import TokenSequences, sequence_logprobs
-from trl_ray.algorithms.batches.trained_tokens import completion_lengths, pairs_of
 from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import (
     HeadKind,
@@ -27,7 +27,7 @@ from trl_ray.algorithms.loss import (
     first_non_finite_sample,
     sample_tokens,
 )
-from trl_ray.algorithms.loss_registry import build_loss, update_totals
+from trl_ray.algorithms.loss_registry import build_loss
 from trl_ray.algorithms.policy.policy_loss import PolicyLoss
 from trl_ray.algorithms.preference.paired_preference import preference_loss
 from trl_ray.algorithms.preference.reference_free import (
@@ -84,7 +84,7 @@ def inputs_of(
             num_valid_tokens=3 * count,
             num_samples=2 * len(samples),
             num_micro_batches=3,
-            named={**update_totals(loss, samples), **totals},
+            named={**build_loss(loss).totals(samples), **totals},
         ),
     )
 
@@ -274,17 +274,17 @@ def test_totals_are_counted_over_the_whole_update() -> None:
     chosen = sum(len(one.completion_ids) for one in samples[::2])
     with_prompts = flat(pairs(2, with_prompt=True))
     rest = sum(len(pair[0].prompt_ids) - 1 for pair in pairs_of(samples))
-    assert update_totals(PreferenceLossConfig(), samples) == {"pairs": 8, "chosen_tokens": chosen}
-    assert update_totals(CPOLossConfig(), samples) == {"pairs": 8, "likelihood_tokens": chosen}
+    assert build_loss(PreferenceLossConfig()).totals(samples) == {"pairs": 8, "chosen_tokens": chosen}
+    assert build_loss(CPOLossConfig()).totals(samples) == {"pairs": 8, "likelihood_tokens": chosen}
     again = [one for example in pairs(2, with_prompt=True) for one in example.samples]
     assert len(again) == len(with_prompts) == 22
     first = sum(len(example.samples[0].completion_ids) for example in pairs(2, with_prompt=True))
     prompts = sum(len(example.samples[0].prompt_ids) - 1 for example in pairs(2, with_prompt=True))
-    assert update_totals(ORPOLossConfig(), with_prompts) == {"pairs": 8, "likelihood_tokens": first + prompts}
+    assert build_loss(ORPOLossConfig()).totals(with_prompts) == {"pairs": 8, "likelihood_tokens": first + prompts}
     assert rest == prompts
-    assert update_totals(RewardLossConfig(), flat(reward_pairs(2))) == {"pairs": 8}
+    assert build_loss(RewardLossConfig()).totals(flat(reward_pairs(2))) == {"pairs": 8}
     others: list[LossSection] = [LossConfig(), SupervisedLossConfig(), UnpairedLossConfig(), StepLossConfig()]
-    assert all(update_totals(options, samples) == {} for options in others)
+    assert all(build_loss(options).totals(samples) == {} for options in others)
 
 
 NEEDS: list[tuple[LossSection, LossNeeds]] = [

@@ -16,8 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from trl_ray.algorithms.batches.micro_batches import MicroBatch, filled
-from trl_ray.algorithms.batches.sequences import TokenSequences, sequence_logprobs
-from trl_ray.algorithms.batches.trained_tokens import trained_tokens
+from trl_ray.algorithms.batches.sequences import TokenSequences, sequence_logprobs, trained_tokens
 from trl_ray.algorithms.batches.work_sharing import CutRules, pack, piece_of
 from trl_ray.algorithms.preference.unpaired_preference import kl_estimate
 from trl_ray.types import Example, FloatArray, SampleLabel, SampleScores, TrainBatch, TrainingSample
@@ -32,7 +31,7 @@ def example_batch(
         examples: of all ranks.
         step: 1-based; of no meaning for an evaluation.
         rules: how it is cut into micro-batches; `max_examples` and `max_tokens` count.
-        totals: `losses.update_totals` of the samples, and what a first pass found out (`mismatched_kl`).
+        totals: `Loss.totals` of the samples, and what a first pass found out (`mismatched_kl`).
     """
     return _batch([example.samples for example in examples], step=step, rules=rules, totals=totals or {})
 

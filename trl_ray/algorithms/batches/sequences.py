@@ -6,14 +6,14 @@ TokenMetrics: add, add_by_sample, add_ratio --> sums on the device --metrics(): 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trl_ray.algorithms.metric_merging import token_mean
-from trl_ray.types import Metric, Reduce
+from trl_ray.types import Metric, Reduce, TrainingSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -126,3 +126,8 @@ class TokenMetrics:
             found[f"{name}/max"] = Metric(value=largest, reduce=Reduce.MAX)
             found[f"{name}/ess"] = Metric(value=total**2 / (count * squares) if squares else 0.0, weight=count)
         return found
+
+
+def trained_tokens(samples: Sequence[TrainingSample]) -> int:
+    """How many there are in all."""
+    return sum(int(sample.loss_mask.sum()) for sample in samples)

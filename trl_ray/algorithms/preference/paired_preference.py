@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from trl_ray.algorithms.batches.sequences import TokenSequences, means_of, sequence_logprobs
-from trl_ray.algorithms.batches.trained_tokens import completion_lengths, pairs_of, reference_logprobs, trained_tokens
+from trl_ray.algorithms.batches.labels import completion_lengths, pairs_of, reference_logprobs
+from trl_ray.algorithms.batches.sequences import TokenSequences, means_of, sequence_logprobs, trained_tokens
 from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import FixedLoss, LossInputs, LossNeeds, LossOutput
 from trl_ray.algorithms.preference.preference_terms import PAIR_LOSSES, PairScores, f_score

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from trl_ray.algorithms.batches.sequences import TokenSequences, means_of
-from trl_ray.algorithms.batches.trained_tokens import pairs_of, trained_tokens
+from trl_ray.algorithms.batches.labels import pairs_of
+from trl_ray.algorithms.batches.sequences import TokenSequences, means_of, trained_tokens
 from trl_ray.algorithms.loss import FixedLoss, LossInputs, LossNeeds, LossOutput
 from trl_ray.config.losses.preference_options import CPOLossConfig, CPOLossType, ORPOLossConfig
 from trl_ray.types import Metric, TrainingSample

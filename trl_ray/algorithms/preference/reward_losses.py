@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
+from trl_ray.algorithms.batches.labels import label_of, pairs_of
 from trl_ray.algorithms.batches.sequences import TokenSequences, means_of
-from trl_ray.algorithms.batches.trained_tokens import label_of, pairs_of
 from trl_ray.algorithms.loss import FixedLoss, HeadKind, LossInputs, LossNeeds, LossOutput
 from trl_ray.config.losses.reward_modelling_options import RewardLossConfig, StepAggregation, StepLossConfig
 from trl_ray.types import Metric, Reduce, TrainingSample

@@ -20,8 +20,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from trl_ray.algorithms.batches.labels import label_of, reference_logprobs
 from trl_ray.algorithms.batches.sequences import TokenSequences, means_of
-from trl_ray.algorithms.batches.trained_tokens import label_of, reference_logprobs
 from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import FixedLoss, LossInputs, LossNeeds, LossOutput
 from trl_ray.config.losses.preference_options import UnpairedLossConfig

@@ -23,16 +23,13 @@ def noise_bounds(lengths: Tensor, *, alpha: float, hidden_size: int) -> Tensor:
 
 
 @contextmanager
-def noisy_embeddings(model: nn.Module, bounds: Tensor | None) -> Iterator[None]:
+def noisy_embeddings(model: nn.Module, bounds: Tensor) -> Iterator[None]:
     """While it is open, the model's embeddings come with noise from torch's global random state.
 
     Args:
         model: whose input embeddings are looked up once inside.
-        bounds: [R, T] of the tokens that will be looked up; None adds nothing.
+        bounds: [R, T] of the tokens that will be looked up.
     """
-    if bounds is None:
-        yield
-        return
 
     def shake(module: nn.Module, inputs: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
         del module, inputs

@@ -9,6 +9,7 @@ Whatever wraps modules, as sharded training does, can so wrap the whole of it.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,7 +95,7 @@ class PredictorModule(nn.Module):
         told: dict[str, Any] = {} if segments is None else {"segments": segments}
         with (
             torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16),
-            noisy_embeddings(self.policy, noise),
+            nullcontext() if noise is None else noisy_embeddings(self.policy, noise),
         ):
             states = hidden_states(
                 self.policy, input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **told

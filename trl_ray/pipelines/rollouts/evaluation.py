@@ -9,12 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from trl_ray.actors.rollout_worker import EvaluatedPrompt
 from trl_ray.algorithms.batches.micro_batches import CutRules, train_batch
-from trl_ray.algorithms.loss_registry import update_totals
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.updates import AskLearner
@@ -84,7 +82,7 @@ async def held_out_loss(
     groups = [answer.as_group(number) for number, answer in enumerate(answers) if answer.contexts]
     if not groups:
         return None
-    totals_of = partial(update_totals, objective.loss)
-    batch = train_batch(objective.build(groups).samples, step=step + 1, rules=cut, totals_of=totals_of)
+    samples = objective.build(groups).samples
+    batch = train_batch(samples, step=step + 1, rules=cut, totals_of=objective.totals_of)
     found: Evaluation = await ask_learner("evaluate", batch)
     return found

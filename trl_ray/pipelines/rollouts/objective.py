@@ -13,8 +13,11 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Generic, TypeVar
 
+from trl_ray.algorithms.batches.micro_batches import TotalsOf
+from trl_ray.algorithms.loss_registry import build_loss
 from trl_ray.algorithms.policy.group_samples import BuiltStep
 from trl_ray.config.losses.distillation_options import RepromptConfig
 from trl_ray.config.losses.loss_section import LossSection
@@ -62,6 +65,11 @@ class Objective(ABC, Generic[ConfigT]):
     @abstractmethod
     def loss(self) -> LossSection:
         """The options of the loss that the learner runs."""
+
+    @cached_property
+    def totals_of(self) -> TotalsOf:
+        """What the loss divides an update by, from the update's samples."""
+        return build_loss(self.loss).totals
 
     @abstractmethod
     def build(self, groups: Sequence[RolloutGroup], *, scores: Sequence[SampleScores] | None = None) -> BuiltStep:

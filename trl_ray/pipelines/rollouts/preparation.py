@@ -86,10 +86,6 @@ class Preparation:
     reward_models: tuple[PreparedRewardModel, ...] = ()
     teachers: PreparedTeachers | None = None
 
-    def epoch_after(self, step: int) -> float:
-        """Passes over the prompts once so many steps are trained."""
-        return step * self.config.groups_per_step / len(self.prompts)
-
     def restore_objective(self, checkpoint: str | None) -> None:
         """Have the objective go on from what it had remembered at a checkpoint; None: from the beginning."""
         file = None if checkpoint is None else Path(checkpoint) / OBJECTIVE_STATE

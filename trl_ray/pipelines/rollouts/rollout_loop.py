@@ -66,12 +66,16 @@ class RolloutLoop(StepLoop[_Trained]):
         self._actors, self._failures = actors, FailuresInARow(plan.config)
         self._pulling: asyncio.Task[None] | None = None
 
+    def _epoch_after(self, step: int) -> float:
+        """Passes over the prompts once so many steps are trained."""
+        return step * self._config.groups_per_step / len(self._plan.prompts)
+
     async def run(self) -> None:
         plan = self._plan
         # Before the first prompt is admitted: callbacks may take their time, or refuse.
         await self._begin(
-            epoch=plan.epoch_after(self.step),
-            num_train_epochs=math.ceil(plan.epoch_after(plan.total_steps)),
+            epoch=self._epoch_after(self.step),
+            num_train_epochs=math.ceil(self._epoch_after(plan.total_steps)),
             can_stop_epoch=False,
         )
         try:
@@ -106,7 +110,7 @@ class RolloutLoop(StepLoop[_Trained]):
         await self._settle(step, updated.result)
         version = await self._publish(step, wait_s=taken - begin, step_s=trained - begin)
         return _Trained(
-            epoch=self._plan.epoch_after(step),
+            epoch=self._epoch_after(step),
             result=updated.result,
             groups=groups,
             built=updated.built,

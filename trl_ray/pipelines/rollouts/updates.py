@@ -9,11 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from trl_ray.algorithms.batches.micro_batches import CutRules, split_updates, train_batch
-from trl_ray.algorithms.loss_registry import update_totals
 from trl_ray.algorithms.metric_merging import merge_metrics
 from trl_ray.algorithms.policy.first_pass import in_order
 from trl_ray.algorithms.policy.group_samples import BuiltStep
@@ -103,7 +101,7 @@ async def train_on(
         iterations=config.passes_per_step,
         seed=config.seed,
         rules=cut,
-        totals_of=partial(update_totals, objective.loss),
+        totals_of=objective.totals_of,
     )
     results = [await ask_learner("step", batch) for batch in batches]
     return Updated(built=prepared.built, result=merge_results(results))

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_ray.algorithms.batches.micro_batches import TotalsOf
 from trl_ray.algorithms.batches.work_sharing import CutRules
 from trl_ray.algorithms.loss_registry import build_loss
 from trl_ray.config.losses.loss_section import LossSection
@@ -46,6 +47,8 @@ class SupervisedPlan:
     config: SupervisedRunConfig
     task: ExampleTask
     loss: LossSection
+    totals_of: TotalsOf
+    """What the loss divides an update by."""
     inputs: DatasetInputs
     tokenizer: Any
     train: ExampleSet | None
@@ -153,6 +156,7 @@ def prepare_supervised(
         config=config,
         task=task,
         loss=loss,
+        totals_of=build_loss(loss).totals,
         inputs=inputs,
         tokenizer=tokenizer,
         train=train,

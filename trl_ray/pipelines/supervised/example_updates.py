@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trl_ray.algorithms.batches.example_batches import example_batch, mismatched_batch, mismatched_kl
-from trl_ray.algorithms.loss_registry import update_totals
 from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.pipelines.supervised.dataset_preparation import SupervisedPlan
 from trl_ray.pipelines.supervised.example_feed import Fed, Feed
@@ -39,7 +38,7 @@ class ReadyStep:
 def example_update(plan: SupervisedPlan, examples: Sequence[Example], *, step: int, is_training: bool) -> ExampleUpdate:
     """Examples, cut into micro-batches by the rules of training or of evaluation."""
     rules = plan.cut if is_training else plan.eval_cut
-    totals = update_totals(plan.loss, [sample for example in examples for sample in example.samples])
+    totals = plan.totals_of([sample for example in examples for sample in example.samples])
     asks_kl = plan.task is ExampleTask.UNPAIRED_WITH_KL
     return ExampleUpdate(
         batch=example_batch(examples, step=step, rules=rules, totals=totals),

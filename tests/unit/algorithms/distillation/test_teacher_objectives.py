@@ -24,7 +24,7 @@ from trl_ray.algorithms.loss import (
     first_non_finite_sample,
     sample_tokens,
 )
-from trl_ray.algorithms.loss_registry import build_loss, update_totals
+from trl_ray.algorithms.loss_registry import build_loss
 from trl_ray.algorithms.policy.policy_loss import PolicyLoss
 from trl_ray.config.losses.distillation_options import (
     DistillationLossConfig,
@@ -93,7 +93,7 @@ NEEDS: list[tuple[Any, TeacherNeeds | None]] = [
 def test_what_is_asked_of_a_teacher(options: Any, needs: TeacherNeeds | None) -> None:
     loss: Loss = build_loss(options)
     assert loss.needs == LossNeeds(teacher=needs)
-    assert update_totals(options, [sample(2)]) == {} and loss.joined({}) == {}
+    assert build_loss(options).totals([sample(2)]) == {} and loss.joined({}) == {}
 
 
 def test_self_distillations_options_are_not_taken_for_those_of_the_policy_loss_that_they_extend() -> None:

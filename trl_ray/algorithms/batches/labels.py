@@ -30,11 +30,6 @@ def pairs_of(samples: Sequence[TrainingSample]) -> list[tuple[TrainingSample, Tr
     return pairs
 
 
-def trained_tokens(samples: Sequence[TrainingSample]) -> int:
-    """How many there are."""
-    return sum(int(sample.loss_mask.sum()) for sample in samples)
-
-
 def label_of(sample: TrainingSample) -> SampleLabel:
     """The label of a sample that must have one."""
     assert sample.label is not None, f"the loss needs the label of example {sample.group_id}"
