@@ -21,7 +21,14 @@ from trl_ray.algorithms.batches.micro_batches import shard
 from trl_ray.config.losses.distillation_options import DistillationLossConfig, DistillationMode, SDPOObjective, Support
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.sections import ModelConfig, TrainingConfig
-from trl_ray.config.teacher_options import AdapterAverage, TeacherConfig, TeacherKind, TeacherSource, TeacherWeights
+from trl_ray.config.teacher_options import (
+    AdapterAverage,
+    TeacherConfig,
+    TeacherKind,
+    TeacherOptions,
+    TeacherSource,
+    TeacherWeights,
+)
 from trl_ray.models.policy_loading import load_policy
 from trl_ray.types import Evaluation, StepResult, TrainBatch, TrainingSample
 
@@ -84,7 +91,7 @@ def _source(kind: TeacherKind, other: str, average: str) -> TeacherSource:
         name="t",
         kind=kind,
         model=ModelConfig(model_name_or_path=other),
-        options=TeacherConfig(),
+        options=TeacherOptions(model_name_or_path=other) if kind is TeacherKind.EXTERNAL else TeacherConfig(),
         weights=None if kind is TeacherKind.EXTERNAL else weights,
     )
 

@@ -31,7 +31,7 @@ from trl_ray.config.losses.distillation_options import (
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.policy_options import LossType
 from trl_ray.config.sections import ModelConfig, TrainingConfig
-from trl_ray.config.teacher_options import TeacherConfig, TeacherKind, TeacherSource, TeacherWeights
+from trl_ray.config.teacher_options import TeacherConfig, TeacherKind, TeacherOptions, TeacherSource, TeacherWeights
 from trl_ray.models.policy_loading import load_policy
 from trl_ray.types import TrainBatch, TrainingSample
 
@@ -66,7 +66,7 @@ def learner_of(path: str, loss: LossSection, kind: TeacherKind | None, teacher: 
             name="t",
             kind=kind,
             model=ModelConfig(model_name_or_path=teacher),
-            options=TeacherConfig(),
+            options=TeacherOptions(model_name_or_path=teacher) if kind is TeacherKind.EXTERNAL else TeacherConfig(),
             weights=None if kind is TeacherKind.EXTERNAL else TeacherWeights(teacher_model_kind=kind, **weights),
         ),
     )

@@ -240,6 +240,12 @@ class TeacherSource:
     weights: TeacherWeights | None = None
     """How it follows the policy; None where it is external."""
 
+    def __post_init__(self) -> None:
+        # Whoever loads it asks for its options: without them it would be a copy of the student, and teach nothing.
+        assert (self.kind is TeacherKind.EXTERNAL) == (self.external is not None), (
+            f"an external teacher, and no other, has TeacherOptions, got {self.kind} with {type(self.options).__name__}"
+        )
+
     @property
     def external(self) -> TeacherOptions | None:
         """Its own options, where it is another model."""

@@ -28,6 +28,7 @@ from trl_ray.config.teacher_options import (
     AdapterAverage,
     TeacherConfig,
     TeacherKind,
+    TeacherOptions,
     TeacherSource,
     TeacherWeights,
 )
@@ -61,7 +62,7 @@ def held(kind: TeacherKind, path: str, average: AdapterAverage = AdapterAverage.
         name="t",
         kind=kind,
         model=ModelConfig(model_name_or_path=path),
-        options=TeacherConfig(),
+        options=TeacherOptions(model_name_or_path=path) if kind is TeacherKind.EXTERNAL else TeacherConfig(),
         weights=None if kind is TeacherKind.EXTERNAL else weights,
     )
 
