@@ -391,6 +391,7 @@ class PolicyLearner:
                 f"{self._training.max_skipped_steps}. "
                 f"{teacher_remedy or 'Go on from an earlier checkpoint with a lower learning_rate.'}"
             )
+        # Told once: all ranks skip the same update.
         if self._ranks.is_first:
             detail = {"message": f"{problem}; the step was skipped", **asdict(problem)}
             self._log.event(EventKind.WARNING, **detail)

@@ -450,6 +450,7 @@ class Ledger:
         """
         if entry.min_version is None or entry.max_version is None:
             return False
+        # What the end of a run dropped was good, and a longer run may train it.
         if entry.reason not in (None, DropReason.END_OF_RUN):
             return False
         age = self.version + self.rules.max_steps_before(position) - entry.min_version

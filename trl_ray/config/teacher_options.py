@@ -241,8 +241,10 @@ class TeacherSource:
     """How it follows the policy; None where it is external."""
 
     def __post_init__(self) -> None:
-        is_external = self.kind is TeacherKind.EXTERNAL
-        assert is_external == (self.external is not None), "an external teacher, and no other, has options of its own"
+        # Whoever loads it asks for its options: without them it would be a copy of the student, and teach nothing.
+        assert (self.kind is TeacherKind.EXTERNAL) == (self.external is not None), (
+            f"an external teacher, and no other, has TeacherOptions, got {self.kind} with {type(self.options).__name__}"
+        )
 
     @property
     def external(self) -> TeacherOptions | None:

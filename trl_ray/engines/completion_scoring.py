@@ -20,8 +20,8 @@ from trl_ray.wire.teacher_answers import (
     TeacherAnswer,
     check_answer,
     join_scores,
-    log_tail,
     split_answer,
+    tail_of,
 )
 
 
@@ -102,9 +102,7 @@ def finish_answers(
     told = dataclasses.replace(question, tail=False)
     check_answer(whole, teacher=teacher, requests=requests, question=told)
     if question.tail:
-        # No tokens leave out everything.
-        top = whole.top_logprobs if whole.top_logprobs is not None else np.zeros((len(whole.logprobs), 0), np.float32)
-        whole = dataclasses.replace(whole, tail=log_tail(top))
+        whole = dataclasses.replace(whole, tail=tail_of(whole.top_logprobs, tokens=len(whole.logprobs)))
     return split_answer(whole, teacher=teacher)
 
 

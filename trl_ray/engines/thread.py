@@ -420,6 +420,7 @@ class EngineThread:
 
     def _break(self, reason: str) -> None:
         with self._condition:
+            # The first reason is the cause.
             if self._broken is None:
                 self._broken = reason
             self._condition.notify_all()

@@ -76,6 +76,11 @@ def log_tail(top_logprobs: FloatArray) -> FloatArray:
     return tail
 
 
+def tail_of(top_logprobs: FloatArray | None, *, tokens: int) -> FloatArray:
+    """`log_tail` [T] of what was told [T, K]; no tokens, which is None, leave out everything."""
+    return log_tail(np.zeros((tokens, 0), np.float32) if top_logprobs is None else top_logprobs)
+
+
 def join_scores(scores: Sequence[TeacherScores]) -> TeacherAnswer:
     """Scores of one batch as one answer; the inverse of `split_answer`."""
     assert scores, "an answer holds at least one completion"

@@ -102,6 +102,7 @@ def train_batch(
 ) -> TrainBatch:
     """One update on some samples, with its totals; `totals_of` adds those of its loss, a first pass needs none."""
     micro_batches = cut_samples(samples, rules)
+    # Counted over the whole update, since a micro-batch sees only its own masks.
     kept = [int(sample.surrogate_mask.sum()) for sample in samples if sample.surrogate_mask is not None]
     assert len(kept) in {0, len(samples)}, "all samples of an update have a surrogate mask, or none has"
     return TrainBatch(

@@ -93,6 +93,7 @@ class Bin:
 
     def fits(self, piece: Piece) -> bool:
         """Whether it can be added; an empty bin takes a single sample or example of any length."""
+        # What is longer than the budget by itself would fit nowhere.
         if not self.pieces and piece.count == 1:
             return True
         rules = self.rules

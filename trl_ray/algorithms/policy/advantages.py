@@ -167,6 +167,7 @@ def _normalized(groups: Sequence[_Array], *, keep: NDArray[np.bool_]) -> list[_A
     """
     pooled = np.concatenate(groups) if groups else np.zeros(0)
     scored = pooled[~np.isnan(pooled)]
+    # As for a group: what rounding leaves of equal numbers must not be divided by the small divisor.
     if _is_flat(pooled):
         return [np.where(np.isnan(group), np.nan, 0.0) for group in groups]
     mean, divisor = scored.mean(), _std(pooled) + EPSILON

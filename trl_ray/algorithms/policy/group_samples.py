@@ -123,6 +123,7 @@ def build_distillation_step(groups: Sequence[RolloutGroup]) -> BuiltStep:
     labels = mean_metric([float(not completion.is_sampled) for completion in completions])
     metrics = _present({**_group_metrics(groups), "distillation/label_fraction": labels})
     return BuiltStep(
+        # A teacher judges token by token: of a completion that was cut off it knows as much as of any.
         samples=tuple(_samples(groups, mask_truncated=False)),
         advantages=tuple(np.zeros(len(group.completions)) for group in groups),
         metrics=metrics,

@@ -118,6 +118,7 @@ class PolicyLoss:
         loss = aggregate(
             per_token, inputs, loss_type=config.loss_type, max_completion_length=self.max_completion_length
         )
+        # Not part of what is aggregated: the bonus is on the mean over tokens, whatever the loss averages over.
         if self._bonus.applied > 0:
             loss = loss - self._bonus.applied * _entropy_share(inputs)
         metrics.add("entropy", inputs.entropy)

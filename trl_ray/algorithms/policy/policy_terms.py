@@ -191,6 +191,7 @@ def aggregate(
 ) -> Tensor:
     """Token losses [N] of a micro-batch to its share of the update's loss."""
     totals = inputs.totals
+    # An update without anything to train on has a loss of 0, not of NaN.
     samples = max(totals.num_samples, 1)
     match loss_type:
         case LossType.DAPO | LossType.CISPO | LossType.VESPO:

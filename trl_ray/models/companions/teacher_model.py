@@ -27,7 +27,7 @@ from trl_ray.models.scoring.head import head_module
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
 from trl_ray.models.scoring.segment_attention import SEGMENT_ATTENTION
 from trl_ray.types import FloatArray, IntArray, TeacherQuestion, TeacherRequest, TeacherScores, TrainingSample
-from trl_ray.wire.teacher_answers import log_tail, width_of
+from trl_ray.wire.teacher_answers import TeacherAnswer, split_answer, tail_of, width_of
 
 
 def teacher_model_config(source: TeacherSource) -> ModelConfig:
@@ -207,23 +207,15 @@ class TeacherModel:
         logprobs, ids, top = told.logprobs.float().cpu().numpy(), None, None
         if width_of(requests, question):
             ids, top = _join(told, _support(requests))
-        tail = None
-        if question.tail:
-            tail = log_tail(np.zeros((len(logprobs), 0), np.float32) if top is None else top)
-        scores, end = [], 0
-        for request in requests:
-            start, end = end, end + len(request.completion_ids)
-            scores.append(
-                TeacherScores(
-                    teacher=self.name,
-                    version=self.version,
-                    logprobs=logprobs[start:end],
-                    top_ids=None if ids is None else ids[start:end],
-                    top_logprobs=None if top is None else top[start:end],
-                    tail=None if tail is None else tail[start:end],
-                )
-            )
-        return scores
+        answer = TeacherAnswer(
+            lengths=np.array([len(request.completion_ids) for request in requests], dtype=np.int64),
+            logprobs=logprobs,
+            top_ids=ids,
+            top_logprobs=top,
+            tail=tail_of(top, tokens=len(logprobs)) if question.tail else None,
+            version=self.version,
+        )
+        return split_answer(answer, teacher=self.name)
 
     def _judge(self, requests: Sequence[TeacherRequest], question: TeacherQuestion) -> TokenLogprobs:
         """What the head says of the requests' tokens, one request after the other.

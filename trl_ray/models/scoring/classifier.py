@@ -98,6 +98,7 @@ def _classify(model: PreTrainedModel, states: Tensor) -> Tensor:
     """Dropout, where the architecture has it before its head, and the head: [..., H] to [..., C]."""
     head, dropout = class_head(model), getattr(causal_model(model), "dropout", None)
     weight: Any = head.weight
+    # Under autocast the base model gives bfloat16, and the head may be float32.
     states = states.to(weight.dtype)
     logits: Tensor = head(dropout(states) if isinstance(dropout, nn.Dropout) else states)
     return logits

@@ -131,6 +131,7 @@ def check_head(model: nn.Module) -> None:
     head, transform = head_module(model), logit_transform(model)
     training = model.training
     model.train(False)
+    # In evaluation mode, as dropout would make the two differ.
     ids = torch.tensor([[1, 2]], device=head.weight.device)
     expected = model(input_ids=ids, use_cache=False).logits
     actual = torch.nn.functional.linear(hidden_states(model, input_ids=ids), head.weight, head.bias).float()
@@ -138,6 +139,7 @@ def check_head(model: nn.Module) -> None:
     actual = actual * transform.scale
     if transform.softcap is not None:
         actual = transform.softcap * torch.tanh(actual / transform.softcap)
+    # NaN fails every comparison, and would be blamed on the head.
     if expected.isnan().any():
         damaged = next((name for name, weight in model.named_parameters() if weight.isnan().any()), None)
         raise ModelError(

@@ -248,6 +248,7 @@ def _with_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
         raise ModelError(f"the adapter in {folder} must fit its model, but: {_first_line(error)}.") from error
     if loaded.unexpected_keys:
         raise ModelError(f"the adapter in {folder} must fit its model, which has no {loaded.unexpected_keys[:3]}.")
+    # It is never trained, so that rating with it should cost what the plain model does.
     merged: PreTrainedModel = wrapped.merge_and_unload()
     return merged
 

@@ -100,6 +100,7 @@ class PredictorModule(nn.Module):
             states = hidden_states(
                 self.policy, input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **told
             )
+        # The head is not asked about prompts: only where a trained token is predicted.
         return states.flatten(0, 1).index_select(0, predictors)
 
 
