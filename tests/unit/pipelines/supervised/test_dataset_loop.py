@@ -11,7 +11,7 @@ import pytest
 
 from dataset_loops import Learner, Run, Watch
 from trl_ray.config.runs.dataset_config import KTOConfig, SFTConfig
-from trl_ray.errors import InterruptedRun, LearnerLostError
+from trl_ray.errors import DataError, InterruptedRun, LearnerLostError
 from trl_ray.pipelines.supervised.dataset_recording import Accounts
 from trl_ray.pipelines.supervised.example_feed import Fed
 
@@ -69,6 +69,36 @@ def test_a_stop_ends_the_run_after_the_step_with_a_checkpoint(tmp_path: Path) ->
     with pytest.raises(InterruptedRun, match="after step 3"):
         run.go()
     assert sorted(run.learner.saved) == [2, 3]
+
+
+def test_a_signal_that_came_while_the_learner_held_the_loop_is_heeded_after_that_step(tmp_path: Path) -> None:
+    run = Run(tmp_path, config=SFTConfig(per_device_train_batch_size=2, save_steps=0))
+
+    def noticed_two_turns_later(step: int) -> None:
+        if step == 3:
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, run.stop.set)
+
+    run.learner.on_step = noticed_two_turns_later
+    with pytest.raises(InterruptedRun, match="after step 3"):
+        run.go()
+    assert list(run.learner.saved) == [3]
+
+
+def test_a_row_that_cannot_be_used_ends_the_run_with_what_was_trained_before_it_saved_once(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    loop = run.loop()
+    take = loop._feed.take
+
+    def fails(step: int) -> Fed:
+        if step == 4:
+            raise DataError("Row 7 must be text.")
+        return take(step)
+
+    setattr(loop._feed, "take", fails)  # noqa: B010
+    with pytest.raises(DataError, match=r"^Row 7 must be text\. 3 steps were trained before it and are kept"):
+        asyncio.run(loop.run())
+    assert list(run.learner.saved) == [2, 3]
 
 
 def test_a_lost_learner_ends_the_walk(tmp_path: Path) -> None:
