@@ -75,23 +75,25 @@ class Actors:
     may_pull: asyncio.Event = field(default_factory=asyncio.Event)
     supervisor: Watch = field(default_factory=Watch)
     files: dict[int, Mapping[str, bytes]] = field(default_factory=dict)
+    averages: bool = False
+    """Whether there is a teacher to be saved with checkpoints."""
+    adopted: dict[int, Mapping[str, str]] = field(default_factory=dict)
     admitted: int = 0
     step: int = 0
     drained: int = 0
+    teachers: Any = None
 
     def __post_init__(self) -> None:
         self.may_pull.set()
+        self.teachers = SimpleNamespace(save=self._save_average, checkpoint=None)
 
     @property
     def learner(self) -> Any:
         return SimpleNamespace(ask=self._ask_learner)
 
-    @property
-    def teachers(self) -> Any:
-        async def save(folder: Path) -> bool:
-            return False
-
-        return SimpleNamespace(save=save, checkpoint=None)
+    async def _save_average(self, folder: Path) -> bool:
+        self.log.append(f"average to {folder.name}")
+        return self.averages
 
     @property
     def working(self) -> tuple[Any, ...]:
@@ -172,7 +174,7 @@ class Actors:
 
     async def _ask_learner(self, method: str, *args: Any, **kwargs: Any) -> Any:
         if method == "save":
-            self.files[kwargs["step"]] = kwargs["extra"]
+            self.files[kwargs["step"]], self.adopted[kwargs["step"]] = kwargs["extra"], kwargs["adopt"]
             self.log.append(f"save {kwargs['step']}")
             return None
         [batch] = args

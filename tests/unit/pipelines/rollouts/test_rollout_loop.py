@@ -26,12 +26,12 @@ def failure(kind: EventKind, number: int = 0) -> Event:
 def test_callbacks_hear_of_the_beginning_before_the_first_prompt_is_admitted(tmp_path: Path) -> None:
     class Slow:
         async def on_train_begin(self, args: Any, state: Any, control: Any) -> None:
-            for _ in range(20):
-                await asyncio.sleep(0)
+            await asyncio.sleep(0.05)
+            run.log.append("has begun")
 
-    run = RolloutRun(tmp_path, total=1, callbacks=(Slow(),)).go()
-    assert run.log[0] == "train_begin 0"
-    assert run.log.index("prompt 0") > 0
+    run = RolloutRun(tmp_path, total=1, callbacks=(Slow(),))
+    assert run.go().log[:3] == ["train_begin 0", "has begun", "epoch_begin 0"]
+    assert "prompt 0" in run.log
 
 
 def test_no_more_groups_are_admitted_than_the_steps_take_and_tickets_carry_the_version_that_was_pulled(
@@ -52,6 +52,22 @@ def test_a_step_is_settled_published_pulled_and_released_in_this_order(tmp_path:
     ]  # fmt: skip
 
 
+def test_weights_are_published_only_when_those_before_are_pulled(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, total=2)
+
+    def on_step(step: int) -> None:
+        if step == 1:
+            run.actors.may_pull.clear()
+        else:
+            asyncio.get_running_loop().call_later(0.05, run.actors.may_pull.set)
+
+    run.actors.on_step = on_step
+    run.go()
+    assert run.logged("trained", "publish", "pull") == [
+        "trained 1", "publish 1", "pull begins", "trained 2", "pull ends", "publish 2", "pull begins", "pull ends",
+    ]  # fmt: skip
+
+
 def test_the_line_of_a_step_is_written_before_it_is_evaluated_by_workers_that_hold_its_weights(tmp_path: Path) -> None:
     run = RolloutRun(tmp_path, total=2, eval_steps=1)
     released: list[str] = []
@@ -60,7 +76,7 @@ def test_the_line_of_a_step_is_written_before_it_is_evaluated_by_workers_that_ho
     class LetsPull:
         def on_log(self, args: Any, state: Any, control: Any, **payload: Any) -> None:
             released.append(run.log[-1])
-            run.actors.may_pull.set()
+            asyncio.get_running_loop().call_later(0.05, run.actors.may_pull.set)
 
     run._callbacks._callbacks += (LetsPull(),)
     run.go()
@@ -90,6 +106,19 @@ def test_the_journal_forgets_up_to_the_checkpoint_before_the_newest(tmp_path: Pa
     ]  # fmt: skip
     assert list(run.actors.files[4]) == ["ledger.json", OBJECTIVE_STATE, CALLBACKS]
     assert json.loads(run.actors.files[4]["ledger.json"])["step"] == 4
+
+
+@pytest.mark.parametrize("averages", [True, False])
+def test_the_average_of_teachers_is_adopted_by_the_checkpoint_that_they_go_on_from(
+    tmp_path: Path, averages: bool
+) -> None:
+    run = RolloutRun(tmp_path, total=2)
+    run.actors.averages = averages
+    run.go()
+    assert run.logged("average", "save") == ["average to teacher-2.tmp", "save 2", "save 2"]
+    beside = {"teacher": str(run.path / "checkpoints" / "teacher-2.tmp")}
+    assert run.actors.adopted == {2: beside if averages else {}}
+    assert run.actors.teachers.checkpoint == str(run.path / "checkpoints" / "step-2")
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
@@ -148,8 +177,10 @@ def test_groups_of_a_skipped_step_are_dropped_and_said_to_be(tmp_path: Path) -> 
     }
 
 
-def test_an_error_of_the_pull_ends_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("delivers", [True, False])
+def test_an_error_of_the_pull_ends_the_run_also_while_groups_are_waited_for(tmp_path: Path, delivers: bool) -> None:
     run = RolloutRun(tmp_path)
+    run.actors.on_step = lambda step: setattr(run.actors, "delivers", delivers)
     run.actors.pull_fails = LearnerLostError("its weights are gone")
     with pytest.raises(LearnerLostError, match="gone"):
         run.go()
@@ -167,8 +198,14 @@ def test_a_lost_learner_ends_the_run_while_a_pull_hangs(tmp_path: Path) -> None:
     notices: Any = Notices()
     run.actors.supervisor = notices
     run.actors.may_pull.clear()
-    with pytest.raises(LearnerLostError, match="it hangs"):
-        run.go()
+
+    async def ends() -> None:
+        loop = run.loop()
+        with pytest.raises(LearnerLostError, match="it hangs"):
+            await loop.run()
+        assert loop._pulling is not None and loop._pulling.cancelled()
+
+    asyncio.run(ends())
     assert "pull ends" not in run.log
 
 
