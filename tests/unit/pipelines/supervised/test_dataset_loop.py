@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from callbacks_for_tests import Asks
+from callbacks_for_tests import Asks, Diary
 from dataset_loops import Learner, Run, Watch
 from trl_ray.config.runs.dataset_config import KTOConfig, SFTConfig
 from trl_ray.errors import DataError, InterruptedRun, LearnerLostError
@@ -95,6 +95,18 @@ def test_a_stop_ends_the_run_after_the_step_with_a_checkpoint(tmp_path: Path) ->
     with pytest.raises(InterruptedRun, match="after step 3"):
         run.go()
     assert sorted(run.learner.saved) == [2, 3]
+
+
+@pytest.mark.parametrize("left_at", [None, 4])
+def test_a_stop_in_the_last_step_is_no_interruption(tmp_path: Path, left_at: int | None) -> None:
+    # Of two epochs of three steps; leaving the second after its first step makes that the last.
+    diary, last = Diary(), left_at or 6
+    callbacks = [diary] if left_at is None else [diary, Asks("should_epoch_stop", at=left_at)]
+    run = Run(tmp_path, config=SFTConfig(per_device_train_batch_size=2, save_steps=0), callbacks=callbacks)
+    run.learner.on_step = lambda step: run.stop.set() if step == last else None
+    run.go()
+    assert list(run.learner.saved) == [last]
+    assert diary.book[-1] == f"train_end {last}"
 
 
 def test_a_signal_that_came_while_the_learner_held_the_loop_is_heeded_after_that_step(tmp_path: Path) -> None:
