@@ -111,10 +111,11 @@ def report(shared, check):
 class Stage:
     """Rollout actors, their runtime and its events."""
 
-    def __init__(self, *, workers=1, max_restarts=10, canary_every=1, models=(), teachers=(), checkpoint=None):
+    def __init__(self, *, workers=1, max_restarts=10, canary_every=1, models=(), teachers=(), checkpoint=None, ranks=1):
         self.runtime, self.events = FakeRuntime(), []
         config = GRPOConfig(
-            rollout={"num_workers": workers, "canary_every": canary_every}, runtime={"max_restarts": max_restarts}
+            rollout={"num_workers": workers, "canary_every": canary_every},
+            runtime={"max_restarts": max_restarts, "num_learners": ranks},
         )
         arguments = ActorArguments(
             learner={} if checkpoint is None else {"checkpoint": checkpoint},
@@ -161,6 +162,36 @@ def test_workers_begin_only_after_they_have_pulled_what_the_learner_published():
     ]
     assert stage.watched() == ["learner", "queue", "reward-0", "rollout-0", "rollout-1"]
     assert [handle.name for handle in stage.actors.working] == ["rollout-0", "rollout-1"]
+
+
+def test_ranks_of_a_learner_meet_before_others_are_greeted_and_are_told_of_before_the_learner_as_a_whole():
+    stage = Stage(ranks=2)
+    stage.runtime.script = {f"learner-{rank}": {"address": "here"} for rank in (0, 1)}
+    asyncio.run(stage.actors.start())
+    started = [(actor, detail["pid"]) for actor, detail in stage.told(EventKind.ACTOR_STARTED)]
+    assert started[:2] == [("learner-0", 2), ("learner-1", 3)]
+    assert sorted(started[2:]) == [("learner", 2), ("queue", 1), ("reward-0", 4), ("rollout-0", 5)]
+    assert stage.watched() == ["learner", "queue", "reward-0", "rollout-0"]
+    assert [len(stage.runtime.handles[f"learner-{rank}"].asked("join")) for rank in (0, 1)] == [1, 1]
+
+
+@pytest.mark.parametrize(("ranks", "name", "method"), [(1, "learner", "health"), (2, "learner-1", "join")])
+def test_a_learner_that_does_not_come_up_fails_the_start_as_any_actor_does(ranks, name, method):
+    stage = Stage(ranks=ranks)
+    stage.runtime.script = {name: {method: DeadlineError("silent")}}
+    with pytest.raises(DeadlineError, match="silent"):
+        asyncio.run(stage.actors.start())
+
+
+def test_what_actors_tell_is_gathered_from_the_queue_the_learner_those_who_score_and_the_workers_in_this_order():
+    async def run():
+        await stage.start()
+        for name, handle in stage.runtime.handles.items():
+            handle.answers["drain"] = ActorReport(events=[name])
+        return await stage.actors.drain()
+
+    stage = Stage(models=[JUDGE])
+    assert asyncio.run(run()).events == ["queue", "learner", *COPIES, "reward-0", "rollout-0"]
 
 
 def test_a_lost_worker_is_ended_its_leases_are_returned_and_another_pulls_before_it_starts():
@@ -270,7 +301,8 @@ def test_a_lost_learner_is_not_replaced_here():
 
     stage = Stage()
     asyncio.run(run())
-    assert stage.runtime.log == []
+    assert stage.runtime.log == [] and stage.events == []
+    assert "learner" not in stage.watched()
 
 
 @pytest.mark.parametrize("method", ["publish", "identity", "weight_check"])

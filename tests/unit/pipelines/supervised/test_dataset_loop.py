@@ -6,12 +6,14 @@ import asyncio
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from callbacks_for_tests import Asks, Diary
 from dataset_loops import Learner, Run, Watch
 from trl_ray.config.runs.dataset_config import KTOConfig, SFTConfig
-from trl_ray.errors import InterruptedRun, LearnerLostError
+from trl_ray.errors import DataError, InterruptedRun, LearnerLostError
 from trl_ray.pipelines.supervised.dataset_recording import Accounts
 from trl_ray.pipelines.supervised.example_feed import Fed
 
@@ -61,6 +63,30 @@ def test_it_ends_when_the_held_out_loss_gets_no_better(tmp_path: Path) -> None:
     run = Run(tmp_path, config=config, held_out=1, learner=Learner(eval_losses=[3.0, 2.0, 2.5, 2.0, 9.0])).go()
     assert len(run.learner.batches) == 3 and list(run.learner.saved) == [3]
     assert run.learner.saved[3]["stopping"] == {"best": 2.0, "best_step": 1, "worse": 2}
+    [said] = [event["detail"] for event in run.lines("events.jsonl") if event["kind"] == "warning"]
+    assert said == {
+        "step": 3,
+        "detail": "training ends early: eval/loss was no better 2 times in a row",
+        "best": 2.0,
+        "best_step": 1,
+    }
+
+
+def test_callbacks_of_a_resumed_run_know_the_best_that_was_found_before_once_it_has_begun(tmp_path: Path) -> None:
+    seen: list[tuple[str, float | None, int | None]] = []
+
+    class Looks:
+        def on_train_begin(self, args: Any, state: Any, control: Any) -> None:
+            seen.append(("train_begin", state.best_metric, state.best_global_step))
+
+        def on_step_begin(self, args: Any, state: Any, control: Any) -> None:
+            seen.append(("step_begin", state.best_metric, state.best_global_step))
+
+    run = Run(tmp_path, total=3, accounts=Accounts(step=2), callbacks=[Looks()])
+    loop = run.loop()
+    loop._stopping.load_state_dict({"best": 2.0, "best_step": 1, "worse": 1})
+    asyncio.run(loop.run())
+    assert seen == [("train_begin", None, None), ("step_begin", 2.0, 1)]
 
 
 def test_a_stop_ends_the_run_after_the_step_with_a_checkpoint(tmp_path: Path) -> None:
@@ -69,6 +95,48 @@ def test_a_stop_ends_the_run_after_the_step_with_a_checkpoint(tmp_path: Path) ->
     with pytest.raises(InterruptedRun, match="after step 3"):
         run.go()
     assert sorted(run.learner.saved) == [2, 3]
+
+
+@pytest.mark.parametrize("left_at", [None, 4])
+def test_a_stop_in_the_last_step_is_no_interruption(tmp_path: Path, left_at: int | None) -> None:
+    # Of two epochs of three steps; leaving the second after its first step makes that the last.
+    diary, last = Diary(), left_at or 6
+    callbacks = [diary] if left_at is None else [diary, Asks("should_epoch_stop", at=left_at)]
+    run = Run(tmp_path, config=SFTConfig(per_device_train_batch_size=2, save_steps=0), callbacks=callbacks)
+    run.learner.on_step = lambda step: run.stop.set() if step == last else None
+    run.go()
+    assert list(run.learner.saved) == [last]
+    assert diary.book[-1] == f"train_end {last}"
+
+
+def test_a_signal_that_came_while_the_learner_held_the_loop_is_heeded_after_that_step(tmp_path: Path) -> None:
+    run = Run(tmp_path, config=SFTConfig(per_device_train_batch_size=2, save_steps=0))
+
+    def noticed_two_turns_later(step: int) -> None:
+        if step == 3:
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, run.stop.set)
+
+    run.learner.on_step = noticed_two_turns_later
+    with pytest.raises(InterruptedRun, match="after step 3"):
+        run.go()
+    assert list(run.learner.saved) == [3]
+
+
+def test_a_row_that_cannot_be_used_ends_the_run_with_what_was_trained_before_it_saved_once(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    loop = run.loop()
+    take = loop._feed.take
+
+    def fails(step: int) -> Fed:
+        if step == 4:
+            raise DataError("Row 7 must be text.")
+        return take(step)
+
+    setattr(loop._feed, "take", fails)  # noqa: B010
+    with pytest.raises(DataError, match=r"^Row 7 must be text\. 3 steps were trained before it and are kept"):
+        asyncio.run(loop.run())
+    assert list(run.learner.saved) == [2, 3]
 
 
 def test_a_lost_learner_ends_the_walk(tmp_path: Path) -> None:
@@ -83,6 +151,23 @@ def test_kto_gets_the_kl_of_the_weights_as_they_are_at_every_step_and_evaluation
     # Two tokens of a nat each above the reference.
     assert [batch.totals["kl"] for batch in run.learner.batches] == [2.0, 2.0, 2.0]
     assert [batch.num_samples for batch in run.learner.scored] == [2, 2, 2, 1, 2]
+
+
+def test_no_examples_are_made_beyond_the_last_step_or_for_a_step_that_was_left_out(tmp_path: Path) -> None:
+    # Three steps make an epoch; after the fourth, the rest of the second is left out.
+    run, places = Run(tmp_path, total=9, callbacks=[Asks("should_epoch_stop", at=4)]), list[int]()
+    loop = run.loop()
+    take = loop._feed.take
+
+    def note(step: int) -> Fed:
+        places.append(step)
+        return take(step)
+
+    setattr(loop._feed, "take", note)  # noqa: B010
+    asyncio.run(loop.run())
+    # The fifth was made already; it is made no use of.
+    assert places == [1, 2, 3, 4, 5, 7, 8, 9]
+    assert [batch.step for batch in run.learner.batches] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_the_next_examples_are_made_while_the_learner_trains(tmp_path: Path) -> None:

@@ -1,0 +1,254 @@
+"""The loop of steps over rollouts, with actors whose answers a test writes: what comes before what, what is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from callbacks_for_tests import Asks, Counter
+from rollout_loops import RolloutRun, config
+from trl_ray.config.runs.distill_config import DistillConfig
+from trl_ray.errors import InterruptedRun, LearnerLostError, RewardError, StallError, TeacherError
+from trl_ray.pipelines.callbacks.callback_states import CALLBACKS
+from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
+from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE
+from trl_ray.types import Event, EventKind
+
+
+def failure(kind: EventKind, number: int = 0) -> Event:
+    return Event(kind=kind, actor="rollout-0", time=0.0, detail={"group": number})
+
+
+def test_callbacks_hear_of_the_beginning_before_the_first_prompt_is_admitted(tmp_path: Path) -> None:
+    class Slow:
+        async def on_train_begin(self, args: Any, state: Any, control: Any) -> None:
+            await asyncio.sleep(0.05)
+            run.log.append("has begun")
+
+    run = RolloutRun(tmp_path, total=1, callbacks=(Slow(),))
+    assert run.go().log[:3] == ["train_begin 0", "has begun", "epoch_begin 0"]
+    assert "prompt 0" in run.log
+
+
+def test_no_more_groups_are_admitted_than_the_steps_take_and_tickets_carry_the_version_that_was_pulled(
+    tmp_path: Path,
+) -> None:
+    run = RolloutRun(tmp_path, total=4).go()
+    assert run.actors.admitted == 8
+    assert run.logged("admit")[0] == "admit 4 at version 0"
+    assert run.logged("prompt") == [f"prompt {ordinal}" for ordinal in range(8)]
+
+
+def test_a_step_is_settled_published_pulled_and_released_in_this_order(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, total=2).go()
+    told = ("trained", "publish", "pull", "release")
+    assert run.logged(*told) == [
+        "trained 1", "publish 1", "pull begins", "pull ends", "release 1",
+        "trained 2", "publish 2", "pull begins", "pull ends", "release 2",
+    ]  # fmt: skip
+
+
+def test_weights_are_published_only_when_those_before_are_pulled(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, total=2)
+
+    def on_step(step: int) -> None:
+        if step == 1:
+            run.actors.may_pull.clear()
+        else:
+            asyncio.get_running_loop().call_later(0.05, run.actors.may_pull.set)
+
+    run.actors.on_step = on_step
+    run.go()
+    assert run.logged("trained", "publish", "pull") == [
+        "trained 1", "publish 1", "pull begins", "trained 2", "pull ends", "publish 2", "pull begins", "pull ends",
+    ]  # fmt: skip
+
+
+def test_the_line_of_a_step_is_written_before_it_is_evaluated_by_workers_that_hold_its_weights(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, total=2, eval_steps=1)
+    released: list[str] = []
+    run.actors.on_step = lambda step: run.actors.may_pull.clear()
+
+    class LetsPull:
+        def on_log(self, args: Any, state: Any, control: Any, **payload: Any) -> None:
+            released.append(run.log[-1])
+            asyncio.get_running_loop().call_later(0.05, run.actors.may_pull.set)
+
+    run._callbacks._callbacks += (LetsPull(),)
+    run.go()
+    assert released == ["log 1", "log 2"]
+    assert run.logged("step_end", "log", "pull ends", "evaluate") == [
+        "evaluate by version 0", "evaluate 0",
+        "step_end 1", "log 1", "pull ends", "evaluate by version 1", "evaluate 1",
+        "step_end 2", "log 2", "pull ends", "evaluate by version 2", "evaluate 2",
+    ]  # fmt: skip
+    assert all("eval" not in key for line in run.lines("metrics.jsonl") for key in line)
+
+
+def test_what_callbacks_ask_for_is_done_once_and_an_epoch_ends_before_the_checkpoint(tmp_path: Path) -> None:
+    asks = (Asks("should_evaluate", at=2, hook="on_epoch_end"), Asks("should_save", at=2))
+    run = RolloutRun(tmp_path, total=3, eval_steps=100, callbacks=asks).go()
+    # Four prompts, two a step: an epoch has two steps.
+    assert run.logged("log 2", "evaluate ", "epoch_end", "save", "train_end") == [
+        "evaluate by version 0", "evaluate 0", "log 2", "epoch_end 2", "evaluate by version 2", "evaluate 2",
+        "save 2", "save 2", "save 3", "save 3", "epoch_end 3", "train_end 3",
+    ]  # fmt: skip
+
+
+def test_the_journal_forgets_up_to_the_checkpoint_before_the_newest(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, total=5, save_steps=2, callbacks=(Counter(),)).go()
+    assert run.logged("save", "checkpoint") == [
+        "save 2", "save 2", "save 4", "checkpoint 2", "save 4", "save 5", "checkpoint 4", "save 5",
+    ]  # fmt: skip
+    assert list(run.actors.files[4]) == ["ledger.json", OBJECTIVE_STATE, CALLBACKS]
+    assert json.loads(run.actors.files[4]["ledger.json"])["step"] == 4
+
+
+@pytest.mark.parametrize("averages", [True, False])
+def test_the_average_of_teachers_is_adopted_by_the_checkpoint_that_they_go_on_from(
+    tmp_path: Path, averages: bool
+) -> None:
+    run = RolloutRun(tmp_path, total=2)
+    run.actors.averages = averages
+    run.go()
+    assert run.logged("average", "save") == ["average to teacher-2.tmp", "save 2", "save 2"]
+    beside = {"teacher": str(run.path / "checkpoints" / "teacher-2.tmp")}
+    assert run.actors.adopted == {2: beside if averages else {}}
+    assert run.actors.teachers.checkpoint == str(run.path / "checkpoints" / "step-2")
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_stop_ends_the_run_after_the_step_once_the_workers_have_pulled_with_one_checkpoint(
+    tmp_path: Path, max_staleness: int
+) -> None:
+    run = RolloutRun(tmp_path, max_staleness=max_staleness, save_steps=3)
+
+    def on_step(step: int) -> None:
+        if step == 2:
+            run.stop.set()
+            run.actors.may_pull.clear()
+            asyncio.get_running_loop().call_later(0.2, run.actors.may_pull.set)
+
+    run.actors.on_step = on_step
+    with pytest.raises(InterruptedRun, match=r"interrupted after step 2; go on with: trl-ray resume .*run"):
+        run.go()
+    assert run.logged("publish", "pull ends", "release", "save") == [
+        "publish 1", "pull ends", "release 1", "publish 2", "pull ends", "release 2", "save 2", "save 2",
+    ]  # fmt: skip
+    assert run.logged("train_end") == []
+
+
+def test_a_stop_after_a_step_that_was_just_saved_saves_nothing_more(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, save_steps=2)
+    run.actors.on_step = lambda step: run.stop.set() if step == 2 else None
+    with pytest.raises(InterruptedRun, match="after step 2"):
+        run.go()
+    assert list(run.actors.files) == [2] and len(run.logged("save")) == 2
+
+
+def test_a_stop_while_groups_are_waited_for_leaves_a_checkpoint_of_step_zero(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path)
+    run.actors.delivers = False
+    run.stop.set()
+    with pytest.raises(InterruptedRun, match="after step 0"):
+        run.go()
+    assert list(run.actors.files) == [0]
+
+
+def test_a_run_ends_in_order_when_a_callback_asks_for_it(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, save_steps=3, callbacks=(Asks("should_training_stop", at=3),)).go()
+    assert run.logged("save", "train_end") == ["save 3", "save 3", "train_end 3"]
+    assert any("the callback Asks.on_step_end asked for it" in str(event) for event in run.lines("events.jsonl"))
+
+
+def test_groups_of_a_skipped_step_are_dropped_and_said_to_be(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, total=2)
+    run.actors.skips = frozenset({1})
+    run.go()
+    assert run.logged("skip", "trained") == ["skip 1", "trained 2"]
+    [said] = [event for event in run.lines("events.jsonl") if "not finite" in str(event["detail"])]
+    assert said["detail"] == {
+        "step": 1,
+        "detail": "loss or gradients were not finite; the step was skipped and its groups dropped",
+    }
+
+
+@pytest.mark.parametrize("delivers", [True, False])
+def test_an_error_of_the_pull_ends_the_run_also_while_groups_are_waited_for(tmp_path: Path, delivers: bool) -> None:
+    run = RolloutRun(tmp_path)
+    run.actors.on_step = lambda step: setattr(run.actors, "delivers", delivers)
+    run.actors.pull_fails = LearnerLostError("its weights are gone")
+    with pytest.raises(LearnerLostError, match="gone"):
+        run.go()
+
+
+def test_a_lost_learner_ends_the_run_while_a_pull_hangs(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path)
+
+    class Notices:
+        async def run(self) -> None:
+            while "publish 1" not in run.log:
+                await asyncio.sleep(0.01)
+            raise LearnerLostError("it hangs")
+
+    notices: Any = Notices()
+    run.actors.supervisor = notices
+    run.actors.may_pull.clear()
+
+    async def ends() -> None:
+        loop = run.loop()
+        with pytest.raises(LearnerLostError, match="it hangs"):
+            await loop.run()
+        assert loop._pulling is not None and loop._pulling.cancelled()
+
+    asyncio.run(ends())
+    assert "pull ends" not in run.log
+
+
+def test_a_run_in_which_nothing_moves_names_who_it_waits_for(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, runtime={"kind": "local", "stall_deadline_s": 0.2})
+    run.actors.delivers = False
+    with pytest.raises(StallError, match=r"step 1 needs 2 groups, but nothing has moved .*: rollout-0\. Resume"):
+        run.go()
+
+
+def test_rewards_that_fail_in_a_row_end_the_run_unless_a_step_is_trained_between(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, total=3, reward={"max_failures_in_a_row": 2})
+    one = [failure(EventKind.REWARD_FAILED)]
+    run.actors.failed = {1: one, 2: one, 3: one}
+    run.go()
+    again = RolloutRun(tmp_path, total=3, reward={"max_failures_in_a_row": 2})
+    again.actors.failed, again.actors.skips = {1: one, 2: one}, frozenset({2})
+    with pytest.raises(RewardError, match="but 2 did without one trained step"):
+        again.go()
+    assert len(again.lines("metrics.jsonl")) == 1
+
+
+def test_failures_are_counted_by_kind_and_the_last_one_is_told() -> None:
+    counted = FailuresInARow(config(reward={"max_failures_in_a_row": 3}))
+    counted.count([failure(EventKind.REWARD_FAILED), failure(EventKind.TEACHER_FAILED), failure(EventKind.WARNING)])
+    counted.count([failure(EventKind.REWARD_FAILED)])
+    counted.count([failure(EventKind.WARNING)])
+    with pytest.raises(RewardError) as raised:
+        counted.count([failure(EventKind.REWARD_FAILED, 7)])
+    assert str(raised.value) == (
+        "fewer than 3 groups in a row may lose their rewards (reward.max_failures_in_a_row), but 3 did without one "
+        "trained step. The last one: {'group': 7}. Mend the reward function, then resume."
+    )
+
+
+def test_the_least_patient_teacher_decides_how_many_groups_may_lose_theirs() -> None:
+    teachers = [
+        {"name": name, "model_name_or_path": "models/far", "max_failures_in_a_row": allowed}
+        for name, allowed in (("first", 5), ("second", 2))
+    ]
+    counted = FailuresInARow(DistillConfig(teachers=teachers, teacher_column="who"))
+    counted.count([failure(EventKind.TEACHER_FAILED)])
+    counted.forget()
+    counted.count([failure(EventKind.TEACHER_FAILED)])
+    with pytest.raises(TeacherError, match="fewer than 2 groups in a row may lose their teacher"):
+        counted.count([failure(EventKind.TEACHER_FAILED)])
