@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from warm_processes import warm_python
+
 ROOT = Path(__file__).parents[1]
 
 # Child processes and Ray workers inherit all of these.
@@ -117,7 +119,10 @@ def ray_local(ray_tmpdir: str) -> Iterator[Any]:
         configure_logging=False,
         _temp_dir=ray_tmpdir,
         # Workers import the checkout, and helpers that lie in tests/, wherever pytest was started.
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}},
+        runtime_env={
+            "env_vars": {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
+            "py_executable": warm_python(),
+        },
     )
     yield ray
     ray.shutdown()
