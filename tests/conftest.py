@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Seconds of the files that take longest on two cores; they start first, so that no process waits for one of them in the
-# end. What is not here takes less; a figure that is out of date costs time, never a check.
+# end. What is not here takes less; a figure that is out of date costs time, never a check. `--durations=N` prints these
+# figures as they are now.
 SECONDS = {
     "test_examples.py": 264,
     "test_faults.py": 166,
@@ -84,6 +86,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU and -m gpu"))
+
+
+_taken: dict[str, float] = defaultdict(float)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up what each file takes, fixtures included; in the process that prints."""
+    _taken[Path(report.nodeid.partition("::")[0]).name] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say beside the slowest tests which files take longest, as they stand in `SECONDS`."""
+    if terminalreporter.config.option.durations is None:
+        return
+    terminalreporter.section(f"slowest {len(SECONDS)} of {len(_taken)} files, {sum(_taken.values()):.0f} s in all")
+    for name, seconds in sorted(_taken.items(), key=lambda item: -item[1])[: len(SECONDS)]:
+        terminalreporter.write_line(f'"{name}": {seconds:.0f},')
 
 
 @pytest.fixture(scope="session")
