@@ -34,13 +34,16 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_DEDUP_LOGS="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    # What a killed worker that was stopped before has left of its life, and its CPU with it: 5 s otherwise.
+    RAY_kill_worker_timeout_milliseconds="1000",
 )
 for name in ("RAY_ADDRESS", "RAY_JOB_ID", "RAY_NAMESPACE"):
     os.environ.pop(name, None)
 
 # Times on a shared machine say nothing about correctness: no deadlines.
-settings.register_profile("default", deadline=None, max_examples=100)
-settings.register_profile("quick", deadline=None, max_examples=20)
+# The ledger's state machine, which has the most to find, takes four times as many.
+settings.register_profile("default", deadline=None, max_examples=25)
+settings.register_profile("quick", deadline=None, max_examples=5)
 settings.register_profile("thorough", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
