@@ -384,8 +384,8 @@ def import_without(blocked: set[str], parts: list[str]) -> subprocess.CompletedP
     ids=["without torch", "without ray and transformers", "without ray and vllm", "queue and rewards without torch"],
 )
 def test_parts_import_where_the_libraries_they_do_not_need_are_absent(parts: list[str], blocked: set[str]) -> None:
-    modules = {part: ROOT / PACKAGE / f"{part.replace('.', '/')}.py" for part in parts}
-    present = [f"{PACKAGE}.{part}" for part in parts if modules[part].exists() or modules[part].with_suffix("").exists()]
+    files = {part: ROOT / PACKAGE / f"{part.replace('.', '/')}.py" for part in parts}
+    present = [f"{PACKAGE}.{part}" for part, file in files.items() if file.exists() or file.with_suffix("").exists()]
     assert present
     result = import_without(blocked, present)
     assert result.returncode == 0, result.stderr
