@@ -34,6 +34,8 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_DEDUP_LOGS="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    # Ray lets its workers step back behind everything else; here everything else waits for them.
+    RAY_worker_niceness="0",
     # What a killed worker that was stopped before has left of its life, and its CPU with it: 5 s otherwise.
     RAY_kill_worker_timeout_milliseconds="1000",
 )

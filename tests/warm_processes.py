@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 
 PRELOADED = (
     "trl_ray.actors.policy_learner",
@@ -96,6 +97,8 @@ def become(address: str, arguments: list[str]) -> None:
         socket.send_fds(connection, [len(data).to_bytes(_NUMBER, "big")], files)
         connection.sendall(data)
         pid = int.from_bytes(connection.recv(_NUMBER), "big")
+        if pid == 0:
+            raise OSError("the server is gone")
     except OSError:
         os.execv(sys.executable, [sys.executable, *arguments])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -157,11 +160,10 @@ class Server:
 
     def _accept(self, listener: socket.socket) -> list[str] | None:
         client = listener.accept()[0]
-        header, files, _, _ = socket.recv_fds(client, _NUMBER, 250)
-        size, data = int.from_bytes(header, "big"), b""
-        while len(data) < size and (more := client.recv(size - len(data))):
-            data += more
-        if not size or len(data) < size:
+        files, request = receive(client)
+        if request is None:
+            for file in files:
+                os.close(file)
             client.close()
             return None
         pid = os.fork()
@@ -170,14 +172,15 @@ class Server:
                 other.close()
             for process in self._clients:
                 os.close(process)
-            return begin(json.loads(data), files)
+            return begin(request, files)
         for file in files:
             os.close(file)
         process = os.pidfd_open(pid)
         self._clients[process] = client
         self._selector.register(process, 1, lambda _: self._ended(process, pid))
         self._selector.register(client, 1, lambda _: self._abandoned(client, pid))
-        client.sendall(pid.to_bytes(_NUMBER, "big"))
+        with suppress(OSError):  # a client that is gone already is told of by the selector
+            client.sendall(pid.to_bytes(_NUMBER, "big"))
         return None
 
     def _abandoned(self, client: socket.socket, pid: int) -> None:
@@ -190,14 +193,25 @@ class Server:
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         self._selector.unregister(process)
         os.close(process)
-        if client in [key.fileobj for key in self._selector.get_map().values()]:
+        with suppress(KeyError):  # an abandoned one is unregistered already
             self._selector.unregister(client)
-        try:
+        with suppress(OSError):
             client.sendall(status.to_bytes(_NUMBER, "big", signed=True))
-        except OSError:
-            return
-        finally:
-            client.close()
+        client.close()
+
+
+def receive(client: socket.socket) -> tuple[list[int], dict | None]:
+    """The files of a client and what it asks for; None if it is gone before it has said so."""
+    files: list[int] = []
+    try:
+        client.settimeout(30.0)
+        header, files, _, _ = socket.recv_fds(client, _NUMBER, 250)
+        size, data = int.from_bytes(header, "big"), b""
+        while len(data) < size and (more := client.recv(size - len(data))):
+            data += more
+        return files, json.loads(data)
+    except (OSError, ValueError):
+        return files, None
 
 
 def begin(request: dict, files: list[int]) -> list[str]:
@@ -274,7 +288,6 @@ def finish(arguments: list[str], path: list[str]) -> None:
 def main() -> None:
     import gc
     import importlib
-    from contextlib import suppress
 
     role, address, *arguments = sys.argv[1:]
     if role == "run":

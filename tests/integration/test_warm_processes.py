@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -89,3 +90,18 @@ def test_what_is_not_understood_runs_in_plain_python() -> None:
     code = "import sys; print(sys.flags.optimize, 'torch' in sys.modules)"
     done = subprocess.run([warm_python(), "-O", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "False"]
+
+
+def test_a_client_that_is_gone_before_it_has_asked_harms_nobody() -> None:
+    address = str(Path(warm_python()).with_name("server"))
+    for said in (b"", b"\0" * 3, (100).to_bytes(8, "big"), (2).to_bytes(8, "big") + b"no"):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(address)
+            client.sendall(said)
+    request = {"argv": ["-c", WAITS], "cwd": "/", "environment": {}, "files": [], "leads_session": False}
+    data = json.dumps(request).encode()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(address)
+        client.sendall(len(data).to_bytes(8, "big") + data)
+    done = subprocess.run([warm_python(), "-c", "import sys; print('torch' in sys.modules)"], capture_output=True)
+    assert done.stdout == b"True\n"
