@@ -30,7 +30,9 @@ PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
     "accelerate",
-    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.stage_1_and_2",
     "peft",
 )
 _NUMBER = 8
@@ -40,10 +42,14 @@ _HIGH = 512
 
 
 def warm_python() -> str:
-    """The path of an executable that is used like Python's; started once in a process of pytest, and ended with it."""
+    """The path of an executable that is used like Python's; started once in a process of pytest, and ended with it.
+
+    Plain Python where tests see GPUs, because a fork cannot use what its parent has touched, and away from Linux.
+    """
     global _executable
     if _executable is None:
-        _executable = _start()
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+        _executable = _start() if hidden and hasattr(os, "pidfd_open") else sys.executable
     return _executable
 
 

@@ -19,6 +19,12 @@ pytestmark = pytest.mark.integration
 WAITS = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 
 
+@pytest.fixture(autouse=True)
+def only_where_there_are_any() -> None:
+    if warm_python() == sys.executable:
+        pytest.skip("processes are forked on Linux only, and where tests see no GPU")
+
+
 @pytest.fixture(params=["plain", "warm"])
 def python(request: pytest.FixtureRequest) -> str:
     return sys.executable if request.param == "plain" else warm_python()
