@@ -24,11 +24,12 @@ SETUP  := $(PYTHON) tools/setup_environment.py --venv $(VENV) --accelerator $(AC
 SOURCE := $(wildcard trl_ray tests tools examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart environment environment-dev test check lint types unit bench clean
+.PHONY: help quickstart environment environment-dev test test-long check lint types unit bench clean
 
 help:
 	@echo "make quickstart   set up, fetch a small model, train it by asynchronous GRPO; PIPELINE=sft and so on for others"
 	@echo "make test         set up, lint, types, the whole test suite"
+	@echo "make test-long    the tests of random inputs and interleavings, with eighty times as many"
 	@echo "make check        lint, types, unit tests"
 	@echo "make unit         unit tests"
 	@echo "make bench        the benchmarks"
@@ -49,13 +50,22 @@ environment-dev:
 	@$(SETUP) --extras dev,test,quickstart
 
 # The longest files start first (tests/conftest.py), and types are checked beside the tests.
-test: environment-dev lint
-	@log=$$(mktemp); $(RUN) -m mypy >$$log 2>&1 & types=$$!; \
-	$(RUN) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder; tests=$$?; \
-	wait $$types || { cat $$log; tests=1; }; rm -f $$log; exit $$tests
+define with_types
+@log=$$(mktemp); $(RUN) -m mypy >$$log 2>&1 & types=$$!; \
+$(RUN) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(1); tests=$$?; \
+wait $$types || { cat $$log; tests=1; }; rm -f $$log; exit $$tests
+endef
 
-check: environment-dev lint types
-	$(RUN) -m pytest -q -n 2 --dist loadfile tests/unit
+test: environment-dev lint
+	$(call with_types,)
+
+# Only those that draw what they try: the others would do again what `make test` does.
+test-long: environment-dev
+	HYPOTHESIS_PROFILE=thorough $(RUN) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile \
+	    $$(grep -rlE "^(from|import) hypothesis" tests/unit tests/parity)
+
+check: environment-dev lint
+	$(call with_types,tests/unit)
 
 lint: environment-dev
 	$(RUN) -m ruff check $(SOURCE)

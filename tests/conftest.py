@@ -9,12 +9,15 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from warm_processes import warm_python
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,13 +34,18 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_DEDUP_LOGS="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    # Ray lets its workers step back behind everything else; here everything else waits for them.
+    RAY_worker_niceness="0",
+    # What a killed worker that was stopped before has left of its life, and its CPU with it: 5 s otherwise.
+    RAY_kill_worker_timeout_milliseconds="1000",
 )
 for name in ("RAY_ADDRESS", "RAY_JOB_ID", "RAY_NAMESPACE"):
     os.environ.pop(name, None)
 
 # Times on a shared machine say nothing about correctness: no deadlines.
-settings.register_profile("default", deadline=None, max_examples=100)
-settings.register_profile("quick", deadline=None, max_examples=20)
+# The ledger's state machine, which has the most to find, takes four times as many.
+settings.register_profile("default", deadline=None, max_examples=25)
+settings.register_profile("quick", deadline=None, max_examples=5)
 settings.register_profile("thorough", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
@@ -50,7 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Seconds of the files that take longest on two cores; they start first, so that no process waits for one of them in the
-# end. What is not here takes less; a figure that is out of date costs time, never a check.
+# end. What is not here takes less; a figure that is out of date costs time, never a check. `--durations=N` prints these
+# figures as they are now.
 SECONDS = {
     "test_examples.py": 264,
     "test_faults.py": 166,
@@ -82,6 +91,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU and -m gpu"))
+
+
+_taken: dict[str, float] = defaultdict(float)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up what each file takes, fixtures included; in the process that prints."""
+    _taken[Path(report.nodeid.partition("::")[0]).name] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say beside the slowest tests which files take longest, as they stand in `SECONDS`."""
+    if terminalreporter.config.option.durations is None:
+        return
+    terminalreporter.section(f"slowest {len(SECONDS)} of {len(_taken)} files, {sum(_taken.values()):.0f} s in all")
+    for name, seconds in sorted(_taken.items(), key=lambda item: -item[1])[: len(SECONDS)]:
+        terminalreporter.write_line(f'"{name}": {seconds:.0f},')
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +143,10 @@ def ray_local(ray_tmpdir: str) -> Iterator[Any]:
         configure_logging=False,
         _temp_dir=ray_tmpdir,
         # Workers import the checkout, and helpers that lie in tests/, wherever pytest was started.
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}},
+        runtime_env={
+            "env_vars": {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
+            "py_executable": warm_python(),
+        },
     )
     yield ray
     ray.shutdown()

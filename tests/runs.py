@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from trl_ray.config.load import build
 from trl_ray.config.runs.distill_config import DistillConfig
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig
 from trl_ray.config.runs.sdpo_config import SDPOConfig
+from warm_processes import warm_python
 
 REWARDS = Path(__file__).parent / "rewards_for_tests.py"
 PROMPTS = [{"prompt": f"count to {number}: "} for number in range(1, 25)]
@@ -110,7 +110,7 @@ def comparable(run_dir: Path) -> list[dict[str, Any]]:
 def command(*arguments: str) -> subprocess.Popen[str]:
     """The real command, in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "trl_ray.cli.main", *arguments],
+        [warm_python(), "-m", "trl_ray.cli.main", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 

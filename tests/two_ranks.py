@@ -5,10 +5,13 @@ from __future__ import annotations
 import signal
 import uuid
 from collections.abc import Callable
+from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
+
+from warm_processes import warm_python
 
 
 def run_two_ranks(target: Callable[..., None], arguments: Callable[[], tuple[Any, ...]]) -> None:
@@ -21,12 +24,16 @@ def run_two_ranks(target: Callable[..., None], arguments: Callable[[], tuple[Any
         target: what they run.
         arguments: makes its further arguments, anew for each try: meeting places are used once.
     """
+    plain = spawn.get_executable()
+    spawn.set_executable(warm_python())
     try:
         mp.spawn(target, arguments(), nprocs=2)  # type: ignore[no-untyped-call]
     except mp.ProcessExitedException as error:
         if error.signal_name != signal.SIGABRT.name:
             raise
         mp.spawn(target, arguments(), nprocs=2)  # type: ignore[no-untyped-call]
+    finally:
+        spawn.set_executable(plain)
 
 
 def meeting_place(directory: Path) -> str:

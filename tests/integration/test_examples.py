@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tiny_models import build_tiny_model
+from warm_processes import warm_python
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def run(command: Sequence[str], *, folder: Path, environment: Mapping[str, str],
 
 
 def flat(tiny: str, folder: Path, *options: str) -> str:
-    command = [sys.executable, str(EXAMPLES / "grpo_flat.py"), "--model", tiny, *options]
+    command = [warm_python(), str(EXAMPLES / "grpo_flat.py"), "--model", tiny, *options]
     return run(command, folder=folder, environment={}, timeout_s=120)
 
 
@@ -76,7 +77,7 @@ def test_a_python_example_trains_with_a_reward_function_of_its_own(
     example: str, tiny: str, tmp_path: Path, short_folder: str
 ) -> None:
     command = [
-        sys.executable,
+        warm_python(),
         str(EXAMPLES / example),
         "--model",
         tiny,
@@ -106,7 +107,7 @@ def test_a_python_example_trains_with_a_reward_function_of_its_own(
 def test_a_python_example_trains_on_rows_of_its_own(
     example: str, figure: str, tiny: str, tmp_path: Path, short_folder: str
 ) -> None:
-    command = [sys.executable, str(EXAMPLES / example), "--model", tiny, "--steps", "2", "--output-dir", "run"]
+    command = [warm_python(), str(EXAMPLES / example), "--model", tiny, "--steps", "2", "--output-dir", "run"]
     output = run(command, folder=tmp_path, environment={"RAY_TMPDIR": short_folder}, timeout_s=400)
     assert re.search(rf"^2 steps, {figure} \d+\.\d{{3}}, report in \S*run$", output, re.MULTILINE)
     assert_balanced_run(tmp_path / "run", steps=2)
@@ -114,7 +115,7 @@ def test_a_python_example_trains_on_rows_of_its_own(
 
 def test_the_chain_hands_checkpoints_from_sft_to_a_reward_model_and_both_to_grpo(tiny: str, tmp_path: Path) -> None:
     script = str(EXAMPLES / "chain_sft_reward_grpo.py")
-    command = [sys.executable, script, "--tiny", "--model", tiny, "--steps", "4", "--output-dir", "chain"]
+    command = [warm_python(), script, "--tiny", "--model", tiny, "--steps", "4", "--output-dir", "chain"]
     output = run(command, folder=tmp_path, environment={}, timeout_s=300)
     assert re.search(r"^GRPO: mean reward -?\d+\.\d{3}", output, re.MULTILINE)
     for part in ("sft", "reward", "grpo"):

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from trl_ray.engines.teacher_clients import Chunking, FrameTeacher
 from trl_ray.engines.teacher_transport import ServerAddress, TeacherServer
 from trl_ray.errors import TeacherError
 from trl_ray.types import TeacherQuestion
+from warm_processes import warm_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 READY_S = 300.0
@@ -46,7 +46,7 @@ class Served:
 @contextmanager
 def served(folder: Path, engine: str, *options: str) -> Iterator[Served]:
     model = build_tiny_model(folder / "tiny")
-    command = [sys.executable, "-m", "trl_ray.cli.main", "teacher-serve", f"model_name_or_path={model}", "port=0"]
+    command = [warm_python(), "-m", "trl_ray.cli.main", "teacher-serve", f"model_name_or_path={model}", "port=0"]
     command += [f"engine={engine}", "name=big", "token_variable=BIG_TOKEN", "kv_cache_memory_gib=0.25", *options]
     log = folder / "log"
     with log.open("wb") as output:
