@@ -1,4 +1,4 @@
-"""The actors of a reinforcement-learning run: started, kept alive, and fed with weights; the learner's are part of them.
+"""The actors of a reinforcement-learning run, of which the learner's are part: started, kept alive, fed with weights.
 
 RolloutActors = LearnerActors + queue + reward workers, reward models + TeacherActors + rollout workers, one Supervisor
 
