@@ -176,6 +176,7 @@ class Actors:
         if method == "save":
             self.files[kwargs["step"]], self.adopted[kwargs["step"]] = kwargs["extra"], kwargs["adopt"]
             self.log.append(f"save {kwargs['step']}")
+            Path(*args, f"step-{kwargs['step']}").mkdir()
             return None
         [batch] = args
         assert method == "step"
@@ -223,7 +224,7 @@ class RolloutRun:
             resuming=False,
             callbacks=self._callbacks,
         )
-        recorder = Recorder(directory=directory, observer=observer, staleness_bound=1, start_step=0)
+        recorder = Recorder(directory=directory, observer=observer, max_age_at_use=1, start_step=0)
         actors: Any = self.actors
         return RolloutLoop(plan=plan, actors=actors, recorder=recorder, opening=opening, stop=self.stop)
 

@@ -241,20 +241,23 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         completions=objective.dataset_completions(),
         max_prompt_length=objective.max_prompt_length,
     )
-    eval_prompts = _eval_prompts(objective, inputs, tokenizer, limit) if config.eval_steps else ()
+    held_out = _held_out(objective, inputs, tokenizer, limit) if config.eval_steps else None
     rewarded = config.has_rewards and (functions or not config.scoring_models)
     specs = make_specs(functions, columns=prompts.columns) if rewarded else ()
     models = prepare_reward_models(config, functions=[spec.name for spec in specs], prompt=prompts.prompt(0))
     teachers = prepare_teachers(
-        objective, tokenizer=tokenizer, vocab_size=shape.vocab_size, prompts=prompts, max_model_len=max_model_len
+        objective, tokenizer=tokenizer, vocab_size=shape.vocab_size, max_model_len=max_model_len
     )
+    for source in (prompts, held_out):
+        if source is not None:
+            objective.check_prompts(source)
     return Preparation(
         config=config,
         objective=objective,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,
-        eval_prompts=eval_prompts,
+        eval_prompts=() if held_out is None else _first(held_out, config.eval_num_prompts),
         rewards=specs,
         reward_models=models,
         max_model_len=max_model_len,
@@ -301,14 +304,14 @@ def _max_model_len(config: RolloutRunConfig, positions: int | None) -> int:
     return wanted
 
 
-def _eval_prompts(objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: int) -> tuple[Prompt, ...]:
+def _held_out(objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: int) -> PromptSource:
     config = objective.config
     if inputs.eval_dataset is None and config.dataset_name is None:
         raise ConfigError(
             f"eval_steps={config.eval_steps} needs held-out prompts, but there are none. Pass eval_dataset, name a "
             "dataset with dataset_test_split, or set eval_steps=0."
         )
-    source = load_prompts(
+    return load_prompts(
         config.part(PromptConfig),
         tokenizer,
         seed=config.seed,
@@ -317,8 +320,10 @@ def _eval_prompts(objective: Objective[Any], inputs: Inputs, tokenizer: Any, lim
         evaluation=True,
         max_prompt_length=objective.max_prompt_length,
     )
-    objective.check_prompts(source)
-    return tuple(source.prompt(ordinal) for ordinal in range(min(config.eval_num_prompts, len(source))))
+
+
+def _first(source: PromptSource, count: int) -> tuple[Prompt, ...]:
+    return tuple(source.prompt(ordinal) for ordinal in range(min(count, len(source))))
 
 
 def _weight_check_ids(prompts: PromptSource, max_model_len: int) -> IntArray:
