@@ -96,7 +96,6 @@ def become(address: str, arguments: list[str]) -> None:
             raise OSError("not for the server")
         files = open_files()
         request = {"argv": arguments, "cwd": os.getcwd(), "environment": dict(os.environ), "files": files}
-        request["leads_session"] = os.getsid(0) == os.getpid()
         data = json.dumps(request).encode()
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(address)
@@ -233,8 +232,8 @@ def begin(request: dict, files: list[int]) -> list[str]:
     for file, number in zip(waiting, request["files"], strict=True):
         os.dup2(file, number)
         os.close(file)
-    if request["leads_session"]:
-        os.setsid()
+    # Ray ends a worker's process group with it, and the server's is that of the tests.
+    os.setsid()
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"], RAY_RUNTIME_ENV_HOOK="warm_processes.with_warm_workers")
