@@ -142,10 +142,10 @@ def open_files() -> list[int]:
 class Server:
     """Forks for every client until the process that started it is gone."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, owner: int) -> None:
         import selectors
 
-        self._owner = os.getppid()
+        self._owner = owner
         self._selector = selectors.DefaultSelector()
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(f"{address}-to-be")
@@ -190,8 +190,9 @@ class Server:
 
     def _abandoned(self, client: socket.socket, pid: int) -> None:
         """A client was killed, which was meant for its process."""
-        self._selector.unregister(client)
-        os.kill(pid, signal.SIGKILL)
+        if client in self._clients.values():  # both may have ended at once
+            self._selector.unregister(client)
+            os.kill(pid, signal.SIGKILL)
 
     def _ended(self, process: int, pid: int) -> None:
         client = self._clients.pop(process)
@@ -299,6 +300,7 @@ def main() -> None:
         become(address, arguments)
     global _executable
     _executable = f"{os.path.dirname(address)}/python"
+    owner = os.getppid()
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     path = [entry for entry in sys.path[1:] if entry not in given]
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -309,7 +311,7 @@ def main() -> None:
     assert "ray" not in sys.modules, "Ray reads its settings from the environment when it is imported"
     gc.freeze()
     sys.stdout.flush()
-    finish(Server(address).serve(), path)
+    finish(Server(address, owner=owner).serve(), path)
 
 
 if __name__ == "__main__":
