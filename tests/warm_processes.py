@@ -91,6 +91,8 @@ def _start() -> str:
 
 def become(address: str, arguments: list[str]) -> None:
     """Run the arguments in a fork of the server at an address and end as it ends; in plain Python if that fails."""
+    if arguments[:1] == ["-B"]:  # how the parent of a multiprocessing child says PYTHONDONTWRITEBYTECODE
+        arguments = arguments[1:]
     try:
         if not understood(arguments):
             raise OSError("not for the server")
