@@ -91,12 +91,13 @@ def _start() -> str:
 
 def become(address: str, arguments: list[str]) -> None:
     """Run the arguments in a fork of the server at an address and end as it ends; in plain Python if that fails."""
+    if arguments[:1] == ["-B"]:  # how the parent of a multiprocessing child says PYTHONDONTWRITEBYTECODE
+        arguments = arguments[1:]
     try:
         if not understood(arguments):
             raise OSError("not for the server")
         files = open_files()
         request = {"argv": arguments, "cwd": os.getcwd(), "environment": dict(os.environ), "files": files}
-        request["leads_session"] = os.getsid(0) == os.getpid()
         data = json.dumps(request).encode()
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(address)
@@ -143,10 +144,10 @@ def open_files() -> list[int]:
 class Server:
     """Forks for every client until the process that started it is gone."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, owner: int) -> None:
         import selectors
 
-        self._owner = os.getppid()
+        self._owner = owner
         self._selector = selectors.DefaultSelector()
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(f"{address}-to-be")
@@ -191,8 +192,9 @@ class Server:
 
     def _abandoned(self, client: socket.socket, pid: int) -> None:
         """A client was killed, which was meant for its process."""
-        self._selector.unregister(client)
-        os.kill(pid, signal.SIGKILL)
+        if client in self._clients.values():  # both may have ended at once
+            self._selector.unregister(client)
+            os.kill(pid, signal.SIGKILL)
 
     def _ended(self, process: int, pid: int) -> None:
         client = self._clients.pop(process)
@@ -233,8 +235,8 @@ def begin(request: dict, files: list[int]) -> list[str]:
     for file, number in zip(waiting, request["files"], strict=True):
         os.dup2(file, number)
         os.close(file)
-    if request["leads_session"]:
-        os.setsid()
+    # Ray ends a worker's process group with it, and the server's is that of the tests.
+    os.setsid()
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"], RAY_RUNTIME_ENV_HOOK="warm_processes.with_warm_workers")
@@ -300,6 +302,7 @@ def main() -> None:
         become(address, arguments)
     global _executable
     _executable = f"{os.path.dirname(address)}/python"
+    owner = os.getppid()
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     path = [entry for entry in sys.path[1:] if entry not in given]
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -310,7 +313,7 @@ def main() -> None:
     assert "ray" not in sys.modules, "Ray reads its settings from the environment when it is imported"
     gc.freeze()
     sys.stdout.flush()
-    finish(Server(address).serve(), path)
+    finish(Server(address, owner=owner).serve(), path)
 
 
 if __name__ == "__main__":
