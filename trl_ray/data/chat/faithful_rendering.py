@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from trl_ray.data.chat.chat_rendering import ChatFormat, RenderedChat, render_chat
+from trl_ray.data.chat.chat_rendering import ChatFormat, ChatTokenizer, RenderedChat, render_chat
 from trl_ray.data.chat.turn_spans import THOUGHT_KEYS, TurnTokenizer, locate_turns
 from trl_ray.errors import ModelError
 from trl_ray.types import Message
@@ -87,8 +87,6 @@ class FaithfulChat:
 
     rendered: RenderedChat
     findings: tuple[Finding, ...]
-    located: bool
-    """There is a span for each of the assistant's messages."""
 
 
 def render_faithfully(
@@ -103,19 +101,10 @@ def render_faithfully(
     """Render a conversation with all that it holds; `locate` finds the assistant's turns without markers.
 
     Raises:
-        ModelError: the template refuses it, or leaves out what is to be trained and has no place for it; names the
-            message and its field.
+        ModelError: the template refuses it, or its turns cannot be told apart; names `where`.
     """
     given = tuple({key: value for key, value in message.items() if key not in _UNREAD} for message in messages)
     spelling = _spelling(tokenizer, given, chat, every_turn=locate)
-    for finding in spelling.findings:
-        if finding.kind in (Unrendered.THOUGHT, Unrendered.ARGUMENTS) or (
-            finding.kind is Unrendered.CONTENT and not _says_more(given[finding.message])
-        ):
-            raise ModelError(
-                f"The chat template must render all that is trained, and of {where}, message {finding.message}, it "
-                f"leaves out the field {finding.field!r}. Set a chat_template that renders it, or remove the row."
-            )
     verbatim: dict[str, str] = {}
     spelled = [_spelled(given[i], change, i, verbatim) for i, change in enumerate(spelling.changes)]
     if locate and not add_generation_prompt:
@@ -126,7 +115,22 @@ def render_faithfully(
         )
     rendered = _with_texts(rendered, verbatim)
     changed = tuple(_changed(given, spelling, rendered.text))
-    return FaithfulChat(rendered=rendered, findings=(*spelling.findings, *changed), located=locate)
+    return FaithfulChat(rendered=rendered, findings=(*spelling.findings, *changed))
+
+
+def require_trained(messages: Sequence[Message], findings: Sequence[Finding], *, where: str) -> None:
+    """Check that the template writes thoughts and arguments, and something of every turn of the assistant.
+
+    Raises:
+        ModelError: names the message and its field.
+    """
+    for finding in findings:
+        lost = finding.kind in (Unrendered.THOUGHT, Unrendered.ARGUMENTS)
+        if lost or (finding.kind is Unrendered.CONTENT and not _says_more(messages[finding.message])):
+            raise ModelError(
+                f"The chat template must render all that is trained, and of {where}, message {finding.message}, it "
+                f"leaves out the field {finding.field!r}. Set a chat_template that renders it, or remove the row."
+            )
 
 
 def thoughts_of(message: Message) -> tuple[str, str] | None:
@@ -212,15 +216,22 @@ def _spelling(
     tokenizer: TurnTokenizer, messages: Sequence[Message], chat: ChatFormat, *, every_turn: bool
 ) -> _Spelling:
     shape = json.dumps([_shape(message, place) for place, message in enumerate(messages)], ensure_ascii=False)
-    tokens = tuple(sorted((key, str(value)) for key, value in tokenizer.special_tokens_map.items()))
-    # Which tools there are says nothing of what is rendered of the messages, whether there are some does.
-    tools = json.dumps(list(chat.tools or ())[:1], default=str)
-    values = json.dumps(dict(chat.template_kwargs), sort_keys=True, default=str)
-    return _spelling_of_shape(shape, _Reader(tokens, chat.template, tools, values), every_turn)
+    return _spelling_of_shape(shape, template_reader(tokenizer, chat), every_turn)
+
+
+def template_reader(tokenizer: ChatTokenizer, chat: ChatFormat) -> TemplateReader:
+    """A template with all that it reads besides messages."""
+    return TemplateReader(
+        tokens=tuple(sorted((key, str(value)) for key, value in tokenizer.special_tokens_map.items())),
+        template=chat.template,
+        # Which tools there are says nothing of what is rendered of the messages, whether there are some does.
+        tools=json.dumps(list(chat.tools or ())[:1], default=str),
+        values=json.dumps(dict(chat.template_kwargs), sort_keys=True, default=str),
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
+class TemplateReader:
     """All that a rendering depends on besides the messages, as what can be compared."""
 
     tokens: tuple[tuple[str, str], ...]
@@ -241,7 +252,7 @@ class _Reader:
 
     def text(self, messages: Sequence[Message]) -> str | None:
         """What the template makes of the messages; None where it refuses them."""
-        values = {key: value for key, value in json.loads(self.values).items()}
+        values = json.loads(self.values)
         chat = ChatFormat(template=self.template, tools=json.loads(self.tools), template_kwargs=values)
         try:
             return render_chat(self, messages, chat).text
@@ -296,7 +307,7 @@ def _call_shape(call: Mapping[str, Any], place: int, number: int) -> dict[str, A
 
 
 @lru_cache(maxsize=4096)
-def _spelling_of_shape(shape: str, reader: _Reader, every_turn: bool) -> _Spelling:
+def _spelling_of_shape(shape: str, reader: TemplateReader, every_turn: bool) -> _Spelling:
     messages: list[Message] = json.loads(shape)
     calls = _call_change(messages, reader)
     changes = [calls if message.get("tool_calls") else _Change() for message in messages]
@@ -341,7 +352,7 @@ def _thought_field(message: Message) -> str:
     return next((key for key in THOUGHT_KEYS if message.get(key)), "content")
 
 
-def _call_change(messages: Sequence[Message], reader: _Reader) -> _Change:
+def _call_change(messages: Sequence[Message], reader: TemplateReader) -> _Change:
     """How calls are written so that the template renders them; as they are, where no way helps."""
     if not any(message.get("tool_calls") for message in messages):
         return _Change()
@@ -360,7 +371,7 @@ def _call_words(message: Message, place: int) -> list[str]:
 
 
 def _thought_change(
-    messages: Sequence[Message], changes: Sequence[_Change], place: int, reader: _Reader
+    messages: Sequence[Message], changes: Sequence[_Change], place: int, reader: TemplateReader
 ) -> tuple[_Change, Unrendered | None]:
     """Where a thought is put that the whole rendering does not show, and what is to be told of it."""
     before = [_spelled(messages[i], changes[i], i, {}) for i in range(place)]
