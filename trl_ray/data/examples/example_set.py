@@ -18,6 +18,7 @@ import numpy as np
 from trl_ray.config.example_options import PackingStrategy, SteppedExampleConfig, SupervisedExampleConfig
 from trl_ray.config.messages import nearest
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
+from trl_ray.data.chat.faithful_rendering import Finding
 from trl_ray.data.chat.training_templates import TemplateTokenizer, training_template
 from trl_ray.data.examples.example_tasks import (
     ExampleDraft,
@@ -81,6 +82,8 @@ class ExampleSet:
     """Rows that lost tokens to `max_length` and are trained all the same."""
     diverging_rows: tuple[int, ...] = ()
     """Rows whose prompt is tokenised differently when an answer follows."""
+    findings: Mapping[int, Sequence[Finding]] = field(default_factory=dict)
+    """What the chat template does not write as a row has it, by row number."""
 
     def __len__(self) -> int:
         """Examples."""
@@ -94,6 +97,7 @@ class ExampleSet:
             untrained=self.untrained,
             cut=self.cut_rows,
             diverging=self.diverging_rows,
+            findings=self.findings,
         )
 
     def require_examples(self) -> None:
@@ -158,6 +162,7 @@ def load_examples(
         num_rows=len(rows.rows),
         cut_rows=tuple(draft.row for draft in tokenised.drafts if draft.is_cut),
         diverging_rows=tuple(draft.row for draft in tokenised.drafts if draft.prompt_diverges),
+        findings=tokenised.findings,
     )
 
 
@@ -280,15 +285,17 @@ def _supervised(
         packs = config.eval_packing
     # What is split or wrapped is cut nowhere.
     cuts = not packs or config.packing_strategy is PackingStrategy.BFD
-    template = None
+    template, located = None, False
     if config.assistant_only_loss and tokenizer.chat_template:
-        template = training_template(tokenizer, template_kwargs=rules.template_kwargs).source
+        found = training_template(tokenizer, template_kwargs=rules.template_kwargs)
+        template, located = found.source, found.located
     return SupervisedMaking(
         tokenizer=tokenizer,
         rules=SupervisedRules(
             max_length=rules.max_length if cuts else None,
             truncation_mode=rules.truncation_mode,
             chat_template=template,
+            locate_turns=located,
             template_kwargs=rules.template_kwargs,
             completion_only_loss=config.completion_only_loss,
             assistant_only_loss=config.assistant_only_loss,
@@ -311,6 +318,7 @@ class _PlacedRecord:
 class _Tokenised:
     drafts: Sequence[ExampleDraft]
     untrained: Mapping[int, Untrained]
+    findings: Mapping[int, Sequence[Finding]]
 
 
 def _records(rows: Rows, config: SupervisedRunConfig, making: Making) -> Iterator[_PlacedRecord]:
@@ -357,17 +365,20 @@ def _text_format(name: str | None) -> TextFormat | None:
 def _tokenise(records: Iterable[_PlacedRecord], making: Making, tokenizer: ExampleTokenizer) -> _Tokenised:
     drafts: list[ExampleDraft] = []
     untrained: dict[int, Untrained] = {}
+    findings: dict[int, Sequence[Finding]] = {}
     for batch in _batches(records, BATCH_ROWS):
         texts = [making.write(placed.record, where=placed.where) for placed in batch]
         tokens = iter(encode(tokenizer, [text for few in texts for text in few], masks=making.masks))
         for placed, few in zip(batch, texts, strict=True):
             encoded = tuple(itertools.islice(tokens, len(few)))
+            told = tuple(dict.fromkeys(finding for text in few for finding in text.findings))
+            findings |= {placed.row: told} if told else {}
             found = making.read(placed.record, encoded, row=placed.row, where=placed.where)
             if isinstance(found, Untrained):
                 untrained[placed.row] = found
             else:
                 drafts.append(found)
-    return _Tokenised(drafts=drafts, untrained=untrained)
+    return _Tokenised(drafts=drafts, untrained=untrained, findings=findings)
 
 
 def _all_untrained(tokenised: _Tokenised, finished: FinishedExamples) -> dict[int, Untrained]:
