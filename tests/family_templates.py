@@ -1,6 +1,6 @@
 """Chat templates of model families that have no markers, written from the documented formats, and their tokens.
 
-    Family: template, the tokens that the tokenizer knows ─► what is trained of one conversation, turn by turn
+Family: template, the tokens that the tokenizer knows ─► what is trained of one conversation, turn by turn
 """
 
 from __future__ import annotations

@@ -110,9 +110,7 @@ def render_faithfully(
     if locate and not add_generation_prompt:
         rendered = locate_turns(tokenizer, spelled, chat, where=where)
     else:
-        rendered = render_chat(
-            tokenizer, spelled, chat, add_generation_prompt=add_generation_prompt, where=where
-        )
+        rendered = render_chat(tokenizer, spelled, chat, add_generation_prompt=add_generation_prompt, where=where)
     rendered = _with_texts(rendered, verbatim)
     changed = tuple(_changed(given, spelling, rendered.text))
     return FaithfulChat(rendered=rendered, findings=(*spelling.findings, *changed))

@@ -76,7 +76,9 @@ def _unrendered(kind: Unrendered, text: str, findings: Mapping[int, Sequence[Fin
     if not found:
         return text, []
     first = found[0][1]
-    return f"{text}; first: message {first.message}, field {first.field!r}.", list(dict.fromkeys(row for row, _ in found))
+    return f"{text}; first: message {first.message}, field {first.field!r}.", list(
+        dict.fromkeys(row for row, _ in found)
+    )
 
 
 def _numbers(rows: Sequence[int]) -> str:
