@@ -93,26 +93,28 @@ _LATE_THOUGHTS = (
 _KEPT_THOUGHTS = (
     "{{- '<think>\n' + turn.reasoning_content + '\n</think>\n' if turn.reasoning_content else '<think></think>' -}}"
 )
-_DEEPSEEK_END = "<｜end▁of▁sentence｜>"
+_DEEPSEEK_END = "<\uff5cend▁of▁sentence\uff5c>"
 _DEEPSEEK = (
     "{{- bos_token -}}{%- for turn in messages -%}"
-    "{%- if turn.role == 'user' -%}{{- '<｜User｜>' + turn.content -}}"
+    "{%- if turn.role == 'user' -%}{{- '<\uff5cUser\uff5c>' + turn.content -}}"
     "{%- elif turn.role == 'assistant' and turn.content is none -%}"
-    "{{- '<｜Assistant｜><｜tool▁calls▁begin｜>' -}}{%- for call in turn.tool_calls -%}"
-    "{{- '<｜tool▁call▁begin｜>' + call.type + '<｜tool▁sep｜>' + call.function.name + '\n```json\n' + "
-    "call.function.arguments + '\n```<｜tool▁call▁end｜>' -}}{%- endfor -%}"
-    "{{- '<｜tool▁calls▁end｜><｜end▁of▁sentence｜>' -}}"
+    "{{- '<\uff5cAssistant\uff5c><\uff5ctool▁calls▁begin\uff5c>' -}}{%- for call in turn.tool_calls -%}"
+    "{{- '<\uff5ctool▁call▁begin\uff5c>' + call.type + '<\uff5ctool▁sep\uff5c>' + call.function.name + '\n```json\n' + "
+    "call.function.arguments + '\n```<\uff5ctool▁call▁end\uff5c>' -}}{%- endfor -%}"
+    "{{- '<\uff5ctool▁calls▁end\uff5c><\uff5cend▁of▁sentence\uff5c>' -}}"
     "{%- elif turn.role == 'assistant' -%}"
-    "{{- ('' if loop.index0 and loop.previtem.role == 'tool' else '<｜Assistant｜>') + "
-    "turn.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' -}}"
+    "{{- ('' if loop.index0 and loop.previtem.role == 'tool' else '<\uff5cAssistant\uff5c>') + "
+    "turn.content.split('</think>')[-1] + '<\uff5cend▁of▁sentence\uff5c>' -}}"
     "{%- elif turn.role == 'tool' -%}"
-    "{{- '<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>' + turn.content + "
-    "'<｜tool▁output▁end｜><｜tool▁outputs▁end｜>' -}}{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt and messages[-1].role != 'tool' -%}{{- '<｜Assistant｜>HEADER' -}}{%- endif -%}"
+    "{{- '<\uff5ctool▁outputs▁begin\uff5c><\uff5ctool▁output▁begin\uff5c>' + turn.content + "
+    "'<\uff5ctool▁output▁end\uff5c><\uff5ctool▁outputs▁end\uff5c>' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt and messages[-1].role != 'tool' -%}"
+    "{{- '<\uff5cAssistant\uff5c>HEADER' -}}{%- endif -%}"
 )
 _DEEPSEEK_CALL = (
-    '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>'
-    "<｜tool▁calls▁end｜><｜end▁of▁sentence｜>"
+    "<\uff5ctool▁calls▁begin\uff5c><\uff5ctool▁call▁begin\uff5c>function<\uff5ctool▁sep\uff5c>add\n"
+    '```json\n{"a": 1}\n```<\uff5ctool▁call▁end\uff5c>'
+    "<\uff5ctool▁calls▁end\uff5c><\uff5cend▁of▁sentence\uff5c>"
 )
 
 FAMILIES: dict[str, Family] = {

@@ -142,7 +142,8 @@ def training_template(
         "assistant_only_loss needs a chat template with {% generation %} markers around what the assistant writes, "
         "its end-of-turn token included. The tokenizer's own is not such a template, and no training template renders "
         f"the same text; the nearest is {nearest or 'none'}, which differs on {fewest} of {len(probes)} conversations, "
-        f"for example {example or 'none'}. Nor can the turns be found in it: {why} Add the markers to a copy and set chat_template to its path, or set "
+        f"for example {example or 'none'}. Nor can the turns be found in it: {why} "
+        "Add the markers to a copy and set chat_template to its path, or set "
         "assistant_only_loss to False."
     )
 

@@ -12,7 +12,6 @@ does, they may differ from it in beginnings of turns alone.
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -190,7 +189,7 @@ class _Finder:
         return shared + token
 
     def _shared(self, first: str, second: str) -> str:
-        cut = len(os.path.commonprefix([first, second]))
+        cut = _shared_length(first, second)
         for text in (first, second):
             for token in self.tokens.finditer(text):
                 if token.start() < cut < token.end():
@@ -223,9 +222,21 @@ def _probes(message: Message) -> Iterator[Message]:
 
 def _closed(header: str, text: str) -> int:
     """How much of a header the text shows; thoughts that it opens otherwise are no part of it."""
-    shared = os.path.commonprefix([header, text])
+    shared = header[: _shared_length(header, text)]
     opening = re.search(r"<think>\s*\Z", shared)
     return opening.start() if opening else len(shared)
+
+
+def _shared_length(first: str, second: str) -> int:
+    """Characters that two texts begin with alike."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first.startswith(second[:middle]):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _every_second(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -255,7 +266,7 @@ def _without_turn(text: str, header: str, turn: str) -> str | None:
     """The text without a header and the end of a turn that it ends with; None where it does not."""
     opening = _OPEN_THOUGHT.search(header)
     headers = [header, header[: opening.start()], header[: opening.start()] + "\n"] if opening else [header]
-    shared = len(os.path.commonprefix([text[::-1], turn[::-1]]))
+    shared = _shared_length(text[::-1], turn[::-1])
     # A turn and the header before it may begin and end alike.
     for length in range(shared, max(0, shared - 64), -1):
         kept = text[: len(text) - length]

@@ -76,9 +76,8 @@ def _unrendered(kind: Unrendered, text: str, findings: Mapping[int, Sequence[Fin
     if not found:
         return text, []
     first = found[0][1]
-    return f"{text}; first: message {first.message}, field {first.field!r}.", list(
-        dict.fromkeys(row for row, _ in found)
-    )
+    rows = list(dict.fromkeys(row for row, _ in found))
+    return f"{text}; first: message {first.message}, field {first.field!r}.", rows
 
 
 def _numbers(rows: Sequence[int]) -> str:

@@ -82,9 +82,9 @@ class Writer:
             ModelError: there is no template, it refuses the conversation, or it leaves out what is trained.
             DataError: a weight is none.
         """
-        muted = [
-            place for place, message in enumerate(messages) if _is_muted(message, f"{self.where}, message {place}")
-        ]
+        muted = [n for n, message in enumerate(messages) if _is_muted(message, f"{self.where}, message {n}")]
+        if add_generation_prompt:  # of a prompt by itself nothing is trained
+            muted = []
         found = self._rendered(messages, add_generation_prompt, locate=self.rules.locate_turns)
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         if muted and len(found.rendered.spans) != len(answers):
@@ -93,10 +93,8 @@ class Writer:
         self._require_unicode(rendered.text)
         self._require_functions(messages, rendered.text)
         require_trained(messages, found.findings, where=self.where)
-        spans = {place: span for place, span in zip(answers, rendered.spans, strict=False)}
-        silent = tuple(
-            spans[place] if place in spans else self._context(messages, place, rendered.text) for place in muted
-        )
+        spans = dict(zip(answers, rendered.spans, strict=False))
+        silent = tuple(spans[n] if n in spans else self._context(messages, n, rendered.text) for n in muted)
         heard = tuple(span for span in rendered.spans if span not in silent) if muted else rendered.spans
         text = Text(text=rendered.text, spans=heard, special_tokens=False, muted=silent, findings=found.findings)
         if written is None or muted or not self._is_own_markup():

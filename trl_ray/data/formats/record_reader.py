@@ -16,7 +16,6 @@ from trl_ray.data.formats.records import Record, RecordReader
 from trl_ray.data.formats.transcripts import TextFormat, Written
 from trl_ray.errors import DataError
 
-
 TEXT_COLUMNS = ("text", "prompt", "completion", "chosen", "rejected")
 
 

@@ -82,7 +82,9 @@ def test_what_ends_a_conversation_is_no_part_of_the_last_turn() -> None:
 def test_an_answer_that_looks_like_the_generation_prompt_is_trained_whole() -> None:
     for content in ("<think", "<|im_start|>assistant\n", "<", "\n"):
         said = {"role": "assistant", "content": content + "x"}
-        assert trained(FAMILIES["deepseek_r1_distill"], (USER, said)) == (content + "x" + "<｜end▁of▁sentence｜>",)
+        assert trained(FAMILIES["deepseek_r1_distill"], (USER, said)) == (
+            content + "x" + "<\uff5cend▁of▁sentence\uff5c>",
+        )
 
 
 def test_a_question_may_be_the_last_and_an_assistant_the_first() -> None:
@@ -108,7 +110,7 @@ def test_calls_beside_text_and_several_calls_are_one_turn() -> None:
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "writes no token of the added vocabulary"),
         ("{% for m in messages | reverse %}{{ m.content }}<|im_end|>{% endfor %}", "message 1"),
         (
-            "{% for m in messages %}{{ messages | length if m.role == 'assistant' }}{{ m.content }}<|im_end|>{% endfor %}",
+            "{% for m in messages %}{{ messages | length if m.role != 'user' }}{{ m.content }}<|im_end|>{% endfor %}",
             "message [13]",
         ),
     ],

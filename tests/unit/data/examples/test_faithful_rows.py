@@ -90,9 +90,9 @@ IGNORING = {
 def test_a_thought_is_trained_before_its_answer_wherever_the_row_keeps_it(
     family: str, form: str, assistant_only: bool
 ) -> None:
-    made = tokenizer(IGNORING[family], "<｜end▁of▁sentence｜>")
+    made = tokenizer(IGNORING[family], "<\uff5cend▁of▁sentence\uff5c>")
     whole, trained = only([THINKING_ROWS[form]], made, assistant_only_loss=assistant_only)
-    end = "<｜end▁of▁sentence｜>" if family == "deepseek_r1_distill" else "<|im_end|>\n"
+    end = "<\uff5cend▁of▁sentence\uff5c>" if family == "deepseek_r1_distill" else "<|im_end|>\n"
     said = "<think>\nbecause\n</think>\n\nyes" + end
     assert whole.endswith(said)
     if (family, form) == ("deepseek_r1_distill", "completion"):  # its generation prompt opens the thought
@@ -220,7 +220,8 @@ STANDING = {
     "qwen": ("qwen2_5", "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>", "a<|im_end|>"),
     "dated": (
         "llama3_2",
-        "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 1 Jan 2025\n\n"
+        "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 1 Jan 2025\n\n"
         "s<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\na<|eot_id|>",
         "a<|eot_id|>",
