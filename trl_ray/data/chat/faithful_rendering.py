@@ -16,7 +16,7 @@ import enum
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -241,13 +241,6 @@ class TemplateReader:
     def special_tokens_map(self) -> Mapping[str, str]:
         return dict(self.tokens)
 
-    @property
-    def chat_template(self) -> str:
-        return self.template
-
-    def __call__(self, text: Any, **kwargs: Any) -> Any:
-        raise AssertionError("shapes are not tokenised")
-
     def text(self, messages: Sequence[Message]) -> str | None:
         """What the template makes of the messages; None where it refuses them."""
         values = json.loads(self.values)
@@ -386,12 +379,13 @@ def _thought_change(
 
     if shows(base):
         return base, Unrendered.EARLIER_THOUGHT
-    options = {"silent_calls": base.silent_calls, "text_arguments": base.text_arguments}
     for key in THOUGHT_KEYS:
-        if shows(_Change(how=_How.KEY, key=key, **options)):
-            return _Change(how=_How.KEY, key=key, **options), None
+        change = replace(base, how=_How.KEY, key=key)
+        if shows(change):
+            return change, None
     for how in (_How.CONTENT, _How.VERBATIM):
-        if shows(_Change(how=how, **options)):
+        change = replace(base, how=how)
+        if shows(change):
             written = any(message.get(key) for key in THOUGHT_KEYS)
-            return _Change(how=how, **options), Unrendered.MOVED_THOUGHT if written else None
+            return change, Unrendered.MOVED_THOUGHT if written else None
     return base, Unrendered.THOUGHT

@@ -26,7 +26,7 @@ from trl_ray.data.chat.chat_rendering import (
     own_template,
     render_chat,
 )
-from trl_ray.data.chat.turn_spans import locate_turns
+from trl_ray.data.chat.turn_spans import added_tokens, locate_turns
 from trl_ray.errors import ModelError
 from trl_ray.types import Message
 
@@ -146,6 +146,18 @@ def training_template(
         "Add the markers to a copy and set chat_template to its path, or set "
         "assistant_only_loss to False."
     )
+
+
+def end_of_turn(tokenizer: TemplateTokenizer) -> str | None:
+    """The token with which the tokenizer's own template ends an assistant's turn; None where it cannot be told."""
+    try:
+        chat = ChatFormat(template=own_template(tokenizer))
+        found = locate_turns(tokenizer, (_user("Is it?"), _assistant("It is.")), chat)
+    except ModelError:
+        return None
+    start, stop = found.spans[0]
+    tokens = added_tokens(tokenizer).findall(found.text[start:stop].partition("It is.")[2])
+    return str(tokens[-1]) if tokens else None
 
 
 def _why_not_located(tokenizer: TemplateTokenizer, chat: ChatFormat) -> str | None:

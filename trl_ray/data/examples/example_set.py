@@ -35,7 +35,7 @@ from trl_ray.data.examples.steps import StepRules, step_tokens
 from trl_ray.data.examples.supervised_texts import SupervisedRules
 from trl_ray.data.examples.tokenisation import ExampleTokenizer, TextRules, encode
 from trl_ray.data.formats.record_reader import DatasetReader, reader_for
-from trl_ray.data.formats.records import Record
+from trl_ray.data.formats.records import Record, first_said
 from trl_ray.data.formats.transcripts import TextFormat
 from trl_ray.data.sources.dataset_loading import Rows, load_rows, open_rows
 from trl_ray.errors import ConfigError, DataError
@@ -84,6 +84,8 @@ class ExampleSet:
     """Rows whose prompt is tokenised differently when an answer follows."""
     findings: Mapping[int, Sequence[Finding]] = field(default_factory=dict)
     """What the chat template does not write as a row has it, by row number."""
+    is_conversational: bool = False
+    """Some of the rows are messages."""
 
     def __len__(self) -> int:
         """Examples."""
@@ -163,6 +165,7 @@ def load_examples(
         cut_rows=tuple(draft.row for draft in tokenised.drafts if draft.is_cut),
         diverging_rows=tuple(draft.row for draft in tokenised.drafts if draft.prompt_diverges),
         findings=tokenised.findings,
+        is_conversational=tokenised.is_conversational,
     )
 
 
@@ -319,6 +322,7 @@ class _Tokenised:
     drafts: Sequence[ExampleDraft]
     untrained: Mapping[int, Untrained]
     findings: Mapping[int, Sequence[Finding]]
+    is_conversational: bool
 
 
 def _records(rows: Rows, config: SupervisedRunConfig, making: Making) -> Iterator[_PlacedRecord]:
@@ -366,10 +370,12 @@ def _tokenise(records: Iterable[_PlacedRecord], making: Making, tokenizer: Examp
     drafts: list[ExampleDraft] = []
     untrained: dict[int, Untrained] = {}
     findings: dict[int, Sequence[Finding]] = {}
+    talks = False
     for batch in _batches(records, BATCH_ROWS):
         texts = [making.write(placed.record, where=placed.where) for placed in batch]
         tokens = iter(encode(tokenizer, [text for few in texts for text in few], masks=making.masks))
         for placed, few in zip(batch, texts, strict=True):
+            talks = talks or not isinstance(first_said(placed.record), str)
             encoded = tuple(itertools.islice(tokens, len(few)))
             told = tuple(dict.fromkeys(finding for text in few for finding in text.findings))
             findings |= {placed.row: told} if told else {}
@@ -378,7 +384,7 @@ def _tokenise(records: Iterable[_PlacedRecord], making: Making, tokenizer: Examp
                 untrained[placed.row] = found
             else:
                 drafts.append(found)
-    return _Tokenised(drafts=drafts, untrained=untrained, findings=findings)
+    return _Tokenised(drafts=drafts, untrained=untrained, findings=findings, is_conversational=talks)
 
 
 def _all_untrained(tokenised: _Tokenised, finished: FinishedExamples) -> dict[int, Untrained]:

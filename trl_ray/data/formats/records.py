@@ -90,6 +90,11 @@ class SteppedSolution(Carried):
 Record: TypeAlias = Document | PromptOnly | PromptCompletion | PreferencePair | UnpairedPreference | SteppedSolution
 
 
+def first_said(record: Record) -> Said:
+    """What a record begins with."""
+    return record.content if isinstance(record, Document) else record.prompt
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordReader:
     """Reads the rows of one dataset; it remembers nothing between rows, so any row may be read at any time."""

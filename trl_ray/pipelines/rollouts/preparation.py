@@ -30,6 +30,7 @@ from trl_ray.pipelines.rollouts.reward_model_actors import (
 )
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
 from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_teachers
+from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
 from trl_ray.pipelines.run.planning import (
     GIB,
     PROCESS,
@@ -85,6 +86,8 @@ class Preparation:
     """For callbacks that are shown rectangles of token ids."""
     reward_models: tuple[PreparedRewardModel, ...] = ()
     teachers: PreparedTeachers | None = None
+    notes: tuple[str, ...] = ()
+    """What a user should know before the start."""
 
     def epoch_after(self, step: int) -> float:
         """Passes over the prompts once so many steps are trained."""
@@ -252,9 +255,12 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     teachers = prepare_teachers(
         objective, tokenizer=tokenizer, vocab_size=shape.vocab_size, prompts=prompts, max_model_len=max_model_len
     )
+    talks = prompts.prompt(0).messages is not None
+    note = end_of_turn_warning(model, tokenizer) if talks else None
     return Preparation(
         config=config,
         objective=objective,
+        notes=() if note is None else (note,),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,
