@@ -112,7 +112,7 @@ def test_another_end_token_is_the_tokenizers_the_configurations_and_a_checkpoint
     assert engine.stop_ids == (256, 258)
     assert read_facts(str(tiny), dtype="float32", trust_remote_code=False).stop_ids == (258,)
     for load in (load_tokenizer, load_policy):
-        with pytest.raises(ModelError, match="eos_token must be a token of the tokenizer of .*, got '<end>'"):
+        with pytest.raises(ModelError, match=r"eos_token must be a token of the tokenizer of .*, got '<end>'"):
             load(ModelConfig(model_name_or_path=str(tiny), eos_token="<end>"))
 
 

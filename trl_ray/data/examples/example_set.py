@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import numpy as np
 from trl_ray.config.example_options import PackingStrategy, SteppedExampleConfig, SupervisedExampleConfig
 from trl_ray.config.messages import nearest
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
-from trl_ray.data.chat.faithful_rendering import Finding
+from trl_ray.data.chat.faithful_rendering import Finding, Unrendered
 from trl_ray.data.chat.training_templates import TemplateTokenizer, training_template
 from trl_ray.data.examples.example_tasks import (
     ExampleDraft,
@@ -41,6 +42,7 @@ from trl_ray.data.sources.dataset_loading import Rows, load_rows, open_rows
 from trl_ray.errors import ConfigError, DataError
 from trl_ray.types import Example
 
+_LOG = logging.getLogger(__name__)
 BATCH_ROWS = 1000
 """Rows that are tokenised in one call."""
 
@@ -206,6 +208,7 @@ def stream_examples(
     def windows() -> Iterator[StreamedExample]:
         start = start_window * config.stream_window
         untrained: Counter[Untrained] = Counter()
+        told: set[Unrendered] = set()
         rows = enumerate(stream.read(start), start=start)
         for window in itertools.count(start_window):
             taken = list(itertools.islice(rows, config.stream_window))
@@ -217,10 +220,19 @@ def stream_examples(
             tokenised = _tokenise(records, making, tokenizer)
             finished = making.finish(tokenised.drafts, window=window)
             untrained.update(_all_untrained(tokenised, finished).values())
+            _warn_once(tokenised.findings, told, name=stream.name, total=len(taken))
             end = taken[-1][0] + 1
             yield from _placed(finished.examples, config, window, end=end, seed=seed, untrained=dict(untrained))
 
     return windows()
+
+
+def _warn_once(findings: Mapping[int, Sequence[Finding]], told: set[Unrendered], *, name: str, total: int) -> None:
+    """Say what the template does with rows of a stream, each kind in the first window that has it."""
+    new = {row: [finding for finding in found if finding.kind not in told] for row, found in findings.items()}
+    for sentence in report_rows(name, total=total, untrained={}, cut=(), diverging=(), findings=new):
+        _LOG.warning("%s Later rows of the stream of which this holds are not told.", sentence)
+    told |= {finding.kind for found in new.values() for finding in found}
 
 
 def _placed(

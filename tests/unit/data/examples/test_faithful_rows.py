@@ -14,7 +14,7 @@ from family_templates import FAMILIES, chatml
 from tiny_models import build_tokenizer
 from trl_ray.config.runs.dataset_config import DPOConfig, SFTConfig
 from trl_ray.data.chat.training_templates import template_source
-from trl_ray.data.examples.example_set import ExampleSet, ExampleTask, load_examples
+from trl_ray.data.examples.example_set import ExampleSet, ExampleTask, load_examples, stream_examples
 from trl_ray.errors import DataError, ModelError
 
 QUESTION: dict[str, Any] = {"role": "user", "content": "q"}
@@ -134,6 +134,16 @@ def test_both_answers_of_a_pair_keep_their_thoughts() -> None:
         "<think>\nno reason\n</think>\n\nyes<|im_end|>\n",
     ]
     assert "(row 0); first: message 1, field 'reasoning_content'." in found.report()[0]
+
+
+def test_a_stream_tells_each_kind_once(caplog: pytest.LogCaptureFixture) -> None:
+    made = tokenizer(template_source("chatml"))
+    config = SFTConfig(model_name_or_path="m", dataset_streaming=True, max_steps=1, stream_window=1)
+    rows = [{"messages": [QUESTION, THOUGHT]}] * 3
+    examples = list(stream_examples(config, made, task=ExampleTask.SUPERVISED, dataset=rows, seed=0))
+    assert len(examples) == 3
+    (told,) = [record.message for record in caplog.records]
+    assert "1 of 1 rows" in told and "(row 0)" in told and "field 'reasoning_content'" in told
 
 
 # Other contents
