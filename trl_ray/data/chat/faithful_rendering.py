@@ -38,6 +38,7 @@ class Unrendered(enum.StrEnum):
     EARLIER_THOUGHT = "earlier_thought"
     """A thought is written in the last turn alone."""
     THOUGHT = "thought"
+    """A thought has no place at all."""
     CONTENT = "content"
     """An assistant's content."""
     CONTEXT = "context"
@@ -117,14 +118,15 @@ def render_faithfully(
 
 
 def require_trained(messages: Sequence[Message], findings: Sequence[Finding], *, where: str) -> None:
-    """Check that the template writes thoughts and arguments, and something of every turn of the assistant.
+    """Check that the template writes the arguments of calls, and something of every turn of the assistant.
 
     Raises:
         ModelError: names the message and its field.
     """
     for finding in findings:
-        lost = finding.kind in (Unrendered.THOUGHT, Unrendered.ARGUMENTS)
-        if lost or (finding.kind is Unrendered.CONTENT and not _says_more(messages[finding.message])):
+        if finding.kind is Unrendered.ARGUMENTS or (
+            finding.kind is Unrendered.CONTENT and not _says_more(messages[finding.message])
+        ):
             raise ModelError(
                 f"The chat template must render all that is trained, and of {where}, message {finding.message}, it "
                 f"leaves out the field {finding.field!r}. Set a chat_template that renders it, or remove the row."
@@ -268,8 +270,15 @@ def _shape(message: Message, place: int) -> dict[str, Any]:
         elif key == "tool_call_id":
             shape[key] = "a1b2c3d4e"  # Mistral's templates ask for nine characters
         else:
-            shape[key] = value if key in ("role", "name") or not isinstance(value, str) else "x"
+            shape[key] = value if key in ("role", "name") else _plain(value)
     return shape
+
+
+def _plain(value: Any) -> Any:
+    """What stands for a value that rows have each their own of; a template may ask whether something holds."""
+    if isinstance(value, str):
+        return "x"
+    return 0 if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def _content_shape(message: Message, place: int) -> Any:
@@ -369,6 +378,8 @@ def _thought_change(
     base, message = changes[place], messages[place]
     wanted = [_probe("thought", place), _probe("content", place)]
     wanted = [probe for probe in wanted if probe in json.dumps(message, ensure_ascii=False)]
+    now = reader.text([*before, _spelled(message, base, place, {})]) or ""
+    wanted += [probe for probe in _arguments(message, place) if probe in now]
 
     def shows(change: _Change) -> bool:
         marks: dict[str, str] = {}

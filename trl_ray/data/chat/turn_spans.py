@@ -100,7 +100,9 @@ class _Finder:
         for number, (place, turn) in enumerate(zip(places, turns, strict=True)):
             if number + 1 < len(turns):
                 after = self._until_next(place, places[number + 1], turn, turns[number + 1])
-                end = self._stop(turn.end, after, place)
+                # An answer right behind another one: what begins that is no end of this.
+                adjacent = places[number + 1] == place + 1
+                end = self._stop(turn.end, after, place, may_lack=adjacent)
             else:
                 after = self._rest(place, turn)
                 end = self._last_stop(turn, after, place)
@@ -178,10 +180,10 @@ class _Finder:
         own = self._first_token(turn.end[len(shared) :])
         return shared + own if own and not self._ends_turn(shared) else self._stop(turn.end, going_on, place)
 
-    def _stop(self, end: str, after: str, place: int) -> str:
+    def _stop(self, end: str, after: str, place: int, *, may_lack: bool = False) -> str:
         """What of `after` belongs to the turn: what is there at the end of a conversation as well, up to a token."""
         shared = self._shared(end, after)
-        if self._ends_turn(shared):
+        if self._ends_turn(shared) or may_lack:
             return shared
         token = self._first_token(after[len(shared) :])
         if token is None:

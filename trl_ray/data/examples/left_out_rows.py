@@ -41,6 +41,8 @@ _UNRENDERED = {
     "content, between <think> and </think> ({rows})",
     Unrendered.EARLIER_THOUGHT: "have thoughts in earlier turns, which the chat template takes out, so that they are "
     "not trained ({rows}): set assistant_only_loss, which keeps them, or another chat_template",
+    Unrendered.THOUGHT: "have thoughts that the chat template has no place for, and are trained without them ({rows}): "
+    "set another chat_template",
     Unrendered.CONTENT: "have an answer beside tool calls that the chat template leaves out, so that it is not trained "
     "({rows}): set another chat_template",
     Unrendered.CONTEXT: "have a message that the chat template leaves out, so that the model does not see it ({rows}): "

@@ -94,6 +94,21 @@ def test_a_question_may_be_the_last_and_an_assistant_the_first() -> None:
     assert trained(family, (USER,)) == ()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_messages_in_any_order_are_told_apart(name: str) -> None:
+    first, second = FAMILIES[name].talk
+    # Behind another answer GLM has no token to end the first with; what opens the next one is not trained.
+    open_end = first.removesuffix("<|user|>")
+    assert trained(FAMILIES[name], (USER, YES, NO)) == (open_end, second)
+    assert trained(FAMILIES[name], (USER, USER, YES)) == (first,)
+    silent = {**YES, "content": ""}
+    assert trained(FAMILIES[name], (USER, silent, USER, NO))[1] == second
+    assert trained(FAMILIES[name], (USER, silent, USER, NO))[0] in (
+        first.replace("Yes.", ""),
+        "\n<think></think><|user|>",
+    )
+
+
 def test_calls_beside_text_and_several_calls_are_one_turn() -> None:
     several = {**CALL, "content": "Wait.", "tool_calls": CALL["tool_calls"] * 2}
     written = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'

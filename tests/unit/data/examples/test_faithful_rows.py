@@ -125,6 +125,16 @@ def test_thoughts_that_a_template_takes_out_of_earlier_turns_are_told_and_assist
     assert kept.report() == ()
 
 
+def test_a_thought_beside_a_call_that_the_template_has_no_place_for_is_told() -> None:
+    made = FAMILIES["mistral_v3"].tokenizer()
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    talk = [QUESTION, {**THOUGHT, "content": "", "tool_calls": [call]}, {"role": "tool", "content": "1"}]
+    found = load([{"messages": [*talk, {"role": "assistant", "content": "a"}]}], made, assistant_only_loss=True)
+    assert texts(found, made)[0][1] == '[TOOL_CALLS] [{"name": "f", "arguments": {"x": 1}}]</s>a</s>'
+    (told,) = found.report()
+    assert "trained without them (row 0)" in told and "message 1, field 'reasoning_content'" in told
+
+
 def test_both_answers_of_a_pair_keep_their_thoughts() -> None:
     made = tokenizer(template_source("smollm2"))
     rows = [{"prompt": [QUESTION], "chosen": [THOUGHT], "rejected": [{**THOUGHT, "reasoning_content": "no reason"}]}]
