@@ -215,7 +215,9 @@ def _changed(messages: Sequence[Message], spelling: _Spelling, text: str) -> Ite
 def _spelling(
     tokenizer: TurnTokenizer, messages: Sequence[Message], chat: ChatFormat, *, every_turn: bool
 ) -> _Spelling:
-    shape = json.dumps([_shape(message, place) for place, message in enumerate(messages)], ensure_ascii=False)
+    shape = json.dumps(
+        [_shape(message, place) for place, message in enumerate(messages)], ensure_ascii=False, default=str
+    )
     return _spelling_of_shape(shape, template_reader(tokenizer, chat), every_turn)
 
 
