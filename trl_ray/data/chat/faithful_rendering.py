@@ -227,7 +227,7 @@ def template_reader(tokenizer: ChatTokenizer, chat: ChatFormat) -> TemplateReade
         tokens=tuple(sorted((key, str(value)) for key, value in tokenizer.special_tokens_map.items())),
         template=chat.template,
         # Which tools there are says nothing of what is rendered of the messages, whether there are some does.
-        tools=json.dumps(list(chat.tools or ())[:1], default=str),
+        tools=json.dumps([_tool_shape(tool) for tool in list(chat.tools or ())[:1]]),
         values=json.dumps(dict(chat.template_kwargs), sort_keys=True, default=str),
     )
 
@@ -274,6 +274,12 @@ def _shape(message: Message, place: int) -> dict[str, Any]:
         else:
             shape[key] = value if key in ("role", "name") else _plain(value)
     return shape
+
+
+def _tool_shape(tool: Any) -> dict[str, Any]:
+    function = {"name": "x", "description": "x", "parameters": {"type": "object", "properties": {}, "required": []}}
+    wrapped = isinstance(tool, Mapping) and "function" in tool
+    return {"type": "function", "function": function} if wrapped else function
 
 
 def _plain(value: Any) -> Any:
