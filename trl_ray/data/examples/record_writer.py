@@ -176,7 +176,7 @@ class Writer:
     def _as_written(self, text: Text, written: str, messages: Sequence[Message]) -> Text:
         assert self.record.written is not None, "the text that messages were read from is there"
         written = self._begin(text.text) + _ended(written, text.text, messages)
-        if written == text.text or written.rstrip() == text.text.rstrip() == written:
+        if written == text.text:
             return text
         # Line ends belong to a turn where the template's markers say so.
         tails = {text.text[:stop][len(text.text[:stop].rstrip()) :] for _, stop in text.spans}

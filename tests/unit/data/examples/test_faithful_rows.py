@@ -277,6 +277,13 @@ def test_a_text_in_the_models_own_markup_is_trained_as_it_stands_with_one_begin_
     assert only([{"text": given}], made)[0] == bos + text
 
 
+def test_a_text_that_lacks_the_last_line_end_of_its_template_is_not_given_one() -> None:
+    text = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>"
+    made = tokenizer(template_source("chatml"))
+    assert only([{"text": text}], made, assistant_only_loss=True) == (text, "a<|im_end|>")
+    assert only([{"text": text + "\n"}], made, assistant_only_loss=True) == (text + "\n", "a<|im_end|>\n")
+
+
 def test_prompt_and_completion_in_the_models_own_markup_stand_as_they_are_and_the_answer_is_trained() -> None:
     made = tokenizer(template_source("smollm2"))
     prompt, answer = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "a<|im_end|>\n"
