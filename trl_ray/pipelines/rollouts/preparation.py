@@ -30,6 +30,7 @@ from trl_ray.pipelines.rollouts.reward_model_actors import (
 )
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
 from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_teachers
+from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
 from trl_ray.pipelines.run.planning import (
     GIB,
     PROCESS,
@@ -85,6 +86,8 @@ class Preparation:
     """For callbacks that are shown rectangles of token ids."""
     reward_models: tuple[PreparedRewardModel, ...] = ()
     teachers: PreparedTeachers | None = None
+    notes: tuple[str, ...] = ()
+    """What a user should know before the start."""
 
     def restore_objective(self, checkpoint: str | None) -> None:
         """Have the objective go on from what it had remembered at a checkpoint; None: from the beginning."""
@@ -251,9 +254,12 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     for source in (prompts, held_out):
         if source is not None:
             objective.check_prompts(source)
+    talks = prompts.prompt(0).messages is not None
+    note = end_of_turn_warning(model, tokenizer) if talks else None
     return Preparation(
         config=config,
         objective=objective,
+        notes=() if note is None else (note,),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,
