@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -108,10 +109,16 @@ def become(address: str, arguments: list[str]) -> None:
             raise OSError("the server is gone")
     except OSError:
         os.execv(sys.executable, [sys.executable, *arguments])
+    # A signal that comes between two waits must end the next one: it writes to a pipe that is waited for as well.
+    woken, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    signal.set_wakeup_fd(wakes)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: os.kill(pid, number))
     for file in files:
         os.close(file)
+    while connection not in select.select([connection, woken], [], [])[0]:
+        os.read(woken, 64)
     answer = connection.recv(_NUMBER)
     status = int.from_bytes(answer, "big", signed=True) if answer else -signal.SIGKILL
     if status < 0:

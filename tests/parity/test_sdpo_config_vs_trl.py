@@ -43,6 +43,7 @@ SAME_IN_OTHER_WORDS = {
     "min_p": "0 keeps all tokens, as None does",
     "chat_template_kwargs": "the empty mapping is None",
     "model_init_kwargs": "the empty mapping is None",
+    "lr_scheduler_kwargs": "the empty mapping is None",
     "generation_kwargs": "the empty mapping is None",
 }
 FORMAT = {"bf16": "None is true in TRL; float32 is what two machines agree on, so bfloat16 is asked for"}
@@ -61,6 +62,7 @@ DIFFERENT: Mapping[str, Mapping[str, str]] = {
         "eval_steps": SAME_IN_OTHER_WORDS["eval_steps"],
         "report_to": SAME_IN_OTHER_WORDS["report_to"],
         "model_init_kwargs": SAME_IN_OTHER_WORDS["model_init_kwargs"],
+        "lr_scheduler_kwargs": SAME_IN_OTHER_WORDS["lr_scheduler_kwargs"],
         **FORMAT,
         "log_completions": "completions go to a file, not to the console",
         "num_completions_to_print": "0 prints none; None prints all in TRL",
