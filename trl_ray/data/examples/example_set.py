@@ -81,6 +81,8 @@ class ExampleSet:
     """Rows that lost tokens to `max_length` and are trained all the same."""
     diverging_rows: tuple[int, ...] = ()
     """Rows whose prompt is tokenised differently when an answer follows."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the rows were chosen."""
 
     def __len__(self) -> int:
         """Examples."""
@@ -88,7 +90,7 @@ class ExampleSet:
 
     def report(self) -> tuple[str, ...]:
         """One sentence for each thing a user should know about the rows; none when all is well."""
-        return report_rows(
+        return self.notes + report_rows(
             self.name,
             total=self.num_rows,
             untrained=self.untrained,
@@ -158,6 +160,7 @@ def load_examples(
         num_rows=len(rows.rows),
         cut_rows=tuple(draft.row for draft in tokenised.drafts if draft.is_cut),
         diverging_rows=tuple(draft.row for draft in tokenised.drafts if draft.prompt_diverges),
+        notes=rows.notes,
     )
 
 

@@ -67,10 +67,13 @@ class PromptSource:
         seed: int,
         shuffle: bool,
         completions: GivenCompletions | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         if not rows:
             raise DataError(f"A dataset must have at least one row, {name} has none.")
         self.name = name
+        self.notes = notes
+        """What a user should know of the rows, a sentence each."""
         self._rows = rows
         self._seed = seed
         self._shuffle = shuffle
@@ -200,7 +203,9 @@ def load_prompts(
         for i, (row, prompt, ids) in enumerate(zip(rows.rows, prompts, token_ids, strict=True))
     ]
     shuffle = config.shuffle_dataset and not evaluation
-    return PromptSource(name=rows.name, rows=ready, seed=seed, shuffle=shuffle, completions=completions)
+    return PromptSource(
+        name=rows.name, rows=ready, seed=seed, shuffle=shuffle, completions=completions, notes=rows.notes
+    )
 
 
 def _checked_prompts(rows: Rows, config: PromptConfig) -> list[str | tuple[Message, ...]]:

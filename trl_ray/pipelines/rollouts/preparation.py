@@ -160,6 +160,11 @@ class Preparation:
             teachers=config.acting_teachers,
         )
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the rows, a sentence each."""
+        return self.prompts.notes
+
     def describe(self) -> Mapping[str, Any]:
         """The plan in numbers, for the dry run."""
         config = self.config
@@ -306,7 +311,7 @@ def _max_model_len(config: RolloutRunConfig, positions: int | None) -> int:
 
 def _held_out(objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: int) -> PromptSource:
     config = objective.config
-    if inputs.eval_dataset is None and config.dataset_name is None:
+    if inputs.eval_dataset is None and config.dataset_name is None and not config.datasets:
         raise ConfigError(
             f"eval_steps={config.eval_steps} needs held-out prompts, but there are none. Pass eval_dataset, name a "
             "dataset with dataset_test_split, or set eval_steps=0."

@@ -36,6 +36,8 @@ class RolloutSession(Session):
 
     async def run(self, stop: asyncio.Event) -> TrainOutput:
         actors, recorder, begin = self._actors, self.recorder, time.time()
+        for sentence in () if self._opening.resuming else self._preparation.notes:
+            recorder.say(EventKind.WARNING, "data", detail=sentence)
         await actors.start()
         recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
         loop = RolloutLoop(plan=self._preparation, actors=actors, recorder=recorder, opening=self._opening, stop=stop)

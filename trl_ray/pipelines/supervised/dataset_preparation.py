@@ -112,6 +112,11 @@ class SupervisedPlan:
 
         return {Role.LEARNER: plan_learner(self.config.runtime)}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the rows, a sentence each."""
+        return tuple(note for found in (self.train, self.evaluation) if found is not None for note in found.report())
+
     def describe(self) -> Mapping[str, Any]:
         """The plan in numbers, for the dry run."""
         config, train, held_out = self.config, self.train, self.evaluation

@@ -406,6 +406,20 @@ def test_the_sources_of_a_mixture_are_read_each_in_its_own_format(tmp_path: Any)
     )
 
 
+def test_datasets_without_shares_are_trained_whole_one_after_the_other(tmp_path: Any) -> None:
+    many, few = ([{"text": f"{letter}{i:02}"} for i in range(count)] for letter, count in (("m", 32), ("f", 4)))
+    sources = [{"path": write(tmp_path, "m.jsonl", many)}, {"path": write(tmp_path, "f.jsonl", few)}]
+    found = load_examples(SFTConfig(datasets=sources), TOKENIZER, task=ExampleTask.SUPERVISED)
+    assert ["".join(texts(example.samples[0])) for example in found.examples] == [
+        row["text"] + END for row in [*many, *few]
+    ]
+    assert (found.num_rows, len(found.untrained), found.report()) == (36, 0, ())
+    weighed = SFTConfig(datasets=[{**sources[0], "weight": 1.0}, sources[1]])
+    (sentence,) = load_examples(weighed, TOKENIZER, task=ExampleTask.SUPERVISED).report()
+    assert "of 32 rows of" in sentence
+    assert "are in no place of the mixture (weight" in sentence
+
+
 def test_a_pair_among_rated_answers_gets_no_answer_of_its_own_as_mismatched_one(tmp_path: Any) -> None:
     sources = [
         {"path": write(tmp_path, "rated.jsonl", [{"prompt": "p", "completion": "x", "label": True}])},
