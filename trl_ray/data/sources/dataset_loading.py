@@ -95,19 +95,13 @@ def load_rows(config: DataConfig, *, seed: int, dataset: object | None = None, e
         DataError: there is no such dataset, split or task, it cannot be read, or it is empty.
     """
     size = config.test_split_size
-    if size is not None and dataset is None:
-        whole = _load_named(config, seed=seed, evaluation=False)
-        mixture = whole.mixture or join([Source(name=whole.name, rows=whole.rows)])
-        part = hold_out(mixture, size=size, seed=seed)[evaluation]
-        notes = () if evaluation else whole.notes
-        return replace(whole, rows=_MixedRows(mixture=part), mixture=part, notes=notes, sources=whole.sources or (whole,))
+    if dataset is None:
+        return _load_named(config, seed=seed, evaluation=evaluation, test_split_size=size)
     if size is not None and not evaluation:
         raise DataError(
             f"test_split_size must be left out where rows are passed as an object, got {size:g}. Split them with "
             "Dataset.train_test_split, and pass the two parts as train_dataset and eval_dataset."
         )
-    if dataset is None:
-        return _load_named(config, seed=seed, evaluation=evaluation)
     if not isinstance(dataset, Mapping) and not hasattr(dataset, "__len__"):
         _require_rows(dataset)
         raise DataError(
@@ -118,7 +112,14 @@ def load_rows(config: DataConfig, *, seed: int, dataset: object | None = None, e
     return _in_memory(open_rows(config, seed=seed, dataset=dataset, evaluation=evaluation))
 
 
-def _load_named(config: DataConfig, *, seed: int, evaluation: bool) -> Rows:
+def _load_named(config: DataConfig, *, seed: int, evaluation: bool, test_split_size: float | None) -> Rows:
+    if test_split_size is not None:
+        whole = _load_named(config, seed=seed, evaluation=False, test_split_size=None)
+        mixture = whole.mixture or join([Source(name=whole.name, rows=whole.rows)])
+        part = hold_out(mixture, size=test_split_size, seed=seed)[evaluation]
+        notes = () if evaluation else whole.notes  # said once
+        parts = whole.sources or (whole,)
+        return replace(whole, rows=_MixedRows(mixture=part), mixture=part, notes=notes, sources=parts)
     if config.datasets:
         return _load_mixture(config, seed=seed, evaluation=evaluation)
     return _in_memory(open_rows(config, seed=seed, evaluation=evaluation))
