@@ -157,6 +157,10 @@ class MixtureStopping(enum.StrEnum):
     """When every row was there exactly once: the weights say how early."""
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who may speak in a conversation."""
+
+
 class OnBadRow(enum.StrEnum):
     """What to do with rows that cannot be used."""
 
@@ -210,8 +214,23 @@ class DataConfig(Section):
     """Hold rows of the training split out for evaluation: a share below 1, or a whole number of rows."""
     on_bad_row: Annotated[OnBadRow, FROM_STRING] = OnBadRow.STOP
     """What becomes of rows that cannot be used."""
+    column_mapping: Annotated[dict[str, str | None], none_is_empty()] = Field(default_factory=dict)
+    """Names of a dataset's columns and what they stand for here (``question: prompt``); None leaves a column out. A
+    column that stands for ``system`` becomes the first message, and makes conversations of texts."""
+    role_mapping: Annotated[dict[str, str], none_is_empty()] = Field(default_factory=dict)
+    """Names of speakers in messages and the roles that they stand for (``bot: assistant``), beside the usual names."""
     shuffle_dataset: bool = True
     chat_template_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> Self:
+        unknown = {name: role for name, role in self.role_mapping.items() if role not in ROLES and role != name}
+        if unknown:
+            raise ValueError(
+                f"role_mapping must map speakers to {', '.join(ROLES)}, or to themselves where the chat template knows "
+                f"them, got {unknown}. Change the roles."
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_shares(self) -> Self:

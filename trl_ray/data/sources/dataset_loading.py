@@ -19,6 +19,7 @@ from typing import Any
 
 from trl_ray.config.messages import nearest
 from trl_ray.config.sections import DataConfig, DatasetConfig, MixtureStopping
+from trl_ray.data.sources.column_names import check_mapping, rename
 from trl_ray.data.sources.dataset_files import FILE_TYPES, Row, read_file
 from trl_ray.data.sources.generated import PREFIX, generated_rows
 from trl_ray.data.sources.mixtures import Mixture, Source, hold_out, join, mix
@@ -109,7 +110,23 @@ def load_rows(config: DataConfig, *, seed: int, dataset: object | None = None, e
             f"{type(dataset).__name__} is a stream. Take as many rows as you need: "
             "datasets.Dataset.from_list(list(stream.take(n)))."
         )
-    return _in_memory(open_rows(config, seed=seed, dataset=dataset, evaluation=evaluation))
+    return _alone(_open(config, seed=seed, dataset=dataset, evaluation=evaluation), config)
+
+
+def _alone(stream: RowStream, config: DataConfig) -> Rows:
+    """One dataset in memory, its columns renamed."""
+    rows = _in_memory(stream)
+    check_mapping(config.column_mapping, rows.columns, name=rows.name)
+    return _renamed(rows, config)
+
+
+def _renamed(rows: Rows, config: DataConfig) -> Rows:
+    mapping = config.column_mapping
+    if not mapping:
+        return rows
+    named = [rename(row, mapping, where=rows.where(index)) for index, row in enumerate(rows.rows)]
+    columns = dict.fromkeys(mapping.get(column, column) for column in rows.columns)
+    return replace(rows, rows=named, columns=tuple(column for column in columns if column is not None))
 
 
 def _load_named(config: DataConfig, *, seed: int, evaluation: bool, test_split_size: float | None) -> Rows:
@@ -122,7 +139,7 @@ def _load_named(config: DataConfig, *, seed: int, evaluation: bool, test_split_s
         return replace(whole, rows=_MixedRows(mixture=part), mixture=part, notes=notes, sources=parts)
     if config.datasets:
         return _load_mixture(config, seed=seed, evaluation=evaluation)
-    return _in_memory(open_rows(config, seed=seed, evaluation=evaluation))
+    return _alone(_open(config, seed=seed, evaluation=evaluation), config)
 
 
 def open_rows(
@@ -131,8 +148,33 @@ def open_rows(
     """One dataset, to be read from any row on; with `lazily`, hub datasets are not downloaded as a whole.
 
     Raises:
-        DataError: there is no such dataset, split or task, it cannot be read, or it is a mixture.
+        DataError: there is no such dataset, split or task, it cannot be read, it is a mixture, or a part of it is to be
+            held out.
     """
+    if lazily and config.test_split_size is not None:
+        raise DataError(
+            f"test_split_size must be left out with dataset_streaming=true, got {config.test_split_size:g}: a stream "
+            "does not say which rows are still to come. Name a split by dataset_test_split, or pass eval_dataset."
+        )
+    stream, mapping = (
+        _open(config, seed=seed, dataset=dataset, evaluation=evaluation, lazily=lazily),
+        config.column_mapping,
+    )
+    first = next(stream.read(0), None) if mapping else None
+    if not isinstance(first, Mapping):
+        return stream
+    check_mapping(mapping, tuple(first), name=stream.name)
+
+    def read(start: int) -> Iterator[Row]:
+        for number, row in enumerate(stream.read(start), start=start):
+            yield rename(row, mapping, where=f"Row {number} of {stream.name}")
+
+    return RowStream(name=stream.name, read=read)
+
+
+def _open(
+    config: DataConfig, *, seed: int, dataset: object | None = None, evaluation: bool = False, lazily: bool = False
+) -> RowStream:
     split = config.dataset_test_split if evaluation else config.dataset_train_split
     if dataset is not None:
         return _from_object(dataset, split)
@@ -159,6 +201,9 @@ def _load_mixture(config: DataConfig, *, seed: int, evaluation: bool) -> Rows:
         split = config.dataset_test_split if evaluation else source.split or config.dataset_train_split
         stream = _from_name(source, split, seed=seed, evaluation=evaluation, lazily=False)
         parts.append(_with_columns(_in_memory(stream), source.columns))
+    everywhere = dict.fromkeys(column for part in parts for column in part.columns)
+    check_mapping(config.column_mapping, tuple(everywhere), name=" + ".join(part.name for part in parts))
+    parts = [_renamed(part, config) for part in parts]
     names = [part.name for part in parts]
     parts = [
         part if names.count(part.name) == 1 else replace(part, name=f"{part.name} (datasets, entry {number})")

@@ -141,9 +141,7 @@ def test_a_row_whose_prompt_is_no_text_is_named(bad, message):
         ([{"content": "hi"}], r"message 0 must have the key 'role'"),
         ([{"role": "user"}], r"must have the key 'content'"),
         ([{"role": "user", "content": None}], r"must have text as content, got None"),
-        ([{"role": "user", "content": ""}], r"message 0 must not be empty"),
         ([{"role": "usr", "content": "hi"}], r"got 'usr'. Did you mean 'user'"),
-        ([{"role": "system", "content": "hi"}], r"must end with one of the roles user"),
         ("plain", r"must be a list of messages as in the first row"),
     ],
 )
