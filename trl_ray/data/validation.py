@@ -19,21 +19,21 @@ from trl_ray.types import Message
 TEXT_PART = "text"
 
 
-def require_column(columns: Sequence[str], column: str, *, name: str) -> None:
-    """Check that the prompt column exists.
+def require_column(columns: Sequence[str], column: str, *, name: str, aliases: Sequence[str] = ()) -> None:
+    """Check that the prompt column exists; `aliases` are other names of it, the likeliest first.
 
     Raises:
         DataError: lists the columns there are and offers the nearest.
     """
     if column in columns:
         return
-    guess = nearest(column, columns)
+    guess = next((alias for alias in aliases if alias in columns), None) or nearest(column, columns)
     fix = f"Did you mean dataset_prompt_column={guess}?" if guess else "Set dataset_prompt_column to one of them."
     raise DataError(f"{name} must have the prompt column {column!r}; its columns are {', '.join(columns)}. {fix}")
 
 
-def check_prompt(value: object, *, where: str) -> str | tuple[Message, ...]:
-    """A prompt as it may be used: text, or a conversation.
+def check_prompt(value: object, *, where: str, roles: Collection[str] = ()) -> str | tuple[Message, ...]:
+    """A prompt as it may be used: text, or a conversation of the usual roles and of `roles`.
 
     Raises:
         DataError: None, empty, of another type, or with a message that is not one.
@@ -46,7 +46,8 @@ def check_prompt(value: object, *, where: str) -> str | tuple[Message, ...]:
         raise DataError(f"{where} must be text or a list of messages, got {show(value)}. Mend or remove the row.")
     if not value:
         raise DataError(f"{where} must have at least one message, got []. Fill it or remove the row.")
-    return tuple(check_message(message, f"{where}, message {i}") for i, message in enumerate(value))
+    known = (*ROLES, *roles)
+    return tuple(check_message(message, f"{where}, message {i}", roles=known) for i, message in enumerate(value))
 
 
 def check_message(message: object, where: str, *, roles: Collection[str] = ROLES) -> Message:

@@ -104,6 +104,19 @@ class ExampleSet:
         )
         return (*self.notes, *rows, *report_tokens(self.name, self.tokens))
 
+    def losses(self) -> dict[str, int | str]:
+        """What of the rows is not trained, in numbers; nothing where all is."""
+        found: dict[str, int | str] = {
+            f"rows left out ({reason})": count for reason, count in sorted(Counter(self.untrained.values()).items())
+        }
+        if self.equal_rows:
+            found["pairs equal after cutting"] = len(self.equal_rows)
+        if self.tokens.cut:
+            found["tokens beyond max_length"] = self.tokens.cut_share
+        if self.tokens.unpacked:
+            found["tokens lost to packing"] = self.tokens.unpacked_share
+        return found
+
     def require_examples(self) -> None:
         """Check that there is something to train.
 

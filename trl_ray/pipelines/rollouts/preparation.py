@@ -6,7 +6,7 @@ args, model, reward_funcs, datasets --> tokenizer, prompts, reward specs, length
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ from trl_ray.pipelines.run.planning import (
     teacher_memory,
     total_steps,
 )
-from trl_ray.rewards.reward_registry import RewardSpec, make_specs
+from trl_ray.rewards.reward_registry import RewardSpec, load_function, make_specs, required_columns, row_check
 from trl_ray.runtime.runtime import Role
 from trl_ray.types import IntArray, Prompt
 
@@ -163,7 +163,18 @@ class Preparation:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the rows, a sentence each."""
-        return self.prompts.notes
+        return (*self.prompts.notes, *self._missing_values())
+
+    def _missing_values(self) -> Iterator[str]:
+        name, total = self.prompts.name, len(self.prompts)
+        for spec in self.rewards:
+            for column in sorted(required_columns(load_function(spec))):
+                missing = self.prompts.count_missing(column)
+                if missing:
+                    yield (
+                        f"{missing} of {total} prompts of {name} have no {column!r}: the reward function {spec.name} "
+                        "is given None there."
+                    )
 
     def describe(self) -> Mapping[str, Any]:
         """The plan in numbers, for the dry run."""
@@ -176,6 +187,7 @@ class Preparation:
             "prompt groups per step": config.groups_per_step,
             "completions per step": config.completions_per_step,
             "training prompts": len(self.prompts),
+            **({"rows left out": self.prompts.num_left_out} if self.prompts.num_left_out else {}),
             "staleness bound (steps)": config.max_age_at_use,
             "admission slots": config.slots,
             "tokens per sequence": self.max_model_len,
@@ -245,8 +257,9 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         dataset=inputs.train_dataset,
         completions=objective.dataset_completions(),
         max_prompt_length=objective.max_prompt_length,
+        check_columns=row_check(functions),
     )
-    held_out = _held_out(objective, inputs, tokenizer, limit) if config.eval_steps else None
+    held_out = _held_out(objective, inputs, tokenizer, limit, functions) if config.eval_steps else None
     rewarded = config.has_rewards and (functions or not config.scoring_models)
     specs = make_specs(functions, columns=prompts.columns) if rewarded else ()
     models = prepare_reward_models(config, functions=[spec.name for spec in specs], prompt=prompts.prompt(0))
@@ -309,7 +322,9 @@ def _max_model_len(config: RolloutRunConfig, positions: int | None) -> int:
     return wanted
 
 
-def _held_out(objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: int) -> PromptSource:
+def _held_out(
+    objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: int, functions: Sequence[str | RewardFunction]
+) -> PromptSource:
     config = objective.config
     if inputs.eval_dataset is None and config.dataset_name is None and not config.datasets:
         raise ConfigError(
@@ -324,6 +339,7 @@ def _held_out(objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: 
         dataset=inputs.eval_dataset,
         evaluation=True,
         max_prompt_length=objective.max_prompt_length,
+        check_columns=row_check(functions),
     )
 
 

@@ -129,6 +129,7 @@ class SupervisedPlan:
             rows = {"training rows": train.num_rows, "rows left out": len(train.untrained)}
             tokens = sum(example.num_tokens for example in train.examples)
             numbers |= {**rows, "training examples": len(train.examples), "tokens per epoch": tokens}
+            numbers |= train.losses()
         if held_out is not None:
             numbers["held-out examples"] = len(held_out.examples)
         return numbers
