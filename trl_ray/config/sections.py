@@ -201,6 +201,8 @@ class DataConfig(Section):
     dataset_name: str | None = None
     """Hub name, a local .json/.jsonl/.csv/.parquet/.arrow file, a folder, or ``reasoning_gym/<task>``."""
     dataset_config: str | None = None
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    """The files within `dataset_name` that are read, or those that a builder (``dataset_name: json``) reads."""
     dataset_train_split: str = "train"
     dataset_test_split: str | None = None
     """Held-out split for evaluation; for generated tasks, another seed stands in for it."""
@@ -229,6 +231,15 @@ class DataConfig(Section):
             raise ValueError(
                 f"role_mapping must map speakers to {', '.join(ROLES)}, or to themselves where the chat template knows "
                 f"them, got {unknown}. Change the roles."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_data_files(self) -> Self:
+        if self.data_files is not None and self.dataset_name is None:
+            raise ValueError(
+                f"dataset_name must be set with data_files={self.data_files!r}, got None: say what reads them, such as "
+                "dataset_name=json, csv or parquet. In datasets, set it for each entry."
             )
         return self
 

@@ -55,15 +55,21 @@ def _check_calls(message: Mapping[str, object], where: str) -> list[Mapping[str,
     return [without_none(call) for call in calls]
 
 
-def check_completion(completion: Sequence[Message], *, where: str) -> None:
-    """Check that there is something of the assistant's in an answer.
+def check_completion(prompt: Sequence[Message], completion: Sequence[Message], *, where: str) -> None:
+    """Check that there is something of the assistant's in an answer, and that it does not say its prompt again.
 
     Raises:
-        DataError: no message is the assistant's.
+        DataError: no message is the assistant's, or the first ones are the whole prompt.
     """
     if not any(message["role"] == "assistant" for message in completion):
         roles = ", ".join(repr(message["role"]) for message in completion)
         raise DataError(
             f"{where} must have a message of the assistant, got {roles}. Move what comes before the answer to the "
             "prompt, or remove the row."
+        )
+    if prompt and tuple(completion[: len(prompt)]) == tuple(prompt):
+        raise DataError(
+            f"{where} must go on from its prompt, got all of the prompt again ({len(prompt)}) and then the answer. "
+            "Leave the prompt's column out: column_mapping={prompt: null}, and completion: messages where there is one "
+            "answer; or cut the prompt off here."
         )

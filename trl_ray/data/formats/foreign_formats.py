@@ -88,6 +88,7 @@ class RowConverter:
         row = to_messages(row, where=where, role_mapping=self.role_mapping)
         if self.has_system:
             row = with_system(row, where=where)
+        row = asked_by_user(row)
         if self.text_format is None:
             return row
         first = _first_text(row)
@@ -209,6 +210,20 @@ def to_messages(row: Row, *, where: str, role_mapping: Mapping[str, str] | None 
             messages = [{"role": "system", "content": system}, *messages]
         converted["messages"] = messages
     return converted
+
+
+def asked_by_user(row: Row) -> Row:
+    """The row with a prompt of text as the user's message, where what follows it are messages of the assistant."""
+    answers = [row[column] for column in _ANSWERS if row.get(column) is not None]
+    if not isinstance(row.get("prompt"), str) or not answers:
+        return row
+    if not all(isinstance(answer, list) and answer and _speaker(answer[0]) == "assistant" for answer in answers):
+        return row
+    return {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
+
+
+def _speaker(message: Any) -> Any:
+    return message.get("role") if isinstance(message, Mapping) else None
 
 
 def with_system(row: Row, *, where: str) -> Row:

@@ -135,13 +135,13 @@ class RecordReader:
 
     def _prompt_completion(self, number: int, row: Mapping[str, Any]) -> PromptCompletion:
         prompt = self._said(number, row, "prompt")
-        completion = self._answer(number, row, "completion")
+        completion = self._answer(number, row, "completion", prompt)
         return PromptCompletion(prompt=prompt, completion=completion, **self._carried(number, row))
 
     def _pair(self, number: int, row: Mapping[str, Any]) -> PreferencePair:
         prompt = self._said(number, row, "prompt")
-        chosen = self._answer(number, row, "chosen")
-        rejected = self._answer(number, row, "rejected")
+        chosen = self._answer(number, row, "chosen", prompt)
+        rejected = self._answer(number, row, "rejected", prompt)
         return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, **self._carried(number, row))
 
     def _implicit_pair(self, number: int, row: Mapping[str, Any]) -> PreferencePair:
@@ -160,7 +160,7 @@ class RecordReader:
         if not isinstance(prompt, str):
             self._check_repeated_prompt(number, row, prompt)
         for column, answer in (("chosen", chosen), ("rejected", rejected)):
-            self._check_answer(number, column, answer)
+            self._check_answer(number, column, (), answer)
         return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, **self._carried(number, row))
 
     def _check_question(self, number: int, row: Mapping[str, Any], prompt: Said) -> None:
@@ -190,7 +190,7 @@ class RecordReader:
 
     def _unpaired(self, number: int, row: Mapping[str, Any]) -> UnpairedPreference:
         prompt = self._said(number, row, "prompt")
-        completion = self._answer(number, row, "completion")
+        completion = self._answer(number, row, "completion", prompt)
         label = _label(row["label"], where=self._at(number, "label"))
         return UnpairedPreference(prompt=prompt, completion=completion, label=label, **self._carried(number, row))
 
@@ -215,14 +215,14 @@ class RecordReader:
             **self._carried(number, row),
         )
 
-    def _answer(self, number: int, row: Mapping[str, Any], column: str) -> Said:
+    def _answer(self, number: int, row: Mapping[str, Any], column: str, prompt: Said) -> Said:
         answer = self._said(number, row, column)
-        self._check_answer(number, column, answer)
+        self._check_answer(number, column, prompt, answer)
         return answer
 
-    def _check_answer(self, number: int, column: str, answer: Said) -> None:
-        if not isinstance(answer, str):
-            check_completion(answer, where=self._at(number, column))
+    def _check_answer(self, number: int, column: str, prompt: Said, answer: Said) -> None:
+        if not isinstance(answer, str) and not isinstance(prompt, str):
+            check_completion(prompt, answer, where=self._at(number, column))
 
     def _said(self, number: int, row: Mapping[str, Any], column: str) -> Said:
         value, where = row[column], self._at(number, column)

@@ -185,7 +185,12 @@ def _open(
         )
     if config.dataset_name is None:
         raise DataError("A run needs rows: set dataset_name or datasets, or pass train_dataset. None was given.")
-    source = DatasetConfig(path=config.dataset_name, name=config.dataset_config, kwargs=config.dataset_kwargs)
+    source = DatasetConfig(
+        path=config.dataset_name,
+        name=config.dataset_config,
+        data_files=config.data_files,
+        kwargs=config.dataset_kwargs,
+    )
     return _from_name(source, split, seed=seed, evaluation=evaluation, lazily=lazily)
 
 

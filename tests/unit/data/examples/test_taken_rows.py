@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tiny_models import build_tokenizer
-from trl_ray.config.runs.dataset_config import DPOConfig, RewardModelConfig, SFTConfig, SupervisedRunConfig
+from trl_ray.config.runs.dataset_config import DPOConfig, PRMConfig, RewardModelConfig, SFTConfig, SupervisedRunConfig
 from trl_ray.data.chat.training_templates import template_source
 from trl_ray.data.examples.example_set import ExampleSet, ExampleTask, load_examples, stream_examples
 from trl_ray.data.examples.left_out_rows import Untrained
@@ -387,3 +387,37 @@ def test_a_system_column_that_is_named_begins_the_conversation() -> None:
         load([{**talk, "messages": [says("system", "other"), *talk["messages"]]}], config=told)
     with pytest.raises(DataError, match="'system' must have a prompt or messages that it can begin"):
         load([{"setting": "s", "text": "t"}], config=told)
+
+
+def test_steps_and_labels_that_a_table_holds_as_text_are_lists() -> None:
+    row = {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}
+    steps: dict[str, Any] = {"config": PRMConfig(), "task": ExampleTask.STEPS}
+    want = load([row], **steps).examples[0].samples[0]
+    for dump in (json.dumps, str):
+        table = {"prompt": "q", "completions": dump(row["completions"]), "labels": dump(row["labels"])}
+        got = load([table], **steps).examples[0].samples[0]
+        assert got.completion_ids.tolist() == want.completion_ids.tolist()
+        assert got.label is not None and got.label.steps is not None
+        assert got.label.steps.tolist() == [True, False]
+
+
+def test_a_prompt_of_text_before_messages_of_the_assistant_is_the_users() -> None:
+    row = {"prompt": "q", "chosen": [says("assistant", "a")], "rejected": [says("assistant", "b")]}
+    asked = turn("user", "q") + "<|im_start|>assistant\n"
+    found = load([row], config=DPOConfig(), task=ExampleTask.PAIRS)
+    assert of(found) == (ids(asked + f"a{END}\n"), ids(f"a{END}\n"))
+    assert of(load([{"prompt": "q", "completion": [says("assistant", "a")]}]))[1] == ids(f"a{END}\n")
+    question = {"question": "q", "chosen": row["chosen"], "rejected": row["rejected"]}
+    with pytest.raises(DataError, match=r"column_mapping=\{question: prompt\}"):
+        load([question], config=DPOConfig(), task=ExampleTask.PAIRS)
+    mapped = DPOConfig(column_mapping={"question": "prompt"})
+    assert of(load([question], config=mapped, task=ExampleTask.PAIRS)) == of(found)
+
+
+def test_answers_that_say_their_prompt_again_are_refused_with_the_option_that_helps() -> None:
+    ask = [says("user", "q")]
+    row = {"prompt": ask, "chosen": [*ask, says("assistant", "a")], "rejected": [*ask, says("assistant", "b")]}
+    with pytest.raises(DataError, match=r"field 'chosen' must go on from its prompt.*column_mapping=\{prompt: null\}"):
+        load([row], config=DPOConfig(), task=ExampleTask.PAIRS)
+    without = DPOConfig(column_mapping={"prompt": None})
+    assert of(load([row], config=without, task=ExampleTask.PAIRS))[1] == ids(f"a{END}\n")

@@ -19,9 +19,11 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name
 
 def test_a_completion_has_a_message_of_the_assistant_and_may_have_others_in_any_order():
     for completion in ([CALL, *said("tool", "assistant")], [CALL, *said("tool")], said("assistant", "assistant")):
-        check_completion(completion, where="m")
+        check_completion(said("user"), completion, where="m")
     with pytest.raises(DataError, match="m must have a message of the assistant, got 'user', 'tool'"):
-        check_completion(said("user", "tool"), where="m")
+        check_completion(said("system"), said("user", "tool"), where="m")
+    with pytest.raises(DataError, match=r"m must go on from its prompt, got all of the prompt again \(2\)"):
+        check_completion(said("system", "user"), said("system", "user", "assistant"), where="m")
 
 
 def test_an_assistant_may_be_silent_and_needs_no_content_when_it_calls_or_thinks():

@@ -256,5 +256,9 @@ def test_a_builder_reads_the_files_that_are_named(tmp_path):
     assert len(load_rows(split, seed=1).rows) == 2
     held_out = split.model_copy(update={"dataset_test_split": "test"})
     assert len(load_rows(held_out, seed=1, evaluation=True).rows) == 4
+    alone = DataConfig(dataset_name="json", data_files=files)
+    assert shown(load_rows(alone, seed=1)) == ["a", "b", "a", "b"]
+    with pytest.raises(ConfigError, match="dataset_name must be set with data_files"):
+        DataConfig(data_files=files)
     named = DataConfig(datasets=[{"path": str(tmp_path), "data_files": "two.jsonl"}])
     assert len(load_rows(named, seed=1).rows) == 2
