@@ -31,7 +31,7 @@ from trl_ray.data.examples.example_tasks import (
     SupervisedMaking,
 )
 from trl_ray.data.examples.left_out_rows import TokenCounts, Untrained, report_rows, report_tokens
-from trl_ray.data.examples.placed_records import PlacedRecord, place_records, reader_of, readers_for
+from trl_ray.data.examples.placed_records import PlacedRecord, UnreadSpeech, place_records, reader_of, readers_for
 from trl_ray.data.examples.steps import StepRules, step_tokens
 from trl_ray.data.examples.supervised_texts import SupervisedRules
 from trl_ray.data.examples.tokenisation import ExampleTokenizer, Text, TextRules, encode
@@ -171,7 +171,8 @@ def load_examples(
     rows = load_rows(config, seed=config.seed, dataset=dataset, evaluation=evaluation)
     making = making_for(config, tokenizer, task=task, evaluation=evaluation)
     readers, bad = readers_for(rows, config, making), BadRows(config.on_bad_row)
-    tokenised = _tokenise(place_records(rows, readers, bad), making, tokenizer, bad)
+    unread = UnreadSpeech(told=[column for reader in readers.values() for column in reader.format.unread])
+    tokenised = _tokenise(unread.watch(place_records(rows, readers, bad)), making, tokenizer, bad)
     bad.settle(total=len(rows.rows))
     drafts, finished = tokenised.drafts, making.finish(tokenised.drafts, window=0)
     return ExampleSet(
@@ -188,7 +189,12 @@ def load_examples(
             targets=finished.targets,
             unpacked=finished.unpacked,
         ),
-        notes=(*rows.notes, *(note for reader in readers.values() for note in reader.notes), *bad.report()),
+        notes=(
+            *rows.notes,
+            *(note for reader in readers.values() for note in reader.notes),
+            *unread.report(rows.name, total=len(rows.rows)),
+            *bad.report(),
+        ),
     )
 
 

@@ -6,15 +6,17 @@ rows ─► a reader for each source, told from its first usable row ─► Plac
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from trl_ray.config.messages import nearest
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.data.bad_rows import BadRows
 from trl_ray.data.examples.example_tasks import Making
+from trl_ray.data.formats.detection import SPEECH
 from trl_ray.data.formats.record_reader import DatasetReader, reader_for
-from trl_ray.data.formats.records import Record
+from trl_ray.data.formats.records import Document, Record
 from trl_ray.data.formats.transcripts import TextFormat
 from trl_ray.data.sources.dataset_loading import Origin, Rows
 from trl_ray.errors import ConfigError, DataError
@@ -49,6 +51,38 @@ def readers_for(rows: Rows, config: SupervisedRunConfig, making: Making) -> dict
         name: reader_of(enumerate(source.rows), config, making, name=name, columns=source.columns)
         for name, source in sources.items()
     }
+
+
+class UnreadSpeech:
+    """Counts rows that say something in a column which nobody reads; mutable, one for each dataset."""
+
+    def __init__(self, *, told: Collection[str] = ()) -> None:
+        """Watch all such columns but those that the user is told of already."""
+        self._columns = [column for column in SPEECH if column not in told]
+        self._rows: Counter[str] = Counter()
+
+    def watch(self, records: Iterable[PlacedRecord]) -> Iterator[PlacedRecord]:
+        """The records, looked at as they pass."""
+        for placed in records:
+            for column in self._columns:
+                value = placed.record.columns.get(column)
+                if isinstance(value, str) and value.strip() and value.strip() not in _said(placed.record):
+                    self._rows[column] += 1
+            yield placed
+
+    def report(self, name: str, *, total: int) -> tuple[str, ...]:
+        """A sentence for each column."""
+        return tuple(
+            f"{count} of {total} rows of {name} have a text in the column {column!r}, which is not trained: map it to "
+            f"what it is, as in column_mapping={{{column}: system}}, which begins conversations with it, or to null."
+            for column, count in self._rows.items()
+        )
+
+
+def _said(record: Record) -> str:
+    """What a record is asked, or all of it, as one text."""
+    said = record.content if isinstance(record, Document) else record.prompt
+    return said if isinstance(said, str) else "\n".join(message["content"] or "" for message in said)
 
 
 def place_records(rows: Rows, readers: Mapping[str, DatasetReader], bad: BadRows) -> Iterator[PlacedRecord]:

@@ -104,6 +104,18 @@ QUESTIONS = (
     "task",
 )
 """Columns that hold what is asked where there is no prompt."""
+SPEECH = (
+    "system",
+    "system_prompt",
+    "system_message",
+    "history",
+    "instruction",
+    "context",
+    "input",
+    "question",
+    "query",
+)
+"""Columns that are likely to hold a part of what was said, and that no format reads."""
 # Whoever has one of these without its partners has mistyped or lost a column.
 _PARTNERED = ("completion", "chosen", "rejected", "completions")
 ALL_TYPES = frozenset(DatasetType)
@@ -182,11 +194,20 @@ def _not_accepted(
     name: str, found: Collection[DatasetType], accept: Collection[DatasetType], columns: tuple[str, ...] = ()
 ) -> DataError:
     lack = _lack(columns, accept)
-    remedy = lack.hint or "Take another dataset, or add or remove the columns that make it so."
+    remedy = lack.hint or _fewer(found, accept) or "Take another dataset, or add the columns that it lacks."
     return DataError(
         f"{name} must have one of the formats {', '.join(_in_order(accept))}, its columns make it "
         f"{' and '.join(found)}{lack.text}. {remedy}"
     )
+
+
+def _fewer(found: Collection[DatasetType], accept: Collection[DatasetType]) -> str:
+    """What to leave out of a dataset to read it as an accepted format; blank where that is no remedy."""
+    for _, more in ((kind, fields) for kind, fields in _COLUMNS if kind in found):
+        for kind, fields in ((kind, fields) for kind, fields in _COLUMNS if kind in accept and set(fields) < set(more)):
+            extra = ", ".join(f"{column}: null" for column in more if column not in fields)
+            return f"To read it as {kind} ({', '.join(fields)}), set column_mapping={{{extra}}}."
+    return ""
 
 
 def _missing(name: str, columns: tuple[str, ...], accept: Collection[DatasetType]) -> DataError:

@@ -88,7 +88,7 @@ class RowConverter:
         row = to_messages(row, where=where, role_mapping=self.role_mapping)
         if self.has_system:
             row = with_system(row, where=where)
-        row = asked_by_user(row)
+        row = asked(row)
         if self.text_format is None:
             return row
         first = _first_text(row)
@@ -194,7 +194,7 @@ def to_messages(row: Row, *, where: str, role_mapping: Mapping[str, str] | None 
     mapping = role_mapping or {}
     converted = dict(row)
     for column in MESSAGE_COLUMNS:
-        value = row.get(column)
+        value = _listed(row.get(column))
         if isinstance(value, (list, tuple)):
             at = f"{where}, field {column!r}"
             converted[column] = [_message(item, f"{at}, message {index}", mapping) for index, item in enumerate(value)]
@@ -212,14 +212,33 @@ def to_messages(row: Row, *, where: str, role_mapping: Mapping[str, str] | None 
     return converted
 
 
-def asked_by_user(row: Row) -> Row:
-    """The row with a prompt of text as the user's message, where what follows it are messages of the assistant."""
+def _listed(value: Any) -> Any:
+    """A single message as a list of one, and lists of roles and contents as a list of messages; others as they are."""
+    if not isinstance(value, Mapping) or not {"role", "from"} & set(value):
+        return value
+    columns = [item for item in value.values() if item is not None]
+    if not all(isinstance(item, (list, tuple)) and len(item) == len(columns[0]) for item in columns):
+        return [value]
+    return [
+        {key: None if item is None else item[place] for key, item in value.items()} for place in range(len(columns[0]))
+    ]
+
+
+def asked(row: Row) -> Row:
+    """The row with its prompt as messages, where what follows it are messages of the assistant.
+
+    A prompt of text is the user's message; where there is none, the conversation beside the answers is the prompt.
+    """
     answers = [row[column] for column in _ANSWERS if row.get(column) is not None]
-    if not isinstance(row.get("prompt"), str) or not answers:
+    if not answers or not all(
+        isinstance(answer, list) and answer and _speaker(answer[0]) == "assistant" for answer in answers
+    ):
         return row
-    if not all(isinstance(answer, list) and answer and _speaker(answer[0]) == "assistant" for answer in answers):
-        return row
-    return {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
+    if isinstance(row.get("prompt"), str):
+        return {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
+    if "prompt" not in row and isinstance(row.get("messages"), list):
+        return {("prompt" if column == "messages" else column): value for column, value in row.items()}
+    return row
 
 
 def _speaker(message: Any) -> Any:

@@ -421,3 +421,47 @@ def test_answers_that_say_their_prompt_again_are_refused_with_the_option_that_he
         load([row], config=DPOConfig(), task=ExampleTask.PAIRS)
     without = DPOConfig(column_mapping={"prompt": None})
     assert of(load([row], config=without, task=ExampleTask.PAIRS))[1] == ids(f"a{END}\n")
+
+
+def test_lists_of_roles_and_contents_and_single_messages_are_messages() -> None:
+    want = of(load([{"messages": [says("user", "q"), says("assistant", "a")]}]))
+    columns = {"role": ["user", "assistant"], "content": ["q", "a"], "name": None}
+    assert of(load([{"messages": columns}])) == want
+    assert of(load([{"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}])) == want
+    pair = {
+        "conversations": [{"from": "human", "value": "q"}],
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"from": "gpt", "value": "b"},
+    }
+    found = load([pair], config=DPOConfig(), task=ExampleTask.PAIRS)
+    whole = turn("user", "q") + turn("assistant", "a")
+    assert of(found) == (ids(whole), ids(f"a{END}\n"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "s", "prompt": "q", "completion": "a"},
+        {"system": "s", "messages": [says("user", "q"), says("assistant", "a")]},
+        {"context": "s", "prompt": "q", "completion": "a"},
+    ],
+)
+def test_what_a_column_says_that_nobody_reads_is_counted(row: dict[str, Any]) -> None:
+    column = next(iter(row))
+    silent = {**row, column: " "}
+    found = load([silent, row, row])
+    assert found.report() == (
+        f"2 of 3 rows of the given list have a text in the column '{column}', which is not trained: map it to what it "
+        f"is, as in column_mapping={{{column}: system}}, which begins conversations with it, or to null.",
+    )
+    mapped = load([silent, row, row], config=SFTConfig(column_mapping={column: "system"}))
+    assert mapped.report() == ()
+    assert of(mapped, index=1)[0][: len(ids(turn("system", "s")))] == ids(turn("system", "s"))
+    assert load([silent, row], config=SFTConfig(column_mapping={column: None})).report() == ()
+
+
+def test_a_dataset_of_another_task_says_which_columns_to_leave_out() -> None:
+    row = {"prompt": "q", "completion": "a", "label": True}
+    with pytest.raises(DataError, match=r"read it as prompt_completion .* set column_mapping=\{label: null\}"):
+        load([row])
+    assert of(load([row], config=SFTConfig(column_mapping={"label": None})))[1] == ids("a" + END)

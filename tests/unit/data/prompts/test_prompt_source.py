@@ -125,7 +125,7 @@ def test_arrow_s_empty_keys_of_a_message_are_dropped():
         ("  \n", r"Row 1 .*must not be empty"),
         ("half a pair \ud800", r"Row 1 .*must be valid Unicode, character 12"),
         (7, r"got int 7"),
-        ({"role": "user"}, r"must be text or a list of messages, got \{"),
+        ({"text": "user"}, r"must be text or a list of messages, got \{"),
     ],
 )
 def test_a_row_whose_prompt_is_no_text_is_named(bad, message):
