@@ -104,17 +104,8 @@ QUESTIONS = (
     "task",
 )
 """Columns that hold what is asked where there is no prompt."""
-SPEECH = (
-    "system",
-    "system_prompt",
-    "system_message",
-    "history",
-    "instruction",
-    "context",
-    "input",
-    "question",
-    "query",
-)
+SYSTEM_TEXTS = ("system", "system_prompt", "system_message")
+SPEECH = (*SYSTEM_TEXTS, "history", "instruction", "context", "input", "question", "query")
 """Columns that are likely to hold a part of what was said, and that no format reads."""
 # Whoever has one of these without its partners has mistyped or lost a column.
 _PARTNERED = ("completion", "chosen", "rejected", "completions")

@@ -16,7 +16,7 @@ from trl_ray.config.sections import PromptConfig
 from trl_ray.data.bad_rows import BadRows
 from trl_ray.data.chat.chat_rendering import ChatFormat, own_template, render_chat
 from trl_ray.data.examples.tokenisation import ExampleTokenizer, Text, encode
-from trl_ray.data.formats.detection import Form
+from trl_ray.data.formats.detection import SYSTEM_TEXTS, Form
 from trl_ray.data.prompts.given_completions import GivenAnswer, GivenCompletions, GivenRow, read_given, write_given
 from trl_ray.data.prompts.prompt_rows import PromptReader
 from trl_ray.data.sources.dataset_loading import Origin, Rows
@@ -154,6 +154,13 @@ def prompt_notes(
             f"{split} of {len(drafts)} rows of {name} are conversations that end with an answer: the prompt is what "
             "stands before the assistant's last turn."
         )
+    for column in SYSTEM_TEXTS:
+        count = sum(isinstance(text := draft.columns.get(column), str) and bool(text.strip()) for draft in drafts)
+        if count:
+            yield (
+                f"{count} of {len(drafts)} rows of {name} have a text in the column {column!r}, with which no prompt "
+                f"begins: column_mapping={{{column}: system}} makes it the first message."
+            )
     begun = sum(row.messages is not None and row.messages[-1]["role"] == "assistant" for row in rows)
     if begun:
         yield (

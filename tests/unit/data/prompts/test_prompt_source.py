@@ -264,6 +264,12 @@ def test_columns_are_mapped_and_a_system_column_begins_the_prompt():
     source = load([{"question": "q", "setting": "s", "id": 1, "answer": 2}], column_mapping=mapping)
     assert decoded(source.prompt(0)) == "<system>s<user>q<assistant>"
     assert source.prompt(0).columns == {"answer": 2}
+    assert source.notes == ()
+    unread = load([{"prompt": user("q"), "system": "s"}, {"prompt": user("r"), "system": ""}])
+    assert unread.notes == (
+        "1 of 2 rows of the given list have a text in the column 'system', with which no prompt begins: "
+        "column_mapping={system: system} makes it the first message.",
+    )
     with pytest.raises(DataError, match="Did you mean dataset_prompt_column=question"):
         load([{"question": "q", "answer": 2}])
 
