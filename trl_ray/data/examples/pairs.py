@@ -125,8 +125,8 @@ def read_pair(encoded: Sequence[Encoded], rules: TextRules, *, row: int, likelih
 
 def same_tokens(first: TrainingSample, second: TrainingSample) -> bool:
     """Whether two samples are one sequence."""
-    sequences = [np.concatenate([sample.prompt_ids, sample.completion_ids]) for sample in (first, second)]
-    return np.array_equal(*sequences)
+    one, other = (np.concatenate([sample.prompt_ids, sample.completion_ids]) for sample in (first, second))
+    return np.array_equal(one, other)
 
 
 def answer_sample(
@@ -187,7 +187,7 @@ def read_scored(
     wholes = [whole.token_ids for whole in encoded]
     if not all(map(len, wholes)):
         return Untrained.NO_TARGET
-    if not wholes or np.array_equal(*wholes):
+    if not wholes or np.array_equal(wholes[0], wholes[1]):
         return Untrained.TIE
     if rules.max_length is not None and max(map(len, wholes)) > rules.max_length:
         return Untrained.TOO_LONG

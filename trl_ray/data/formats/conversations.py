@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from trl_ray.config.sections import ROLES
 from trl_ray.data.chat.tool_schemas import without_none
-from trl_ray.data.validation import ROLES, check_message, show
+from trl_ray.data.validation import check_message, show
 from trl_ray.errors import DataError
 from trl_ray.types import Message
 

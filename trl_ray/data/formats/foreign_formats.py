@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trl_ray.config.messages import nearest
+from trl_ray.config.sections import ROLES
 from trl_ray.data.formats.transcripts import TextFormat, read_transcript, recognise
 from trl_ray.data.formats.written_messages import read_list, read_messages
-from trl_ray.data.validation import ROLES, show
+from trl_ray.data.validation import show
 from trl_ray.errors import DataError
 from trl_ray.types import Message
 

@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trl_ray.config.sections import ROLES
 from trl_ray.data.formats.detection import ALL_TYPES, FORMAT_COLUMNS, DatasetFormat, DatasetType, detect
 from trl_ray.data.formats.foreign_formats import RowConverter, converter_for
 from trl_ray.data.formats.records import Record, RecordReader
 from trl_ray.data.formats.transcripts import TextFormat
-from trl_ray.data.validation import ROLES
 from trl_ray.errors import DataError
 
 

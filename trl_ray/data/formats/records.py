@@ -14,11 +14,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from trl_ray.config.sections import ROLES
 from trl_ray.data.chat.tool_schemas import Tool, check_tools
 from trl_ray.data.formats.conversations import check_completion, check_messages
 from trl_ray.data.formats.detection import QUESTIONS, DatasetFormat, DatasetType, Form, check_form
 from trl_ray.data.formats.shared_prompts import shared_prompt
-from trl_ray.data.validation import ROLES, check_no_media, check_unicode, show
+from trl_ray.data.validation import check_no_media, check_unicode, show
 from trl_ray.errors import DataError
 from trl_ray.types import Message
 
