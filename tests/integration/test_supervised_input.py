@@ -153,7 +153,7 @@ CASES = [
     Case(
         name="messages that a table cut off",
         rows=[*chats("user", "assistant"), {"messages": '[{"role": "user", "content": "q"}, {"ro'}],
-        says=["Row 6 ", "'messages'", "cannot be read", "column 36"],
+        says=["Row 6 ", "'messages'", "cannot be read", "column 37"],
     ),
     Case(
         name="images",
@@ -318,7 +318,7 @@ CASES = [
     ),
     Case(
         name="a stream with a bad row at its start",
-        rows=with_row("sft", completion=""),
+        rows=with_row("sft", completion=None),
         arguments=["dataset_streaming=true"],
         says=[*ROW, "'completion'"],
     ),
@@ -360,7 +360,7 @@ def test_a_bad_row_in_the_middle_of_a_stream_ends_the_command_with_its_number_an
     model: str, tmp_path: Path
 ) -> None:
     table = dataset_runs.rows("sft", 40)
-    table[33]["completion"] = ""
+    table[33]["completion"] = None
     changes = {"dataset_streaming": True, "stream_window": 10, "max_steps": 30, "gradient_accumulation_steps": 1}
     config = write_config(tmp_path, model, Case(name="stream", rows=table, changes=changes, says=[]))
     process = command("sft", "--config", str(config))
