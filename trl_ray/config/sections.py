@@ -11,6 +11,7 @@ from trl_ray.config.base import FROM_STRING, Fraction, Natural, Positive, Second
 from trl_ray.config.callback_options import CallbackField
 from trl_ray.config.deepspeed_file import read_deepspeed
 from trl_ray.config.keyword_options import GENERATION_KWARGS, MODEL_INIT_KWARGS, spread
+from trl_ray.config.step_counts import PositiveStepCount, StepCount
 
 
 class Dtype(enum.StrEnum):
@@ -92,8 +93,8 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     dtype: Annotated[Dtype, FROM_STRING] = Dtype.FLOAT32
     """Of the weights the optimizer updates."""
-    bf16: bool = False
-    """Compute forward and backward under bfloat16 autocast."""
+    bf16: bool | None = None
+    """Compute forward and backward under bfloat16 autocast; None: where the learner has GPUs (`learner_num_gpus`)."""
     attn_implementation: str | None = None
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -210,12 +211,13 @@ class TrainingConfig(Section):
     seed: Natural = 42
     max_steps: Annotated[int, Field(ge=-1)] = -1
     """Optimizer steps; -1 trains for `num_train_epochs`."""
-    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     lr_scheduler_type: Annotated[Schedule, FROM_STRING] = Schedule.LINEAR
     lr_scheduler_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
     """Options of that schedule alone, in transformers' names: `min_lr`, `num_cycles`, `power`, `num_decay_steps`."""
-    warmup_steps: Natural = 0
+    warmup_steps: StepCount = 0
+    """Optimizer steps over which the rate rises, or a fraction of the run's below 1."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -231,7 +233,8 @@ class TrainingConfig(Section):
     deepspeed: Annotated[dict[str, Any] | None, BeforeValidator(read_deepspeed)] = None
     """DeepSpeed's configuration or the path of its JSON file, where ``"auto"`` takes the value from here; None trains
     with plain torch."""
-    disable_dropout: bool = True
+    disable_dropout: bool = False
+    """Set every dropout probability of the model and its adapter to 0."""
     share_prompt: Annotated[SharePrompt, FROM_STRING] = SharePrompt.AUTO
     chunk_lm_head_size: Positive | None = None
     """Vocabulary entries in one tile of the language-model head; None lets the device decide. Excludes Liger."""
@@ -249,7 +252,7 @@ class GenerationConfig(Section):
     """Micro-batches of one rank in one generation batch: a multiple of `gradient_accumulation_steps`, and None that."""
     generation_batch_size: Positive | None = None
     """The same, counted in completions over all ranks."""
-    max_completion_length: Positive = 256
+    max_completion_length: Positive = 512
     """Tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -261,7 +264,7 @@ class GenerationConfig(Section):
     """Tokens of a completion before which it may not end."""
     generation_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
     """TRL's spelling of min_tokens (min_new_tokens) and stop (stop_strings): read into these, and empty then."""
-    num_generations_eval: Positive | None = 1
+    num_generations_eval: Positive | None = None
     """Completions per held-out prompt; None takes `num_generations`."""
 
     @property
@@ -380,13 +383,14 @@ class ReportConfig(Section):
     output_dir: str = "runs/run"
     run_name: str | None = None
     overwrite_output_dir: bool = False
-    logging_steps: Positive = 1
-    save_steps: Natural = 50
-    """Steps between checkpoints; 0 writes only the last."""
+    logging_steps: PositiveStepCount = 10
+    """Steps between lines of the console, or a fraction of the run below 1; metrics.jsonl has every step."""
+    save_steps: StepCount = 500
+    """Steps between checkpoints, or a fraction of the run below 1; 0 writes only the last."""
     save_total_limit: Positive | None = None
     """Older checkpoints are deleted once a newer one is complete."""
-    eval_steps: Annotated[Natural, none_is(0)] = 0
-    """Steps between evaluations on held-out prompts; 0 never."""
+    eval_steps: Annotated[StepCount, none_is(0)] = 0
+    """Steps between evaluations on held-out prompts, or a fraction of the run below 1; 0 never."""
     log_completions: bool = True
     num_completions_to_print: Natural = 0
     report_to: Annotated[list[Annotated[str, Field(pattern="^(wandb)$")]], BeforeValidator(_read_report_to)] = Field(

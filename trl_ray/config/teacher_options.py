@@ -208,6 +208,7 @@ class TeacherOptions(TeacherConfig):
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
             gradient_checkpointing=False,
+            bf16=False,
         )
 
     @model_validator(mode="after")

@@ -22,11 +22,8 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
 
     pipeline: str = "distill"
     """Which pipeline this configuration is for; written to config.yaml so that a run can be resumed by its folder."""
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
     max_prompt_length: Positive | None = None
     """Longer prompts lose their head, for the student and its teachers. None refuses what the model does not hold."""
-    max_completion_length: Positive = 512
-    """Tokens."""
     num_generations: Positive = 1
     """Completions per prompt."""
     lmbda: Fraction = 1.0

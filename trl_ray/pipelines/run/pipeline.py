@@ -18,6 +18,7 @@ from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.load import dump_yaml, load_config
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import RuntimeKind
+from trl_ray.config.step_counts import steps_of
 from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, TrlRayError
 from trl_ray.models.adapters.adapter_config import adapter_options
 from trl_ray.models.checkpoint import checkpoint_step, latest_checkpoint
@@ -255,7 +256,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             wandb_project=config.wandb_project,
             run_name=config.run_name,
             print_completions=config.num_completions_to_print,
-            logging_steps=config.logging_steps,
+            logging_steps=steps_of(config.logging_steps, plan.total_steps),
             log_completions=config.log_completions,
         )
         session = self._make_session(
@@ -278,6 +279,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             pipeline=self.name,
             step=step,
             total_steps=plan.total_steps,
+            computes_in=config.computes_in,
             **self._announcement(),
         )
         return session
