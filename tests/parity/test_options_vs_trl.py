@@ -55,7 +55,9 @@ OURS: dict[type[Any], type[Section]] = {
     trl.ScriptArguments: SFTConfig,
     TRLBaseConfig: PRMConfig,
 }
-CALLED: dict[type[Any], str] = {each: each.__name__ for each in OURS} | {TRLBaseConfig: "PRMConfig"}  # TRL 1.16 has no PRMConfig any more
+CALLED: dict[type[Any], str] = {each: each.__name__ for each in OURS} | {
+    TRLBaseConfig: "PRMConfig"
+}  # TRL 1.16 has no PRMConfig any more
 SAME_IN_OTHER_WORDS: dict[str, tuple[Any, Any]] = {
     "eval_steps": (0, None),
     "report_to": ([], "none"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from trl_ray.config.base import FROM_STRING, Fraction, Natural, Positive, Seconds, Section, none_is, none_is_empty
 from trl_ray.config.callback_options import CallbackField
@@ -19,6 +19,22 @@ class Dtype(enum.StrEnum):
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    AUTO = "auto"
+    """The checkpoint's own; a run resolves it before anything else asks."""
+
+
+def _policys(dtype: Dtype | None) -> Dtype | None:
+    return None if dtype is Dtype.AUTO else dtype
+
+
+def _stated(dtype: Dtype) -> Dtype:
+    if dtype is Dtype.AUTO:
+        raise ValueError("must be float32 or bfloat16, got 'auto': only the policy's format is looked up.")
+    return dtype
+
+
+StatedDtype = Annotated[Dtype, FROM_STRING, AfterValidator(_stated)]
+"""A number format that is not looked up."""
 
 
 class QuantType(enum.StrEnum):
@@ -92,7 +108,7 @@ class ModelConfig(Section):
     model_revision: str = "main"
     trust_remote_code: bool = False
     dtype: Annotated[Dtype, FROM_STRING] = Dtype.FLOAT32
-    """Of the weights the optimizer updates."""
+    """Of the weights the optimizer updates; ``auto`` is the checkpoint's (float32 for float16)."""
     bf16: bool | None = None
     """Compute forward and backward under bfloat16 autocast; None: where the learner has GPUs (`learner_num_gpus`)."""
     attn_implementation: str | None = None
@@ -304,8 +320,8 @@ class RolloutConfig(Section):
     """Rollout workers and their engines."""
 
     engine: Annotated[EngineChoice, FROM_STRING] = EngineChoice.AUTO
-    dtype: Annotated[Dtype, FROM_STRING] | None = None
-    """None uses the policy's."""
+    dtype: Annotated[Annotated[Dtype, FROM_STRING] | None, AfterValidator(_policys)] = None
+    """None (or ``auto``) uses the policy's."""
     num_workers: Positive = 1
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0

@@ -5,14 +5,14 @@ AheadConfig + DistillationLossConfig + where completions come from + teachers: [
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
-from trl_ray.config.base import FROM_STRING, Fraction, Positive
+from trl_ray.config.base import Fraction, Positive
 from trl_ray.config.losses.distillation_options import DistillationLossConfig, DistillationObjective, Support
 from trl_ray.config.runs.rollout_config import AheadConfig
-from trl_ray.config.sections import Dtype
+from trl_ray.config.sections import Dtype, StatedDtype
 from trl_ray.config.teacher_options import TeacherKind, TeacherOptions, TeacherPlacement, TeacherSource
 
 
@@ -34,7 +34,7 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
     """One teacher with default options, before those of `teachers`; its name is ``teacher``."""
     teacher_model_revision: str | None = None
     """Of that one; None takes ``main``."""
-    teacher_dtype: Annotated[Dtype, FROM_STRING] = Dtype.FLOAT32
+    teacher_dtype: StatedDtype = Dtype.FLOAT32
     teachers: list[TeacherOptions] = Field(default_factory=list)
     teacher_column: str | None = None
     """Dataset column that names each row's teacher; None gives all rows to the first."""

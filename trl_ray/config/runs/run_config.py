@@ -21,6 +21,7 @@ from trl_ray.config.sections import (
     RuntimeKind,
     TrainingConfig,
 )
+from trl_ray.config.trl_options.reading import read_foreign
 
 
 class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig):
@@ -42,9 +43,14 @@ class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig):
 
     @model_validator(mode="before")
     @classmethod
+    def _read_foreign(cls, values: Any) -> Any:
+        return read_foreign(values, cls.model_fields) if isinstance(values, Mapping) else values
+
+    @model_validator(mode="before")
+    @classmethod
     def _choose_format(cls, values: Any) -> Any:
         # Here, not where it computes: config.yaml says what was computed, and what is built from it agrees.
-        if not isinstance(values, Mapping) or values.get("bf16") is not None:
+        if not isinstance(values, Mapping) or values.get("bf16") not in (None, "auto"):
             return values
         runtime = values.get("runtime")
         learner = runtime.get("learner_num_gpus") if isinstance(runtime, Mapping) else runtime
@@ -72,7 +78,7 @@ class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig):
 
     @model_validator(mode="after")
     def _check_deepspeed(self) -> Self:
-        if self.deepspeed is not None:
+        if self.deepspeed is not None and self.dtype is not Dtype.AUTO:
             resolve_deepspeed(self, num_ranks=self.runtime.num_learners, dtype=self.dtype)
         return self
 
