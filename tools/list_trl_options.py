@@ -59,6 +59,14 @@ EVERYWHERE = (trl.ModelConfig, trl.ScriptArguments)
 """TRL's scripts read them beside each of these."""
 
 
+INTRODUCTION = (
+    "Written by `tools/list_trl_options.py` from TRL 1.16's classes (with ModelConfig and ScriptArguments) and the",
+    "tables in `trl_ray/config/trl_options/`. *honoured*: it does here what it does there, or is read into an option",
+    "that does. *accepted*: whatever it says asks for what happens anyway, or for nothing that is trained.",
+    "*accepted in part*: with the values listed; others are refused with what to do instead. *refused*: with none.",
+)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
     """What becomes of one option in one pipeline."""
@@ -113,10 +121,7 @@ def page() -> str:
         [
             "# Options of TRL and what becomes of them",
             "",
-            "Written by `tools/list_trl_options.py` from TRL 1.16's classes (with ModelConfig and ScriptArguments) and the",
-            "tables in `trl_ray/config/trl_options/`. *honoured*: it does here what it does there, or is read into an option",
-            "that does. *accepted*: whatever it says asks for what happens anyway, or for nothing that is trained. *accepted in",
-            "part*: with the values listed; others are refused with what to do instead. *refused*: no value can be honoured.",
+            *INTRODUCTION,
             "",
             f"| | {' | '.join(Standing)} |",
             "|---|---|---|---|---|",

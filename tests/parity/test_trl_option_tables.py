@@ -1,4 +1,4 @@
-"""Every option that TRL's commands take is honoured, accepted or refused with a reason, and the page of them is current."""
+"""Every option that TRL's commands take is honoured, accepted or refused with a reason; the page of them is current."""
 
 from __future__ import annotations
 

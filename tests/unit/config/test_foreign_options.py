@@ -1,4 +1,4 @@
-"""Options of TRL and its neighbours that are none here: read into ours, accepted, or refused with what to do instead."""
+"""Options of TRL and its neighbours that are none here: read into ours, accepted, or refused with a remedy."""
 
 from __future__ import annotations
 

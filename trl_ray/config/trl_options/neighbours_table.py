@@ -84,7 +84,7 @@ def _per_epoch(option: str) -> tuple[ForeignOption, ...]:
 HANDBOOK: Rows = {
     "dataset_mixer": read_by(
         _mixer,
-        says="Shares other than 1.0: name a part of a dataset by its split, datasets: [{path: NAME, split: 'train[:10%]'}].",
+        says="Name a part of a dataset by its split: datasets: [{path: NAME, split: 'train[:10%]'}].",
     ),
     "dataset_splits": read_by(_splits, says="Set dataset_train_split and dataset_test_split."),
     "dataset_configs": only(None, [], says="Set dataset_config, or name in datasets."),

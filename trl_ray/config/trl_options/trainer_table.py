@@ -72,7 +72,7 @@ ENGINES: Rows = {
         needs=("rollout",),
     ),
     "vllm_enable_sleep_mode": always(
-        "Engines generate while the learner trains, so they keep their memory: rollout.gpu_memory_utilization bounds it.",
+        "Engines generate while the learner trains and keep their memory: rollout.gpu_memory_utilization bounds it.",
         "rollout",
     ),
     "vllm_enable_prefix_caching": always("Prompts of a group are computed once.", "rollout"),
@@ -123,7 +123,7 @@ TEACHERS: Rows = {
     "teacher_model_server_url": only(None, says=_TEACHER_SERVER, needs=("teachers",)),
     "teacher_model_name_or_path": only(
         None,
-        says="Set teacher_model_kind: the policy is its own teacher. For another model's lessons use the pipeline distill.",
+        says="Set teacher_model_kind: the policy is its own teacher. Another model teaches in the pipeline distill.",
         needs=("teacher_model_kind",),
     ),
     "reverse_kl_top_1_mode": never(
