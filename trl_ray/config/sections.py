@@ -249,7 +249,7 @@ class TrainingConfig(Section):
     deepspeed: Annotated[dict[str, Any] | None, BeforeValidator(read_deepspeed)] = None
     """DeepSpeed's configuration or the path of its JSON file, where ``"auto"`` takes the value from here; None trains
     with plain torch."""
-    disable_dropout: bool = False
+    disable_dropout: bool = True
     """Set every dropout probability of the model and its adapter to 0."""
     share_prompt: Annotated[SharePrompt, FROM_STRING] = SharePrompt.AUTO
     chunk_lm_head_size: Positive | None = None

@@ -67,6 +67,7 @@ class SFTConfig(SupervisedRunConfig, SupervisedExampleConfig, SupervisedLossConf
     """Supervised fine-tuning; names and defaults are those of TRL's SFTConfig."""
 
     pipeline: Literal["sft"] = "sft"
+    disable_dropout: bool = False
     learning_rate: LearningRate = 2e-5
 
     @model_validator(mode="after")
@@ -85,7 +86,6 @@ class DPOConfig(SupervisedRunConfig, PreferenceLossConfig):
     """Preference optimisation against a reference; names and defaults are those of TRL's DPOConfig."""
 
     pipeline: Literal["dpo"] = "dpo"
-    disable_dropout: bool = True
 
     @model_validator(mode="after")
     def _check_adapter_reference(self) -> Self:
@@ -101,7 +101,6 @@ class KTOConfig(SupervisedRunConfig, UnpairedLossConfig):
     """Preference optimisation on rated completions; names and defaults are those of TRL's KTOConfig."""
 
     pipeline: Literal["kto"] = "kto"
-    disable_dropout: bool = True
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
@@ -117,21 +116,18 @@ class CPOConfig(SupervisedRunConfig, CPOLossConfig):
     """Preference optimisation without a reference (CPO, SimPO); names and defaults are those of TRL's CPOConfig."""
 
     pipeline: Literal["cpo"] = "cpo"
-    disable_dropout: bool = True
 
 
 class ORPOConfig(SupervisedRunConfig, ORPOLossConfig):
     """Odds-ratio preference optimisation; names and defaults are those of TRL's ORPOConfig."""
 
     pipeline: Literal["orpo"] = "orpo"
-    disable_dropout: bool = True
 
 
 class RewardModelConfig(SupervisedRunConfig, RewardLossConfig):
     """Reward modelling on pairs; names and defaults are those of TRL's RewardConfig."""
 
     pipeline: Literal["reward"] = "reward"
-    disable_dropout: bool = True
     learning_rate: LearningRate = 1e-4
     metric_for_best_model: str = "accuracy"
 
@@ -140,6 +136,5 @@ class PRMConfig(SupervisedRunConfig, SteppedExampleConfig, StepLossConfig):
     """Process-reward modelling on rated steps; names and defaults are those of TRL's PRMConfig."""
 
     pipeline: Literal["prm"] = "prm"
-    disable_dropout: bool = True
     learning_rate: LearningRate = 1e-5
     metric_for_best_model: str = "accuracy"

@@ -124,7 +124,7 @@ def test_the_queue_learns_how_far_generation_may_run_ahead(model):
 def test_the_plan_in_numbers(model):
     plan = prepared(model, kind=AsyncGRPOConfig, max_staleness=2).describe()
     assert json.loads(json.dumps(plan)) == {
-        "optimizer steps": 8,
+        "optimizer steps": 3,
         "updates per step": 1,
         "learner ranks": 1,
         "learner computes in": "float32 (bf16 is the default where runtime.learner_num_gpus is above 0)",
