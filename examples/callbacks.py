@@ -72,6 +72,7 @@ def main() -> None:
             max_length=64,
             per_device_train_batch_size=8,
             max_steps=given.steps,
+            logging_steps=1,
             learning_rate=2e-5,
             gradient_checkpointing=False,
             eval_steps=4,

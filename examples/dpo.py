@@ -48,6 +48,7 @@ def main() -> None:
             ref_log_probs_cache_dir=str(Path(given.output_dir) / "reference"),
             per_device_train_batch_size=8,
             max_steps=given.steps,
+            logging_steps=1,
             learning_rate=5e-6,
             lr_scheduler_type=Schedule.CONSTANT,
             gradient_checkpointing=False,

@@ -47,6 +47,7 @@ def main() -> None:
             beta=0.1,
             per_device_train_batch_size=8,
             max_steps=given.steps,
+            logging_steps=1,
             learning_rate=5e-6,
             lr_scheduler_type=Schedule.CONSTANT,
             gradient_checkpointing=False,

@@ -48,6 +48,7 @@ def main() -> None:
             max_length=128,
             per_device_train_batch_size=8,
             max_steps=given.steps,
+            logging_steps=1,
             learning_rate=5e-5,
             lr_scheduler_type=Schedule.CONSTANT,
             gradient_checkpointing=False,

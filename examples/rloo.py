@@ -59,6 +59,7 @@ def main() -> None:
             gradient_accumulation_steps=2,
             max_completion_length=16,
             max_steps=given.steps,
+            logging_steps=1,
             learning_rate=1e-5,
             lr_scheduler_type=Schedule.CONSTANT,
             gradient_checkpointing=False,

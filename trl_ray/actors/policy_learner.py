@@ -234,10 +234,10 @@ class PolicyLearner:
             source = self._teacher_source
             initial = needs.reference or (source is not None and source.is_initial)
             self._model = load_policy(model, with_reference=initial, **options)
-            return ScoringModule(self._model, chunk_size=training.chunk_lm_head_size, bf16=model.bf16)
+            return ScoringModule(self._model, chunk_size=training.chunk_lm_head_size, bf16=bool(model.bf16))
         self._model = load_classifier(model, num_labels=needs.head.num_labels, **options)
         self._tokenizer = load_classifier_tokenizer(model, path=self._checkpoint)
-        return ClassifierModule(self._model, bf16=model.bf16)
+        return ClassifierModule(self._model, bf16=bool(model.bf16))
 
     def _make_backend(self, module: PredictorModule) -> TrainingBackend:
         options: dict[str, Any] = {"total_updates": self._total_updates, "ranks": self._ranks}

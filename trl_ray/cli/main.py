@@ -1,11 +1,11 @@
 """`trl-ray`: runs pipelines, resumes runs, draws reports.
 
-    trl-ray PIPELINE --config FILE [a.b=c ...] [--dry-run]      trl-ray resume RUN_DIR
-    trl-ray teacher-serve [--config FILE] [a.b=c ...] [--dry-run]
-                                                                trl-ray report RUN_DIR
-    PIPELINE: sft dpo kto cpo orpo reward prm                   trl-ray env
-              grpo async-grpo rloo sdpo distill
+    trl-ray PIPELINE [--config FILE] [OPTIONS] [--dry-run]      trl-ray resume RUN_DIR
+    trl-ray teacher-serve [--config FILE] [OPTIONS] [--dry-run] trl-ray report RUN_DIR
+    trl-ray PIPELINE --help                                     trl-ray env
+    PIPELINE: sft dpo kto cpo orpo reward prm grpo async-grpo rloo sdpo distill
               package.module:Class, file.py:Class
+    OPTIONS:  a.b=c, --a.b c, --a.b=c, --list x y z, --switch, --no_switch
 
 Exit codes: 0 done and the ledger balances; 2 the input was wrong; 3 the run failed; 130 interrupted.
 """
@@ -21,9 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trl_ray.config.load import load_config, read_yaml
+from trl_ray.cli.option_arguments import read_options
+from trl_ray.cli.option_help import describe_options
+from trl_ray.config.base import Section
+from trl_ray.config.load import apply_overrides, build, read_yaml
 from trl_ray.config.messages import nearest
 from trl_ray.config.object_paths import entry_point_paths, real_path
+from trl_ray.config.teacher_options import TeacherServeConfig
 from trl_ray.errors import ConfigError, InputError, InterruptedRun, RunError, TrlRayError
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.pipelines.pipeline_registry import ENTRY_POINTS, PIPELINES, find_pipeline
@@ -40,6 +44,7 @@ class ExitCode(enum.IntEnum):
 
 
 _SERVE = "teacher-serve"
+_SERVES = "answer for a teacher over HTTP"
 _BUILT_IN = frozenset({*PIPELINES, _SERVE, "resume", "report", "env"})
 
 
@@ -56,20 +61,26 @@ def build_parser(*, outside: str | None = None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     pipelines = PIPELINES if outside is None else {**PIPELINES, outside: find_pipeline(outside)}
     for name, pipeline in pipelines.items():
-        sub = commands.add_parser(name, help=(pipeline.__doc__ or "").split("\n", 1)[0])
-        sub.add_argument("--config", required=True, metavar="FILE", help="YAML file")
-        sub.add_argument("--dry-run", action="store_true", help="print the resolved plan and start nothing")
-        sub.add_argument("overrides", nargs="*", metavar="a.b=c", help="override an option of the file")
+        sub = commands.add_parser(name, help=_summary(pipeline), add_help=False)
+        _add_options(sub)
     resume = commands.add_parser("resume", help="go on with a run from its last checkpoint")
     resume.add_argument("run_dir")
     report = commands.add_parser("report", help="draw RUN_DIR/report.html again")
     report.add_argument("run_dir")
-    serve = commands.add_parser(_SERVE, help="answer for a teacher over HTTP")
-    serve.add_argument("--config", metavar="FILE", help="YAML file; everything may be given as overrides, too")
-    serve.add_argument("--dry-run", action="store_true", help="print the resolved plan and start nothing")
-    serve.add_argument("overrides", nargs="*", metavar="a.b=c", help="set an option, or override that of the file")
+    _add_options(commands.add_parser(_SERVE, help=_SERVES, add_help=False))
     commands.add_parser("env", help="print versions and hardware, for bug reports")
     return parser
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    # What the command itself reads; the rest is read by `read_options`, which knows the configuration.
+    command.add_argument("--config", metavar="FILE")
+    command.add_argument("--dry-run", "--dry_run", dest="dry_run", action="store_true")
+    command.add_argument("-h", "--help", dest="help", action="store_true")
+
+
+def _summary(pipeline: type[Any]) -> str:
+    return (pipeline.__doc__ or "").split("\n", 1)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,21 +114,38 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             f"{argv[0]!r} is not a command. "
             + (f"Did you mean {guess!r}?" if guess else f"Commands: {', '.join(known)}.")
         )
-    takes_overrides = is_outside or (argv and argv[0] in {*PIPELINES, _SERVE})
-    return _parse_overrides(parser, argv) if takes_overrides else parser.parse_args(argv)
+    takes_options = is_outside or (argv and argv[0] in {*PIPELINES, _SERVE})
+    return _parse_options(parser, argv) if takes_options else parser.parse_args(argv)
 
 
-def _parse_overrides(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    # Overrides may stand on both sides of --config, which plain parse_args does not allow.
+def _parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
-    unknown = [item for item in rest if "=" not in item]
-    if unknown:
-        raise ConfigError(f"unrecognized arguments: {' '.join(unknown)}. Options are overridden as key=value.")
-    args.overrides = [*args.overrides, *rest]
+    args.overrides = [] if args.help else read_options(rest, _config_class(args.command))
     return args
 
 
+def _config_class(command: str) -> type[Section]:
+    if command == _SERVE:
+        return TeacherServeConfig
+    found: type[Section] = find_pipeline(command).config_class
+    return found
+
+
+def _set_environment(values: dict[str, Any]) -> None:
+    """What TRL's files say under `env`, which is not kept: it may hold secrets."""
+    given = values.pop("env", None)
+    if given is None:
+        return
+    if not isinstance(given, dict) or any(isinstance(each, (dict, list)) for each in given.values()):
+        raise ConfigError(f"env must hold names of environment variables and their values, got {given!r}.")
+    os.environ.update({str(name): str(value) for name, value in given.items()})
+
+
 def _dispatch(args: argparse.Namespace) -> int:
+    if getattr(args, "help", False):
+        what = _SERVES if args.command == _SERVE else _summary(find_pipeline(args.command))
+        print(describe_options(args.command, _config_class(args.command), what=what))
+        return ExitCode.DONE
     if args.command == "env":
         from trl_ray.observe.environment import describe_environment, format_environment
 
@@ -133,7 +161,9 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "resume":
         return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir).train())
     pipeline_class: Any = find_pipeline(args.command)
-    config = load_config(pipeline_class.config_class, args.config, args.overrides)
+    values = apply_overrides({} if args.config is None else read_yaml(args.config), args.overrides)
+    _set_environment(values)
+    config = build(pipeline_class.config_class, values)
     if config.pipeline != real_path(args.command):
         # A file's path is relative to this folder, and the run may be resumed from any.
         config = config.replace(pipeline=real_path(args.command))

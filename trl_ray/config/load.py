@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import yaml
 
 from trl_ray.config.base import Section
-from trl_ray.config.messages import unknown_key
 from trl_ray.errors import ConfigError
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -111,9 +110,6 @@ def build(section: type[SectionT], values: Mapping[str, Any]) -> SectionT:
     Raises:
         ConfigError: unknown key (the nearest is named), wrong type, value not allowed, or a contradiction.
     """
-    unknown = [key for key in values if key not in section.model_fields]
-    if unknown:
-        raise ConfigError("\n".join(unknown_key(str(key), section.model_fields) for key in unknown))
     return section(**{str(key): value for key, value in values.items()})
 
 

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from trl_ray.config.counterparts import counterpart
+from trl_ray.config.trl_options.foreign_option import Standing
+from trl_ray.config.trl_options.reading import ABSENT, entry_of, why_not
+
+_MANY = 40
+"""Keys that are too many to be listed in one message."""
 
 
 def nearest(key: str, known: Iterable[str]) -> str | None:
-    """The known key most like a mistyped one, or None when nothing is close."""
-    matches = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    """The known key that a mistyped one was meant to be, or None where it looks like another word.
+
+    Word by word, as names of options share words: max_prompt_length is no mistyped max_completion_length.
+    """
+    near = difflib.get_close_matches(key, list(known), n=5, cutoff=0.7)
+    return next((each for each in near if _is_mistyped(key, each)), None)
+
+
+def _is_mistyped(key: str, known: str) -> bool:
+    words, meant = re.split(r"[_\-.]", key.lower()), re.split(r"[_\-.]", known.lower())
+    if len(words) != len(meant):
+        # An underscore too many or too few.
+        return difflib.SequenceMatcher(None, "".join(words), "".join(meant)).ratio() > 0.9
+    return all(
+        difflib.SequenceMatcher(None, word, other).ratio() >= 0.7 for word, other in zip(words, meant, strict=True)
+    )
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -25,7 +43,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return unknown_key(path, _fields_at(model, item["loc"][:-1]))
+        return unknown_key(path, _fields_at(model, item["loc"][:-1]), item["input"])
     if item["type"] == "value_error":
         text = str(item["ctx"]["error"])
         # A sentence about one option begins after its name; one about several names them itself.
@@ -39,14 +57,28 @@ def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
     return f"{path} must be {rule}, got {item['input']!r}."
 
 
-def unknown_key(path: str, known: Iterable[str]) -> str:
-    """The message for a key that no owner reads."""
+def unknown_key(path: str, known: Iterable[str], value: Any = ABSENT) -> str:
+    """The message for a key that no owner reads.
+
+    Args:
+        path: its dotted name.
+        known: keys that its owner reads.
+        value: that it was given; some options of TRL's are accepted with other values.
+    """
     known = list(known)
-    instead = counterpart(path, known)
-    if instead is not None:
-        return f"{path!r} is not an option here. {instead}"
+    entry, instead = entry_of(path, known), why_not(path, value, known)
+    if entry is not None and instead is not None:
+        is_wrong_value = value is not ABSENT and entry.standing is not Standing.REFUSED
+        return f"{path!r} cannot be {value!r} here. {instead}" if is_wrong_value else _not_here(path, instead)
     guess = nearest(path.rpartition(".")[2], known)
-    hint = f"Did you mean {guess!r}?" if guess else f"Known keys: {', '.join(sorted(known))}."
+    if guess:
+        return _not_here(path, f"Did you mean {guess!r}?")
+    if len(known) > _MANY:
+        return _not_here(path, "Remove it; --help lists all options.")
+    return _not_here(path, f"Known keys: {', '.join(sorted(known))}.")
+
+
+def _not_here(path: str, hint: str) -> str:
     return f"{path!r} is not an option here. {hint}"
 
 

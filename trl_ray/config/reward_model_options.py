@@ -13,7 +13,7 @@ from pydantic import Field
 
 from trl_ray.config.base import FROM_STRING, Positive, Seconds, Section
 from trl_ray.config.losses.reward_modelling_options import StepAggregation
-from trl_ray.config.sections import Dtype
+from trl_ray.config.sections import Dtype, StatedDtype
 
 
 class RewardModelKind(enum.StrEnum):
@@ -47,7 +47,7 @@ class RewardModelOptions(Section):
     """Hub name, a folder written by save_pretrained, or the folder of an adapter."""
     revision: str = "main"
     trust_remote_code: bool = False
-    dtype: Annotated[Dtype, FROM_STRING] = Dtype.FLOAT32
+    dtype: StatedDtype = Dtype.FLOAT32
     """Of its weights."""
     bf16: bool = False
     """Compute under bfloat16 autocast."""

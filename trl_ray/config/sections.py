@@ -5,12 +5,13 @@ from __future__ import annotations
 import enum
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from trl_ray.config.base import FROM_STRING, Fraction, Natural, Positive, Seconds, Section, none_is, none_is_empty
 from trl_ray.config.callback_options import CallbackField
 from trl_ray.config.deepspeed_file import read_deepspeed
 from trl_ray.config.keyword_options import GENERATION_KWARGS, MODEL_INIT_KWARGS, spread
+from trl_ray.config.step_counts import PositiveStepCount, StepCount
 
 
 class Dtype(enum.StrEnum):
@@ -18,6 +19,22 @@ class Dtype(enum.StrEnum):
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    AUTO = "auto"
+    """The checkpoint's own; a run resolves it before anything else asks."""
+
+
+def _policys(dtype: Dtype | None) -> Dtype | None:
+    return None if dtype is Dtype.AUTO else dtype
+
+
+def _stated(dtype: Dtype) -> Dtype:
+    if dtype is Dtype.AUTO:
+        raise ValueError("must be float32 or bfloat16, got 'auto': only the policy's format is looked up.")
+    return dtype
+
+
+StatedDtype = Annotated[Dtype, FROM_STRING, AfterValidator(_stated)]
+"""A number format that is not looked up."""
 
 
 class QuantType(enum.StrEnum):
@@ -91,9 +108,9 @@ class ModelConfig(Section):
     model_revision: str = "main"
     trust_remote_code: bool = False
     dtype: Annotated[Dtype, FROM_STRING] = Dtype.FLOAT32
-    """Of the weights the optimizer updates."""
-    bf16: bool = False
-    """Compute forward and backward under bfloat16 autocast."""
+    """Of the weights the optimizer updates; ``auto`` is the checkpoint's (float32 for float16)."""
+    bf16: bool | None = None
+    """Compute forward and backward under bfloat16 autocast; None: where the learner has GPUs (`learner_num_gpus`)."""
     attn_implementation: str | None = None
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -290,12 +307,13 @@ class TrainingConfig(Section):
     seed: Natural = 42
     max_steps: Annotated[int, Field(ge=-1)] = -1
     """Optimizer steps; -1 trains for `num_train_epochs`."""
-    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     lr_scheduler_type: Annotated[Schedule, FROM_STRING] = Schedule.LINEAR
     lr_scheduler_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
     """Options of that schedule alone, in transformers' names: `min_lr`, `num_cycles`, `power`, `num_decay_steps`."""
-    warmup_steps: Natural = 0
+    warmup_steps: StepCount = 0
+    """Optimizer steps over which the rate rises, or a fraction of the run's below 1."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -312,6 +330,7 @@ class TrainingConfig(Section):
     """DeepSpeed's configuration or the path of its JSON file, where ``"auto"`` takes the value from here; None trains
     with plain torch."""
     disable_dropout: bool = True
+    """Set every dropout probability of the model and its adapter to 0."""
     share_prompt: Annotated[SharePrompt, FROM_STRING] = SharePrompt.AUTO
     chunk_lm_head_size: Positive | None = None
     """Vocabulary entries in one tile of the language-model head; None lets the device decide. Excludes Liger."""
@@ -329,7 +348,7 @@ class GenerationConfig(Section):
     """Micro-batches of one rank in one generation batch: a multiple of `gradient_accumulation_steps`, and None that."""
     generation_batch_size: Positive | None = None
     """The same, counted in completions over all ranks."""
-    max_completion_length: Positive = 256
+    max_completion_length: Positive = 512
     """Tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -341,7 +360,7 @@ class GenerationConfig(Section):
     """Tokens of a completion before which it may not end."""
     generation_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
     """TRL's spelling of min_tokens (min_new_tokens) and stop (stop_strings): read into these, and empty then."""
-    num_generations_eval: Positive | None = 1
+    num_generations_eval: Positive | None = None
     """Completions per held-out prompt; None takes `num_generations`."""
 
     @property
@@ -381,8 +400,8 @@ class RolloutConfig(Section):
     """Rollout workers and their engines."""
 
     engine: Annotated[EngineChoice, FROM_STRING] = EngineChoice.AUTO
-    dtype: Annotated[Dtype, FROM_STRING] | None = None
-    """None uses the policy's."""
+    dtype: Annotated[Annotated[Dtype, FROM_STRING] | None, AfterValidator(_policys)] = None
+    """None (or ``auto``) uses the policy's."""
     num_workers: Positive = 1
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
@@ -460,13 +479,14 @@ class ReportConfig(Section):
     output_dir: str = "runs/run"
     run_name: str | None = None
     overwrite_output_dir: bool = False
-    logging_steps: Positive = 1
-    save_steps: Natural = 50
-    """Steps between checkpoints; 0 writes only the last."""
+    logging_steps: PositiveStepCount = 10
+    """Steps between lines of the console, or a fraction of the run below 1; metrics.jsonl has every step."""
+    save_steps: StepCount = 500
+    """Steps between checkpoints, or a fraction of the run below 1; 0 writes only the last."""
     save_total_limit: Positive | None = None
     """Older checkpoints are deleted once a newer one is complete."""
-    eval_steps: Annotated[Natural, none_is(0)] = 0
-    """Steps between evaluations on held-out prompts; 0 never."""
+    eval_steps: Annotated[StepCount, none_is(0)] = 0
+    """Steps between evaluations on held-out prompts, or a fraction of the run below 1; 0 never."""
     log_completions: bool = True
     num_completions_to_print: Natural = 0
     report_to: Annotated[list[Annotated[str, Field(pattern="^(wandb)$")]], BeforeValidator(_read_report_to)] = Field(

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from trl_ray.config.base import FROM_STRING, Positive, Seconds, Section
-from trl_ray.config.sections import Dtype, ModelConfig
+from trl_ray.config.sections import Dtype, ModelConfig, StatedDtype
 
 
 class TeacherKind(enum.StrEnum):
@@ -185,7 +185,7 @@ class TeacherOptions(TeacherConfig):
     """Hub name or local folder; left out with `server`."""
     model_revision: str = "main"
     trust_remote_code: bool = False
-    dtype: Annotated[Dtype, FROM_STRING] = Dtype.FLOAT32
+    dtype: StatedDtype = Dtype.FLOAT32
     attn_implementation: str | None = None
     engine: Annotated[TeacherEngine, FROM_STRING] = TeacherEngine.TRANSFORMERS
     max_model_len: Positive | None = None
@@ -208,6 +208,7 @@ class TeacherOptions(TeacherConfig):
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
             gradient_checkpointing=False,
+            bf16=False,
         )
 
     @model_validator(mode="after")

@@ -378,6 +378,16 @@ def load_model_config(model: ModelConfig, *, path: str | None = None) -> Pretrai
     return config
 
 
+def checkpoint_dtype(model: ModelConfig) -> Dtype:
+    """The number format of the checkpoint's weights; float32 for one that is not trained in here, like float16.
+
+    Raises:
+        ModelError: its configuration cannot be loaded.
+    """
+    written = getattr(load_model_config(model).get_text_config(), "dtype", None)
+    return Dtype.BFLOAT16 if written is torch.bfloat16 else Dtype.FLOAT32
+
+
 def max_positions(model: ModelConfig) -> int | None:
     """Tokens a model allows in prompt plus completion; None where its configuration does not say.
 

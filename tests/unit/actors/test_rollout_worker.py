@@ -138,7 +138,7 @@ class Stage:
             name="rollout-0",
             model=ModelConfig(model_name_or_path="none"),
             rollout=RolloutConfig(lease_s=lease_s),
-            generation=GenerationConfig(num_generations=G, **generation or {}),
+            generation=GenerationConfig(**{"num_generations": G, "num_generations_eval": 1, **(generation or {})}),
             seed=seed,
             max_model_len=64,
             weight_check_tolerance=0.01,

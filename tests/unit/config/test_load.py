@@ -75,7 +75,7 @@ def test_all_wrong_values_are_told_at_once() -> None:
         ),
         ({"report_to": ["tensorboard"]}, "report_to.0 must be one of wandb, got 'tensorboard'."),
         ({"runtime": {"num_cpus": "4"}}, "runtime.num_cpus must be a valid integer, got '4'."),
-        ({"rollout": {"dtype": "float16"}}, "rollout.dtype must be 'float32' or 'bfloat16', got 'float16'."),
+        ({"rollout": {"dtype": "float16"}}, "rollout.dtype must be 'float32', 'bfloat16' or 'auto', got 'float16'."),
         (
             {"runtime": {"placement_strategy": "pack"}},
             "runtime.placement_strategy must be one of PACK, SPREAD, STRICT_PACK, STRICT_SPREAD, got 'pack'.",

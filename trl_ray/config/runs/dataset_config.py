@@ -67,6 +67,7 @@ class SFTConfig(SupervisedRunConfig, SupervisedExampleConfig, SupervisedLossConf
     """Supervised fine-tuning; names and defaults are those of TRL's SFTConfig."""
 
     pipeline: Literal["sft"] = "sft"
+    disable_dropout: bool = False
     learning_rate: LearningRate = 2e-5
 
     @model_validator(mode="after")

@@ -5,14 +5,14 @@ AheadConfig + DistillationLossConfig + where completions come from + teachers: [
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
-from trl_ray.config.base import FROM_STRING, Fraction, Positive
+from trl_ray.config.base import Fraction, Positive
 from trl_ray.config.losses.distillation_options import DistillationLossConfig, DistillationObjective, Support
 from trl_ray.config.runs.rollout_config import AheadConfig
-from trl_ray.config.sections import Dtype
+from trl_ray.config.sections import Dtype, StatedDtype
 from trl_ray.config.teacher_options import TeacherKind, TeacherOptions, TeacherPlacement, TeacherSource
 
 
@@ -22,11 +22,8 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
 
     pipeline: str = "distill"
     """Which pipeline this configuration is for; written to config.yaml so that a run can be resumed by its folder."""
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
     max_prompt_length: Positive | None = None
     """Longer prompts lose their head, for the student and its teachers. None refuses what the model does not hold."""
-    max_completion_length: Positive = 512
-    """Tokens."""
     num_generations: Positive = 1
     """Completions per prompt."""
     lmbda: Fraction = 1.0
@@ -37,7 +34,7 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
     """One teacher with default options, before those of `teachers`; its name is ``teacher``."""
     teacher_model_revision: str | None = None
     """Of that one; None takes ``main``."""
-    teacher_dtype: Annotated[Dtype, FROM_STRING] = Dtype.FLOAT32
+    teacher_dtype: StatedDtype = Dtype.FLOAT32
     teachers: list[TeacherOptions] = Field(default_factory=list)
     teacher_column: str | None = None
     """Dataset column that names each row's teacher; None gives all rows to the first."""

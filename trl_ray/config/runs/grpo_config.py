@@ -27,6 +27,8 @@ from trl_ray.config.losses.policy_options import (
     LossType,
 )
 from trl_ray.config.runs.rollout_config import AheadConfig, RolloutRunConfig
+from trl_ray.config.sections import Schedule
+from trl_ray.config.step_counts import PositiveStepCount
 
 
 class GRPOConfig(RolloutRunConfig, LossConfig, AdvantageConfig):
@@ -111,7 +113,6 @@ class RLOOConfig(GRPOConfig):
 
     pipeline: str = "rloo"
     num_generations: Annotated[int, Field(ge=2)] = 2
-    max_completion_length: Positive = 512
     advantage_baseline: Annotated[AdvantageBaseline, FROM_STRING] = AdvantageBaseline.LEAVE_ONE_OUT
     scale_rewards: ScaleRewardsOption = ScaleRewards.NONE
     loss_type: Annotated[LossType, FROM_STRING] = LossType.GRPO
@@ -126,4 +127,9 @@ class AsyncGRPOConfig(GRPOConfig, AheadConfig):
     """Asynchronous GRPO: generation, rewards and training overlap, at most `max_staleness` steps apart."""
 
     pipeline: str = "async-grpo"
+    max_completion_length: Positive = 2048
+    """Tokens."""
+    lr_scheduler_type: Annotated[Schedule, FROM_STRING] = Schedule.CONSTANT
+    logging_steps: PositiveStepCount = 1
+    """Steps between lines of the console, or a fraction of the run below 1; metrics.jsonl has every step."""
     max_staleness: Natural = 4

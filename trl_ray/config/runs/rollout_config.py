@@ -31,6 +31,8 @@ from trl_ray.config.teacher_options import TeacherSource
 class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
     """A run with rollout workers, whatever is learnt from their completions."""
 
+    disable_dropout: bool = False
+    """Set every dropout probability of the model and its adapter to 0."""
     reward_funcs: list[str] = Field(default_factory=list)
     """Registered names or dotted paths ``package.module:function``."""
     reward_weights: list[float] | None = None

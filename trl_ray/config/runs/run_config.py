@@ -14,12 +14,14 @@ from trl_ray.config.deepspeed import resolve_deepspeed
 from trl_ray.config.object_paths import is_same_object
 from trl_ray.config.sections import (
     DataConfig,
+    Dtype,
     ModelConfig,
     ReportConfig,
     RuntimeConfig,
     RuntimeKind,
     TrainingConfig,
 )
+from trl_ray.config.trl_options.reading import read_foreign
 
 
 class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig):
@@ -39,6 +41,32 @@ class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig):
             raise ValueError(f"pipeline must be {own} here, got {given}. Run it with: trl-ray {given} --config FILE")
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_foreign(cls, values: Any) -> Any:
+        return read_foreign(values, cls.model_fields) if isinstance(values, Mapping) else values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_format(cls, values: Any) -> Any:
+        # Here, not where it computes: config.yaml says what was computed, and what is built from it agrees.
+        if not isinstance(values, Mapping) or values.get("bf16") not in (None, "auto"):
+            return values
+        runtime = values.get("runtime")
+        learner = runtime.get("learner_num_gpus") if isinstance(runtime, Mapping) else runtime
+        gpus = learner.learner_num_gpus if isinstance(learner, RuntimeConfig) else learner
+        return {**values, "bf16": isinstance(gpus, (int, float)) and gpus > 0}
+
+    @property
+    def computes_in(self) -> str:
+        """The number format of forward and backward, and why where it is not TRL's default."""
+        if self.bf16:
+            return "bfloat16 (autocast)"
+        if self.dtype is not Dtype.FLOAT32:
+            return self.dtype.value
+        on_cpu = self.runtime.learner_num_gpus == 0
+        return "float32" + (" (bf16 is the default where runtime.learner_num_gpus is above 0)" if on_cpu else "")
+
     @model_validator(mode="after")
     def _check_kernels(self) -> Self:
         if self.use_liger_kernel and self.chunk_lm_head_size is not None:
@@ -50,7 +78,7 @@ class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig):
 
     @model_validator(mode="after")
     def _check_deepspeed(self) -> Self:
-        if self.deepspeed is not None:
+        if self.deepspeed is not None and self.dtype is not Dtype.AUTO:
             resolve_deepspeed(self, num_ranks=self.runtime.num_learners, dtype=self.dtype)
         return self
 

@@ -13,7 +13,8 @@ from trl_ray.config.base import FROM_STRING, Natural, Positive
 from trl_ray.config.losses.distillation_options import DistillationMode, RepromptConfig, SDPOObjective
 from trl_ray.config.losses.policy_options import OldLogprobs
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig
-from trl_ray.config.sections import ModelConfig
+from trl_ray.config.sections import ModelConfig, Schedule
+from trl_ray.config.step_counts import PositiveStepCount
 from trl_ray.config.teacher_options import (
     AdapterAverage,
     TeacherConfig,
@@ -30,12 +31,15 @@ class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig)
 
     pipeline: str = "sdpo"
     """Which pipeline this configuration is for; written to config.yaml so that a run can be resumed by its folder."""
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    lr_scheduler_type: Annotated[Schedule, FROM_STRING] = Schedule.LINEAR
+    logging_steps: PositiveStepCount = 10
+    """Steps between lines of the console, or a fraction of the run below 1; metrics.jsonl has every step."""
+    max_completion_length: Positive = 256
+    """Tokens."""
+    disable_dropout: bool = True
     num_generations: Positive = 8
     """Completions per prompt: the group size G; one alone has no siblings and learns from feedback only."""
-    num_generations_eval: Positive | None = None
-    """Completions per held-out prompt; None takes `num_generations`."""
     use_liger_kernel: bool = False
     """Liger's kernels in the model's layers (GPUs only), under TRL's constraints. The divergence needs none: it is
     taken tile by tile in every mode."""

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from trl_ray.config.sections import TrainingConfig
+from trl_ray.config.step_counts import steps_of
 from trl_ray.errors import ConfigError
 
 
@@ -40,7 +41,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, training: TrainingConfig, 
         scheduler: LambdaLR = get_scheduler(
             training.lr_scheduler_type.value,
             optimizer,
-            num_warmup_steps=training.warmup_steps,
+            num_warmup_steps=steps_of(training.warmup_steps, total_steps),
             num_training_steps=total_steps,
             scheduler_specific_kwargs=dict(training.lr_scheduler_kwargs),
         )

@@ -96,7 +96,7 @@ def build_reference(
         return AdapterlessCompanion(policy, scorer)
     # Never has gradients, so that there is nothing to recompute for them.
     copy = load_policy(model.replace(gradient_checkpointing=False), device=device, trainable=False)
-    module = ScoringModule(copy, chunk_size=training.chunk_lm_head_size, bf16=model.bf16)
+    module = ScoringModule(copy, chunk_size=training.chunk_lm_head_size, bf16=bool(model.bf16))
     own = SampleScorer(module, share_prompt=training.share_prompt, temperature=temperature)
     if kind is ReferenceKind.FROZEN:
         return Companion(copy, own, module=module)

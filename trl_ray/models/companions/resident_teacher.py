@@ -66,7 +66,7 @@ def build_resident_teacher(
     module = ScoringModule(
         copy,
         chunk_size=training.chunk_lm_head_size,
-        bf16=held.bf16,
+        bf16=bool(held.bf16),
         vocab_size=head_size(policy) if external else None,
     )
     own = SampleScorer(module, share_prompt=training.share_prompt, temperature=temperature)

@@ -68,7 +68,7 @@ def load_teacher_model(source: TeacherSource, *, device: torch.device | str = "c
         name=source.name,
         max_tokens_per_batch=options.max_tokens_per_batch,
         max_model_len=source.external.max_model_len if source.external is not None else None,
-        bf16=model.bf16,
+        bf16=bool(model.bf16),
     )
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import RuntimeKind
+from trl_ray.config.step_counts import steps_of
 from trl_ray.errors import CallbackError
 from trl_ray.pipelines.callbacks.callback_states import read_states, write_states
 from trl_ray.types import EventKind
@@ -205,7 +206,8 @@ class CallbackList:
     async def logged(self, record: Mapping[str, float]) -> None:
         """The line of a step is written."""
         state, control = self.state, self.control
-        if state.global_step % self._args.logging_steps and not control.should_log:
+        every = steps_of(self._args.logging_steps, state.max_steps)
+        if state.global_step % every and not control.should_log:
             return
         control.should_log = False
         state.log_history.append({**record, "step": state.global_step})

@@ -188,6 +188,7 @@ class Preparation:
             "optimizer steps": self.total_steps,
             "updates per step": config.updates_per_step,
             "learner ranks": config.runtime.num_learners,
+            "learner computes in": config.computes_in,
             "prompt groups per step": config.groups_per_step,
             "completions per step": config.completions_per_step,
             "training prompts": len(self.prompts),

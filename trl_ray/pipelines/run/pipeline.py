@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVa
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.load import dump_yaml, load_config
 from trl_ray.config.runs.run_config import RunConfig
-from trl_ray.config.sections import RuntimeKind
+from trl_ray.config.sections import Dtype, ModelConfig, RuntimeKind
+from trl_ray.config.step_counts import steps_of
 from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, TrlRayError
 from trl_ray.models.adapters.adapter_config import adapter_options
 from trl_ray.models.checkpoint import checkpoint_step, latest_checkpoint
+from trl_ray.models.policy_loading import check_model_path, checkpoint_dtype
 from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report.report_page import build_report
 from trl_ray.observe.run_directory import RunDirectory
@@ -194,6 +196,9 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
         """
         if not self._resume:
             RunDirectory.check_free(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
+        if self.config.dtype is Dtype.AUTO:
+            check_model_path(self.config.model_name_or_path)
+            self.config = self.config.replace(dtype=checkpoint_dtype(self.config.part(ModelConfig)))
         self._callbacks = make_callbacks(self.config, self._given_callbacks)
         return self._prepare()
 
@@ -260,7 +265,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             wandb_project=config.wandb_project,
             run_name=config.run_name,
             print_completions=config.num_completions_to_print,
-            logging_steps=config.logging_steps,
+            logging_steps=steps_of(config.logging_steps, plan.total_steps),
             log_completions=config.log_completions,
         )
         session = self._make_session(
@@ -283,6 +288,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             pipeline=self.name,
             step=step,
             total_steps=plan.total_steps,
+            computes_in=config.computes_in,
             **self._announcement(),
         )
         return session

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from trl_ray.config.runs.run_config import RunConfig
+from trl_ray.config.step_counts import steps_of
 from trl_ray.errors import InterruptedRun
 from trl_ray.models.checkpoint import prune
 from trl_ray.pipelines.callbacks.hooks import TrainingSpan
@@ -153,8 +154,9 @@ class StepLoop(ABC, Generic[TrainedT]):
             await self.save()
         await self._heed_stop()
 
-    def _comes_now(self, every: int) -> bool:
+    def _comes_now(self, count: int | float) -> bool:
         """Whether what comes every so many steps comes after this one; with 0 it never does."""
+        every = steps_of(count, self._plan.total_steps)
         return every > 0 and self.step % every == 0
 
     async def save(self) -> None:

@@ -126,6 +126,7 @@ class SupervisedPlan:
         numbers: dict[str, Any] = {
             "optimizer steps": self.total_steps,
             "learner ranks": config.runtime.num_learners,
+            "learner computes in": config.computes_in,
             "examples per step": config.examples_per_step,
         }
         if train is not None:

@@ -138,12 +138,12 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         {"use_teacher_server": True},
-        "'use_teacher_server' is not an option here. List the teacher under teachers with its server",
+        "'use_teacher_server' cannot be True here. List the teacher under teachers with its server",
         {"use_teacher_server": ...},
     ),
     (
-        {"teacher_model_init_kwargs": {"dtype": "bfloat16"}},
-        "'teacher_model_init_kwargs' is not an option here. List the teacher under teachers",
+        {"teacher_model_init_kwargs": {"attn_implementation": "sdpa"}},
+        "'teacher_model_init_kwargs' cannot be {'attn_implementation': 'sdpa'} here. List the teacher under teachers",
         {"teacher_model_init_kwargs": ..., "teacher_dtype": "bfloat16"},
     ),
     # Generation

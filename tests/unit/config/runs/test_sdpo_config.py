@@ -244,8 +244,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"model_revision": "v2"},
     ),
     (
-        {"model_init_kwargs": {"dtype": "auto"}},
-        "dtype must be 'float32' or 'bfloat16', got 'auto'",
+        {"model_init_kwargs": {"dtype": "float16"}},
+        "dtype must be 'float32', 'bfloat16' or 'auto', got 'float16'",
         {"model_init_kwargs": {"dtype": "bfloat16"}},
     ),
 ]
@@ -272,11 +272,13 @@ def test_the_documentations_examples_are_read() -> None:
     assert config.part(SDPOObjective).distillation_topk == 100
     served = {"teacher_model_kind": "live", "distillation_weight": 1.0, "distillation_mode": "sampled_token"}
     assert SDPOConfig(output_dir="sdpo-model", use_teacher_server=True, **served).teacher_on_engines
+    asked = {"output_dir": "sdpo-model", "use_teacher_server": True, **served}
+    assert SDPOConfig(use_vllm=True, vllm_mode="server", **asked) == SDPOConfig(**asked)
     with pytest.raises(ConfigError) as caught:
-        SDPOConfig(output_dir="sdpo-model", use_vllm=True, vllm_mode="server", use_teacher_server=True, **served)
-    engine, mode = str(caught.value).split("\n")
-    assert engine.startswith("'use_vllm' is not an option here. Set rollout.engine")
-    assert mode.startswith("'vllm_mode' is not an option here. Remove it: engines are actors")
+        SDPOConfig(use_vllm=True, vllm_server_host="10.0.0.5", rollout={"engine": "transformers"}, **asked)
+    engine, host = str(caught.value).split("\n")
+    assert engine.startswith("'use_vllm' cannot be True here. Set rollout.engine")
+    assert host.startswith("'vllm_server_host' cannot be '10.0.0.5' here. Remove it: engines are actors")
 
 
 def test_the_example_scripts_options_are_read_as_yaml() -> None:

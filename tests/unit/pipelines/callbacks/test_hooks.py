@@ -26,7 +26,10 @@ HERE = Path(__file__).parents[3] / "callbacks_for_tests.py"
 
 
 def config(**changes: Any) -> SFTConfig:
-    return build(SFTConfig, {"per_device_train_batch_size": 2, "shuffle_dataset": False, "save_steps": 0, **changes})
+    return build(
+        SFTConfig,
+        {"per_device_train_batch_size": 2, "shuffle_dataset": False, "save_steps": 0, "logging_steps": 1, **changes},
+    )
 
 
 def span(**changes: Any) -> TrainingSpan:

@@ -70,8 +70,9 @@ def test_a_prompt_may_fill_what_the_completion_leaves_and_no_more(model):
 
 def test_steps_are_given_or_follow_from_the_epochs(model):
     assert prepared(model, max_steps=7).total_steps == 7
-    # 10 rows, 4 groups a step: 2.5 steps an epoch.
-    assert prepared(model, max_steps=-1).total_steps == 3
+    # 10 rows, 4 groups a step: 2.5 steps an epoch, of which TRL's default is 3.
+    assert prepared(model, max_steps=-1).total_steps == 8
+    assert prepared(model, max_steps=-1, num_train_epochs=1.0).total_steps == 3
     assert prepared(model, max_steps=-1, num_train_epochs=2.0).total_steps == 5
     assert prepared(model, max_steps=-1, num_train_epochs=0.01).total_steps == 1
     with pytest.raises(ConfigError, match="max_steps"):
@@ -158,6 +159,7 @@ def test_the_plan_in_numbers(model):
         "optimizer steps": 3,
         "updates per step": 1,
         "learner ranks": 1,
+        "learner computes in": "float32 (bf16 is the default where runtime.learner_num_gpus is above 0)",
         "prompt groups per step": 4,
         "completions per step": 8,
         "training prompts": 10,

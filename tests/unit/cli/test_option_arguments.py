@@ -1,0 +1,125 @@
+"""Options on the command line: in TRL's way and in ours, and the page that lists them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import yaml
+
+from trl_ray.cli.main import main
+from trl_ray.cli.option_arguments import read_options
+from trl_ray.cli.option_help import options_of
+from trl_ray.config.load import apply_overrides, build
+from trl_ray.config.runs.dataset_config import SFTConfig
+from trl_ray.config.runs.grpo_config import GRPOConfig
+from trl_ray.config.teacher_options import TeacherServeConfig
+from trl_ray.errors import ConfigError
+from trl_ray.pipelines.pipeline_registry import PIPELINES
+from trl_ray.pipelines.run.pipeline import Pipeline
+
+
+def read(config_class: Any, line: str) -> dict[str, Any]:
+    """What a command line sets."""
+    return apply_overrides({}, read_options(line.split(), config_class))
+
+
+@pytest.mark.parametrize(
+    ("line", "values"),
+    [
+        ("--learning_rate 1e-5 --max_steps -1", {"learning_rate": 1e-5, "max_steps": -1}),
+        ("--learning_rate=1e-5", {"learning_rate": 1e-5}),
+        ("--learning-rate 2e-5", {"learning_rate": 2e-5}),
+        ("learning_rate=1e-5 --seed 3 runtime.num_learners=2", {"learning_rate": 1e-5, "seed": 3,
+                                                                "runtime": {"num_learners": 2}}),
+        ("--runtime.num_learners 2 --runtime.kind local", {"runtime": {"num_learners": 2, "kind": "local"}}),
+        ("--packing --use_peft", {"packing": True, "use_peft": True}),
+        ("--packing true --use_peft False", {"packing": True, "use_peft": False}),
+        ("--no_gradient_checkpointing", {"gradient_checkpointing": False}),
+        ("--lora_target_modules q_proj v_proj seed=3", {"lora_target_modules": ["q_proj", "v_proj"], "seed": 3}),
+        ("--lora_modules_to_save norm", {"lora_modules_to_save": ["norm"]}),
+        ("--lora_modules_to_save=[norm,head]", {"lora_modules_to_save": ["norm", "head"]}),
+        # A text stays one whatever it looks like.
+        ("--run_name 007 --dataset_name 1e5 --output_dir no", {"run_name": "007", "dataset_name": "1e5",
+                                                               "output_dir": "no"}),
+        # None of ours: as YAML reads it, and taken as it is.
+        ("--lora_rank 8 --use_unsloth", {"lora_rank": 8, "use_unsloth": True}),
+    ],
+)  # fmt: skip
+def test_what_is_written_in_trls_way_is_the_same_as_in_ours(line: str, values: dict[str, Any]) -> None:
+    assert read(SFTConfig, line) == values
+
+
+def test_an_option_of_lists_takes_one_value_as_a_list_of_it() -> None:
+    assert read(GRPOConfig, "--reward_funcs think_format --stop END STOP --reward_weights 1 0.5") == {
+        "reward_funcs": ["think_format"],
+        "stop": ["END", "STOP"],
+        "reward_weights": [1, 0.5],
+    }
+
+
+def test_a_value_in_json_is_a_mapping() -> None:
+    [override] = read_options(["--model_init_kwargs", '{"dtype": "bfloat16"}'], SFTConfig)
+    assert build(SFTConfig, apply_overrides({}, [override])).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--learning_rate", "--learning_rate needs a value"),
+        # A value with = in it is written with one itself: --dataset_name=a=b.
+        ("--dataset_name a=b", "--dataset_name needs a value"),
+        ("--learning_rate 1 2", "--learning_rate takes one value, got 1 2"),
+        ("1e-5 --seed 3", "unrecognized arguments: 1e-5"),
+    ],
+)
+def test_what_belongs_to_no_option_is_refused(line: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(SFTConfig, line)
+
+
+@pytest.mark.parametrize("name", [*PIPELINES, "teacher-serve"])
+def test_every_option_has_a_type_a_default_and_a_sentence_on_the_page(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = PIPELINES[name].config_class if name in PIPELINES else TeacherServeConfig
+    assert main([name, "--help"]) == 0
+    page = capsys.readouterr().out
+    for path, _, _, sentence in options_of(config):
+        assert f"\n  {path}: " in page and len(sentence) > 6, path
+        if "class" not in sentence:
+            assert "<class" not in sentence and "`" not in sentence, path
+    assert "typing." not in page and "<class" not in page
+
+
+def test_a_run_needs_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def train(self: Any) -> None:
+        seen.append(self.config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "train", train)
+    main(["sft", "--model_name_or_path", "none", "--packing", "max_length=64", "--logging-steps", "0.5"])
+    [config] = seen
+    assert (config.model_name_or_path, config.packing, config.max_length) == ("none", True, 64)
+    assert config.logging_steps == 0.5
+
+
+def test_variables_under_env_are_set_and_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    seen: list[Any] = []
+
+    def train(self: Any) -> None:
+        seen.append(self.config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "train", train)
+    monkeypatch.setenv("TRL_RAY_TEST", "before")
+    file = tmp_path / "file.yaml"
+    file.write_text(yaml.safe_dump({"model_name_or_path": "none", "env": {"TRL_RAY_TEST": 5}}))
+    assert main(["sft", "--config", str(file)]) == 130
+    assert os.environ["TRL_RAY_TEST"] == "5"
+    assert "env" not in seen[0].model_dump()
+    file.write_text("env: [1]\n")
+    assert main(["sft", "--config", str(file)]) == 2

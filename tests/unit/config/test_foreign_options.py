@@ -1,0 +1,203 @@
+"""Options of TRL and its neighbours that are none here: read into ours, accepted, or refused with a remedy."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+
+from trl_ray.config.base import Section
+from trl_ray.config.load import build, dump_yaml, parse_yaml
+from trl_ray.config.messages import nearest
+from trl_ray.config.runs.dataset_config import CPOConfig, DPOConfig, KTOConfig, RewardModelConfig, SFTConfig
+from trl_ray.config.runs.distill_config import DistillConfig
+from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig, RLOOConfig
+from trl_ray.config.runs.sdpo_config import SDPOConfig
+from trl_ray.config.sections import RolloutConfig
+from trl_ray.config.trl_options.reading import entry_of, names
+from trl_ray.errors import ConfigError
+
+ROLLOUTS: list[type[Section]] = [GRPOConfig, AsyncGRPOConfig, RLOOConfig, SDPOConfig, DistillConfig]
+# Written by users of TRL and transformers, and what it is here.
+READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
+    (GRPOConfig, {"use_vllm": True, "vllm_mode": "colocate"}, {}),
+    (GRPOConfig, {"use_vllm": False}, {"rollout": {"engine": "transformers"}}),
+    (GRPOConfig, {"vllm_gpu_memory_utilization": 0.3}, {"rollout": {"gpu_memory_utilization": 0.3}}),
+    (RLOOConfig, {"vllm_tensor_parallel_size": 2}, {"rollout": {"tensor_parallel_size": 2}}),
+    (SDPOConfig, {"vllm_max_model_length": 512}, {"rollout": {"max_model_len": 512}}),
+    (GRPOConfig, {"vllm_model_impl": "transformers"}, {"rollout": {"engine_kwargs": {"model_impl": "transformers"}}}),
+    (GRPOConfig, {"vllm_server_timeout": 120}, {"runtime": {"start_deadline_s": 120.0}}),
+    (GRPOConfig, {"vllm_importance_sampling_cap": 2.0}, {"vllm_importance_sampling_clip_max": 2.0}),
+    (AsyncGRPOConfig, {"token_budget": 4096, "queue_maxsize": 64}, {"max_tokens_per_micro_batch": 4096}),
+    (SFTConfig, {"ddp_timeout": 1800}, {"runtime": {"collective_timeout_s": 1800.0}}),
+    (SFTConfig, {"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+    (SFTConfig, {"torch_dtype": "auto"}, {"dtype": "auto"}),
+    (SFTConfig, {"warmup_ratio": 0.1}, {"warmup_steps": 0.1}),
+    (SFTConfig, {"warmup_ratio": 0.1, "warmup_steps": 20}, {"warmup_steps": 20}),
+    (SFTConfig, {"max_seq_length": 512}, {"max_length": 512}),
+    (SFTConfig, {"train_sampling_strategy": "sequential"}, {"shuffle_dataset": False}),
+    (GRPOConfig, {"train_sampling_strategy": "sequential"}, {}),
+    (SFTConfig, {"eval_strategy": "no", "fp16": False, "push_to_hub": False, "dataloader_num_workers": 4}, {}),
+    (SFTConfig, {"optim": "adamw_torch_fused", "padding_free": True, "remove_unused_columns": False}, {}),
+    (SFTConfig, {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "dataset_num_proc": 8}, {}),
+    (SFTConfig, {"lora_task_type": "CAUSAL_LM"}, {}),
+    (RewardModelConfig, {"lora_task_type": "SEQ_CLS"}, {}),
+    (SFTConfig, {"lora_target_parameters": ["experts.w"], "use_peft": True},
+     {"lora_kwargs": {"target_parameters": ["experts.w"]}, "use_peft": True}),
+    (DistillConfig, {"teacher_model_name_or_path": "far", "teacher_model_init_kwargs": {"torch_dtype": "bfloat16"}},
+     {"teacher_model_name_or_path": "far", "teacher_dtype": "bfloat16"}),
+    # LLaMA-Factory
+    (SFTConfig, {"stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all"},
+     {"use_peft": True, "lora_r": 8, "lora_target_modules": "all-linear"}),
+    (SFTConfig, {"lora_target": "q_proj,v_proj", "use_peft": True},
+     {"lora_target_modules": ["q_proj", "v_proj"], "use_peft": True}),
+    (SFTConfig, {"cutoff_len": 2048, "overwrite_cache": True, "preprocessing_num_workers": 16, "plot_loss": True},
+     {"max_length": 2048}),
+    (DPOConfig, {"stage": "dpo", "pref_beta": 0.2, "pref_loss": "hinge"}, {"beta": 0.2, "loss_type": "hinge"}),
+    (SFTConfig, {"flash_attn": "sdpa"}, {"attn_implementation": "sdpa"}),
+    # axolotl
+    (SFTConfig, {"base_model": "m", "sequence_len": 512, "micro_batch_size": 2, "num_epochs": 4},
+     {"model_name_or_path": "m", "max_length": 512, "per_device_train_batch_size": 2, "num_train_epochs": 4}),
+    (SFTConfig, {"adapter": "lora", "lora_target_linear": True, "sample_packing": True, "bf16": "auto", "tf32": False},
+     {"use_peft": True, "lora_target_modules": "all-linear", "packing": True}),
+    (SFTConfig, {"num_epochs": 2, "evals_per_epoch": 2, "saves_per_epoch": 4},
+     {"num_train_epochs": 2, "eval_steps": 0.25, "save_steps": 0.125}),
+    # alignment-handbook
+    (SFTConfig, {"dataset_mixer": {"org/chats": 1.0}, "dataset_splits": ["train_sft", "test_sft"]},
+     {"dataset_name": "org/chats", "dataset_train_split": "train_sft", "dataset_test_split": "test_sft"}),
+    (CPOConfig, {"use_flash_attention_2": True}, {"attn_implementation": "flash_attention_2"}),
+]  # fmt: skip
+REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
+    (GRPOConfig, {"vllm_server_host": "10.0.0.5"}, "engines are actors of the run"),
+    (GRPOConfig, {"vllm_structured_outputs_regex": "a+"}, "sampled from the whole distribution"),
+    (GRPOConfig, {"fp16": True}, "bf16=true"),
+    (SFTConfig, {"optim": "lion_32bit"}, "AdamW"),
+    (SFTConfig, {"push_to_hub": True}, "hf upload"),
+    (SFTConfig, {"gradient_checkpointing_kwargs": {"preserve_rng_state": False}}, "Remove what else it holds"),
+    (KTOConfig, {"sync_ref_model": True}, "does not move"),
+    (SFTConfig, {"template": "llama3"}, "chat template"),
+    (SFTConfig, {"stage": "dpo"}, "Choose the pipeline"),
+    (SFTConfig, {"dataset_mixer": {"a": 0.5}}, "train[:10%]"),
+    (SFTConfig, {"rl": "dpo"}, "trl-ray dpo"),
+]
+
+
+def called(part: Any) -> str:
+    """For the names of tests."""
+    return "+".join(part) if isinstance(part, dict) else getattr(part, "__name__", "")
+
+
+def refusal(config: type[Section], **values: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        build(config, values)
+    from_mapping = str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        config(**values)
+    assert str(caught.value) == from_mapping
+    return from_mapping
+
+
+@pytest.mark.parametrize(("config", "written", "ours"), READ, ids=called)
+def test_what_is_written_in_other_words_is_the_same_configuration(
+    config: type[Section], written: dict[str, Any], ours: dict[str, Any]
+) -> None:
+    read = build(config, written)
+    assert read == build(config, ours) == config(**written)
+    # config.yaml holds our names only.
+    assert build(config, parse_yaml(dump_yaml(read), source="config.yaml")) == read
+
+
+@pytest.mark.parametrize(("config", "values", "instead"), REFUSED, ids=called)
+def test_what_cannot_be_done_says_what_to_do_instead(
+    config: type[Section], values: dict[str, Any], instead: str
+) -> None:
+    message, [name] = refusal(config, **values), values
+    assert message.startswith(f"{name!r} ") and instead in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("values", "culprit"),
+    [
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, "dtype"),
+        ({"rollout": {"gpu_memory_utilization": 0.5}, "vllm_gpu_memory_utilization": 0.3}, "rollout.gpu_memory"),
+        ({"rollout": RolloutConfig(max_model_len=64), "vllm_max_model_length": 32}, "rollout.max_model_len"),
+    ],
+)
+def test_two_options_that_contradict_each_other_are_refused(values: dict[str, Any], culprit: str) -> None:
+    assert "Another option says it otherwise: " + culprit in refusal(GRPOConfig, **values)
+
+
+def test_a_section_built_in_python_keeps_its_other_options() -> None:
+    config = GRPOConfig(rollout=RolloutConfig(num_workers=2), vllm_max_model_length=99)
+    assert (config.rollout.num_workers, config.rollout.max_model_len) == (2, 99)
+
+
+def test_an_option_that_says_the_same_twice_is_no_contradiction() -> None:
+    assert GRPOConfig(dtype="bfloat16", torch_dtype="bfloat16").dtype == "bfloat16"
+
+
+def test_wrong_keys_and_wrong_values_are_told_in_one_message() -> None:
+    lines = refusal(SDPOConfig, optim="lion", learning_rat=1e-5, seed=-1, vllm_server_host="far", temperature=0.0)
+    told = {line.partition(" ")[0].strip("'") for line in lines.split("\n")}
+    assert told == {"optim", "learning_rat", "seed", "vllm_server_host", "temperature"}
+    assert "Did you mean 'learning_rate'?" in lines
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("learningrate", "learning_rate"),
+        ("num_generation", "num_generations"),
+        ("max_stalenes", "max_staleness"),
+        ("grad_acumulation_steps", None),
+        ("gradient_acumulation_step", "gradient_accumulation_steps"),
+        # Other words are no typing mistakes.
+        ("max_prompt_length", None),
+        ("dataset_num_proc", None),
+        ("evaluation_strategy", None),
+        ("lora_task_type", None),
+        ("eval_batch_size", None),
+        ("min_completion_length", None),
+        ("teacher_temperature", None),
+    ],
+)
+def test_only_a_mistyped_option_is_guessed(typed: str, meant: str | None) -> None:
+    options = {*AsyncGRPOConfig.model_fields, "packing_strategy", "loss_type"} - {typed}
+    assert nearest(typed, sorted(options)) == meant
+
+
+def test_no_option_of_the_tables_is_answered_with_a_guess() -> None:
+    for config in (SFTConfig, DPOConfig, GRPOConfig, DistillConfig):
+        for name in names() - config.model_fields.keys():
+            if entry_of(name, config.model_fields) is None:
+                continue
+            try:
+                config(**{name: "nonsense"})
+            except ConfigError as error:
+                assert "Did you mean" not in str(error), name
+
+
+def test_what_stands_for_it_is_not_named_where_a_pipeline_has_no_such_thing() -> None:
+    for config in (SFTConfig, DPOConfig):
+        assert entry_of("use_vllm", config.model_fields) is None
+        assert "rollout" not in refusal(config, use_vllm=True)
+    assert entry_of("feedback_column", GRPOConfig.model_fields) is None
+    assert entry_of("feedback_column", SDPOConfig.model_fields) is not None
+
+
+def test_a_teacher_server_of_distillation_is_listed_among_the_teachers() -> None:
+    message = refusal(DistillConfig, teacher_model_server_url="http://host:8000")
+    assert "teachers: [{server: {url: http://HOST:PORT, protocol: trl}}]" in message
+    DistillConfig(teachers=[{"server": {"url": "http://host:8000", "protocol": "trl"}}])
+    # In self-distillation the rollout engines stand in for it.
+    assert SDPOConfig(use_teacher_server=True, teacher_model_kind="live").teacher_on_engines
+
+
+def test_every_field_has_the_bounds_of_the_class_that_python_takes_it_from() -> None:
+    # Pydantic asks the direct bases in their order, whoever of them declares the field.
+    for config in ROLLOUTS:
+        for name, field in config.model_fields.items():
+            owner = next(each for each in config.__mro__ if name in inspect.get_annotations(each))
+            assert field.metadata == owner.model_fields[name].metadata, (config.__name__, name)  # type: ignore[attr-defined]

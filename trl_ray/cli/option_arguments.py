@@ -1,0 +1,118 @@
+"""Options as they are written on the command line, in TRL's way or in ours, become overrides.
+
+--learning_rate 1e-5 --packing --lora_target_modules q_proj v_proj runtime.num_learners=2
+    --read_options--> learning_rate=1e-5  packing=true  lora_target_modules=["q_proj", "v_proj"]  runtime.num_learners=2
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+from collections.abc import Sequence
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from trl_ray.config.load import parse_yaml
+from trl_ray.errors import ConfigError
+
+_ASSIGNMENT = re.compile(r"[A-Za-z_][\w.-]*=")
+
+
+def read_options(arguments: Sequence[str], config_class: type[BaseModel]) -> list[str]:
+    """Overrides ``a.b=c`` in the order in which they were written.
+
+    Args:
+        arguments: ``key=value``, ``--key=value``, ``--key value [value ...]``, ``--key`` and ``--no_key`` for switches.
+        config_class: whose options say what takes a list and what is a switch.
+
+    Raises:
+        ConfigError: a value belongs to no option, or an option that is no switch has no value.
+    """
+    overrides: list[str] = []
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        position += 1
+        if not argument.startswith("--"):
+            if not _ASSIGNMENT.match(argument):
+                raise ConfigError(
+                    f"unrecognized arguments: {argument}. Options are written as key=value, --key value or --key=value."
+                )
+            overrides.append(argument)
+            continue
+        name, equals, value = argument.removeprefix("--").partition("=")
+        values = [value] if equals else _values(arguments[position:])
+        position += 0 if equals else len(values)
+        overrides.append(_override(name.replace("-", "_"), values, config_class))
+    return overrides
+
+
+def _values(rest: Sequence[str]) -> list[str]:
+    """What follows an option up to the next one."""
+    found: list[str] = []
+    for each in rest:
+        if each.startswith("--") or _ASSIGNMENT.match(each):
+            break
+        found.append(each)
+    return found
+
+
+def _override(name: str, values: list[str], config_class: type[BaseModel]) -> str:
+    annotation = _annotation_of(name, config_class)
+    if not values:
+        return _switch(name, annotation, config_class)
+    if len(values) > 1 or (_takes(annotation, list, tuple) and not values[0].startswith(("[", "{"))):
+        if len(values) > 1 and annotation is not None and not _takes(annotation, list, tuple):
+            raise ConfigError(f"--{name} takes one value, got {' '.join(values)}. Remove all but one.")
+        return f"{name}={json.dumps([_word(each, annotation) for each in values])}"
+    return f"{name}={json.dumps(values[0]) if _is_text(annotation) else values[0]}"
+
+
+def _switch(name: str, annotation: Any, config_class: type[BaseModel]) -> str:
+    if annotation is None and name.startswith("no_"):
+        positive = name.removeprefix("no_")
+        if _takes(_annotation_of(positive, config_class), bool):
+            return f"{positive}=false"
+    if annotation is not None and not _takes(annotation, bool):
+        raise ConfigError(f"--{name} needs a value. Write --{name} VALUE, or {name}=VALUE.")
+    return f"{name}=true"
+
+
+def _word(text: str, annotation: Any) -> Any:
+    """One of several values: text where the option holds texts, else what YAML makes of it."""
+    return text if _takes(annotation, str) else parse_yaml(text, source=f"value {text!r}")
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether the option is a text, so that 1e5 and no are one, too; null is nothing."""
+    kinds = _kinds(annotation)
+    return str in kinds and not kinds & {bool, int, float, list, dict, tuple}
+
+
+def _takes(annotation: Any, *kinds: type) -> bool:
+    return bool(_kinds(annotation) & set(kinds))
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types in an annotation, those of its items too."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return set().union(*(_kinds(each) for each in get_args(annotation)))
+    if origin in (list, tuple):
+        return {origin}.union(*(_kinds(each) for each in get_args(annotation) if each is not Ellipsis))
+    return {origin or annotation}
+
+
+def _annotation_of(path: str, config_class: type[BaseModel]) -> Any:
+    """Of an option by its dotted name; None where there is none."""
+    model: Any = config_class
+    *sections, last = path.split(".")
+    for section in sections:
+        field = getattr(model, "model_fields", {}).get(section)
+        model = None if field is None else field.annotation
+    field = getattr(model, "model_fields", {}).get(last)
+    return None if field is None else field.annotation

@@ -1,0 +1,289 @@
+"""Options that users of TRL's neighbours write: alignment-handbook, open-r1, LLaMA-Factory, axolotl.
+
+What has another name here is read; what is done by something else is answered with that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trl_ray.config.trl_options.foreign_option import ForeignOption, Reading
+from trl_ray.config.trl_options.table_rows import Rows, always, by_value, never, only, read_by, renamed
+
+_READING = "Rows are read and tokenised by the driver; nothing of them is kept."
+_TEMPLATE = "Remove it: rows are rendered by the tokenizer's own chat template, or by chat_template, a jinja file."
+_KERNEL = "Kernels are chosen by attn_implementation and use_liger_kernel."
+_NO_QUANTISING = "Set load_in_4bit or load_in_8bit, with use_peft."
+
+
+def _mixer(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """{name: share of its rows}: whole datasets are joined."""
+    if not isinstance(value, Mapping) or any(
+        not isinstance(share, (int, float)) or share != 1 for share in value.values()
+    ):
+        return None
+    names = list(value)
+    return {"dataset_name": names[0]} if len(names) == 1 else {"datasets": [{"path": name} for name in names]}
+
+
+def _splits(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """[train, test] in this order."""
+    if not isinstance(value, list) or not 1 <= len(value) <= 2:
+        return None
+    evaluates = {"dataset_test_split": value[1]} if len(value) == 2 else {}
+    return {"dataset_train_split": value[0], **evaluates}
+
+
+def _mixture(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """{datasets: [{id, config, split, columns, weight}], test_split_size}; `weight` keeps a share of the rows there."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("datasets"), list):
+        return None
+    names = {"id": "path", "config": "name", "split": "split", "columns": "columns", "path": "path", "name": "name"}
+    sources = []
+    for each in value["datasets"]:
+        if not isinstance(each, Mapping) or each.get("weight", 1.0) not in (None, 1, 1.0):
+            return None
+        if unknown := set(each) - {*names, "weight"}:
+            return {f"datasets.{sorted(unknown)[0]}": None}
+        sources.append({names[key]: item for key, item in each.items() if key in names and item is not None})
+    size = value.get("test_split_size")
+    return {"datasets": sources, **({} if size is None else {"test_split_size": size})}
+
+
+def _targets(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """``all`` or names with commas."""
+    if value == "all":
+        return {"lora_target_modules": "all-linear"}
+    if isinstance(value, str):
+        return {"lora_target_modules": [name.strip() for name in value.split(",")]}
+    return {"lora_target_modules": value} if isinstance(value, list) else None
+
+
+def _quantised(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    if value in (None, 16, 32):
+        return {}
+    return {4: {"load_in_4bit": True}, 8: {"load_in_8bit": True}}.get(value) if isinstance(value, int) else None
+
+
+def _per_epoch(option: str) -> tuple[ForeignOption, ...]:
+    """So many times in an epoch: a fraction of the run."""
+
+    def read(value: Any, given: Mapping[str, Any]) -> Reading | None:
+        epochs = given.get("num_train_epochs", given.get("num_epochs", 3))
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isinstance(epochs, (int, float)):
+            return None
+        if value == 0:
+            return {option: 0}
+        fraction = 1 / (value * epochs)
+        return {option: fraction} if fraction < 1 else None
+
+    return read_by(read, says=f"Set {option}: a number of steps, or a fraction of the run's below 1.")
+
+
+HANDBOOK: Rows = {
+    "dataset_mixer": read_by(
+        _mixer,
+        says="Name a part of a dataset by its split: datasets: [{path: NAME, split: 'train[:10%]'}].",
+    ),
+    "dataset_splits": read_by(_splits, says="Set dataset_train_split and dataset_test_split."),
+    "dataset_configs": only(None, [], says="Set dataset_config, or name in datasets."),
+    "dataset_mixture": read_by(
+        _mixture,
+        says="List them under datasets: [{path, name, split, columns}]; a share of the rows is part of the split: "
+        "split: 'train[:10%]'.",
+    ),
+    "columns_to_keep": never("Set datasets: [{path: NAME, columns: [...]}]."),
+    "use_flash_attention_2": by_value(
+        {True: {"attn_implementation": "flash_attention_2"}}, nothing=(False, None), says="Set attn_implementation."
+    ),
+    "auto_insert_empty_system_msg": only(False, says="Remove it: messages are rendered as they are."),
+    "tokenizer_name_or_path": only(None, says="Remove it: the tokenizer is the one in the model's folder."),
+    "tokenizer_name": only(None, says="Remove it: the tokenizer is the one in the model's folder."),
+    "ref_model_name_or_path": only(None, says="Remove it: the reference is the policy's first state."),
+    "dataset_prompt_column": only("prompt", None, says="Call the dataset's column prompt.", needs=("max_length",)),
+    "base_model_revision": only(None, says="Set model_revision."),
+    "wandb_run_name": renamed("run_name"),
+    "benchmarks": only([], None, says="Remove it: eval_steps measures held-out rows; run benchmarks on a checkpoint."),
+}
+
+FACTORY: Rows = {
+    "stage": (
+        *only("sft", "pt", says="Choose the pipeline: trl-ray sft, dpo, kto, reward or grpo.", needs=("packing",)),
+        *only(
+            "rm",
+            says="Choose the pipeline: trl-ray sft, dpo, kto, reward or grpo.",
+            needs=("center_rewards_coefficient",),
+        ),
+        *only("kto", says="Choose the pipeline: trl-ray sft, dpo, kto, reward or grpo.", needs=("desirable_weight",)),
+        *only(
+            "dpo", says="Choose the pipeline: trl-ray sft, dpo, kto, reward or grpo.", needs=("loss_type", "max_length")
+        ),
+        *never("Choose the pipeline: trl-ray sft, dpo, kto, reward or grpo."),
+    ),
+    "finetuning_type": by_value(
+        {"lora": {"use_peft": True}, "full": {"use_peft": False}},
+        says="Set use_peft: true for LoRA, false for all weights; there is no freezing of layers.",
+    ),
+    "lora_rank": renamed("lora_r"),
+    "lora_target": read_by(_targets, says="Set lora_target_modules: all-linear, or a list of names."),
+    "additional_target": read_by(
+        lambda value, given: None if value is not None else {}, says="Set lora_modules_to_save: a list of names."
+    ),
+    "cutoff_len": renamed("max_length"),
+    "template": never(_TEMPLATE),
+    "dataset": never("Set dataset_name: a hub name, a file or a folder; or datasets for several."),
+    "dataset_dir": never("Set dataset_name to the path of the file or folder."),
+    "eval_dataset": never("Set dataset_test_split, or pass eval_dataset in Python."),
+    "media_dir": only(None, says="Remove it: rows are text."),
+    "max_samples": only(None, says="Name a part of the dataset by its split: dataset_train_split: 'train[:1000]'."),
+    "val_size": (*only(0, 0.0, None, says="Set dataset_test_split to a split of held-out rows."),),
+    "overwrite_cache": always(_READING),
+    "tokenized_path": only(None, says=_READING + " Remove it."),
+    "plot_loss": always("report.html has the curves."),
+    "flash_attn": by_value(
+        {
+            "fa2": {"attn_implementation": "flash_attention_2"},
+            "sdpa": {"attn_implementation": "sdpa"},
+            "disabled": {"attn_implementation": "eager"},
+        },
+        nothing=("auto", None),
+        says="Set attn_implementation: flash_attention_2, sdpa or eager.",
+    ),
+    "enable_liger_kernel": renamed("use_liger_kernel"),
+    "use_unsloth": only(False, says="Set use_liger_kernel=true for faster layers."),
+    "neat_packing": renamed("packing"),
+    "train_on_prompt": by_value(
+        {True: {"completion_only_loss": False}, False: {"completion_only_loss": True}},
+        says="Set completion_only_loss.",
+        needs=("completion_only_loss",),
+    ),
+    "mask_history": only(False, says="Remove it: assistant_only_loss trains every turn of the assistant."),
+    "pref_beta": renamed("beta"),
+    "pref_loss": renamed("loss_type"),
+    "pref_ftx": only(0, says="Set loss_type=[sigmoid, sft] with loss_weights=[1.0, SHARE]."),
+    "dpo_label_smoothing": renamed("label_smoothing"),
+    "kto_chosen_weight": renamed("desirable_weight"),
+    "kto_rejected_weight": renamed("undesirable_weight"),
+    "ref_model": only(None, says="Remove it: the reference is the policy's first state."),
+    "reward_model": never("Set reward_model_name_or_path in the pipeline grpo, rloo or async-grpo."),
+    "quantization_bit": read_by(_quantised, says=_NO_QUANTISING),
+    "quantization_method": only("bitsandbytes", "bnb", None, says=_NO_QUANTISING),
+    "quantization_type": renamed("bnb_4bit_quant_type"),
+    "double_quantization": renamed("use_bnb_nested_quant"),
+    "adapter_name_or_path": only(
+        None, says="Set model_name_or_path to the adapter's folder: training goes on with it."
+    ),
+    "upcast_layernorm": only(False, says="Remove it: norms compute in float32 where bf16 is set."),
+    "pure_bf16": by_value({True: {"dtype": "bfloat16"}}, nothing=(False,), says="Set dtype=bfloat16."),
+    "infer_dtype": only("auto", None, says="Set rollout.dtype."),
+    "image_max_pixels": always("Rows are text."),
+    "video_max_pixels": always("Rows are text."),
+    "loraplus_lr_ratio": only(None, says="Remove it: all weights of an adapter have one learning rate."),
+    "use_galore": only(False, says="Set use_peft=true to save memory."),
+    "shift_attn": only(False, says="Remove it: attention is the model's own."),
+    "rope_scaling": only(None, says="Set it in the model's config.json."),
+    "do_sample": always("Completions are sampled by temperature, top_p and top_k."),
+    "predict_with_generate": only(False, says="Remove it: evaluations measure held-out rows."),
+    "disable_shuffling": by_value(
+        {True: {"shuffle_dataset": False}, False: {"shuffle_dataset": True}}, says="Set shuffle_dataset."
+    ),
+    "mix_strategy": only("concat", says="Set weight of each of the datasets, and mixture_stopping."),
+}
+
+AXOLOTL: Rows = {
+    "base_model": renamed("model_name_or_path"),
+    "base_model_config": always("It is the one in the model's folder."),
+    "tokenizer_config": only(None, says="Remove it: the tokenizer is the one in the model's folder."),
+    "model_type": always("Models are loaded by their own configuration."),
+    "tokenizer_type": always("Models are loaded by their own configuration."),
+    "is_llama_derived_model": always("Models are loaded by their own configuration."),
+    "is_mistral_derived_model": always("Models are loaded by their own configuration."),
+    "strict": always("Options are always checked."),
+    "sequence_len": renamed("max_length"),
+    "micro_batch_size": renamed("per_device_train_batch_size"),
+    "eval_batch_size": renamed("per_device_eval_batch_size"),
+    "num_epochs": renamed("num_train_epochs"),
+    "lr_scheduler": renamed("lr_scheduler_type"),
+    "cosine_min_lr_ratio": never(
+        "Set lr_scheduler_type=cosine_with_min_lr with lr_scheduler_kwargs={min_lr_rate: ...}."
+    ),
+    "optimizer": renamed("optim"),
+    "sample_packing": renamed("packing"),
+    "eval_sample_packing": renamed("eval_packing"),
+    "sample_packing_group_size": always(_READING),
+    "sample_packing_bin_size": always(_READING),
+    "pad_to_sequence_len": always("Nothing is padded."),
+    "train_on_inputs": by_value(
+        {True: {"completion_only_loss": False}, False: {"completion_only_loss": None}},
+        says="Set completion_only_loss.",
+        needs=("completion_only_loss",),
+    ),
+    "adapter": by_value(
+        {"lora": {"use_peft": True}, "qlora": {"use_peft": True}},
+        nothing=(None, ""),
+        says="Set use_peft: true for LoRA; load_in_4bit quantises the weights beneath.",
+    ),
+    "lora_model_dir": only(None, "", says="Set model_name_or_path to the adapter's folder: training goes on with it."),
+    "peft_use_rslora": renamed("use_rslora"),
+    "peft_use_dora": renamed("use_dora"),
+    "lora_target_linear": by_value(
+        {True: {"lora_target_modules": "all-linear"}}, nothing=(False, None), says="Set lora_target_modules=all-linear."
+    ),
+    "lora_fan_in_fan_out": only(False, None, says="Set lora_kwargs={fan_in_fan_out: true}."),
+    **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), always(_KERNEL)),
+    "flash_attention": by_value(
+        {True: {"attn_implementation": "flash_attention_2"}}, nothing=(False, None), says="Set attn_implementation."
+    ),
+    "sdp_attention": by_value(
+        {True: {"attn_implementation": "sdpa"}}, nothing=(False, None), says="Set attn_implementation."
+    ),
+    "eager_attention": by_value(
+        {True: {"attn_implementation": "eager"}}, nothing=(False, None), says="Set attn_implementation."
+    ),
+    "flex_attention": by_value(
+        {True: {"attn_implementation": "flex_attention"}}, nothing=(False, None), says="Set attn_implementation."
+    ),
+    "xformers_attention": only(False, None, says="Set attn_implementation."),
+    "s2_attention": only(False, None, says="Remove it: attention is the model's own."),
+    "dataset_prepared_path": always(_READING),
+    "dataset_processes": always(_READING),
+    "shuffle_merged_datasets": by_value(
+        {True: {"shuffle_dataset": True}, False: {"shuffle_dataset": False}}, says="Set shuffle_dataset."
+    ),
+    "val_set_size": only(0, 0.0, None, says="Set dataset_test_split to a split of held-out rows."),
+    "test_datasets": only(None, [], says="Set dataset_test_split."),
+    "evals_per_epoch": _per_epoch("eval_steps"),
+    "saves_per_epoch": _per_epoch("save_steps"),
+    "wandb_name": renamed("run_name"),
+    "wandb_watch": only(None, "", False, says="Remove it: gradients are not sent."),
+    "wandb_log_model": only(None, "", False, says="Remove it: checkpoints stay in output_dir."),
+    "wandb_mode": only(None, "", "offline", says="Set the environment variable WANDB_MODE."),
+    "wandb_run_id": only(None, "", says="Remove it: a resumed run goes on with its own."),
+    "special_tokens": only(None, {}, says="Set them in the tokenizer's files."),
+    "tokens": only(None, [], says="Add them to the tokenizer's files, and rows to the model's embedding."),
+    "rl": never("Choose the pipeline: trl-ray dpo, kto, orpo, cpo (SimPO) or grpo."),
+    "rl_beta": renamed("beta"),
+    "dpo_beta": renamed("beta"),
+    "orpo_alpha": renamed("beta"),
+    "trl": never("Write what it holds beside the other options, and choose the pipeline: trl-ray grpo."),
+    "plugins": only(None, [], says="Set use_liger_kernel=true for Liger's kernels, and callbacks for the rest."),
+    "liger_rope": always(_KERNEL),
+    "liger_rms_norm": always(_KERNEL),
+    "liger_glu_activation": always(_KERNEL),
+    "liger_layer_norm": always(_KERNEL),
+    "liger_fused_linear_cross_entropy": always(_KERNEL),
+    "max_packed_sequence_len": only(None, says="Set max_length with packing=true."),
+    "gpu_memory_limit": only(None, says="Set max_tokens_per_micro_batch: it bounds the memory of a pass."),
+    "loss_watchdog_threshold": only(None, says="Write a callback that sets control.should_training_stop."),
+    "loss_watchdog_patience": only(None, says="Write a callback that sets control.should_training_stop."),
+    "float16": only(False, None, says="Set bf16=true, or dtype=bfloat16 for the weights themselves."),
+    "bfloat16": by_value({True: {"dtype": "bfloat16"}}, nothing=(False, None), says="Set dtype=bfloat16."),
+    "unfrozen_parameters": only(None, [], says="Set use_peft with lora_target_modules to train a part of the weights."),
+    "mean_resizing_embeddings": always("Embeddings are not resized."),
+    "roles_to_train": only(
+        ["assistant"], None, says="Set assistant_only_loss=true: the assistant's turns are trained."
+    ),
+    "train_on_eos": only("turn", "all", None, says="Remove it: what ends a turn is trained with it."),
+}
+"""Of entries under `datasets`, see `trl_ray.config.sections.DatasetConfig`."""

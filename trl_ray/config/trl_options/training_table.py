@@ -1,0 +1,217 @@
+"""Options of transformers' TrainingArguments, of past versions too, that are none of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl_ray.config.trl_options.foreign_option import Reading
+from trl_ray.config.trl_options.table_rows import Rows, always, by_value, never, only, read_by, renamed
+
+_CONSOLE = "The console shows every logging_steps-th step, and metrics.jsonl has all of them."
+_RANKS = "Ranks are actors of the run (runtime.num_learners); set deepspeed to split weights over them."
+_READING = "Rows are read and tokenised by the driver, in an order that does not depend on it."
+_CHECKPOINT = "A checkpoint is whole, on the driver's machine, and SIGTERM writes one."
+_HUB = "Runs write to output_dir only. Upload a checkpoint's folder with: hf upload NAME FOLDER"
+_NO_PUSH = "Without push_to_hub nothing is pushed. " + _HUB
+_COMPILE = "Remove it: the learner runs uncompiled."
+_MEASURED = "What evaluations measure is fixed."
+_UNPADDED = "Micro-batches are packed without padding."
+_BEST = (
+    "Set early_stopping_patience with metric_for_best_model to stop in time, and save_total_limit to keep checkpoints."
+)
+
+
+def _sampling(value: Any, given: Any) -> Reading | None:
+    """Where rows are examples; `group_by_length` saves padding, of which there is none."""
+    if value in ("random", "group_by_length"):
+        return {"shuffle_dataset": True}
+    return {"shuffle_dataset": False} if value == "sequential" else None
+
+
+def _warmup(value: Any, given: Any) -> Reading | None:
+    # transformers: the steps win where both are given.
+    return {} if value in (None, 0, 0.0) or given.get("warmup_steps") else {"warmup_steps": value}
+
+
+TRAINING: Rows = {
+    # Precision and speed.
+    "fp16": only(False, None, says="Set bf16=true, or dtype=bfloat16 for the weights themselves."),
+    "fp16_full_eval": only(False, says="Remove it: evaluations compute as training does."),
+    "bf16_full_eval": only(False, says="Remove it: evaluations compute as training does."),
+    "fp16_opt_level": always("It is an option of fp16, which is not used."),
+    "half_precision_backend": always("Mixed precision is torch's own."),
+    "tf32": always("With bf16 products are taken in bfloat16; float32 ones are left to torch's own setting."),
+    "torch_dtype": renamed("dtype"),
+    "torch_compile": only(False, None, says=_COMPILE),
+    "torch_compile_backend": only(None, says=_COMPILE),
+    "torch_compile_mode": only(None, says=_COMPILE),
+    "gradient_checkpointing_kwargs": only(
+        None,
+        {},
+        {"use_reentrant": False},
+        {"use_reentrant": True},
+        says="Checkpointing recomputes without reentry, which gives the same numbers. Remove what else it holds.",
+    ),
+    "liger_kernel_config": only(None, {}, says="use_liger_kernel=true takes Liger's own choice of kernels. Remove it."),
+    "auto_find_batch_size": only(False, says="Set max_tokens_per_micro_batch: it bounds the memory of a pass."),
+    "torch_empty_cache_steps": always("Memory is bounded by max_tokens_per_micro_batch, not by emptying caches."),
+    "use_cache": always("The learner computes without a cache, engines with one."),
+    "use_cpu": by_value(
+        {True: {"runtime.learner_num_gpus": 0.0}}, nothing=(False,), says="Set runtime.learner_num_gpus."
+    ),
+    "no_cuda": by_value(
+        {True: {"runtime.learner_num_gpus": 0.0}}, nothing=(False,), says="Set runtime.learner_num_gpus."
+    ),
+    "use_mps_device": only(False, says="Remove it: the learner computes on CPUs or NVIDIA GPUs."),
+    "use_ipex": only(False, says="Remove it: the learner computes with plain torch."),
+    "jit_mode_eval": only(False, says=_COMPILE),
+    # Optimizer.
+    "warmup_ratio": read_by(_warmup, says="Set warmup_steps, a number of steps or a fraction of the run's below 1."),
+    "optim": only(
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_hf",
+        "adamw",
+        says="Remove it: the optimizer is torch's AdamW in its fused form.",
+    ),
+    "optim_args": only(
+        None, "", says="Remove it: the optimizer is AdamW (adam_beta1, adam_beta2, adam_epsilon, weight_decay)."
+    ),
+    "optim_target_modules": only(None, says="Set use_peft with lora_target_modules to train a part of the weights."),
+    "adafactor": only(False, says="Remove it: the optimizer is torch's AdamW in its fused form."),
+    "average_tokens_across_devices": only(True, says="Remove it: tokens are always counted over all ranks."),
+    "label_smoothing_factor": only(0, says="Remove it: only the pipeline sft has labels to smooth."),
+    "neftune_noise_alpha": only(None, 0, says="Remove it: only the pipeline sft has noisy embeddings."),
+    "router_aux_loss_coef": only(None, 0, says="Remove it: routers of experts have no loss of their own here."),
+    # When to log, save, evaluate.
+    "evaluation_strategy": renamed("eval_strategy"),
+    "eval_strategy": by_value(
+        {"no": {"eval_steps": 0}, False: {"eval_steps": 0}},
+        nothing=("steps",),
+        says="Set eval_steps: a number of steps, a fraction of the run's below 1, or 0 for never.",
+    ),
+    "save_strategy": by_value(
+        {"no": {"save_steps": 0}, False: {"save_steps": 0}},
+        nothing=("steps",),
+        says="Set save_steps: a number of steps, a fraction of the run's below 1, or 0 for the last only.",
+    ),
+    "logging_strategy": only(
+        "steps",
+        says="Set logging_steps: a number of steps, or a fraction of the run's below 1; all are in metrics.jsonl.",
+    ),
+    "eval_on_start": only(True, False, says="With eval_steps there is an evaluation before the first step."),
+    "eval_delay": only(0, None, says="Remove it: evaluations come every eval_steps."),
+    "load_best_model_at_end": only(False, None, says=_BEST),
+    "metric_for_best_model": only(None, says=_BEST),
+    "greater_is_better": only(None, says=_BEST),
+    "save_only_model": always(_CHECKPOINT),
+    "save_on_each_node": only(False, says=_CHECKPOINT + " Remove it."),
+    "save_safetensors": only(True, says="Checkpoints are safetensors. Remove it."),
+    "enable_jit_checkpoint": always(_CHECKPOINT),
+    "resume_from_checkpoint": only(None, False, says="Run: trl-ray resume RUN_DIR"),
+    "ignore_data_skip": always("A resumed run takes up the very rows or prompts that it left."),
+    "restore_callback_states_from_checkpoint": always("Callbacks with state_dict are always restored."),
+    # Evaluations.
+    "do_train": always("The pipeline trains."),
+    "do_eval": always("eval_steps says whether there are evaluations."),
+    "do_predict": only(False, says="Remove it: pipelines train and evaluate."),
+    "per_device_eval_batch_size": always(
+        "Engines batch evaluations themselves; eval_num_prompts says how many prompts."
+    ),
+    "eval_accumulation_steps": always("Evaluations add up as they go."),
+    "prediction_loss_only": always(_MEASURED),
+    "eval_do_concat_batches": always(_MEASURED),
+    "eval_use_gather_object": always(_MEASURED),
+    "batch_eval_metrics": only(False, says=_MEASURED + " Remove it."),
+    "include_for_metrics": only([], None, says=_MEASURED + " Remove it."),
+    "include_inputs_for_metrics": only(False, says=_MEASURED + " Remove it."),
+    # Rows.
+    "train_sampling_strategy": (
+        *always("Prompts are drawn as shuffle_dataset says, each for a whole group.", "rollout"),
+        *read_by(_sampling, says="Set shuffle_dataset: true draws rows at random, false takes them in order."),
+    ),
+    "group_by_length": always("It saves padding, and nothing is padded here."),
+    "length_column_name": always("It saves padding, and nothing is padded here."),
+    "pad_to_multiple_of": always(_UNPADDED),
+    "remove_unused_columns": always("Columns that are not needed do no harm, and reward functions are given all."),
+    "label_names": only(None, [], says="Remove it: labels are made from the rows."),
+    "data_seed": only(None, says="Set seed: it orders the rows, too."),
+    "full_determinism": only(
+        False, says="Set runtime.kind=local on a CPU (and max_staleness=0): such runs repeat themselves exactly."
+    ),
+    "dataloader_drop_last": only(
+        False, says="Remove it: an update takes what is left of an epoch, with its own totals."
+    ),
+    **dict.fromkeys(
+        (
+            "dataloader_num_workers",
+            "dataloader_pin_memory",
+            "dataloader_persistent_workers",
+            "dataloader_prefetch_factor",
+            "dataloader_multiprocessing_context",
+            "dataloader_in_order",
+            "dataset_num_proc",
+            "preprocessing_num_workers",
+            "split_batches",
+            "dispatch_batches",
+        ),
+        always(_READING),
+    ),
+    # Ranks.
+    "accelerator_config": only(None, {}, says="Set runtime and deepspeed."),
+    "parallelism_config": only(None, {}, says="Set runtime.num_learners and deepspeed."),
+    "local_rank": always(_RANKS),
+    "ddp_timeout": renamed("runtime.collective_timeout_s"),
+    "ddp_backend": always("Ranks speak NCCL on GPUs and Gloo on CPUs."),
+    **dict.fromkeys(
+        ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+        always("Gradients are summed over ranks after the last micro-batch, all at once."),
+    ),
+    **dict.fromkeys(("fsdp", "fsdp_config"), only(None, "", [], {}, False, says=_RANKS)),
+    "fsdp_min_num_params": only(0, says=_RANKS),
+    "fsdp_transformer_layer_cls_to_wrap": only(None, says=_RANKS),
+    # What is shown and kept.
+    "project": renamed("wandb_project"),
+    "logging_dir": only(None, says="Set output_dir: all that a run writes is in it."),
+    "debug": only("", [], None, says="Set runtime.kind=local for a debugger."),
+    **dict.fromkeys(
+        (
+            "logging_first_step",
+            "log_on_each_node",
+            "logging_nan_inf_filter",
+            "include_num_input_tokens_seen",
+            "include_tokens_per_second",
+            "log_level",
+            "log_level_replica",
+            "disable_tqdm",
+            "skip_memory_metrics",
+        ),
+        always(_CONSOLE),
+    ),
+    **dict.fromkeys(
+        ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        only(None, says="Remove it: report_to does not know trackio; report.html is always drawn."),
+    ),
+    "push_to_hub": only(False, None, says=_HUB),
+    **dict.fromkeys(
+        (
+            "hub_token",
+            "hub_private_repo",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_always_push",
+            "hub_revision",
+            "hub_model_revision",
+            "push_to_hub_revision",
+            "push_to_hub_model_id",
+            "push_to_hub_organization",
+            "push_to_hub_token",
+        ),
+        always(_NO_PUSH),
+    ),
+    "tpu_num_cores": only(None, says="Remove it: the learner computes on CPUs or NVIDIA GPUs."),
+    "past_index": only(-1, says="Remove it."),
+    "torchdynamo": only(None, says=_COMPILE),
+    "ray_scope": never("Remove it: it belongs to searches of hyper-parameters."),
+}
+"""By name."""
