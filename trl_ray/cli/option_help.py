@@ -119,7 +119,7 @@ def _choices(annotation: Any) -> type[enum.Enum] | None:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    return json.dumps(field.get_default(call_default_factory=True), default=str)  # type: ignore[call-arg]
+    return json.dumps(field.get_default(call_default_factory=True), default=str)
 
 
 def _plain(text: str) -> str:
