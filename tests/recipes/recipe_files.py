@@ -56,7 +56,8 @@ def replaced(recipe: Path, *, model: str, data: Path, output_dir: Path) -> dict[
 
 def _named(name: str, value: Any, path: str) -> Any:
     if name == "dataset_mixer":
-        return {path: share for share in value.values()}
+        [share] = value.values()
+        return {path: share}
     if name == "datasets":
         return [{**each, "path": path} for each in value]
     if name == "dataset_mixture":
