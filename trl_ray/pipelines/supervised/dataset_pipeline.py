@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,8 +16,10 @@ from trl_ray.algorithms.loss_registry import resolve_options
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.runs.run_config import RunConfig
+from trl_ray.config.sections import ModelConfig
 from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.errors import DataError
+from trl_ray.models.policy_loading import check_model_path, max_positions
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
@@ -155,14 +157,30 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
             ModelError: `peft_config` is no `peft.LoraConfig`.
         """
         super().__init__(model=model, args=args, peft_config=peft_config, callbacks=callbacks)
+        self._fitted = False
         self._inputs = DatasetInputs(train_dataset=train_dataset, eval_dataset=eval_dataset)
 
     def _task(self) -> ExampleTask:
         return self.task
 
     def _prepare(self) -> SupervisedPlan:
+        self._fit_positions()
         loss = resolve_options(self.config.part(self.loss_class))
         return prepare_supervised(self.config, self._inputs, task=self._task(), loss=loss)
+
+    def _fit_positions(self) -> None:
+        """The default of `max_length` gives way to a model that holds less, and the run says so."""
+        check_model_path(self.config.model_name_or_path)
+        positions, default = (
+            max_positions(self.config.part(ModelConfig)),
+            self.config_class.model_fields["max_length"].default,
+        )
+        if positions is not None and self.config.max_length == default > positions:
+            self._fitted = True
+            self.config = self.config.replace(max_length=positions)
+
+    def _announcement(self) -> Mapping[str, Any]:
+        return {"max_length": f"{self.config.max_length}, which is all that the model holds"} if self._fitted else {}
 
     def _make_session(self, plan: SupervisedPlan, opening: Opening) -> SupervisedSession:
         recorder = SupervisedRecorder(directory=opening.directory, observer=opening.observer)
