@@ -31,7 +31,9 @@ def _is_mistyped(key: str, known: str) -> bool:
         # An underscore too many or too few.
         return difflib.SequenceMatcher(None, "".join(words), "".join(meant)).ratio() > 0.9
     return all(
-        difflib.SequenceMatcher(None, word, other).ratio() >= 0.7 for word, other in zip(words, meant, strict=True)
+        # Two letters of three are 0.67.
+        difflib.SequenceMatcher(None, word, other).ratio() > 0.66
+        for word, other in zip(words, meant, strict=True)
     )
 
 

@@ -39,6 +39,9 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     (SFTConfig, {"train_sampling_strategy": "sequential"}, {"shuffle_dataset": False}),
     (GRPOConfig, {"train_sampling_strategy": "sequential"}, {}),
     (SFTConfig, {"eval_strategy": "no", "fp16": False, "push_to_hub": False, "dataloader_num_workers": 4}, {}),
+    (SFTConfig, {"eval_strategy": "steps", "eval_steps": 5}, {"eval_steps": 5}),
+    (SFTConfig, {"eval_strategy": "steps", "logging_steps": 4}, {"eval_steps": 4, "logging_steps": 4}),
+    (SFTConfig, {"eval_strategy": "steps"}, {"eval_steps": 10}),
     (SFTConfig, {"optim": "adamw_torch_fused", "padding_free": True, "remove_unused_columns": False}, {}),
     (SFTConfig, {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "dataset_num_proc": 8}, {}),
     (SFTConfig, {"lora_task_type": "CAUSAL_LM"}, {}),
@@ -151,7 +154,7 @@ def test_wrong_keys_and_wrong_values_are_told_in_one_message() -> None:
         ("learningrate", "learning_rate"),
         ("num_generation", "num_generations"),
         ("max_stalenes", "max_staleness"),
-        ("grad_acumulation_steps", None),
+        ("grad_acumulation_steps", "gradient_accumulation_steps"),
         ("gradient_acumulation_step", "gradient_accumulation_steps"),
         # Other words are no typing mistakes.
         ("max_prompt_length", None),

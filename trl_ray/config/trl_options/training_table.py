@@ -33,6 +33,15 @@ def _warmup(value: Any, given: Any) -> Reading | None:
     return {} if value in (None, 0, 0.0) or given.get("warmup_steps") else {"warmup_steps": value}
 
 
+def _evaluation(value: Any, given: Any) -> Reading | None:
+    """In transformers evaluations come with the log where eval_steps says nothing."""
+    if value in ("no", False):
+        return {"eval_steps": 0}
+    if value != "steps":
+        return None
+    return {} if given.get("eval_steps") else {"eval_steps": given.get("logging_steps") or 10}
+
+
 TRAINING: Rows = {
     # Precision and speed.
     "fp16": only(False, None, says="Set bf16=true, or dtype=bfloat16 for the weights themselves."),
@@ -52,7 +61,7 @@ TRAINING: Rows = {
         {"use_reentrant": True},
         says="Checkpointing recomputes without reentry, which gives the same numbers. Remove what else it holds.",
     ),
-    "liger_kernel_config": only(None, {}, says="use_liger_kernel=true takes Liger's own choice of kernels. Remove it."),
+    "liger_kernel_config": only(None, {}, says="Remove it: use_liger_kernel=true takes Liger's own choice of kernels."),
     "auto_find_batch_size": only(False, says="Set max_tokens_per_micro_batch: it bounds the memory of a pass."),
     "torch_empty_cache_steps": always("Memory is bounded by max_tokens_per_micro_batch, not by emptying caches."),
     "use_cache": always("The learner computes without a cache, engines with one."),
@@ -85,9 +94,8 @@ TRAINING: Rows = {
     "router_aux_loss_coef": only(None, 0, says="Remove it: routers of experts have no loss of their own here."),
     # When to log, save, evaluate.
     "evaluation_strategy": renamed("eval_strategy"),
-    "eval_strategy": by_value(
-        {"no": {"eval_steps": 0}, False: {"eval_steps": 0}},
-        nothing=("steps",),
+    "eval_strategy": read_by(
+        _evaluation,
         says="Set eval_steps: a number of steps, a fraction of the run's below 1, or 0 for never.",
     ),
     "save_strategy": by_value(
