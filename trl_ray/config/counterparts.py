@@ -119,8 +119,6 @@ _TRAINING: Mapping[str, str] = {
     "eval_on_start": "Remove it: with eval_steps there is an evaluation before the first step.",
     "eval_delay": "Remove it: evaluations come every eval_steps.",
     "warmup_ratio": "Set warmup_steps: a number of optimizer steps.",
-    "optim": "Remove it: the optimizer is AdamW.",
-    "optim_args": "Remove it: the optimizer is AdamW (adam_beta1, adam_beta2, adam_epsilon, weight_decay).",
     "optim_target_modules": "Set use_peft with lora_target_modules to train a part of the weights.",
     "average_tokens_across_devices": "Remove it: tokens are always counted over all ranks.",
     "fp16": "Set bf16=true, or dtype=bfloat16 for the weights themselves.",

@@ -20,7 +20,7 @@ from trl_ray.config.sections import Dtype, GenerationConfig, ModelConfig, Prompt
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
 from trl_ray.errors import ConfigError
-from trl_ray.models.backends.optimizer import check_schedule
+from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.policy_loading import count_parameters, load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.reward_model_actors import (
@@ -190,7 +190,8 @@ class Preparation:
         parameters = count_parameters(model).base
         engine = parameters * dtype_bytes(config.rollout.dtype or config.dtype)
         return {
-            Role.LEARNER: learner_memory(model, has_reference=self._has_reference) + self._resident_memory(),
+            Role.LEARNER: learner_memory(model, has_reference=self._has_reference, optim=self.config.optim)
+            + self._resident_memory(),
             Role.QUEUE: 0.2 * GIB,
             Role.ROLLOUT: engine + config.rollout.kv_cache_memory_gib * GIB + PROCESS,
             Role.REWARD: 0.2 * GIB,
@@ -226,7 +227,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     functions = inputs.reward_funcs or config.reward_funcs
     _check_given(functions)
     build_loss(objective.loss)
-    check_schedule(config.part(TrainingConfig))
+    check_optimizer(config.part(TrainingConfig))
     _check_weights(config, functions)
     model = config.part(ModelConfig)
     tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()

@@ -21,7 +21,7 @@ from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.data.examples.example_set import ExampleSet, ExampleTask, load_examples, stream_examples
 from trl_ray.errors import ConfigError
-from trl_ray.models.backends.optimizer import check_schedule
+from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference_cache import default_cache_dir
 from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
@@ -130,7 +130,9 @@ class SupervisedPlan:
 
     def expected_memory(self) -> Mapping[str, float]:
         has_reference = build_loss(self.loss).needs.reference
-        return {Role.LEARNER: learner_memory(self.config.part(ModelConfig), has_reference=has_reference)}
+        config = self.config
+        memory = learner_memory(config.part(ModelConfig), has_reference=has_reference, optim=config.optim)
+        return {Role.LEARNER: memory}
 
 
 def prepare_supervised(
@@ -141,7 +143,7 @@ def prepare_supervised(
     Raises:
         InputError: anything that is wrong with the configuration, the model or the data.
     """
-    check_schedule(config.part(TrainingConfig))
+    check_optimizer(config.part(TrainingConfig))
     model = config.part(ModelConfig)
     tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
     _check_length(config, max_positions(model))
