@@ -223,7 +223,7 @@ class RolloutRun:
             resuming=False,
             callbacks=self._callbacks,
         )
-        recorder = Recorder(directory=directory, observer=observer, staleness_bound=1, start_step=0)
+        recorder = Recorder(directory=directory, observer=observer, max_age_at_use=1, start_step=0)
         actors: Any = self.actors
         return RolloutLoop(plan=plan, actors=actors, recorder=recorder, opening=opening, stop=self.stop)
 

@@ -102,8 +102,6 @@ _TEACHERS: Mapping[str, tuple[Counterpart, ...]] = {
     "feedback_column": _of("Call the dataset's column privileged_context.", "include_environment_feedback"),
 }
 
-_STEPS = "a number of steps, or 0 for never."
-_NO_BEST = "Remove it: checkpoints are kept by age (save_total_limit); evaluations stand in metrics.jsonl."
 _HUB = "Remove it: runs write to output_dir only; upload a checkpoint's folder with huggingface-cli."
 _FSDP = "Remove it: ranks are actors (runtime.num_learners); set deepspeed to split weights over them."
 _COMPILE = "Remove it: the learner runs uncompiled."
@@ -113,11 +111,6 @@ _COLUMNS = "Remove it: no column is dropped; reward functions are given all of t
 _TRACKIO = "Remove it: report_to knows wandb (wandb_project), and report.html is always drawn."
 
 _TRAINING: Mapping[str, str] = {
-    "eval_strategy": f"Set eval_steps: {_STEPS}",
-    "save_strategy": f"Set save_steps: {_STEPS}",
-    "logging_strategy": "Set logging_steps: every step stands in metrics.jsonl.",
-    "eval_on_start": "Remove it: with eval_steps there is an evaluation before the first step.",
-    "eval_delay": "Remove it: evaluations come every eval_steps.",
     "warmup_ratio": "Set warmup_steps: a number of optimizer steps.",
     "optim_target_modules": "Set use_peft with lora_target_modules to train a part of the weights.",
     "average_tokens_across_devices": "Remove it: tokens are always counted over all ranks.",
@@ -142,14 +135,11 @@ _TRAINING: Mapping[str, str] = {
     "label_names": _COLUMNS,
     "length_column_name": _COLUMNS,
     "pad_to_multiple_of": "Remove it: micro-batches are packed without padding.",
-    "data_seed": "Set seed: it orders the rows, too.",
-    "full_determinism": "Set runtime.kind=local or max_staleness=0: such runs repeat themselves exactly.",
     "use_cpu": "Set runtime.learner_num_gpus=0.",
     "accelerator_config": "Set runtime and deepspeed.",
     "parallelism_config": "Set runtime.num_learners and deepspeed.",
     "local_rank": "Set runtime.num_learners: ranks are actors and started by the run.",
     "ddp_timeout": "Set runtime.collective_timeout_s.",
-    "resume_from_checkpoint": "Run: trl-ray resume RUN_DIR",
     "ignore_data_skip": "Remove it: a resumed run takes up the very prompts that it left.",
     "restore_callback_states_from_checkpoint": "Remove it: callbacks with state_dict are always restored.",
     "project": "Set wandb_project.",
@@ -158,9 +148,8 @@ _TRAINING: Mapping[str, str] = {
     "log_completions_hub_repo": _HUB,
     "log_unique_prompts": "Set num_completions_to_print.",
     "log_multimodal": "Remove it: completions are text.",
-    **dict.fromkeys(("metric_for_best_model", "greater_is_better", "load_best_model_at_end"), _NO_BEST),
     **dict.fromkeys(
-        ("save_only_model", "save_on_each_node", "enable_jit_checkpoint"),
+        ("save_on_each_node", "enable_jit_checkpoint"),
         "Remove it: a checkpoint is whole, on the driver's machine, and SIGTERM writes one.",
     ),
     **dict.fromkeys(

@@ -298,6 +298,10 @@ class TrainingConfig(Section):
     """The optimizer, its schedule, and how long to train."""
 
     seed: Natural = 42
+    data_seed: Natural | None = None
+    """Orders the rows; None takes `seed`."""
+    full_determinism: bool = False
+    """Compute with deterministic kernels alone, which are slower."""
     max_steps: Annotated[int, Field(ge=-1)] = -1
     """Optimizer steps; -1 trains for `num_train_epochs`."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -332,6 +336,11 @@ class TrainingConfig(Section):
     on_non_finite: Annotated[NonFinite, FROM_STRING] = NonFinite.SKIP
     max_skipped_steps: Natural = 3
     """Consecutive skipped steps after which the run stops."""
+
+    @property
+    def seed_of_rows(self) -> int:
+        """`data_seed`, or `seed` where it is None."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 class GenerationConfig(Section):

@@ -32,6 +32,8 @@ from trl_ray.models.adapters.lora import has_adapter, save_adapter
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.pt"
+ONLY_MODEL = "only_model"
+"""In the trainer state: whether it was written without the optimizer."""
 _FORMAT = 1
 _STEP = re.compile(r"step-(\d+)")
 
@@ -271,8 +273,23 @@ def _rescue(directory: Path) -> None:
             old.rename(final)
 
 
-def prune(directory: str | Path, *, keep: int) -> list[str]:
-    """Delete all but the `keep` youngest checkpoints, and whatever was left half-written.
+def leave_after(directory: str | Path, *, step: int) -> list[str]:
+    """Set all checkpoints younger than a step aside, as ``step-N.left``, for a run that goes on from that one.
+
+    Returns:
+        Their new paths.
+    """
+    left = []
+    for path in list_checkpoints(directory):
+        if checkpoint_step(path) > step:
+            aside = path.with_name(path.name + ".left")
+            shutil.rmtree(aside, ignore_errors=True)
+            left.append(str(path.rename(aside)))
+    return left
+
+
+def prune(directory: str | Path, *, keep: int, spare: Path | None = None) -> list[str]:
+    """Delete all but the `keep` youngest checkpoints and the one to `spare`, and whatever was left half-written.
 
     Call it only once a newer checkpoint is complete.
 
@@ -280,7 +297,8 @@ def prune(directory: str | Path, *, keep: int) -> list[str]:
         The paths that were deleted.
     """
     assert keep >= 1, "at least one checkpoint is kept"
-    doomed = list_checkpoints(directory)[:-keep] + sorted(Path(directory).glob("step-*.tmp"))
+    old = [path for path in list_checkpoints(directory)[:-keep] if path != spare]
+    doomed = old + sorted(Path(directory).glob("step-*.tmp"))
     for path in doomed:
         with contextlib.suppress(OSError):
             shutil.rmtree(path)

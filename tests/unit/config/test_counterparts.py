@@ -39,7 +39,6 @@ def refusal(config: type[Section], **values: Any) -> str:
         ("vllm_max_model_length", "rollout.max_model_len"),
         ("cache_implementation", "rollout.kv_cache_memory_gib"),
         ("remove_unused_columns", "no column is dropped"),
-        ("eval_strategy", "eval_steps"),
         ("per_device_eval_batch_size", "eval_num_prompts"),
         ("fp16", "bf16"),
     ],

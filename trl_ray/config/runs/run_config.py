@@ -1,6 +1,7 @@
 """What the configurations of all pipelines have in common.
 
-flat, TRL's names: ModelConfig + DataConfig + TrainingConfig + ReportConfig        nested, ours: runtime: RuntimeConfig
+flat, TRL's names: ModelConfig + DataConfig + TrainingConfig + ReportConfig + CadenceConfig
+nested, ours:      runtime: RuntimeConfig
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pydantic import Field, model_validator
 
 from trl_ray.config.deepspeed import resolve_deepspeed
 from trl_ray.config.object_paths import is_same_object
+from trl_ray.config.runs.cadence_options import CadenceConfig
 from trl_ray.config.sections import (
     DataConfig,
     ModelConfig,
@@ -22,7 +24,7 @@ from trl_ray.config.sections import (
 )
 
 
-class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig):
+class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig, CadenceConfig):
     """A run of any pipeline: a model, rows, an optimizer, a run directory, actors."""
 
     pipeline: str = ""

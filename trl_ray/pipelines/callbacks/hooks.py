@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trl_ray.config.runs.cadence_options import Strategy
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import RuntimeKind
 from trl_ray.errors import CallbackError
@@ -205,12 +206,23 @@ class CallbackList:
     async def logged(self, record: Mapping[str, float]) -> None:
         """The line of a step is written."""
         state, control = self.state, self.control
-        if state.global_step % self._args.logging_steps and not control.should_log:
+        if not self._log_is_due and not control.should_log:
             return
         control.should_log = False
         state.log_history.append({**record, "step": state.global_step})
         del state.log_history[:-MAX_LOG_HISTORY]
         await self.dispatch(Hook.LOG, logs=dict(record))
+
+    @property
+    def _log_is_due(self) -> bool:
+        """Whether the line of the last step is one that is told."""
+        match self._args.logging_strategy:
+            case Strategy.STEPS:
+                return self.state.global_step % self._args.logging_steps == 0
+            case Strategy.EPOCH:
+                return math.floor(self.state.epoch) > math.floor(self._epoch_before)
+            case Strategy.NO:
+                return False
 
     async def epoch_end(self) -> None:
         """All of a step is done; tell the end of an epoch, if it was its last one or one has asked to leave it."""

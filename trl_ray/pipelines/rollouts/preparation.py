@@ -184,6 +184,10 @@ class Preparation:
         where = "the rollout engines" if self.config.teacher_on_engines else where
         return f"{', '.join(_named(source) for source in self.config.teacher_sources)}, held by {where}"
 
+    @property
+    def steps_per_epoch(self) -> float | None:
+        return len(self.prompts) / self.config.groups_per_step
+
     def expected_memory(self) -> Mapping[str, float]:
         """Bytes that one actor of each role is expected to hold: weights, optimizer, caches, and its Python."""
         config, model = self.config, self.config.part(ModelConfig)
@@ -236,13 +240,13 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     prompts = load_prompts(
         data,
         tokenizer,
-        seed=config.seed,
+        seed=config.seed_of_rows,
         max_prompt_tokens=limit,
         dataset=inputs.train_dataset,
         completions=objective.dataset_completions(),
         max_prompt_length=objective.max_prompt_length,
     )
-    eval_prompts = _eval_prompts(objective, inputs, tokenizer, limit) if config.eval_steps else ()
+    eval_prompts = _eval_prompts(objective, inputs, tokenizer, limit) if config.evaluates else ()
     rewarded = config.has_rewards and (functions or not config.scoring_models)
     specs = make_specs(functions, columns=prompts.columns) if rewarded else ()
     models = prepare_reward_models(config, functions=[spec.name for spec in specs], prompt=prompts.prompt(0))
@@ -306,7 +310,7 @@ def _eval_prompts(objective: Objective[Any], inputs: Inputs, tokenizer: Any, lim
     config = objective.config
     if inputs.eval_dataset is None and config.dataset_name is None:
         raise ConfigError(
-            f"eval_steps={config.eval_steps} needs held-out prompts, but there are none. Pass eval_dataset, name a "
+            f"{config.evaluation_asked_by} needs held-out prompts, but there are none. Pass eval_dataset, name a "
             "dataset with dataset_test_split, or set eval_steps=0."
         )
     source = load_prompts(

@@ -49,6 +49,7 @@ class RolloutSession(Session):
             run_dir=recorder.directory.path,
             metrics=dict(recorder.last),
             ledger=snapshot,
+            model=loop.model,
             worst_age=recorder.worst_age,
         )
 
@@ -71,6 +72,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
     """
 
     config_class: ClassVar[type[RunConfig]]
+    resumes_within: ClassVar[int | None] = 2
     objective_class: ClassVar[type[Objective[Any]]]
     """What the pipeline makes of finished groups; with the configuration it is what a pipeline is."""
 

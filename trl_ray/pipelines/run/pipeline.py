@@ -16,11 +16,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVa
 
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.load import dump_yaml, load_config
+from trl_ray.config.runs.cadence_options import Strategy
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import RuntimeKind
 from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, TrlRayError
 from trl_ray.models.adapters.adapter_config import adapter_options
-from trl_ray.models.checkpoint import checkpoint_step, latest_checkpoint
+from trl_ray.models.checkpoint import (
+    checkpoint_step,
+    latest_checkpoint,
+    leave_after,
+    list_checkpoints,
+    verify_checkpoint,
+)
 from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report.report_page import build_report
 from trl_ray.observe.run_directory import RunDirectory
@@ -47,6 +54,8 @@ class TrainOutput:
     """The last step's line of metrics.jsonl."""
     ledger: LedgerSnapshot
     """Of prompt groups, or of rows where a dataset is trained on."""
+    model: Path
+    """Folder with the run's model: the last checkpoint, or the best with `load_best_model_at_end`."""
     worst_age: int | None = None
     """The oldest token trained on, in optimizer steps; None where nothing was sampled."""
 
@@ -62,6 +71,11 @@ class Plan(Protocol):
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
+        ...
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """Optimizer steps of one pass over the rows; None where that is not known."""
         ...
 
     def describe(self) -> Mapping[str, Any]:
@@ -121,6 +135,8 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
 
     config_class: ClassVar[type[RunConfig]]
     name: ClassVar[str]
+    resumes_within: ClassVar[int | None] = None
+    """How many of the newest checkpoints a run can go on from; None: all."""
 
     def __init__(
         self,
@@ -146,6 +162,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             changes["callbacks"] = specs_with(given.callbacks, callbacks)
         self.config: ConfigT = given.replace(**changes) if changes else given
         self._resume = False
+        self._resume_at: int | None = None
         self._given_callbacks = callbacks
         self._callbacks = CallbackList((), args=self.config)
 
@@ -187,19 +204,58 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
         Raises:
             InputError: what is wrong, and what to do.
         """
+        if self.config.resume_from_checkpoint:
+            self._resume, self._resume_at = True, self._checkpoint_to_resume(self.config.resume_from_checkpoint)
         if not self._resume:
             RunDirectory.check_free(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
+        elif self.config.save_only_model:
+            raise ConfigError(
+                "save_only_model must be false for a run to go on, got true: its checkpoints are without the "
+                "optimizer. Begin a new run with one of them as model_name_or_path."
+            )
         self._callbacks = make_callbacks(self.config, self._given_callbacks)
         return self._prepare()
 
-    def train(self) -> TrainOutput:
+    def _checkpoint_to_resume(self, given: str | bool) -> int | None:
+        """The step of the checkpoint to go on from; None is the last one.
+
+        Raises:
+            ConfigError: it is none of the run in `output_dir`, or older than the run can go back to.
+            CheckpointError: it is damaged.
+        """
+        directory = RunDirectory.open_existing(self.config.output_dir)
+        path = Path(directory.path if given is True else str(given)).expanduser().absolute()
+        if path == directory.path:
+            return None
+        known = list_checkpoints(directory.checkpoints)
+        if path not in known:
+            raise ConfigError(
+                f"resume_from_checkpoint must be true or a checkpoint of the run in output_dir, which has "
+                f"{', '.join(each.name for each in known) or 'none'} in {directory.checkpoints}; got {given}. For a "
+                f"new run from its weights set model_name_or_path={given}."
+            )
+        if self.resumes_within is not None and path not in known[-self.resumes_within :]:
+            raise ConfigError(
+                f"resume_from_checkpoint must be one of the last {self.resumes_within} checkpoints here, as the "
+                f"ledger's journal reaches no further back, got {path.name} of {known[-1].name}. For a new run from "
+                f"its weights set model_name_or_path={given}."
+            )
+        verify_checkpoint(path)
+        return checkpoint_step(path)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
         """Run to the end.
+
+        Args:
+            resume_from_checkpoint: as the option of this name, before which it goes.
 
         Raises:
             InputError: the input was wrong; nothing was started.
             RunError: the run failed; its last checkpoint and its journal are kept.
             InterruptedRun: it was interrupted, and a checkpoint was written.
         """
+        if resume_from_checkpoint is not None:
+            self.config = self.config.replace(resume_from_checkpoint=resume_from_checkpoint)
         plan = self.prepare()
         return run_to_end(lambda stop: self._train(plan, stop))
 
@@ -255,7 +311,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             wandb_project=config.wandb_project,
             run_name=config.run_name,
             print_completions=config.num_completions_to_print,
-            logging_steps=config.logging_steps,
+            logging_steps=self._logging_steps(plan),
             log_completions=config.log_completions,
         )
         session = self._make_session(
@@ -282,6 +338,14 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
         )
         return session
 
+    def _logging_steps(self, plan: PlanT) -> int:
+        """Steps between lines of the console and points of services."""
+        config = self.config
+        if config.logging_strategy is Strategy.STEPS:
+            return config.logging_steps
+        per_epoch = plan.steps_per_epoch if config.logging_strategy is Strategy.EPOCH else None
+        return plan.total_steps + 1 if per_epoch is None else max(1, round(per_epoch))
+
     def _announcement(self) -> Mapping[str, Any]:
         """What else a run says of itself when it starts."""
         return {}
@@ -293,10 +357,16 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             build_report(recorder.directory.path)
 
     def _open_directory(self) -> RunDirectory:
+        config = self.config.replace(resume_from_checkpoint=None)  # of the run, not of this start
         if self._resume:
-            return RunDirectory.open_existing(self.config.output_dir)
+            directory = RunDirectory.open_existing(self.config.output_dir)
+            if self._resume_at is not None:
+                leave_after(directory.checkpoints, step=self._resume_at)
+            if self.config.resume_from_checkpoint:
+                directory.write_config(dump_yaml(config))
+            return directory
         directory = RunDirectory.create(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
-        directory.write_config(dump_yaml(self.config))
+        directory.write_config(dump_yaml(config))
         return directory
 
     def _open_runtime(self, plan: PlanT) -> Runtime:

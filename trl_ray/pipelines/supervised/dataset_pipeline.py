@@ -18,12 +18,12 @@ from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.errors import DataError
+from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
 from trl_ray.pipelines.supervised.dataset_preparation import DatasetInputs, SupervisedPlan, prepare_supervised
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder
-from trl_ray.pipelines.supervised.early_stopping import EarlyStopping
 from trl_ray.pipelines.supervised.example_feed import StreamPlace
 from trl_ray.pipelines.supervised.reference_pass import LabelledSets, with_references
 from trl_ray.types import EventKind
@@ -70,7 +70,11 @@ class SupervisedSession(Session):
         snapshot = loop.accounts.snapshot()
         recorder.directory.write_ledger(snapshot.to_json())
         return TrainOutput(
-            steps=loop.step, run_dir=recorder.directory.path, metrics=dict(recorder.last), ledger=snapshot
+            steps=loop.step,
+            run_dir=recorder.directory.path,
+            metrics=dict(recorder.last),
+            ledger=snapshot,
+            model=loop.model,
         )
 
     async def _references(self, stop: asyncio.Event) -> LabelledSets:

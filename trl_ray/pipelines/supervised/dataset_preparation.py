@@ -60,6 +60,10 @@ class SupervisedPlan:
     eval_cut: CutRules
 
     @property
+    def steps_per_epoch(self) -> float | None:
+        return None if self.train is None else math.ceil(len(self.train.examples) / self.config.examples_per_step)
+
+    @property
     def precomputes_reference(self) -> bool:
         """Whether the reference is asked once, before training."""
         return bool(getattr(self.loss, "precompute_ref_log_probs", False))
@@ -71,7 +75,7 @@ class SupervisedPlan:
             return ShuffledFeed(
                 train.examples,
                 per_step=config.examples_per_step,
-                seed=config.seed,
+                seed=config.seed_of_rows,
                 shuffle=config.shuffle_dataset,
             )
         return StreamFeed(self._open_stream, per_step=config.examples_per_step, place=place)
@@ -91,7 +95,7 @@ class SupervisedPlan:
             task=self.task,
             dataset=self.inputs.train_dataset,
             start_window=start_window,
-            seed=self.config.seed + epoch,
+            seed=self.config.seed_of_rows + epoch,
         )
 
     def arguments(self, *, checkpoint: str | None) -> dict[str, Any]:
@@ -173,11 +177,11 @@ def prepare_supervised(
 
 
 def _held_out(config: SupervisedRunConfig, inputs: DatasetInputs, load: Any) -> ExampleSet | None:
-    if not config.eval_steps:
+    if not config.evaluates:
         return None
     if inputs.eval_dataset is None and config.dataset_name is None and not config.datasets:
         raise ConfigError(
-            f"eval_steps={config.eval_steps} needs held-out rows, but there are none. Pass eval_dataset, name a "
+            f"{config.evaluation_asked_by} needs held-out rows, but there are none. Pass eval_dataset, name a "
             "dataset with dataset_test_split, or set eval_steps=0."
         )
     found: ExampleSet = load(dataset=inputs.eval_dataset, evaluation=True)
