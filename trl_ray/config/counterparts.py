@@ -191,7 +191,6 @@ _TRAINING: Mapping[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "logging_first_step",
             "log_on_each_node",
             "logging_nan_inf_filter",
             "include_num_input_tokens_seen",

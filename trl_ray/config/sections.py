@@ -181,6 +181,8 @@ class ModelConfig(Section):
     model_name_or_path: str | None = None
     """Hub name or local folder."""
     model_revision: str = "main"
+    ref_model_name_or_path: str | None = None
+    """The reference that the policy is compared with; None: the policy as it was before training."""
     trust_remote_code: bool = False
     dtype: Annotated[Dtype, FROM_STRING] = Dtype.FLOAT32
     """Of the weights the optimizer updates."""

@@ -54,6 +54,8 @@ class CadenceConfig(Section):
     save_strategy: Annotated[SaveStrategy, FROM_STRING, BeforeValidator(_no_for_false)] = SaveStrategy.STEPS
     logging_strategy: Annotated[Strategy, FROM_STRING, BeforeValidator(_no_for_false)] = Strategy.STEPS
     """When the console, services and `on_log` are told; metrics.jsonl has every step."""
+    logging_first_step: bool = False
+    """Tell them of the first step, too."""
     save_only_model: bool = False
     """Checkpoints without the optimizer: smaller, but no run can go on from them."""
     load_best_model_at_end: bool = False

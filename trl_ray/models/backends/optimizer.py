@@ -38,6 +38,10 @@ def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.O
     optim = training.optim
     if optim.is_of_bitsandbytes:
         _require_bitsandbytes(optim)
+    if optim is Optim.MUON and not hasattr(torch.optim, "Muon"):
+        raise ConfigError(
+            f"optim=muon needs torch 2.9 or younger, this is {torch.__version__}. Take adamw_torch_fused."
+        )
     groups = _decay_groups(model, training.weight_decay)
     # `weight_decay` stands in the groups. What `optim_args` names wins, as in transformers.
     options = {"lr": training.learning_rate, **_own_options(training), **training.optim_args}

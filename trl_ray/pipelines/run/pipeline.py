@@ -18,7 +18,7 @@ from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.load import dump_yaml, load_config
 from trl_ray.config.runs.cadence_options import Strategy
 from trl_ray.config.runs.run_config import RunConfig
-from trl_ray.config.sections import RuntimeKind
+from trl_ray.config.sections import ModelConfig, RuntimeKind
 from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, TrlRayError
 from trl_ray.models.adapters.adapter_config import adapter_options
 from trl_ray.models.checkpoint import (
@@ -34,6 +34,7 @@ from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import Observer
 from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
 from trl_ray.pipelines.callbacks.hooks import CallbackList
+from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
 from trl_ray.pipelines.run.recording import RunRecorder
 from trl_ray.pipelines.run.signals import run_to_end
 from trl_ray.runtime.local import LocalRuntime
@@ -141,20 +142,26 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
     def __init__(
         self,
         *,
-        model: str | None,
+        model: object | None,
         args: ConfigT | None,
         peft_config: object | None,
         callbacks: Sequence[Any] | None = None,
+        objects: TrainerObjects | None = None,
+        folders: GivenFolders | None = None,
         **changes: Any,
     ) -> None:
         """Resolve the configuration: `args`, with what is given beside it put in.
 
         Raises:
-            ConfigError: `args` is of another pipeline, or `callbacks` is no list.
-            ModelError: `peft_config` is no `peft.LoraConfig`, or asks for what engines cannot be given.
+            ConfigError: `args` is of another pipeline, `callbacks` is no list, or an object cannot be had here.
+            ModelError: `peft_config` is no `peft.LoraConfig`, or asks for what engines cannot be given; `model` cannot
+                be written down.
         """
         given = self.checked(args)
-        if model is not None:
+        objects = objects or TrainerObjects()
+        self._given = folders or GivenFolders(given.output_dir)
+        changes |= objects.options(model=model or given.model_name_or_path, folders=self._given)
+        if isinstance(model, str) and "model_name_or_path" not in changes:
             changes["model_name_or_path"] = model
         if peft_config is not None:
             changes |= adapter_options(peft_config)
@@ -214,6 +221,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
                 "optimizer. Begin a new run with one of them as model_name_or_path."
             )
         self._callbacks = make_callbacks(self.config, self._given_callbacks)
+        self._given.write(self.config.part(ModelConfig))
         return self._prepare()
 
     def _checkpoint_to_resume(self, given: str | bool) -> int | None:
@@ -367,6 +375,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             return directory
         directory = RunDirectory.create(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
         directory.write_config(dump_yaml(config))
+        self._given.keep()
         return directory
 
     def _open_runtime(self, plan: PlanT) -> Runtime:

@@ -79,7 +79,8 @@ def learner_memory(model: ModelConfig, *, has_reference: bool, optim: Optim = Op
     AdamW), which ZeRO splits. With an adapter the frozen weights are the reference.
     """
     count, weight = count_parameters(model), _BYTES[model.dtype]
-    reference = count.base * weight if has_reference and not model.use_peft else 0
+    has_copy = has_reference and (model.ref_model_name_or_path is not None or not model.use_peft)
+    reference = count.base * weight if has_copy else 0
     return count.base * weight * 2 + count.trained * weight * (1 + optimizer_copies(optim)) + reference + PROCESS
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.errors import DataError
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
+from trl_ray.pipelines.run.given_objects import trainer_objects
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
@@ -146,21 +147,40 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: object | None = None,
         args: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         peft_config: object | None = None,
         callbacks: Sequence[Any] | None = None,
+        *,
+        ref_model: object | None = None,
+        formatting_func: Callable[[Any], str] | None = None,
+        **objects: Any,
     ) -> None:
         """Take what TRL's trainer takes; what is None comes from `args`, and `callbacks` follow those of `args`.
 
+        Args:
+            model: a name, a folder, or a model of transformers or peft, whose weights are written down once.
+            args, train_dataset, eval_dataset, peft_config, callbacks: as in TRL.
+            ref_model: the reference, as `model`; None: the policy before training.
+            formatting_func: makes the text of a row.
+            objects: the further arguments of TRL's trainers, see `TrainerObjects`.
+
         Raises:
-            ConfigError: `args` is of another pipeline.
-            ModelError: `peft_config` is no `peft.LoraConfig`.
+            ConfigError: `args` is of another pipeline, or an argument is unknown or cannot be had.
+            ModelError: `peft_config` is no `peft.LoraConfig`, or a model cannot be written down.
         """
-        super().__init__(model=model, args=args, peft_config=peft_config, callbacks=callbacks)
-        self._inputs = DatasetInputs(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        super().__init__(
+            model=model,
+            args=args,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            objects=trainer_objects(ref_model=ref_model, **objects),
+        )
+        self._inputs = DatasetInputs(
+            train_dataset=train_dataset, eval_dataset=eval_dataset, formatting_func=formatting_func
+        )
 
     def _task(self) -> ExampleTask:
         return self.task

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,11 @@ from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.data.examples.example_set import ExampleSet, ExampleTask, load_examples, stream_examples
+from trl_ray.data.sources.dataset_loading import load_rows
+from trl_ray.data.sources.formatting import formatted_rows
 from trl_ray.errors import ConfigError
 from trl_ray.models.backends.optimizer import check_optimizer
+from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.companions.reference_cache import default_cache_dir
 from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
@@ -38,6 +41,35 @@ class DatasetInputs:
 
     train_dataset: Any = None
     eval_dataset: Any = None
+    formatting_func: Callable[[Any], str] | None = None
+    """Makes the text of a row."""
+
+    def formatted(self, config: SupervisedRunConfig) -> DatasetInputs:
+        """The same with the texts in place of the rows they are made of.
+
+        Raises:
+            DataError: the function raised, or gave no text.
+            ConfigError: the rows are a stream that the configuration names.
+        """
+        if self.formatting_func is None:
+            return self
+        if self.train_dataset is None and config.dataset_streaming:
+            raise ConfigError(
+                "formatting_func needs train_dataset with dataset_streaming=true, got a stream by name. Pass the "
+                "stream."
+            )
+
+        def texts(rows: Any, *, evaluation: bool) -> Any:
+            if rows is None:
+                if evaluation and not config.evaluates:
+                    return None
+                rows = load_rows(config, seed=config.seed, evaluation=evaluation)
+            return formatted_rows(rows, self.formatting_func, column=config.text_column)
+
+        return DatasetInputs(
+            train_dataset=texts(self.train_dataset, evaluation=False),
+            eval_dataset=texts(self.eval_dataset, evaluation=True),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -149,6 +181,8 @@ def prepare_supervised(
     """
     check_optimizer(config.part(TrainingConfig))
     model = config.part(ModelConfig)
+    check_reference(model, loss)
+    inputs = inputs.formatted(config)
     tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
     _check_length(config, max_positions(model))
     if getattr(loss, "precompute_ref_log_probs", False):

@@ -105,9 +105,19 @@ def test_checkpoints_come_when_their_strategy_says(
     assert sorted(run.learner.saved) == expected
 
 
-@pytest.mark.parametrize(("strategy", "told"), [("steps", [2, 4, 6]), ("epoch", [3, 6]), ("no", [])])
-def test_callbacks_hear_of_the_log_when_its_strategy_says(tmp_path: Path, strategy: str, told: list[int]) -> None:
-    config = SFTConfig(per_device_train_batch_size=2, save_steps=0, logging_steps=2, logging_strategy=strategy)
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"logging_strategy": "steps"}, [2, 4, 6]),
+        ({"logging_first_step": True}, [1, 2, 4, 6]),
+        ({"logging_strategy": "epoch"}, [3, 6]),
+        ({"logging_strategy": "no"}, []),
+    ],
+)
+def test_callbacks_hear_of_the_log_when_its_strategy_says(
+    tmp_path: Path, options: dict[str, Any], told: list[int]
+) -> None:
+    config = SFTConfig(per_device_train_batch_size=2, save_steps=0, logging_steps=2, **options)
     diary = Diary()
     run = Run(tmp_path, config=config, total=7, callbacks=[diary]).go()
     assert [line for line in diary.book if line.startswith("log")] == [f"log {step}" for step in told]
