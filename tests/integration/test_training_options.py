@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from dataset_runs import assert_same_run, pipeline, train, weights
-from runs import events, grpo, lines
+from dataset_runs import assert_same_run, pipeline, rows, train, weights
+from runs import PROMPTS, events, grpo, lines
 from tiny_models import build_tiny_model
+from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import CheckpointError, ConfigError
+from trl_ray.models.policy_loading import load_policy
 from trl_ray.pipelines.grpo import GRPOPipeline
 
 pytestmark = pytest.mark.integration
@@ -92,12 +94,13 @@ def test_the_best_model_is_kept_and_named(model: str, tmp_path: Path) -> None:
 
 def test_a_policy_goes_on_from_the_checkpoint_before_the_last_but_from_no_older_one(model: str, tmp_path: Path) -> None:
     config = grpo(model, tmp_path / "run", max_steps=4, save_steps=1)
-    GRPOPipeline(args=config).train()
+    GRPOPipeline(args=config, train_dataset=PROMPTS).train()
     checkpoints = tmp_path / "run" / "checkpoints"
+    again = GRPOPipeline(args=config, train_dataset=PROMPTS)
     with pytest.raises(ConfigError, match="must be one of the last 2 checkpoints"):
-        GRPOPipeline(args=config.replace(resume_from_checkpoint=str(checkpoints / "step-2"))).train()
+        again.train(resume_from_checkpoint=str(checkpoints / "step-2"))
     before = weights(tmp_path / "run", 4)
-    GRPOPipeline(args=config.replace(resume_from_checkpoint=str(checkpoints / "step-3"))).train()
+    again.train(resume_from_checkpoint=str(checkpoints / "step-3"))
     after = weights(tmp_path / "run", 4)
     assert all((before[name] == after[name]).all() for name in before)
 
@@ -118,3 +121,39 @@ def test_deterministic_kernels_are_asked_for_and_rows_have_a_seed_of_their_own(m
         [line["loss"] for line in lines(tmp_path / name / "metrics.jsonl")] for name in ("one", "other", "same")
     )
     assert one == same and one != other
+
+
+def test_evaluations_in_python_are_those_of_the_run_and_leave_nothing_behind(model: str, tmp_path: Path) -> None:
+    made = pipeline("dpo", model, tmp_path / "run", max_steps=3, eval_steps=3)
+    first = made.evaluate()
+    assert first["eval_rewards/margins"] == 0.0 and not (tmp_path / "run").exists()  # the policy is its reference
+    made.train()
+    told = {
+        name.replace("eval/", "eval_"): value
+        for name, value in lines(tmp_path / "run" / "metrics.jsonl")[-1].items()
+        if name.startswith("eval/")
+    }
+    assert made.evaluate() == pytest.approx(told)
+    other = made.evaluate(rows("dpo", 4, start=50), metric_key_prefix="test")
+    assert set(other) == {name.replace("eval_", "test_") for name in told} and other["test_loss"] != told["eval_loss"]
+    assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_completions_are_evaluated_in_python_before_and_after_training(model: str, tmp_path: Path) -> None:
+    made = GRPOPipeline(args=grpo(model, tmp_path / "run", max_steps=1), train_dataset=PROMPTS)
+    assert 0 <= made.evaluate(PROMPTS[:2])["eval_reward"] <= 1
+    made.train()
+    assert 0 <= made.evaluate(PROMPTS[:2])["eval_reward"] <= 1
+
+
+def test_a_model_is_saved_without_what_only_a_run_needs(model: str, tmp_path: Path) -> None:
+    made = pipeline("sft", model, tmp_path / "run", max_steps=1)
+    with pytest.raises(ConfigError, match=r"there is none.*Call train\(\)"):
+        made.save_model(tmp_path / "early")
+    made.train()
+    folder = made.save_model(tmp_path / "saved")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    assert not {"trainer_state.pt", "manifest.json", "progress.json"} & {path.name for path in folder.iterdir()}
+    again = load_policy(ModelConfig(model_name_or_path=str(folder)))
+    kept = weights(tmp_path / "run", 1)
+    assert all((tensor.numpy() == kept[name]).all() for name, tensor in again.state_dict().items() if name in kept)

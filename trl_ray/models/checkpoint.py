@@ -273,6 +273,47 @@ def _rescue(directory: Path) -> None:
             old.rename(final)
 
 
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.py",
+    "README.md",
+)
+
+
+def model_files(checkpoint: str | Path) -> list[Path]:
+    """The files of a checkpoint that make its model: what `from_pretrained` reads."""
+    return sorted({file for pattern in _MODEL_FILES for file in Path(checkpoint).glob(pattern) if file.is_file()})
+
+
+def export_model(checkpoint: str | Path, folder: str | Path) -> Path:
+    """Copy the model of a checkpoint, without what only a run needs.
+
+    Returns:
+        The folder, made where there is none.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    target = Path(folder).expanduser().absolute()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for file in model_files(checkpoint):
+            shutil.copy2(file, target / file.name)
+    except OSError as error:
+        raise CheckpointError(f"the model must be written to {target}, but: {error}. Choose another folder.") from error
+    return target
+
+
 def leave_after(directory: str | Path, *, step: int) -> list[str]:
     """Set all checkpoints younger than a step aside, as ``step-N.left``, for a run that goes on from that one.
 

@@ -24,6 +24,7 @@ from trl_ray.errors import ConfigError, ModelError
 from trl_ray.models.adapters.adapter_config import is_adapter_folder
 from trl_ray.models.companions.averaging import Pace, WeightAverage
 from trl_ray.models.companions.companion import AdapterlessCompanion, AveragedCompanion, Companion
+from trl_ray.models.loadable import check_loadable
 from trl_ray.models.policy_loading import Policy, load_policy
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
 
@@ -85,6 +86,7 @@ def check_reference(model: ModelConfig, loss: LossSection) -> None:
             f"precompute_ref_log_probs must be false with ref_model_name_or_path={name}, got true: the policy itself "
             "is asked before training. Set it to false."
         )
+    check_loadable(_initial_model(model))
 
 
 def _initial_model(model: ModelConfig) -> ModelConfig:

@@ -22,6 +22,7 @@ from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
 from trl_ray.errors import ConfigError
 from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
+from trl_ray.models.loadable import check_loadable
 from trl_ray.models.policy_loading import count_parameters, load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.reward_model_actors import (
@@ -235,6 +236,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     check_optimizer(config.part(TrainingConfig))
     _check_weights(config, functions)
     model = config.part(ModelConfig)
+    check_loadable(model)
     check_reference(model, resolve_options(objective.loss))
     tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
     max_model_len = _max_model_len(config, max_positions(model))

@@ -91,7 +91,8 @@ class RolloutLoop(StepLoop[_Trained]):
             can_stop_epoch=False,
         )
         try:
-            await under_watch(self._actors.supervisor, self._train(), self._admit())
+            beside = () if self._opening.only_evaluates else (self._admit(),)
+            await under_watch(self._actors.supervisor, self._train(), *beside)
         finally:
             if self._pulling is not None:
                 self._pulling.cancel()

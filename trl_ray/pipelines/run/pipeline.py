@@ -8,8 +8,10 @@ prepare -> run directory -> runtime -> [session: actors, loop, final checkpoint]
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
@@ -23,6 +25,7 @@ from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, TrlRay
 from trl_ray.models.adapters.adapter_config import adapter_options
 from trl_ray.models.checkpoint import (
     checkpoint_step,
+    export_model,
     latest_checkpoint,
     leave_after,
     list_checkpoints,
@@ -110,6 +113,8 @@ class Opening:
     resuming: bool
     """Whether anything was trained before."""
     callbacks: CallbackList
+    only_evaluates: bool = False
+    """Nothing is trained: the held-out numbers are all that is asked for."""
 
 
 class Session(ABC):
@@ -131,11 +136,40 @@ class Session(ABC):
         """End the actors for good."""
 
 
+class _Numbers:
+    """A callback that keeps what was evaluated last."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, float] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **payload: Any) -> None:
+        """See the class."""
+        self.numbers = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+
+
+def evaluation_config(config: ConfigT, folder: str) -> ConfigT:
+    """The options of one evaluation in a folder of its own: no checkpoints, no services, no callbacks."""
+    return config.replace(
+        output_dir=folder,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_on_start=None,
+        save_strategy="no",
+        load_best_model_at_end=False,
+        early_stopping_patience=None,
+        resume_from_checkpoint=None,
+        report_to=[],
+        callbacks=[],
+        html_report=False,
+    )
+
+
 class Pipeline(ABC, Generic[ConfigT, PlanT]):
     """The life of a run; subclasses say what is prepared and what a session does."""
 
     config_class: ClassVar[type[RunConfig]]
     name: ClassVar[str]
+    _inputs: Any
     resumes_within: ClassVar[int | None] = None
     """How many of the newest checkpoints a run can go on from; None: all."""
 
@@ -170,6 +204,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
         self.config: ConfigT = given.replace(**changes) if changes else given
         self._resume = False
         self._resume_at: int | None = None
+        self._trained: TrainOutput | None = None
         self._given_callbacks = callbacks
         self._callbacks = CallbackList((), args=self.config)
 
@@ -265,7 +300,81 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
         if resume_from_checkpoint is not None:
             self.config = self.config.replace(resume_from_checkpoint=resume_from_checkpoint)
         plan = self.prepare()
-        return run_to_end(lambda stop: self._train(plan, stop))
+        self._trained = run_to_end(lambda stop: self._train(plan, stop))
+        return self._trained
+
+    @property
+    def model(self) -> Path | None:
+        """Folder of the run's model: the one it ended with, else its last checkpoint; None before there is one."""
+        if self._trained is not None:
+            return self._trained.model
+        if not self._resume:
+            return None
+        found = latest_checkpoint(RunDirectory.open_existing(self.config.output_dir).checkpoints).path
+        return None if found is None else Path(found)
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """Copy the run's model, with its tokenizer, to a folder of its own; None: ``model`` in the run directory.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: there is no model yet.
+            CheckpointError: the folder cannot be written.
+        """
+        return export_model(self._require_model("saved"), output_dir or Path(self.config.output_dir) / "model")
+
+    def _require_model(self, what: str) -> Path:
+        if (model := self.model) is None:
+            raise ConfigError(
+                f"a model must be trained before it is {what}, but there is none yet. Call train() first."
+            )
+        return model
+
+    @abstractmethod
+    def _with_held_out(self, eval_dataset: Any) -> Any:
+        """The inputs with other held-out rows; None keeps those there are."""
+
+    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Held-out numbers under the run's model, before training under the initial one. Nothing is left behind.
+
+        Args:
+            eval_dataset: rows; None takes those of the pipeline.
+            metric_key_prefix: begins their names.
+
+        Raises:
+            InputError: there are no rows, or they cannot be used.
+            RunError: the evaluation failed.
+        """
+        with tempfile.TemporaryDirectory(prefix="trl_ray-evaluation-") as folder:
+            pipeline, found = copy(self), _Numbers()
+            pipeline.config = evaluation_config(self.config, folder)
+            pipeline._inputs = self._with_held_out(eval_dataset)
+            self._given.write(self.config.part(ModelConfig))
+            plan = pipeline._prepare()
+            callbacks = CallbackList([found], args=pipeline.config)
+            run_to_end(lambda stop: pipeline._evaluate(plan, callbacks, self.model, stop))
+            return {f"{metric_key_prefix}_{name}": value for name, value in found.numbers.items()}
+
+    async def _evaluate(self, plan: PlanT, callbacks: CallbackList, model: Path | None, stop: asyncio.Event) -> None:
+        runtime = self._open_runtime(plan)
+        directory = RunDirectory.create(self.config.output_dir)
+        opening = Opening(
+            runtime=runtime,
+            directory=directory,
+            observer=Observer([]),
+            checkpoint=None if model is None else str(model),
+            step=0 if model is None else checkpoint_step(model),
+            resuming=False,
+            callbacks=callbacks,
+            only_evaluates=True,
+        )
+        try:
+            await self._make_session(plan, opening).run(stop)
+        finally:
+            callbacks.close()
+            await runtime.close()
 
     async def _train(self, plan: PlanT, stop: asyncio.Event) -> TrainOutput:
         runtime = self._open_runtime(plan)

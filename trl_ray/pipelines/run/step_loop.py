@@ -180,6 +180,9 @@ class StepLoop(ABC, Generic[TrainedT]):
 
     async def _train(self) -> None:
         """All steps that are left, and the last checkpoint."""
+        if self._opening.only_evaluates:
+            await self._evaluate()
+            return
         if self.step == 0 and self._can_evaluate and self._config.evaluates_first:
             await self._evaluate()
         while not self._is_over:

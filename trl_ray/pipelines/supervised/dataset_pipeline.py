@@ -9,6 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -101,6 +102,8 @@ class SupervisedSession(Session):
     def _progress(self) -> tuple[Accounts, EarlyStopping]:
         """As the checkpoint kept them; at the start, rows of the dataset that are in no example are dropped."""
         stopping, train = EarlyStopping.of(self._plan.config), self._plan.train
+        if self._opening.only_evaluates:
+            return Accounts(step=self._opening.step), stopping
         if self._opening.checkpoint is not None:
             kept = json.loads((Path(self._opening.checkpoint) / PROGRESS).read_text(encoding="utf-8"))
             self._check_rows(kept["examples"])
@@ -144,6 +147,7 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
     loss_class: ClassVar[type[LossSection]]
     """The part of the configuration that says what is minimised."""
     task: ClassVar[ExampleTask]
+    _inputs: DatasetInputs
 
     def __init__(
         self,
@@ -181,6 +185,15 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
         self._inputs = DatasetInputs(
             train_dataset=train_dataset, eval_dataset=eval_dataset, formatting_func=formatting_func
         )
+
+    def _with_held_out(self, eval_dataset: Any) -> DatasetInputs:
+        inputs = self._inputs
+        if eval_dataset is None:
+            return inputs
+        config, train = self.config, inputs.train_dataset
+        if train is None and config.dataset_name is None and not config.datasets:
+            train = eval_dataset
+        return replace(inputs, train_dataset=train, eval_dataset=eval_dataset)
 
     def _task(self) -> ExampleTask:
         return self.task

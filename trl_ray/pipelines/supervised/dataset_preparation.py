@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_ray.algorithms.batches.micro_batches import TotalsOf
 from trl_ray.algorithms.batches.work_sharing import CutRules
+from trl_ray.algorithms.loss import HeadKind
 from trl_ray.algorithms.loss_registry import build_loss
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
@@ -26,6 +27,7 @@ from trl_ray.errors import ConfigError
 from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.companions.reference_cache import default_cache_dir
+from trl_ray.models.loadable import check_loadable
 from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
 from trl_ray.pipelines.supervised.example_feed import Feed, ShuffledFeed, StreamFeed, StreamPlace
@@ -181,6 +183,8 @@ def prepare_supervised(
     """
     check_optimizer(config.part(TrainingConfig))
     model = config.part(ModelConfig)
+    head = build_loss(loss).needs.head
+    check_loadable(model, num_labels=None if head is HeadKind.LANGUAGE else head.num_labels)
     check_reference(model, loss)
     inputs = inputs.formatted(config)
     tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
