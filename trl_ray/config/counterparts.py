@@ -102,13 +102,13 @@ _TEACHERS: Mapping[str, tuple[Counterpart, ...]] = {
     "feedback_column": _of("Call the dataset's column privileged_context.", "include_environment_feedback"),
 }
 
-_HUB = "Remove it: runs write to output_dir only; upload a checkpoint's folder with huggingface-cli."
+_HUB = "Remove it: completions stand in output_dir alone; upload their folder with hf upload."
 _FSDP = "Remove it: ranks are actors (runtime.num_learners); set deepspeed to split weights over them."
 _COMPILE = "Remove it: the learner runs uncompiled."
 _ROWS = "Remove it: rows are read by the driver."
 _LOG = "Remove it: every step stands in metrics.jsonl, and logging_steps thins out the console."
 _COLUMNS = "Remove it: no column is dropped; reward functions are given all of them."
-_TRACKIO = "Remove it: report_to knows wandb (wandb_project), and report.html is always drawn."
+_TRACKIO = "Remove it: Trackio writes on this machine, or to the Space that trackio_space_id names."
 
 _TRAINING: Mapping[str, str] = {
     "warmup_ratio": "Set warmup_steps: a number of optimizer steps.",
@@ -142,7 +142,6 @@ _TRAINING: Mapping[str, str] = {
     "ddp_timeout": "Set runtime.collective_timeout_s.",
     "ignore_data_skip": "Remove it: a resumed run takes up the very prompts that it left.",
     "restore_callback_states_from_checkpoint": "Remove it: callbacks with state_dict are always restored.",
-    "project": "Set wandb_project.",
     "logging_dir": "Set output_dir: all that a run writes is in it.",
     "log_completions_steps": "Set log_completions: the completions of every step stand in the run directory.",
     "log_completions_hub_repo": _HUB,
@@ -151,18 +150,6 @@ _TRAINING: Mapping[str, str] = {
     **dict.fromkeys(
         ("save_on_each_node", "enable_jit_checkpoint"),
         "Remove it: a checkpoint is whole, on the driver's machine, and SIGTERM writes one.",
-    ),
-    **dict.fromkeys(
-        (
-            "push_to_hub",
-            "hub_token",
-            "hub_private_repo",
-            "hub_model_id",
-            "hub_strategy",
-            "hub_always_push",
-            "hub_revision",
-        ),
-        _HUB,
     ),
     **dict.fromkeys(
         (
@@ -202,7 +189,7 @@ _TRAINING: Mapping[str, str] = {
         ),
         _LOG,
     ),
-    **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _TRACKIO),
+    **dict.fromkeys(("trackio_bucket_id", "trackio_static_space_id"), _TRACKIO),
     **dict.fromkeys(
         (
             "prediction_loss_only",

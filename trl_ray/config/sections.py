@@ -479,6 +479,9 @@ def _read_report_to(value: Any) -> Any:
     return [] if names in (None, ["none"]) else names
 
 
+Service = Annotated[str, Field(pattern="^(wandb|tensorboard|mlflow|trackio|all)$")]
+
+
 class ReportConfig(Section):
     """The run directory and what is shown."""
 
@@ -494,10 +497,15 @@ class ReportConfig(Section):
     """Steps between evaluations on held-out prompts; 0 never."""
     log_completions: bool = True
     num_completions_to_print: Natural = 0
-    report_to: Annotated[list[Annotated[str, Field(pattern="^(wandb)$")]], BeforeValidator(_read_report_to)] = Field(
-        default_factory=list
-    )
-    """``wandb`` or ``none``, or a list of them."""
+    report_to: Annotated[
+        list[Annotated[str, Field(pattern="^(wandb|tensorboard|mlflow|trackio|all)$")]],
+        BeforeValidator(_read_report_to),
+    ] = Field(default_factory=list)
+    """``wandb``, ``tensorboard``, ``mlflow``, ``trackio``, a list of them, ``all`` that are installed, or ``none``."""
+    project: str | None = None
+    """Name of the project in these services; None takes `wandb_project`."""
+    trackio_space_id: str | None = None
+    """Space that Trackio writes to; None writes on this machine."""
     wandb_project: str = "trl_ray"
     html_report: bool = True
     callbacks: list[CallbackField] = Field(default_factory=list)

@@ -42,6 +42,35 @@ def _read_metric(value: Any) -> Any:
     return value.removeprefix("eval_").removeprefix("eval/") if isinstance(value, str) else value
 
 
+class HubStrategy(enum.StrEnum):
+    """What goes to the Hub when; the names are transformers'."""
+
+    END = "end"
+    """The model, when the run ends."""
+    EVERY_SAVE = "every_save"
+    """The model, with every checkpoint."""
+    CHECKPOINT = "checkpoint"
+    """The newest checkpoint goes along, as ``last-checkpoint``."""
+    ALL_CHECKPOINTS = "all_checkpoints"
+    """All of them go along."""
+
+
+class HubConfig(Section):
+    """Where the model goes on the Hugging Face Hub."""
+
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    """``user/name``; None takes the name of `output_dir`."""
+    hub_strategy: Annotated[HubStrategy, FROM_STRING] = HubStrategy.EVERY_SAVE
+    hub_token: str | None = Field(default=None, exclude=True)
+    """None takes HF_TOKEN, or what `hf auth login` keeps. It is written to no file."""
+    hub_private_repo: bool | None = None
+    hub_always_push: bool = False
+    """Push a checkpoint even while the one before is under way; else it is left out."""
+    hub_revision: str | None = None
+    """A branch; None is the main one."""
+
+
 class CadenceConfig(Section):
     """What comes how often."""
 

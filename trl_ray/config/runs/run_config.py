@@ -1,6 +1,6 @@
 """What the configurations of all pipelines have in common.
 
-flat, TRL's names: ModelConfig + DataConfig + TrainingConfig + ReportConfig + CadenceConfig
+flat, TRL's names: ModelConfig + DataConfig + TrainingConfig + ReportConfig + CadenceConfig + HubConfig
 nested, ours:      runtime: RuntimeConfig
 """
 
@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from trl_ray.config.deepspeed import resolve_deepspeed
 from trl_ray.config.object_paths import is_same_object
-from trl_ray.config.runs.cadence_options import CadenceConfig
+from trl_ray.config.runs.cadence_options import CadenceConfig, HubConfig
 from trl_ray.config.sections import (
     DataConfig,
     ModelConfig,
@@ -24,7 +24,7 @@ from trl_ray.config.sections import (
 )
 
 
-class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig, CadenceConfig):
+class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig, CadenceConfig, HubConfig):
     """A run of any pipeline: a model, rows, an optimizer, a run directory, actors."""
 
     pipeline: str = ""

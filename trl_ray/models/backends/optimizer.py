@@ -50,7 +50,8 @@ def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.O
     try:
         if optim is Optim.MUON:
             return _muon(model, groups, training, options)
-        return _class_of(optim)(groups, **options)
+        built: torch.optim.Optimizer = _class_of(optim)(groups, **options)
+        return built
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"optim_args must be options of optim={optim.value}, got {training.optim_args}: {error}. Correct them."
@@ -58,7 +59,7 @@ def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.O
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> Groups:
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], _NOT_DECAYED))
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], _NOT_DECAYED))  # type: ignore[no-untyped-call]
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: Groups = [
         {"params": [p for name, p in trained if name in decayed], "weight_decay": weight_decay},
@@ -124,8 +125,9 @@ def _muon(model: nn.Module, groups: Groups, training: TrainingConfig, options: M
 
 def _embeddings_and_head(model: nn.Module) -> list[nn.Parameter]:
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    heads = [] if head is None else [head]
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    heads: list[nn.Module] = [] if head is None else [head]
     return [parameter for module in (*tables, *heads) for parameter in module.parameters()]
 
 

@@ -15,6 +15,7 @@ the reference.
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 import torch
 
@@ -102,7 +103,8 @@ def _initial_model(model: ModelConfig) -> ModelConfig:
 
 
 def _require_same_vocabulary(reference: Policy, policy: Policy, name: str) -> None:
-    sizes = [each.get_input_embeddings().weight.shape[0] for each in (reference, policy)]
+    tables: list[Any] = [each.get_input_embeddings() for each in (reference, policy)]
+    sizes = [int(table.weight.shape[0]) for table in tables]
     if sizes[0] < sizes[1]:
         raise ModelError(
             f"ref_model_name_or_path must know all {sizes[1]} tokens of the policy, but {name} has {sizes[0]}. Take a "

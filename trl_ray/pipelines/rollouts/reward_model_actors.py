@@ -63,8 +63,9 @@ def name_reward_models(
     written: set[str] = set()
     for place, (each, reader) in enumerate(zip(every, readers, strict=True)):
         if is_model(each):
-            every[place] = folders.add(f"reward{place}", each, reader)
-            written.add(every[place])
+            folder = folders.add(f"reward{place}", each, reader)
+            every[place] = folder
+            written.add(folder)
         elif not isinstance(each, str) and (not callable(each) or hasattr(each, "state_dict")):
             raise ConfigError(
                 f"reward_funcs must be names, functions or models of transformers, got a {type(each).__name__}. Wrap "

@@ -8,6 +8,7 @@ prepare -> run directory -> runtime -> [session: actors, loop, final checkpoint]
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from trl_ray.config.load import dump_yaml, load_config
 from trl_ray.config.runs.cadence_options import Strategy
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import ModelConfig, RuntimeKind
-from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, TrlRayError
+from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, RunError, TrlRayError
 from trl_ray.models.adapters.adapter_config import adapter_options
 from trl_ray.models.checkpoint import (
     checkpoint_step,
@@ -31,13 +32,16 @@ from trl_ray.models.checkpoint import (
     list_checkpoints,
     verify_checkpoint,
 )
+from trl_ray.models.hub import check_hub
 from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report.report_page import build_report
 from trl_ray.observe.run_directory import RunDirectory
+from trl_ray.observe.service_sinks import services_of
 from trl_ray.observe.sinks import Observer
 from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
 from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
+from trl_ray.pipelines.run.hub_pushes import hub_place, push_run
 from trl_ray.pipelines.run.recording import RunRecorder
 from trl_ray.pipelines.run.signals import run_to_end
 from trl_ray.runtime.local import LocalRuntime
@@ -95,6 +99,7 @@ class Plan(Protocol):
         ...
 
 
+_LOG = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 PlanT = TypeVar("PlanT", bound=Plan)
 
@@ -159,6 +164,7 @@ def evaluation_config(config: ConfigT, folder: str) -> ConfigT:
         early_stopping_patience=None,
         resume_from_checkpoint=None,
         report_to=[],
+        push_to_hub=False,
         callbacks=[],
         html_report=False,
     )
@@ -255,6 +261,9 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
                 "save_only_model must be false for a run to go on, got true: its checkpoints are without the "
                 "optimizer. Begin a new run with one of them as model_name_or_path."
             )
+        services_of(self.config.report_to)
+        if self.config.push_to_hub:
+            check_hub(hub_place(self.config))
         self._callbacks = make_callbacks(self.config, self._given_callbacks)
         self._given.write(self.config.part(ModelConfig))
         return self._prepare()
@@ -301,6 +310,11 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             self.config = self.config.replace(resume_from_checkpoint=resume_from_checkpoint)
         plan = self.prepare()
         self._trained = run_to_end(lambda stop: self._train(plan, stop))
+        if self.config.push_to_hub:
+            try:
+                self.push_to_hub()
+            except RunError as error:  # the run is over and whole; only its way to the Hub is not
+                _LOG.warning("%s", error)
         return self._trained
 
     @property
@@ -324,6 +338,20 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             CheckpointError: the folder cannot be written.
         """
         return export_model(self._require_model("saved"), output_dir or Path(self.config.output_dir) / "model")
+
+    def push_to_hub(self, commit_message: str = "End of training", *, revision: str | None = None) -> str:
+        """Upload the run's model with its card to `hub_model_id`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ConfigError: there is no model yet.
+            RunError: the Hub cannot be reached, or refuses.
+        """
+        return push_run(
+            self.config, self._require_model("pushed"), pipeline=self.name, message=commit_message, revision=revision
+        )
 
     def _require_model(self, what: str) -> Path:
         if (model := self.model) is None:
@@ -425,7 +453,10 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             config=config.model_dump(mode="json"),
             total_steps=plan.total_steps,
             report_to=config.report_to,
-            wandb_project=config.wandb_project,
+            wandb_project=config.project or config.wandb_project,
+            trackio_space_id=config.trackio_space_id,
+            private=config.hub_private_repo,
+            logging_first_step=config.logging_first_step,
             run_name=config.run_name,
             print_completions=config.num_completions_to_print,
             logging_steps=self._logging_steps(plan),

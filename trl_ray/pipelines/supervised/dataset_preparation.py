@@ -53,7 +53,8 @@ class DatasetInputs:
             DataError: the function raised, or gave no text.
             ConfigError: the rows are a stream that the configuration names.
         """
-        if self.formatting_func is None:
+        make = self.formatting_func
+        if make is None:
             return self
         if self.train_dataset is None and config.dataset_streaming:
             raise ConfigError(
@@ -66,7 +67,7 @@ class DatasetInputs:
                 if evaluation and not config.evaluates:
                     return None
                 rows = load_rows(config, seed=config.seed, evaluation=evaluation)
-            return formatted_rows(rows, self.formatting_func, column=config.text_column)
+            return formatted_rows(rows, make, column=config.text_column)
 
         return DatasetInputs(
             train_dataset=texts(self.train_dataset, evaluation=False),
