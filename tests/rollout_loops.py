@@ -176,6 +176,7 @@ class Actors:
         if method == "save":
             self.files[kwargs["step"]], self.adopted[kwargs["step"]] = kwargs["extra"], kwargs["adopt"]
             self.log.append(f"save {kwargs['step']}")
+            Path(*args, f"step-{kwargs['step']}").mkdir()
             return None
         [batch] = args
         assert method == "step"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -91,12 +92,13 @@ def _start() -> str:
 
 def become(address: str, arguments: list[str]) -> None:
     """Run the arguments in a fork of the server at an address and end as it ends; in plain Python if that fails."""
+    if arguments[:1] == ["-B"]:  # how the parent of a multiprocessing child says PYTHONDONTWRITEBYTECODE
+        arguments = arguments[1:]
     try:
         if not understood(arguments):
             raise OSError("not for the server")
         files = open_files()
         request = {"argv": arguments, "cwd": os.getcwd(), "environment": dict(os.environ), "files": files}
-        request["leads_session"] = os.getsid(0) == os.getpid()
         data = json.dumps(request).encode()
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(address)
@@ -107,10 +109,16 @@ def become(address: str, arguments: list[str]) -> None:
             raise OSError("the server is gone")
     except OSError:
         os.execv(sys.executable, [sys.executable, *arguments])
+    # A signal that comes between two waits must end the next one: it writes to a pipe that is waited for as well.
+    woken, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    signal.set_wakeup_fd(wakes)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: os.kill(pid, number))
     for file in files:
         os.close(file)
+    while connection not in select.select([connection, woken], [], [])[0]:
+        os.read(woken, 64)
     answer = connection.recv(_NUMBER)
     status = int.from_bytes(answer, "big", signed=True) if answer else -signal.SIGKILL
     if status < 0:
@@ -143,10 +151,10 @@ def open_files() -> list[int]:
 class Server:
     """Forks for every client until the process that started it is gone."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, owner: int) -> None:
         import selectors
 
-        self._owner = os.getppid()
+        self._owner = owner
         self._selector = selectors.DefaultSelector()
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(f"{address}-to-be")
@@ -191,8 +199,9 @@ class Server:
 
     def _abandoned(self, client: socket.socket, pid: int) -> None:
         """A client was killed, which was meant for its process."""
-        self._selector.unregister(client)
-        os.kill(pid, signal.SIGKILL)
+        if client in self._clients.values():  # both may have ended at once
+            self._selector.unregister(client)
+            os.kill(pid, signal.SIGKILL)
 
     def _ended(self, process: int, pid: int) -> None:
         client = self._clients.pop(process)
@@ -233,8 +242,8 @@ def begin(request: dict, files: list[int]) -> list[str]:
     for file, number in zip(waiting, request["files"], strict=True):
         os.dup2(file, number)
         os.close(file)
-    if request["leads_session"]:
-        os.setsid()
+    # Ray ends a worker's process group with it, and the server's is that of the tests.
+    os.setsid()
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"], RAY_RUNTIME_ENV_HOOK="warm_processes.with_warm_workers")
@@ -300,6 +309,7 @@ def main() -> None:
         become(address, arguments)
     global _executable
     _executable = f"{os.path.dirname(address)}/python"
+    owner = os.getppid()
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     path = [entry for entry in sys.path[1:] if entry not in given]
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -310,7 +320,7 @@ def main() -> None:
     assert "ray" not in sys.modules, "Ray reads its settings from the environment when it is imported"
     gc.freeze()
     sys.stdout.flush()
-    finish(Server(address).serve(), path)
+    finish(Server(address, owner=owner).serve(), path)
 
 
 if __name__ == "__main__":

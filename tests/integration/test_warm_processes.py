@@ -92,6 +92,12 @@ def test_a_signal_to_what_was_started_ends_the_process(python: str, number: sign
     assert not Path(f"/proc/{pid}").exists()
 
 
+def test_it_is_in_no_process_group_of_the_tests() -> None:
+    done = subprocess.run([warm_python(), "-c", "import os; print(os.getpid(), os.getpgrp())"], capture_output=True)
+    pid, group = map(int, done.stdout.split())
+    assert group == pid
+
+
 def test_what_is_not_understood_runs_in_plain_python() -> None:
     code = "import sys; print(sys.flags.optimize, 'torch' in sys.modules)"
     done = subprocess.run([warm_python(), "-O", "-c", code], capture_output=True, text=True, check=True)
@@ -104,7 +110,7 @@ def test_a_client_that_is_gone_before_it_has_asked_harms_nobody() -> None:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(address)
             client.sendall(said)
-    request = {"argv": ["-c", WAITS], "cwd": "/", "environment": {}, "files": [], "leads_session": False}
+    request = {"argv": ["-c", WAITS], "cwd": "/", "environment": {}, "files": []}
     data = json.dumps(request).encode()
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(address)

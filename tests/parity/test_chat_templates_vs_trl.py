@@ -14,7 +14,8 @@ import pytest
 
 from tiny_models import build_tokenizer
 from trl_ray.data.chat.chat_rendering import ChatFormat, RenderedChat, render_chat
-from trl_ray.data.chat.training_templates import template_source, training_template
+from trl_ray.data.chat.training_templates import LOCATED, OWN, template_source, training_template
+from trl_ray.data.chat.turn_spans import locate_turns
 from trl_ray.errors import ModelError
 
 pytestmark = [
@@ -164,9 +165,72 @@ def test_the_original_finds_its_training_template(family: str) -> None:
     assert (found.name, found.keeps_thoughts) == (family, family == "qwen3")
 
 
-@pytest.mark.parametrize("family", ["glm4moe", "lfm2", "qwen3_5_think"])
-def test_a_family_without_a_training_template_is_refused_and_not_taken_for_another(family: str) -> None:
+# Families without a template of ours: their turns are found in what their own template renders.
+FOUND = (
+    "cohere2",
+    "deepseek_r1_distill",
+    "deepseekv3",
+    "glm4moe",
+    "lfm2",
+    "lfm2_v2",
+    "nemotron_3_5_lightning",
+    "nemotron_3_nano",
+    "nemotron_3_super",
+    "nemotron_3_ultra",
+    "qwen3_5_nothink",
+    "qwen3_5_think",
+    "qwen3_6",
+    "qwen3_8",
+)
+# These have markers of their own or no training version.
+OTHERS = ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5", "lfm2_2_5", "lfm2_2_5_v2", "muse_glimmer")
+MORE_STOPS = ["<|user|>", "<|observation|>", "<turn|>", "<|tool_response>", "<|eot|>", "<|eom|>", "<think>", "</think>"]
+MORE_STOPS += ["<\uff5cend\u2581of\u2581sentence\uff5c>", "<|END_RESPONSE|>"]
+ASKED, ANSWERED = message("user", "Is it?"), message("assistant", "It is.")
+THOUGHT = message("assistant", "So it is.", reasoning_content="hm")
+CALLED, RESULT = message("assistant", "", tool_calls=call("mul")), message("tool", "6", name="mul")
+TALKS = [
+    [ASKED, ANSWERED],
+    [message("system", "Be brief."), ASKED, ANSWERED],
+    [ASKED, ANSWERED, ASKED, message("assistant", "No.")],
+    [ASKED, THOUGHT],
+    [ASKED, CALLED],
+    [ASKED, CALLED, RESULT, ANSWERED],
+]
+
+
+def found_tokenizer(family: str) -> Any:
     tokenizer = build_tokenizer()
+    tokenizer.add_tokens([*STOPS, *MORE_STOPS], special_tokens=True)
     tokenizer.bos_token, tokenizer.chat_template = "<|endoftext|>", trl_template(family)
-    with pytest.raises(ModelError, match="no training template renders the same text"):
-        training_template(tokenizer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("family", [*FOUND, *OTHERS])
+def test_a_family_without_a_training_template_is_not_taken_for_another(family: str) -> None:
+    found = training_template(found_tokenizer(family))
+    assert found.name in (LOCATED, OWN)
+    assert found.source == trl_template(family)
+
+
+@pytest.mark.parametrize("family", FOUND)
+def test_turns_that_are_found_are_trls_but_for_what_the_generation_prompt_holds(family: str) -> None:
+    tokenizer, chat = found_tokenizer(family), ChatFormat(template=trl_template(family))
+    training = ChatFormat(template=trl_template(f"{family}_training"))
+    compared = 0
+    for talk in TALKS:
+        try:
+            theirs = render_chat(tokenizer, talk, training)
+            # Where the row's thought has no place in the template, ours puts it into the content.
+            ours = locate_turns(tokenizer, talk, chat)
+        except ModelError:
+            continue
+        assert ours.text == theirs.text, talk
+        for (start, stop), (their_start, their_stop) in zip(ours.spans, theirs.spans, strict=True):
+            header = ours.text[their_start:start]
+            assert stop == their_stop
+            before = talk[: max(i for i, turn in enumerate(talk) if turn["role"] == "assistant")]
+            opened = render_chat(tokenizer, before, chat, add_generation_prompt=True).text
+            assert start >= their_start and (not header or header in opened)
+        compared += 1
+    assert compared >= 3

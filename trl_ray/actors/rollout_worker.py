@@ -449,6 +449,7 @@ def open_engine(
         hang_deadline_s=rollout.hang_deadline_s,
         seed=seed,
         trust_remote_code=model.trust_remote_code,
+        eos_token=model.eos_token,
         kv_cache_memory_bytes=int(rollout.kv_cache_memory_gib * (1 << 30)),
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enforce_eager=rollout.enforce_eager,

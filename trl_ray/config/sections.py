@@ -193,6 +193,8 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     chat_template: str | None = None
     """Path of a jinja file that replaces the tokenizer's template."""
+    eos_token: str | None = None
+    """Token that ends turns and sequences, in place of the tokenizer's; generation and checkpoints know it, too."""
     use_liger_kernel: bool = False
     """Liger's kernels in the model's layers (GPUs only)."""
     model_init_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)

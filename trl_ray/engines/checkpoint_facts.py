@@ -45,6 +45,15 @@ def stop_ids_of(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig
     return tuple(sorted(set(ids)))
 
 
+def read_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The same of a path or name, whose generation config is read."""
+    try:
+        generation = GenerationConfig.from_pretrained(model)
+    except OSError:  # Many checkpoints have none.
+        generation = None
+    return stop_ids_of(tokenizer, generation)
+
+
 def kv_bytes_per_token(config: Any, dtype: str) -> int:
     """Bytes of key and value cache one token needs: 2 x layers x KV heads x head size x element size."""
     text = config.get_text_config()
@@ -55,11 +64,17 @@ def kv_bytes_per_token(config: Any, dtype: str) -> int:
     return int(2 * text.num_hidden_layers * kv_heads * head_size * element)
 
 
-def read_facts(model: str, *, dtype: str, trust_remote_code: bool) -> CheckpointFacts:
+def read_facts(model: str, *, dtype: str, trust_remote_code: bool, eos_token: str | None = None) -> CheckpointFacts:
     """Read config and tokenizer; the parameters are laid out on the meta device, so no weight is read.
 
+    Args:
+        model: path or name.
+        dtype: of the KV cache.
+        trust_remote_code: run code that comes with the model.
+        eos_token: ends a completion as well; None adds no token.
+
     Raises:
-        ModelError: the path or name cannot be read.
+        ModelError: the path or name cannot be read, or the tokenizer has no such token.
     """
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -71,14 +86,16 @@ def read_facts(model: str, *, dtype: str, trust_remote_code: bool) -> Checkpoint
         raise ModelError(
             f"model must be a directory or hub name with config and tokenizer, but {model!r} cannot be read: {error}"
         ) from None
-    try:
-        generation = GenerationConfig.from_pretrained(model)
-    except OSError:  # Many checkpoints have none.
-        generation = None
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ModelError(
+                f"eos_token must be a token of the tokenizer of {model}, got {eos_token!r}. Take one of its."
+            )
+        tokenizer.eos_token = eos_token
     text = config.get_text_config()
     return CheckpointFacts(
         tokenizer=tokenizer,
-        stop_ids=stop_ids_of(tokenizer, generation),
+        stop_ids=read_stop_ids(model, tokenizer),
         vocab_size=text.vocab_size,
         max_positions=text.max_position_embeddings,
         manifest=build_manifest((name, parameter) for name, parameter in skeleton.named_parameters()),

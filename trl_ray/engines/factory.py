@@ -44,6 +44,7 @@ def create_engine(
     hang_deadline_s: float = 300.0,
     seed: int = 0,
     trust_remote_code: bool = False,
+    eos_token: str | None = None,
     kv_cache_memory_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
     enforce_eager: bool = False,
@@ -69,6 +70,7 @@ def create_engine(
         "hang_deadline_s": hang_deadline_s,
         "seed": seed,
         "trust_remote_code": trust_remote_code,
+        "eos_token": eos_token,
         "engine_kwargs": engine_kwargs,
     }
     if resolve_engine_kind(kind) is EngineChoice.VLLM:

@@ -58,6 +58,7 @@ class TransformersEngine(EngineThread):
         hang_deadline_s: seconds without a finished step after which the engine counts as hung.
         seed: accepted for symmetry; every sample draws from the generator of its request.
         trust_remote_code: run model code from the hub.
+        eos_token: ends a completion beside the tokens that tokenizer and generation config name.
         engine_kwargs: further arguments of `from_pretrained`, e.g. ``{"attn_implementation": "eager"}``.
 
     Raises:
@@ -75,6 +76,7 @@ class TransformersEngine(EngineThread):
         hang_deadline_s: float = 300.0,
         seed: int = 0,
         trust_remote_code: bool = False,
+        eos_token: str | None = None,
         engine_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         del seed
@@ -85,6 +87,7 @@ class TransformersEngine(EngineThread):
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             trust_remote_code=trust_remote_code,
+            eos_token=eos_token,
             engine_kwargs=dict(engine_kwargs or {}),
         )
         super().__init__(backend, name="transformers", max_num_seqs=max_num_seqs, hang_deadline_s=hang_deadline_s)
@@ -158,6 +161,7 @@ class TransformersBackend:
         max_model_len: int,
         max_num_seqs: int,
         trust_remote_code: bool,
+        eos_token: str | None,
         engine_kwargs: dict[str, Any],
     ) -> None:
         assert isinstance(model, str) or tokenizer is not None, "a model object needs its tokenizer"
@@ -166,6 +170,7 @@ class TransformersBackend:
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
         self._trust_remote_code = trust_remote_code
+        self._eos_token = eos_token
         self._engine_kwargs = engine_kwargs
         self._version = CHECKPOINT_VERSION.version
         self._waiting: deque[_Row] = deque()
@@ -186,7 +191,12 @@ class TransformersBackend:
             ModelError: the model cannot be read.
         """
         if isinstance(self._source, str):
-            facts = read_facts(self._source, dtype=self._dtype, trust_remote_code=self._trust_remote_code)
+            facts = read_facts(
+                self._source,
+                dtype=self._dtype,
+                trust_remote_code=self._trust_remote_code,
+                eos_token=self._eos_token,
+            )
             disable_progress_bar: Any = logging.disable_progress_bar
             disable_progress_bar()
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -196,6 +206,8 @@ class TransformersBackend:
             self._tokenizer, self._stop_ids = facts.tokenizer, facts.stop_ids
         else:
             self._model = self._source
+            if self._eos_token is not None:
+                self._tokenizer.eos_token = self._eos_token
             self._stop_ids = stop_ids_of(self._tokenizer, getattr(self._source, "generation_config", None))
         text = self._model.config.get_text_config()
         self._vocab_size = text.vocab_size

@@ -66,6 +66,7 @@ class VLLMEngine(EngineThread):
         hang_deadline_s: seconds without a finished step after which the engine counts as hung.
         seed: of vLLM's global generator; every sample draws from its own.
         trust_remote_code: run model code from the hub.
+        eos_token: ends a completion beside the tokens that tokenizer and generation config name.
         engine_kwargs: further `EngineArgs` of vLLM; they win over everything above.
 
     Raises:
@@ -89,6 +90,7 @@ class VLLMEngine(EngineThread):
         hang_deadline_s: float = 300.0,
         seed: int = 0,
         trust_remote_code: bool = False,
+        eos_token: str | None = None,
         engine_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         common = {
@@ -105,7 +107,9 @@ class VLLMEngine(EngineThread):
         }
         if max_logprobs is not None:
             common["max_logprobs"] = max_logprobs + _SPARE_TOKENS
-        backend = VLLMBackend(common, max_model_len=max_model_len, overrides=dict(engine_kwargs or {}))
+        backend = VLLMBackend(
+            common, max_model_len=max_model_len, overrides=dict(engine_kwargs or {}), eos_token=eos_token
+        )
         super().__init__(backend, name="vllm", max_num_seqs=max_num_seqs, hang_deadline_s=hang_deadline_s)
 
 
@@ -131,8 +135,11 @@ class _Question:
 class VLLMBackend:
     """vLLM's scheduler and worker behind the calls of the engine thread."""
 
-    def __init__(self, common: dict[str, Any], *, max_model_len: int, overrides: dict[str, Any]) -> None:
+    def __init__(
+        self, common: dict[str, Any], *, max_model_len: int, overrides: dict[str, Any], eos_token: str | None = None
+    ) -> None:
         self._common = common
+        self._eos_token = eos_token
         self._max_model_len = max_model_len
         self._overrides = overrides
         self._groups: dict[str, _Group] = {}
@@ -150,7 +157,10 @@ class VLLMBackend:
             ModelError: the model cannot be read.
         """
         facts = read_facts(
-            self._common["model"], dtype=self._common["dtype"], trust_remote_code=self._common["trust_remote_code"]
+            self._common["model"],
+            dtype=self._common["dtype"],
+            trust_remote_code=self._common["trust_remote_code"],
+            eos_token=self._eos_token,
         )
         self._facts = facts
         self._max_model_len = min(self._max_model_len, facts.max_positions)

@@ -209,7 +209,33 @@ def load_base(
         raise ModelError(_why_not(name, error)) from error
     policy, info = cast("tuple[Policy, dict[str, Any]]", loaded)
     policy.config.use_cache = False
+    if model.eos_token is not None:
+        path = source.base if model.model_name_or_path is None else None
+        set_end_token(policy, int(cast(Any, load_tokenizer(model, path=path).eos_token_id)))
     return policy, set(info["missing_keys"])
+
+
+def set_end_token(policy: Policy, token_id: int) -> None:
+    """Let configuration and generation configuration, and the checkpoints that keep them, end sequences with a token.
+
+    Tokens that ended a completion before still do.
+    """
+    policy.config.get_text_config().eos_token_id = token_id
+    generation: Any = getattr(policy, "generation_config", None)  # classifiers have none
+    if generation is not None and token_id not in _ids(generation.eos_token_id):
+        generation.eos_token_id = [token_id, *_ids(generation.eos_token_id)]
+
+
+def ends_with(policy: Policy, token_id: int) -> bool:
+    """Whether the configuration says that a token ends a sequence."""
+    generation: Any = getattr(policy, "generation_config", None)
+    return token_id in _ids(policy.config.get_text_config().eos_token_id) and (
+        generation is None or token_id in _ids(generation.eos_token_id)
+    )
+
+
+def _ids(value: Any) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def refuse_missing(name: str, missing: Iterable[str]) -> None:
@@ -407,7 +433,8 @@ def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrained
     """Load the model's tokenizer, with a padding token and, where configured, another chat template.
 
     Raises:
-        ModelError: it cannot be loaded, has no end-of-sequence token, or the template file cannot be read.
+        ModelError: it cannot be loaded, has no end-of-sequence token or not the one that `eos_token` names, or the
+            template file cannot be read.
     """
     source = find_source(model, path=path)
     # An adapter's folder has a tokenizer only if whoever saved it put one there.
@@ -420,6 +447,13 @@ def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrained
         )
     except LOAD_ERRORS as error:
         raise ModelError(f"the tokenizer of {name} must load, but: {str(error).strip().split(chr(10))[0]}") from error
+    if model.eos_token is not None:
+        if model.eos_token not in tokenizer.get_vocab():
+            raise ModelError(
+                f"eos_token must be a token of the tokenizer of {name}, got {model.eos_token!r}. Take the token that "
+                "the chat template writes at the end of a turn."
+            )
+        tokenizer.eos_token = model.eos_token
     if tokenizer.eos_token is None:
         raise ModelError(f"the tokenizer of {name} must have an end-of-sequence token: completions could not end.")
     if tokenizer.pad_token is None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tiny_models import build_tiny_model, random_model
 from trl_ray.config.sections import Dtype, ModelConfig
+from trl_ray.engines.checkpoint_facts import read_facts
 from trl_ray.errors import ModelError
 from trl_ray.models.adapters.lora import save_adapter
+from trl_ray.models.adapters.merging import export_merged
 from trl_ray.models.policy_loading import find_source, load_policy, load_tokenizer, max_positions, quantization
 from trl_ray.models.scoring.head import check_head
+from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
 
 
 @pytest.fixture
@@ -88,6 +93,54 @@ def test_a_tokenizer_gets_a_padding_token_and_the_configured_template(tiny: Path
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
     with pytest.raises(ModelError, match="chat_template"):
         load_tokenizer(ModelConfig(model_name_or_path=str(tiny), chat_template=str(tmp_path / "none")))
+
+
+def test_another_end_token_is_the_tokenizers_the_configurations_and_a_checkpoints(tiny: Path, tmp_path: Path) -> None:
+    plain = load_policy(ModelConfig(model_name_or_path=str(tiny)))
+    before = plain.generation_config.eos_token_id
+    model = ModelConfig(model_name_or_path=str(tiny), eos_token="<|endoftext|>")
+    tokenizer, policy = load_tokenizer(model), load_policy(model)
+    policy.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    assert (tokenizer.eos_token_id, policy.config.eos_token_id) == (256, 256)
+    assert saved.eos_token_id == policy.generation_config.eos_token_id == [256, before] == [256, 258]
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 256
+    facts = read_facts(str(tmp_path), dtype="float32", trust_remote_code=False)
+    assert (facts.tokenizer.eos_token, facts.stop_ids) == ("<|endoftext|>", (256, 258))
+    engine = read_facts(str(tiny), dtype="float32", trust_remote_code=False, eos_token="<|endoftext|>")
+    assert engine.stop_ids == (256, 258)
+    assert read_facts(str(tiny), dtype="float32", trust_remote_code=False).stop_ids == (258,)
+    for load in (load_tokenizer, load_policy):
+        with pytest.raises(ModelError, match=r"eos_token must be a token of the tokenizer of .*, got '<end>'"):
+            load(ModelConfig(model_name_or_path=str(tiny), eos_token="<end>"))
+
+
+def test_a_merged_adapter_ends_with_the_token_that_it_was_trained_with(tiny: Path, tmp_path: Path) -> None:
+    model = ModelConfig(model_name_or_path=str(tiny), use_peft=True, eos_token="<|endoftext|>")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_adapter(load_policy(model), folder)
+    load_tokenizer(model).save_pretrained(folder)
+    merged = export_merged(folder, tmp_path / "merged")
+    facts = read_facts(str(merged), dtype="float32", trust_remote_code=False)
+    assert (facts.tokenizer.eos_token_id, facts.stop_ids) == (256, (256, 258))
+
+
+@pytest.mark.parametrize(
+    ("end", "told"), [("<|im_end|>", None), ("<|pad|>", r"ends a turn with '<\|pad\|>'.*Set eos_token='<\|pad\|>'")]
+)
+def test_a_template_that_ends_turns_otherwise_than_generation_stops_is_told(
+    tiny: Path, end: str, told: str | None
+) -> None:
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(tiny)))
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", end)
+    warning = end_of_turn_warning(ModelConfig(model_name_or_path=str(tiny)), tokenizer)
+    assert warning is None if told is None else re.search(told, warning or "") is not None
+    tokenizer.eos_token = end
+    assert end_of_turn_warning(ModelConfig(model_name_or_path=str(tiny)), tokenizer) is None
+    tokenizer.chat_template = None
+    assert end_of_turn_warning(ModelConfig(model_name_or_path=str(tiny)), tokenizer) is None
 
 
 def test_max_positions_come_from_the_config(tiny: Path) -> None:

@@ -15,7 +15,7 @@ defined by micro-batches, it does not matter how an update is cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -115,9 +115,7 @@ class PolicyLoss:
         # After masks and weights: what holds the policy near its reference counts on every trained token.
         if config.kl_in_loss:
             per_token = per_token + config.beta * self._kl(inputs, ratio, metrics)
-        loss = aggregate(
-            per_token, inputs, loss_type=config.loss_type, max_completion_length=self.max_completion_length
-        )
+        loss = self.aggregate(per_token, inputs)
         # Not part of what is aggregated: the bonus is on the mean over tokens, whatever the loss averages over.
         if self._bonus.applied > 0:
             loss = loss - self._bonus.applied * _entropy_share(inputs)
@@ -140,31 +138,57 @@ class PolicyLoss:
             weight: [N] old policy / sampler, held within bounds, which multiplies the result; None: there is none.
             metrics: takes what is to be reported.
         """
+        assert self.config.loss_type in _SURROGATES, (
+            f"a loss_type must have a surrogate of its own, but {self.config.loss_type} has none"
+        )
+        return _SURROGATES[self.config.loss_type](self, inputs, log_ratio, ratio, weight, metrics)
+
+    def aggregate(self, per_token: Tensor, inputs: LossInputs) -> Tensor:
+        """Token losses [N] to this micro-batch's share of the update's loss; what a loss of another mean overrides."""
+        return aggregate(
+            per_token, inputs, loss_type=self.config.loss_type, max_completion_length=self.max_completion_length
+        )
+
+    def _clipped(
+        self, inputs: LossInputs, log_ratio: Tensor, ratio: Tensor, weight: Tensor | None, metrics: TokenMetrics
+    ) -> Tensor:
+        del log_ratio, weight
         config, advantages = self.config, inputs.tokens.advantages
-        if config.loss_type in CLIPPED:
-            low, high = config.epsilon, config.upper_epsilon
-            # Only on the side to which the advantage pushes does clipping take the gradient away.
-            self._add_clip(metrics, "clip/low", (ratio < 1 - low) & (advantages < 0))
-            self._add_clip(metrics, "clip/high", (ratio > 1 + high) & (advantages > 0))
-            return surrogates.clipped(ratio, advantages, low=low, high=high, delta=config.delta)
-        if config.loss_type is LossType.CISPO:
-            self._add_clip(metrics, "clip/high", (ratio > config.upper_epsilon) & (advantages > 0))
-            return surrogates.cispo(inputs.logprobs, ratio, advantages, cap=config.upper_epsilon)
-        if config.loss_type is LossType.SAPO:
-            return surrogates.sapo(
-                ratio, advantages, positive=config.sapo_temperature_pos, negative=config.sapo_temperature_neg
-            )
-        if config.loss_type is LossType.VESPO:
-            phi = surrogates.vespo_weights(
-                log_ratio,
-                inputs.tokens,
-                correction=weight,
-                positive=(config.vespo_k_pos, config.vespo_lambda_pos),
-                negative=(config.vespo_k_neg, config.vespo_lambda_neg),
-            )
-            metrics.add_by_sample("vespo/phi_seq_mean", phi)
-            return surrogates.weighed(inputs.logprobs, phi, advantages)
-        raise AssertionError(f"a loss_type must have a surrogate of its own, but {config.loss_type} has none")
+        low, high = config.epsilon, config.upper_epsilon
+        # Only on the side to which the advantage pushes does clipping take the gradient away.
+        self._add_clip(metrics, "clip/low", (ratio < 1 - low) & (advantages < 0))
+        self._add_clip(metrics, "clip/high", (ratio > 1 + high) & (advantages > 0))
+        return surrogates.clipped(ratio, advantages, low=low, high=high, delta=config.delta)
+
+    def _cispo(
+        self, inputs: LossInputs, log_ratio: Tensor, ratio: Tensor, weight: Tensor | None, metrics: TokenMetrics
+    ) -> Tensor:
+        del log_ratio, weight
+        advantages, cap = inputs.tokens.advantages, self.config.upper_epsilon
+        self._add_clip(metrics, "clip/high", (ratio > cap) & (advantages > 0))
+        return surrogates.cispo(inputs.logprobs, ratio, advantages, cap=cap)
+
+    def _sapo(
+        self, inputs: LossInputs, log_ratio: Tensor, ratio: Tensor, weight: Tensor | None, metrics: TokenMetrics
+    ) -> Tensor:
+        del log_ratio, weight, metrics
+        positive, negative = self.config.sapo_temperature_pos, self.config.sapo_temperature_neg
+        return surrogates.sapo(ratio, inputs.tokens.advantages, positive=positive, negative=negative)
+
+    def _vespo(
+        self, inputs: LossInputs, log_ratio: Tensor, ratio: Tensor, weight: Tensor | None, metrics: TokenMetrics
+    ) -> Tensor:
+        del ratio
+        config = self.config
+        phi = surrogates.vespo_weights(
+            log_ratio,
+            inputs.tokens,
+            correction=weight,
+            positive=(config.vespo_k_pos, config.vespo_lambda_pos),
+            negative=(config.vespo_k_neg, config.vespo_lambda_neg),
+        )
+        metrics.add_by_sample("vespo/phi_seq_mean", phi)
+        return surrogates.weighed(inputs.logprobs, phi, inputs.tokens.advantages)
 
     def _add_clip(self, metrics: TokenMetrics, name: str, clipped: Tensor) -> None:
         # The ratio of a completion is clipped once, however many tokens it stands at.
@@ -217,3 +241,12 @@ def _entropy_share(inputs: LossInputs) -> Tensor:
         return inputs.entropy.sum() / max(totals.num_valid_tokens, 1)
     assert totals.num_surrogate_tokens is not None, "an update whose samples have surrogate masks counts their tokens"
     return inputs.entropy.masked_fill(~mask, 0.0).sum() / max(totals.num_surrogate_tokens, 1)
+
+
+_SURROGATES: Mapping[str, Callable[..., Tensor]] = {
+    **dict.fromkeys(CLIPPED, PolicyLoss._clipped),
+    LossType.CISPO: PolicyLoss._cispo,
+    LossType.SAPO: PolicyLoss._sapo,
+    LossType.VESPO: PolicyLoss._vespo,
+}
+"""What a token loses, by type; `policy_terms.aggregate` has the same types' means."""

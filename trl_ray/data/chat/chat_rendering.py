@@ -43,6 +43,15 @@ class ChatTokenizer(Protocol):
         ...
 
 
+class TokenNames(Protocol):
+    """The part of a tokenizer that rendering needs."""
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, Any]:
+        """``bos_token`` and its kin, which templates name."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderedChat:
     """A conversation as text; `spans` are the characters ``[start, stop)`` between generation markers, in order."""
@@ -88,7 +97,7 @@ def own_template(tokenizer: ChatTokenizer) -> str:
 
 
 def render_chat(
-    tokenizer: ChatTokenizer,
+    tokenizer: TokenNames,
     messages: Sequence[Message],
     chat: ChatFormat,
     *,

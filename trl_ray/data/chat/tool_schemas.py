@@ -44,6 +44,26 @@ def check_tools(value: object, *, where: str) -> tuple[Tool, ...]:
     return tools
 
 
+def read_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with its arguments as an object: JSON text (OpenAI's form) is read, None and blank text are no arguments.
+
+    What is None inside the arguments was given as such and is kept; other keys that hold None are left out. Text that
+    is not the JSON of an object stays text, for functions that take it.
+    """
+    if isinstance(call.get("function"), Mapping):
+        rest = without_none({key: value for key, value in call.items() if key != "function"})
+        return {**rest, "function": read_call(call["function"])}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            read = json.loads(arguments) if arguments.strip() else {}
+        except json.JSONDecodeError:
+            read = None
+        arguments = read if isinstance(read, Mapping) else arguments
+    rest = {key: without_none(value) for key, value in call.items() if value is not None and key != "arguments"}
+    return {**rest, "arguments": {} if arguments is None else arguments}
+
+
 def without_none(value: Any) -> Any:
     """The value without the keys, at any depth, that hold None: Arrow gives every row the keys of all rows."""
     if isinstance(value, Mapping):

@@ -26,10 +26,12 @@ from trl_ray.data.chat.chat_rendering import (
     own_template,
     render_chat,
 )
+from trl_ray.data.chat.turn_spans import added_tokens, locate_turns
 from trl_ray.errors import ModelError
 from trl_ray.types import Message
 
 OWN = "own"
+LOCATED = "located"
 FAMILIES = (
     "chatml",
     "smollm2",
@@ -67,10 +69,12 @@ class TrainingTemplate:
     """A template whose assistant turns are marked."""
 
     name: str
-    """One of `FAMILIES`, or `own`."""
+    """One of `FAMILIES`, `own`, or `located`: the tokenizer's own without markers, see `turn_spans`."""
     source: str
     keeps_thoughts: bool
     """Earlier turns keep their thoughts, which the model's own template takes out."""
+    located: bool = False
+    """The template has no markers, and the turns are found by `turn_spans`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +108,11 @@ def training_template(
 ) -> TrainingTemplate:
     """The template to train assistant turns with: the tokenizer's own if it is fit for it, else one of ours.
 
+    Where none of ours renders the same text, the turns are found in what the own template renders.
+
     Raises:
-        ModelError: there is no own template, or none of ours renders the same text; names the nearest, and a probe on
-            which the two differ.
+        ModelError: there is no own template, or none of ours renders the same text and turns cannot be found; names the
+            nearest, and a probe on which the two differ.
     """
     own = ChatFormat(template=own_template(tokenizer), template_kwargs=template_kwargs or {})
     calls_tools = supports_tool_calling(tokenizer, own)
@@ -129,13 +135,44 @@ def training_template(
             return TrainingTemplate(name=name, source=ours.template, keeps_thoughts=rewrites)
         if differing and len(differing) < fewest:
             nearest, fewest, example = name, len(differing), _describe(differing[0])
+    why = _why_not_located(tokenizer, own)
+    if why is None:
+        return TrainingTemplate(name=LOCATED, source=own.template, keeps_thoughts=rewrites, located=True)
     raise ModelError(
         "assistant_only_loss needs a chat template with {% generation %} markers around what the assistant writes, "
         "its end-of-turn token included. The tokenizer's own is not such a template, and no training template renders "
         f"the same text; the nearest is {nearest or 'none'}, which differs on {fewest} of {len(probes)} conversations, "
-        f"for example {example or 'none'}. Add the markers to a copy and set chat_template to its path, or set "
+        f"for example {example or 'none'}. Nor can the turns be found in it: {why} "
+        "Add the markers to a copy and set chat_template to its path, or set "
         "assistant_only_loss to False."
     )
+
+
+def end_of_turn(tokenizer: TemplateTokenizer) -> str | None:
+    """The token with which the tokenizer's own template ends an assistant's turn; None where it cannot be told."""
+    try:
+        chat = ChatFormat(template=own_template(tokenizer))
+        found = locate_turns(tokenizer, (_user("Is it?"), _assistant("It is.")), chat)
+    except ModelError:
+        return None
+    start, stop = found.spans[0]
+    tokens = added_tokens(tokenizer).findall(found.text[start:stop].partition("It is.")[2])
+    return str(tokens[-1]) if tokens else None
+
+
+def _why_not_located(tokenizer: TemplateTokenizer, chat: ChatFormat) -> str | None:
+    """Why the turns of the simplest conversations cannot be found in what a template renders; None where they can."""
+    answers = ("It is.", "So it is.")
+    turns = (_user("Is it?"), _assistant(answers[0]), _user("Is it so?"), _assistant(answers[1]))
+    try:
+        for messages in (turns[:2], turns):
+            found = locate_turns(tokenizer, messages, chat)
+            texts = [found.text[start:stop] for start, stop in found.spans]
+            if [answer for answer, text in zip(answers, texts, strict=False) if text.count(answer) != 1]:
+                return "a turn does not hold its content."
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def has_generation_markers(source: str) -> bool:

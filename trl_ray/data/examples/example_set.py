@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import numpy as np
 from trl_ray.config.example_options import PackingStrategy, SteppedExampleConfig, SupervisedExampleConfig
 from trl_ray.config.messages import nearest
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
+from trl_ray.data.chat.faithful_rendering import Finding, Unrendered
 from trl_ray.data.chat.training_templates import TemplateTokenizer, training_template
 from trl_ray.data.examples.example_tasks import (
     ExampleDraft,
@@ -34,12 +36,13 @@ from trl_ray.data.examples.steps import StepRules, step_tokens
 from trl_ray.data.examples.supervised_texts import SupervisedRules
 from trl_ray.data.examples.tokenisation import ExampleTokenizer, TextRules, encode
 from trl_ray.data.formats.record_reader import DatasetReader, reader_for
-from trl_ray.data.formats.records import Record
+from trl_ray.data.formats.records import Record, first_said
 from trl_ray.data.formats.transcripts import TextFormat
 from trl_ray.data.sources.dataset_loading import Rows, load_rows, open_rows
 from trl_ray.errors import ConfigError, DataError
 from trl_ray.types import Example
 
+_LOG = logging.getLogger(__name__)
 BATCH_ROWS = 1000
 """Rows that are tokenised in one call."""
 
@@ -81,6 +84,10 @@ class ExampleSet:
     """Rows that lost tokens to `max_length` and are trained all the same."""
     diverging_rows: tuple[int, ...] = ()
     """Rows whose prompt is tokenised differently when an answer follows."""
+    findings: Mapping[int, Sequence[Finding]] = field(default_factory=dict)
+    """What the chat template does not write as a row has it, by row number."""
+    is_conversational: bool = False
+    """Some of the rows are messages."""
 
     def __len__(self) -> int:
         """Examples."""
@@ -94,6 +101,7 @@ class ExampleSet:
             untrained=self.untrained,
             cut=self.cut_rows,
             diverging=self.diverging_rows,
+            findings=self.findings,
         )
 
     def require_examples(self) -> None:
@@ -158,6 +166,8 @@ def load_examples(
         num_rows=len(rows.rows),
         cut_rows=tuple(draft.row for draft in tokenised.drafts if draft.is_cut),
         diverging_rows=tuple(draft.row for draft in tokenised.drafts if draft.prompt_diverges),
+        findings=tokenised.findings,
+        is_conversational=tokenised.is_conversational,
     )
 
 
@@ -198,6 +208,7 @@ def stream_examples(
     def windows() -> Iterator[StreamedExample]:
         start = start_window * config.stream_window
         untrained: Counter[Untrained] = Counter()
+        told: set[Unrendered] = set()
         rows = enumerate(stream.read(start), start=start)
         for window in itertools.count(start_window):
             taken = list(itertools.islice(rows, config.stream_window))
@@ -209,10 +220,19 @@ def stream_examples(
             tokenised = _tokenise(records, making, tokenizer)
             finished = making.finish(tokenised.drafts, window=window)
             untrained.update(_all_untrained(tokenised, finished).values())
+            _warn_once(tokenised.findings, told, name=stream.name, total=len(taken))
             end = taken[-1][0] + 1
             yield from _placed(finished.examples, config, window, end=end, seed=seed, untrained=dict(untrained))
 
     return windows()
+
+
+def _warn_once(findings: Mapping[int, Sequence[Finding]], told: set[Unrendered], *, name: str, total: int) -> None:
+    """Say what the template does with rows of a stream, each kind in the first window that has it."""
+    new = {row: [finding for finding in found if finding.kind not in told] for row, found in findings.items()}
+    for sentence in report_rows(name, total=total, untrained={}, cut=(), diverging=(), findings=new):
+        _LOG.warning("%s Later rows of the stream of which this holds are not told.", sentence)
+    told |= {finding.kind for found in new.values() for finding in found}
 
 
 def _placed(
@@ -280,15 +300,17 @@ def _supervised(
         packs = config.eval_packing
     # What is split or wrapped is cut nowhere.
     cuts = not packs or config.packing_strategy is PackingStrategy.BFD
-    template = None
+    template, located = None, False
     if config.assistant_only_loss and tokenizer.chat_template:
-        template = training_template(tokenizer, template_kwargs=rules.template_kwargs).source
+        found = training_template(tokenizer, template_kwargs=rules.template_kwargs)
+        template, located = found.source, found.located
     return SupervisedMaking(
         tokenizer=tokenizer,
         rules=SupervisedRules(
             max_length=rules.max_length if cuts else None,
             truncation_mode=rules.truncation_mode,
             chat_template=template,
+            locate_turns=located,
             template_kwargs=rules.template_kwargs,
             completion_only_loss=config.completion_only_loss,
             assistant_only_loss=config.assistant_only_loss,
@@ -311,6 +333,8 @@ class _PlacedRecord:
 class _Tokenised:
     drafts: Sequence[ExampleDraft]
     untrained: Mapping[int, Untrained]
+    findings: Mapping[int, Sequence[Finding]]
+    is_conversational: bool
 
 
 def _records(rows: Rows, config: SupervisedRunConfig, making: Making) -> Iterator[_PlacedRecord]:
@@ -357,17 +381,22 @@ def _text_format(name: str | None) -> TextFormat | None:
 def _tokenise(records: Iterable[_PlacedRecord], making: Making, tokenizer: ExampleTokenizer) -> _Tokenised:
     drafts: list[ExampleDraft] = []
     untrained: dict[int, Untrained] = {}
+    findings: dict[int, Sequence[Finding]] = {}
+    talks = False
     for batch in _batches(records, BATCH_ROWS):
         texts = [making.write(placed.record, where=placed.where) for placed in batch]
         tokens = iter(encode(tokenizer, [text for few in texts for text in few], masks=making.masks))
         for placed, few in zip(batch, texts, strict=True):
+            talks = talks or not isinstance(first_said(placed.record), str)
             encoded = tuple(itertools.islice(tokens, len(few)))
+            told = tuple(dict.fromkeys(finding for text in few for finding in text.findings))
+            findings |= {placed.row: told} if told else {}
             found = making.read(placed.record, encoded, row=placed.row, where=placed.where)
             if isinstance(found, Untrained):
                 untrained[placed.row] = found
             else:
                 drafts.append(found)
-    return _Tokenised(drafts=drafts, untrained=untrained)
+    return _Tokenised(drafts=drafts, untrained=untrained, findings=findings, is_conversational=talks)
 
 
 def _all_untrained(tokenised: _Tokenised, finished: FinishedExamples) -> dict[int, Untrained]:

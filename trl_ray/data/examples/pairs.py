@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from trl_ray.data.examples.left_out_rows import Untrained
-from trl_ray.data.examples.tokenisation import Encoded, ExampleTokenizer, Text, TextRules, Writer, common_prefix_length
+from trl_ray.data.examples.record_writer import Writer
+from trl_ray.data.examples.tokenisation import Encoded, ExampleTokenizer, Text, TextRules, common_prefix_length
 from trl_ray.data.formats.records import PreferencePair, Record, UnpairedPreference
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError

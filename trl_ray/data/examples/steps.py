@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from trl_ray.data.examples.left_out_rows import Untrained
-from trl_ray.data.examples.tokenisation import Encoded, ExampleTokenizer, Text, TextRules, Writer, encode
+from trl_ray.data.examples.record_writer import Writer
+from trl_ray.data.examples.tokenisation import Encoded, ExampleTokenizer, Text, TextRules, encode
 from trl_ray.data.formats.records import SteppedSolution
 from trl_ray.errors import ConfigError
 from trl_ray.types import SampleLabel, TrainingSample

@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trl_ray.data.examples.left_out_rows import Untrained, report_rows
+from trl_ray.data.examples.record_writer import Writer
 from trl_ray.data.examples.tokenisation import (
     Encoded,
     ExampleTokenizer,
     Text,
     TextRules,
-    Writer,
     common_prefix_length,
     encode,
 )
@@ -137,7 +137,7 @@ def write_supervised(
         return (writer.prompt(record.prompt), writer.answered(record.prompt, record.completion))
     if isinstance(record.content, str):
         return (writer.text(writer.with_end(record.content)),)
-    return (writer.chat(record.content),)
+    return (writer.document(record.content),)
 
 
 def read_supervised(
@@ -156,6 +156,8 @@ def read_supervised(
         diverges = shared < len(prompt_ids)
         if rules.completion_only_loss is not False:
             mask[:shared] = False
+    if whole.muted_mask is not None:
+        mask[whole.muted_mask] = False
     mask[:1] = False
     if not mask.any():
         return Untrained.NO_TARGET

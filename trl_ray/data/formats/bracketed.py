@@ -48,6 +48,24 @@ def read_instructions(text: str, start: int, *, where: str) -> list[Turn]:
     return turns
 
 
+def instruction_places(text: str, start: int) -> list[tuple[int, int]]:
+    """Characters ``[start, stop)`` of each answer and its end, in Llama 2 and Mistral."""
+    return [place for match in _EXCHANGE.finditer(text, start) if (place := _place(match)) is not None]
+
+
+def vicuna_places(text: str, start: int) -> list[tuple[int, int]]:
+    """The same in Vicuna."""
+    return [place for match in _VICUNA_EXCHANGE.finditer(text, start) if (place := _place(match)) is not None]
+
+
+def _place(match: re.Match[str]) -> tuple[int, int] | None:
+    content = match["assistant"]
+    if content is None or not content.strip():
+        return None
+    blank = len(content) - len(content.lstrip())
+    return match.start("assistant") + blank, match.end("end")
+
+
 def read_vicuna(text: str, start: int, *, where: str) -> list[Turn]:
     """The turns of Vicuna; what stands before the first `USER:` is the system's.
 

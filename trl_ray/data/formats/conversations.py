@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from trl_ray.data.chat.tool_schemas import without_none
+from trl_ray.data.chat.tool_schemas import read_call
 from trl_ray.data.validation import check_message, show
 from trl_ray.errors import DataError
 from trl_ray.types import Message
@@ -23,8 +23,8 @@ THINKING_KEYS = ("thinking", "reasoning_content")
 def check_messages(value: object, *, where: str) -> tuple[Message, ...]:
     """The messages of one field, each with a known role and text or tool calls; their order is not looked at.
 
-    A message that only calls tools has the content "", whether it was None or left out. Arguments that are None are
-    left out of tool calls: Arrow gives every call the arguments of all calls.
+    A message that only calls tools has the content "", whether it was None or left out, and the arguments of calls are
+    objects, whether they were written so or as JSON.
 
     Raises:
         DataError: not a list, empty, or with a message that is not one; names the message.
@@ -58,7 +58,7 @@ def _check_calls(message: Mapping[str, object], where: str) -> list[Mapping[str,
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise DataError(f"{where}, tool call {index} must name its function, got {show(call)}. Mend the row.")
-    return [without_none(call) for call in calls]
+    return [read_call(call) for call in calls]
 
 
 def check_order(messages: Sequence[Message], *, where: str) -> None:

@@ -69,6 +69,23 @@ def read(text: str, start: int, *, where: str, closed: bool = True) -> tuple[Mes
     return reader.finish()
 
 
+def assistant_places(text: str, start: int) -> list[tuple[int, int]]:
+    """Characters ``[start, stop)`` of each answer: from behind its header on, its end and headers inside included."""
+    places: list[tuple[int, int]] = []
+    open_since: int | None = None
+    for match in _WRITTEN.finditer(text, start):
+        if match["content"] is None or (match["head"].split() or [""])[0] != "assistant":
+            continue
+        if not match["end"] and not match["content"].strip():
+            continue
+        since = match.start() + len("<|start|>assistant") if open_since is None else open_since
+        thought = match["channel"] is not None and match["channel"].strip() == "analysis"
+        open_since = since if thought else None
+        if not thought:
+            places.append((since, match.end()))
+    return places
+
+
 def _take_apart(match: re.Match[str], text: str, where: str) -> _Written:
     nested = _MARKER.search(match["content"])
     if nested:

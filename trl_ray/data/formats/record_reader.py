@@ -7,14 +7,16 @@ first row and columns ─► convention, text format, DatasetFormat ─┘
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trl_ray.data.formats.detection import ALL_TYPES, DatasetFormat, DatasetType, detect
 from trl_ray.data.formats.foreign_formats import RowConverter, converter_for
 from trl_ray.data.formats.records import Record, RecordReader
-from trl_ray.data.formats.transcripts import TextFormat
+from trl_ray.data.formats.transcripts import TextFormat, Written
 from trl_ray.errors import DataError
+
+TEXT_COLUMNS = ("text", "prompt", "completion", "chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,13 @@ class DatasetReader:
                 f"Row {number} of {self.records.name} must be an object with columns, got {type(row).__name__} "
                 f"{str(row)[:80]!r}."
             )
-        return self.records.read(number, self.converter.convert(number, _renamed(row, self.text_field)))
+        row = _renamed(row, self.text_field)
+        record = self.records.read(number, self.converter.convert(number, row))
+        kind = self.converter.text_format
+        if kind is None or kind is TextFormat.PLAIN:
+            return record
+        texts = {column: row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str)}
+        return replace(record, written=Written(kind=kind, texts=texts)) if texts else record
 
 
 def _renamed(row: Mapping[str, Any], text_field: str) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ from trl_ray.data.chat.tool_schemas import Tool, check_tools
 from trl_ray.data.formats.conversations import check_completion, check_messages, check_order, check_prompt_order
 from trl_ray.data.formats.detection import DatasetFormat, DatasetType, Form, check_form
 from trl_ray.data.formats.shared_prompts import shared_prompt
+from trl_ray.data.formats.transcripts import Written
 from trl_ray.data.validation import check_unicode, show
 from trl_ray.errors import DataError
 from trl_ray.types import Message
@@ -33,6 +34,8 @@ class Carried:
     tools: tuple[Tool, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
     """All columns that the format does not know, as they came."""
+    written: Written | None = field(default=None, compare=False)
+    """What messages were read from, where that was text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,11 @@ class SteppedSolution(Carried):
 
 
 Record: TypeAlias = Document | PromptOnly | PromptCompletion | PreferencePair | UnpairedPreference | SteppedSolution
+
+
+def first_said(record: Record) -> Said:
+    """What a record begins with."""
+    return record.content if isinstance(record, Document) else record.prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

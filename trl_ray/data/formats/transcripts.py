@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trl_ray.data.formats import harmony
-from trl_ray.data.formats.bracketed import read_instructions, read_vicuna
+from trl_ray.data.formats.bracketed import instruction_places, read_instructions, read_vicuna, vicuna_places
 from trl_ray.data.formats.chatml import read_assistant, read_tool_results
 from trl_ray.data.formats.markup import SEQUENCE_TOKENS, Turn, as_messages, gap_free, refuse
 from trl_ray.errors import DataError
@@ -36,6 +36,15 @@ class TextFormat(enum.StrEnum):
     PHI = "phi"
     COHERE = "cohere"
     HARMONY = "harmony"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """The texts that the messages of a row were read from."""
+
+    kind: TextFormat
+    texts: Mapping[str, str]
+    """By column."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +173,27 @@ def read_transcript(text: str, kind: TextFormat, *, where: str, closed: bool = T
     return messages
 
 
+def assistant_places(text: str, kind: TextFormat) -> list[tuple[int, int]]:
+    """Characters ``[start, stop)`` of what the assistant wrote in a text, its turns' end markers included."""
+    begin = _BEGIN.match(text)
+    start = begin.end() if begin else 0
+    if kind is TextFormat.HARMONY:
+        return harmony.assistant_places(text, start)
+    if kind in (TextFormat.LLAMA2, TextFormat.MISTRAL):
+        return instruction_places(text, start)
+    if kind is TextFormat.VICUNA:
+        return vicuna_places(text, start)
+    return [
+        (match.start("content"), match.end("end"))
+        for match in _turn_pattern(_MARKERS[kind]).finditer(text, start)
+        if _MARKERS[kind].roles.get(match["role"].strip()) == "assistant" and (match["content"].strip() or match["end"])
+    ]
+
+
+def _turn_pattern(markers: Markers) -> re.Pattern[str]:
+    return re.compile(rf"{markers.header}(?P<content>.*?)(?P<end>{markers.end}|\Z)", re.DOTALL)
+
+
 def _chatml(message: Message, where: str) -> tuple[Message, ...]:
     if message["role"] == "assistant":
         return (read_assistant(message, where=where),)
@@ -171,7 +201,7 @@ def _chatml(message: Message, where: str) -> tuple[Message, ...]:
 
 
 def _read_marked(text: str, start: int, markers: Markers, *, where: str) -> list[Turn]:
-    pattern = re.compile(rf"{markers.header}(?P<content>.*?)(?P<end>{markers.end}|\Z)", re.DOTALL)
+    pattern = _turn_pattern(markers)
     opening = re.compile(markers.opening)
     turns = []
     for match in gap_free(pattern, text, start, where=where):

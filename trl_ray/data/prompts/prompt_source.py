@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from trl_ray.config.messages import nearest
 from trl_ray.config.sections import PromptConfig
 from trl_ray.data.chat.chat_rendering import ChatFormat, own_template, render_chat
+from trl_ray.data.chat.tool_schemas import read_call
 from trl_ray.data.examples.tokenisation import ExampleTokenizer
 from trl_ray.data.prompts.given_completions import GivenCompletions, GivenRow, given_rows
 from trl_ray.data.sources.dataset_loading import Rows, load_rows
@@ -212,7 +213,7 @@ def _checked_prompts(rows: Rows, config: PromptConfig) -> list[str | tuple[Messa
         prompt = check_prompt(row.get(column), where=where)
         check_kind(prompt, prompts[0] if prompts else prompt, where=where)
         if not isinstance(prompt, str):
-            prompt = with_system_prompt(prompt, config.system_prompt)
+            prompt = with_system_prompt(tuple(map(_with_read_calls, prompt)), config.system_prompt)
         prompts.append(prompt)
     if config.system_prompt is not None and isinstance(prompts[0], str):
         raise DataError(
@@ -220,6 +221,12 @@ def _checked_prompts(rows: Rows, config: PromptConfig) -> list[str | tuple[Messa
             "text, make each prompt a list of messages, or remove system_prompt."
         )
     return prompts
+
+
+def _with_read_calls(message: Message) -> Message:
+    calls = message.get("tool_calls")
+    read = isinstance(calls, (list, tuple)) and all(isinstance(call, Mapping) for call in calls)
+    return {**message, "tool_calls": [read_call(call) for call in calls]} if calls and read else message
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> tuple[Message, ...]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_ray.data.sources.arrow_rows import without_filled_arguments
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
 
@@ -153,7 +154,7 @@ def _batch_rows(path: Path, start: int, kind: str, batches: Callable[[], Iterato
     try:
         for batch in batches():
             for row in batch.to_pylist():
-                yield row
+                yield without_filled_arguments(row)
                 number += 1
     # Arrow tells of damage by the errors of the operating system as well; text that is no UTF-8 by Python's.
     except (pyarrow.ArrowException, OSError) as error:

@@ -19,6 +19,7 @@ from typing import Any
 
 from trl_ray.config.messages import nearest
 from trl_ray.config.sections import DataConfig, DatasetConfig
+from trl_ray.data.sources.arrow_rows import without_filled_arguments
 from trl_ray.data.sources.dataset_files import FILE_TYPES, Row, read_file
 from trl_ray.data.sources.generated import PREFIX, generated_rows
 from trl_ray.data.sources.mixtures import Mixture, Source, mix
@@ -285,8 +286,10 @@ def _guarded(dataset: Any, name: str, start: int) -> Iterator[Row]:
 
     number = start
     try:
+        # What is kept as JSON is not filled.
+        columns = {name for name, kind in (dataset.features or {}).items() if "Json(" not in repr(kind)}
         for row in dataset.skip(start) if start else dataset:
-            yield row
+            yield {**row, **without_filled_arguments({key: row[key] for key in columns & row.keys()})}
             number += 1
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException, DatasetGenerationError) as error:
         cause = _first_line(error.__cause__ or error)

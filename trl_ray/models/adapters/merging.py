@@ -18,7 +18,7 @@ from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import ModelError
 from trl_ray.models.adapters.adapter_config import base_of_adapter, is_adapter_folder, task_of_adapter
 from trl_ray.models.adapters.lora import TRAINED, has_adapter, lora_layers
-from trl_ray.models.policy_loading import load_policy, load_tokenizer
+from trl_ray.models.policy_loading import ends_with, load_policy, load_tokenizer, set_end_token
 from trl_ray.models.scoring.classifier import load_classifier, load_classifier_tokenizer
 
 Gather: TypeAlias = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
@@ -142,6 +142,10 @@ def export_merged(adapter: str | Path, out: str | Path, *, model: ModelConfig | 
     try:
         # Clones, because parameters that were not merged are still the policy's own.
         weights = {name: tensor.clone() for name, tensor in merged_weights(policy)}
+        end = tokenizer.eos_token_id
+        # An adapter may have been trained with another end of turns than its base model has.
+        if isinstance(end, int) and not ends_with(policy, end):
+            set_end_token(policy, end)
         policy.save_pretrained(out, state_dict=weights)
         tokenizer.save_pretrained(out)
     except OSError as error:

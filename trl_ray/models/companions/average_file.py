@@ -2,6 +2,9 @@
 
 AverageState (and which version it last saw, where it follows published ones) <--> FOLDER/weights.safetensors
 
+What is no tensor is JSON under one name: of several the library writes now one first, now another, and equal runs would
+not have equal checkpoints. In checkpoints of old each fact has a name of its own, and a reference says no step.
+
 A reader sees the file before or the new one, never a part. Folders lie below a checkpoint, because engines read every
 weight file of the checkpoint itself.
 """
@@ -9,6 +12,7 @@ weight file of the checkpoint itself.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +25,7 @@ from trl_ray.models.companions.averaging import AverageState
 from trl_ray.types import WeightVersion
 
 FILE = "weights.safetensors"
+_FACTS = "average"
 _FORMER = "average.safetensors"
 """As teachers in actors called it in checkpoints of old."""
 
@@ -48,13 +53,13 @@ def write_average(folder: Path, state: AverageState, *, what: str, identity: Wei
     """
     file = folder / FILE
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    facts: dict[str, object] = {"format": "pt", "step": state.step}
+    facts: dict[str, object] = {"step": state.step}
     if identity is not None:
         facts |= {"version": identity.version, "checksum": identity.checksum}
     draft = file.with_name(f".{FILE}.{os.getpid()}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, draft, metadata={name: str(value) for name, value in facts.items()})
+        save_file(tensors, draft, metadata={_FACTS: json.dumps(facts)})
         with draft.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(draft, file)
@@ -82,15 +87,16 @@ def read_average(folder: Path, *, what: str, step: int | None = None) -> KeptAve
         file = folder / _FORMER
     try:
         with safe_open(file, framework="pt") as kept:
-            facts = dict(kept.metadata() or {})
+            said = dict(kept.metadata() or {})
             names: list[str] = list(kept.keys())
             tensors = {name: kept.get_tensor(name) for name in names}
+        facts = json.loads(said[_FACTS]) if _FACTS in said else said
         if step is not None:
-            facts.setdefault("step", str(step))
+            facts.setdefault("step", step)
         state = AverageState(step=int(facts["step"]), tensors=tensors)
         versioned = "version" in facts
         identity = WeightVersion(version=int(facts["version"]), checksum=facts["checksum"]) if versioned else None
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{file} must hold {what}, but: {type(error).__name__}: {error}. Resume with the configuration of the run "
             "that wrote it, or use another checkpoint."

@@ -32,6 +32,7 @@ from trl_ray.pipelines.rollouts.reward_model_actors import (
 )
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
 from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_teachers
+from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
 from trl_ray.pipelines.run.planning import (
     GIB,
     PROCESS,
@@ -87,6 +88,8 @@ class Preparation:
     """For callbacks that are shown rectangles of token ids."""
     reward_models: tuple[PreparedRewardModel, ...] = ()
     teachers: PreparedTeachers | None = None
+    notes: tuple[str, ...] = ()
+    """What a user should know before the start."""
 
     def restore_objective(self, checkpoint: str | None) -> None:
         """Have the objective go on from what it had remembered at a checkpoint; None: from the beginning."""
@@ -250,20 +253,26 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         completions=objective.dataset_completions(),
         max_prompt_length=objective.max_prompt_length,
     )
-    eval_prompts = _eval_prompts(objective, inputs, tokenizer, limit) if config.evaluates else ()
+    held_out = _held_out(objective, inputs, tokenizer, limit) if config.evaluates else None
     rewarded = config.has_rewards and (functions or not config.scoring_models)
     specs = make_specs(functions, columns=prompts.columns) if rewarded else ()
     models = prepare_reward_models(config, functions=[spec.name for spec in specs], prompt=prompts.prompt(0))
     teachers = prepare_teachers(
-        objective, tokenizer=tokenizer, vocab_size=shape.vocab_size, prompts=prompts, max_model_len=max_model_len
+        objective, tokenizer=tokenizer, vocab_size=shape.vocab_size, max_model_len=max_model_len
     )
+    for source in (prompts, held_out):
+        if source is not None:
+            objective.check_prompts(source)
+    talks = prompts.prompt(0).messages is not None
+    note = end_of_turn_warning(model, tokenizer) if talks else None
     return Preparation(
         config=config,
         objective=objective,
+        notes=() if note is None else (note,),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,
-        eval_prompts=eval_prompts,
+        eval_prompts=() if held_out is None else _first(held_out, config.eval_num_prompts),
         rewards=specs,
         reward_models=models,
         max_model_len=max_model_len,
@@ -310,14 +319,14 @@ def _max_model_len(config: RolloutRunConfig, positions: int | None) -> int:
     return wanted
 
 
-def _eval_prompts(objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: int) -> tuple[Prompt, ...]:
+def _held_out(objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: int) -> PromptSource:
     config = objective.config
     if inputs.eval_dataset is None and config.dataset_name is None:
         raise ConfigError(
             f"{config.evaluation_asked_by} needs held-out prompts, but there are none. Pass eval_dataset, name a "
             "dataset with dataset_test_split, or set eval_steps=0."
         )
-    source = load_prompts(
+    return load_prompts(
         config.part(PromptConfig),
         tokenizer,
         seed=config.seed,
@@ -326,8 +335,10 @@ def _eval_prompts(objective: Objective[Any], inputs: Inputs, tokenizer: Any, lim
         evaluation=True,
         max_prompt_length=objective.max_prompt_length,
     )
-    objective.check_prompts(source)
-    return tuple(source.prompt(ordinal) for ordinal in range(min(config.eval_num_prompts, len(source))))
+
+
+def _first(source: PromptSource, count: int) -> tuple[Prompt, ...]:
+    return tuple(source.prompt(ordinal) for ordinal in range(min(count, len(source))))
 
 
 def _weight_check_ids(prompts: PromptSource, max_model_len: int) -> IntArray:

@@ -1,4 +1,6 @@
-"""The actors of a reinforcement-learning run: started, kept alive, and fed with weights.
+"""The actors of a reinforcement-learning run, of which the learner's are part: started, kept alive, fed with weights.
+
+RolloutActors = LearnerActors + queue + reward workers, reward models + TeacherActors + rollout workers, one Supervisor
 
 learner --publish--> object store --pull--> rollout workers, teachers      (RolloutActors.publish, RolloutActors.pull)
 Supervisor --lost--> RolloutActors: end it, reissue its leases, start anew, refit with current weights, work again

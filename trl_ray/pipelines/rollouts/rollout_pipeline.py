@@ -40,6 +40,8 @@ class RolloutSession(Session):
         actors, recorder, begin = self._actors, self.recorder, time.time()
         await actors.start()
         recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
+        for note in self._preparation.notes if not self._opening.resuming else ():
+            recorder.say(EventKind.WARNING, "data", detail=note)
         loop = RolloutLoop(plan=self._preparation, actors=actors, recorder=recorder, opening=self._opening, stop=stop)
         await loop.run()
         await actors.ask_queue("finish")

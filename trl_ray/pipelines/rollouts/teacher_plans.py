@@ -1,6 +1,6 @@
 """Teachers of a run: checked before anything starts, and what rollout workers are told of them.
 
-config, tokenizer, prompts --prepare_teachers--> vocabulary shared, contexts that fit --> TeachingPlan, TeacherArguments
+config, tokenizer --prepare_teachers--> vocabulary shared, contexts that fit --> TeachingPlan, TeacherArguments
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 from trl_ray.actors.teaching import TeacherSeat, TeachingPlan
 from trl_ray.config.sections import ModelConfig
 from trl_ray.config.teacher_options import TeacherSource
-from trl_ray.data.prompts.prompt_source import PromptSource
 from trl_ray.errors import ConfigError, ModelError
 from trl_ray.models.companions.teacher_rules import find_rule
 from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
@@ -37,7 +36,7 @@ class PreparedTeachers:
 
 
 def prepare_teachers(
-    objective: Objective[Any], *, tokenizer: Any, vocab_size: int, prompts: PromptSource, max_model_len: int
+    objective: Objective[Any], *, tokenizer: Any, vocab_size: int, max_model_len: int
 ) -> PreparedTeachers | None:
     """Check all teachers; None where nobody teaches.
 
@@ -45,12 +44,10 @@ def prepare_teachers(
         objective: of the run; its configuration names them.
         tokenizer: of the student.
         vocab_size: entries of the student's head.
-        prompts: of the run.
         max_model_len: tokens of the student's prompt and completion.
 
     Raises:
         ConfigError: a teacher's vocabulary is another, or its context too short.
-        DataError: hints cannot be put into a prompt, or a row names no teacher.
         ModelError: a teacher's model is not there.
     """
     config = objective.config
@@ -64,7 +61,6 @@ def prepare_teachers(
         if source.external is not None and source.model.model_name_or_path is not None:
             shared = min(shared, _shared_vocabulary(source, tokenizer, vocab_size))
             _check_context(source, max_model_len)
-    objective.check_prompts(prompts)
     plan = _plan(objective, vocab_size=shared)
     acting = tuple(TeacherArguments(source=source, vocab_size=shared) for source in config.acting_teachers)
     return PreparedTeachers(

@@ -98,6 +98,9 @@ class SupervisedSession(Session):
         for found in (self._plan.train, self._plan.evaluation):
             for sentence in found.report() if found is not None else ():
                 self.recorder.say(EventKind.WARNING, "data", detail=sentence)
+        warning = self._plan.end_of_turn_warning()
+        if warning is not None:
+            self.recorder.say(EventKind.WARNING, "data", detail=warning)
 
     def _progress(self) -> tuple[Accounts, EarlyStopping]:
         """As the checkpoint kept them; at the start, rows of the dataset that are in no example are dropped."""

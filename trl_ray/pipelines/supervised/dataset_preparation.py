@@ -29,6 +29,7 @@ from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.companions.reference_cache import default_cache_dir
 from trl_ray.models.loadable import check_loadable
 from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
+from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
 from trl_ray.pipelines.supervised.example_feed import Feed, ShuffledFeed, StreamFeed, StreamPlace
 from trl_ray.runtime.runtime import Role
@@ -166,6 +167,13 @@ class SupervisedPlan:
         if held_out is not None:
             numbers["held-out examples"] = len(held_out.examples)
         return numbers
+
+    def end_of_turn_warning(self) -> str | None:
+        """What to know of a template whose end of turn generation does not stop at; None where nothing is generated."""
+        talks = self.train is not None and self.train.is_conversational
+        if not talks or self.task in (ExampleTask.REWARD_PAIRS, ExampleTask.STEPS):
+            return None
+        return end_of_turn_warning(self.config.part(ModelConfig), self.tokenizer)
 
     def expected_memory(self) -> Mapping[str, float]:
         has_reference = build_loss(self.loss).needs.reference

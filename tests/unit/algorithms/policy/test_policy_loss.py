@@ -11,8 +11,8 @@ import torch
 
 from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import LossInputs, LossOutput, SampleTokens, StepTotals, first_non_finite_sample
-from trl_ray.algorithms.policy.policy_loss import PolicyLoss
-from trl_ray.config.losses.policy_options import LossConfig
+from trl_ray.algorithms.policy.policy_loss import _SURROGATES, PolicyLoss
+from trl_ray.config.losses.policy_options import LossConfig, LossType
 from trl_ray.types import Metric, TrainingSample
 
 LN2 = math.log(2.0)
@@ -66,6 +66,10 @@ def _gradient(output: LossOutput, inputs: LossInputs) -> list[float]:
 
 def _loss(**options: Any) -> PolicyLoss:
     return PolicyLoss(config=LossConfig(**options), max_completion_length=10)
+
+
+def test_every_loss_type_has_a_surrogate() -> None:
+    assert _SURROGATES.keys() == set(LossType)
 
 
 @pytest.mark.parametrize(

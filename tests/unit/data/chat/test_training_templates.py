@@ -14,6 +14,7 @@ from tiny_models import build_tokenizer
 from trl_ray.data.chat.chat_rendering import ChatFormat, RenderedChat, encode_chat, own_template, render_chat
 from trl_ray.data.chat.training_templates import (
     FAMILIES,
+    LOCATED,
     OWN,
     has_generation_markers,
     keeps_prefixes,
@@ -111,10 +112,18 @@ def test_markers_do_not_save_a_template_that_forgets_thoughts() -> None:
     assert training_template(tokenizer(FORGETFUL)).name == "qwen3"
 
 
-def test_one_different_blank_in_the_text_is_another_template() -> None:
+def test_one_different_blank_in_the_text_is_another_template_whose_turns_are_found_in_it() -> None:
     own = tokenizer(unmarked(template_source("chatml")).replace("assistant\\n", "assistant \\n"))
+    found = training_template(own)
+    assert (found.name, found.located, found.source) == (LOCATED, True, own.chat_template)
+
+
+def test_a_template_that_does_not_render_turns_one_by_one_is_refused_with_the_nearest_family() -> None:
+    own = tokenizer(unmarked(template_source("chatml")).replace("turn.content", "turn.content | upper"))
     with pytest.raises(
-        ModelError, match=r"no training template renders the same text; the nearest is chatml, .* turns"
+        ModelError,
+        match=r"no training template renders the same text; the nearest is chatml, .* turns .*"
+        "Nor can the turns be found in it: .* does not render its content",
     ):
         training_template(own)
 

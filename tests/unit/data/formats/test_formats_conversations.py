@@ -1,12 +1,15 @@
 import json
 
+import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trl_ray.config.sections import DataConfig
 from trl_ray.data.chat.tool_schemas import check_tools
 from trl_ray.data.formats.conversations import check_completion, check_messages, check_order
 from trl_ray.data.formats.shared_prompts import shared_prompt
+from trl_ray.data.sources.dataset_loading import load_rows
 from trl_ray.errors import DataError
 
 
@@ -66,10 +69,39 @@ def test_an_assistant_may_be_silent_only_when_it_calls_or_thinks():
         check_messages([{"role": "assistant", "content": ""}], where="m")
 
 
-def test_arguments_that_arrow_filled_in_are_left_out_of_calls():
-    call = {"function": {"name": "f", "arguments": {"x": 1, "y": None, "z": {"k": None}}}}
-    (message,) = check_messages([{"role": "assistant", "content": None, "tool_calls": [call]}], where="m")
-    assert message["tool_calls"] == [{"function": {"name": "f", "arguments": {"x": 1, "z": {}}}}]
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ({"x": 1, "y": None, "z": {"k": None}}, {"x": 1, "y": None, "z": {"k": None}}),
+        ('{"x": 1, "y": null}', {"x": 1, "y": None}),
+        (" {} ", {}),
+        ("", {}),
+        (None, {}),
+        ("rm -r", "rm -r"),
+        ("[1]", "[1]"),
+    ],
+)
+def test_arguments_are_objects_and_what_is_null_in_them_is_kept(given, read):
+    for call in ({"id": None, "function": {"name": "f", "arguments": given}}, {"name": "f", "arguments": given}):
+        (message,) = check_messages([{"role": "assistant", "content": None, "tool_calls": [call]}], where="m")
+        function = {"name": "f", "arguments": read}
+        assert message["tool_calls"] == [{"function": function} if "function" in call else function]
+
+
+def test_arguments_that_arrow_filled_in_are_left_out_of_calls(tmp_path):
+    def talk(arguments):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]}
+
+    rows = [talk({"x": 1, "z": {"k": 1}}), talk({"y": 2})]
+    made = datasets.Dataset.from_list(rows)
+    made.to_parquet(tmp_path / "a.parquet")
+    for source in (made, str(tmp_path / "a.parquet")):
+        given = source if isinstance(source, datasets.Dataset) else None
+        config = DataConfig(dataset_name=None if given is not None else source)
+        found = load_rows(config, seed=0, dataset=given).rows
+        calls = [check_messages(row["messages"], where="m")[1]["tool_calls"] for row in found]
+        assert [call["function"]["arguments"] for (call,) in calls] == [{"x": 1, "z": {"k": 1}}, {"y": 2}]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import normalizers
 
 from tiny_models import build_tokenizer
 from trl_ray.config.sections import PromptConfig
@@ -15,7 +16,7 @@ from trl_ray.data.formats.record_reader import read_records
 from trl_ray.data.formats.transcripts import TextFormat
 from trl_ray.data.prompts.given_completions import GivenCompletions
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
-from trl_ray.errors import DataError
+from trl_ray.errors import DataError, ModelError
 
 TOKENIZER = build_tokenizer()
 TEXTS = [{"prompt": "two plus two is", "completion": " four"}, {"prompt": "a", "completion": "b<|im_end|>"}]
@@ -162,8 +163,14 @@ def test_the_column_may_have_another_name() -> None:
 def test_a_completion_that_adds_nothing_is_refused() -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(DataError, match=r"Row 0 .*field 'completion', must add at least one token"):
+    with pytest.raises(ModelError, match=r"Row 0 .*message 1, it leaves out the field 'content'"):
         load(TALKS[:1], given(), tokenizer=tokenizer)
+    # A tokenizer that has no token for what the template renders.
+    tokenizer.chat_template = "{{ messages | map(attribute='content') | join }}"
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    silent = {**TALKS[0], "completion": [{"role": "assistant", "content": "\u200b"}]}
+    with pytest.raises(DataError, match=r"Row 0 .*field 'completion', must add at least one token"):
+        load([silent], given(), tokenizer=tokenizer)
 
 
 def test_of_long_prompts_the_last_tokens_are_kept_and_the_words_stay_whole() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tiny_models import VOCAB_SIZE, build_tiny_model, random_model
@@ -340,13 +341,24 @@ def test_a_restored_average_goes_on_bit_for_bit(tmp_path: Path, dtype: torch.dty
     assert_same(resumed, values(whole), atol=0)
 
 
-def test_an_average_under_the_file_name_of_old_checkpoints_is_found(tmp_path: Path) -> None:
+def test_equal_averages_have_equal_files(tmp_path: Path) -> None:
+    for name in map(str, range(8)):
+        weights = AveragedWeights(random_model(), averaging(rate=0.5))
+        weights.take(payload(POLICIES[0], 0))
+        weights.save(tmp_path / name)
+    assert len({(tmp_path / name / FILE).read_bytes() for name in map(str, range(8))}) == 1
+
+
+def test_an_average_as_old_checkpoints_have_it_is_found(tmp_path: Path) -> None:
     model, resumed = random_model(), random_model(seed=3)
     weights, again = AveragedWeights(model, averaging(rate=0.5)), AveragedWeights(resumed, averaging(rate=0.5))
     for version in (0, 1):
         weights.take(payload(POLICIES[version], version))
     weights.save(tmp_path)
-    (tmp_path / FILE).rename(tmp_path / "average.safetensors")
+    assert weights.identity is not None
+    facts = {"format": "pt", "step": "1", "version": "1", "checksum": weights.identity.checksum}
+    save_file(load_file(tmp_path / FILE), tmp_path / "average.safetensors", metadata=facts)
+    (tmp_path / FILE).unlink()
     again.restore(tmp_path)
     assert again.identity == weights.identity
     assert_same(resumed, values(model), atol=0)

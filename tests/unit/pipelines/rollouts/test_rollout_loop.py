@@ -128,6 +128,11 @@ def test_the_journal_forgets_up_to_the_checkpoint_before_the_newest(tmp_path: Pa
     assert json.loads(run.actors.files[4]["ledger.json"])["step"] == 4
 
 
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, total=4, save_steps=1, save_total_limit=2).go()
+    assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["step-3", "step-4"]
+
+
 @pytest.mark.parametrize("averages", [True, False])
 def test_the_average_of_teachers_is_adopted_by_the_checkpoint_that_they_go_on_from(
     tmp_path: Path, averages: bool

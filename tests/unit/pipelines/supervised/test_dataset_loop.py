@@ -156,6 +156,12 @@ def test_leaving_an_epoch_is_its_end_for_what_comes_with_epochs(tmp_path: Path) 
     assert (evaluated(run), sorted(run.learner.saved)) == ([1, 4], [1, 4])
 
 
+def test_a_run_that_goes_on_is_not_evaluated_where_it_was_before(tmp_path: Path) -> None:
+    config = SFTConfig(per_device_train_batch_size=2, save_steps=0, eval_steps=2)
+    run = Run(tmp_path, config=config, total=4, held_out=1, accounts=Accounts(step=2)).go()
+    assert [event["detail"]["step"] for event in run.lines("events.jsonl") if event["kind"] == "evaluated"] == [4]
+
+
 def test_it_ends_when_the_held_out_loss_gets_no_better(tmp_path: Path) -> None:
     config = SFTConfig(per_device_train_batch_size=2, save_steps=0, eval_steps=1, early_stopping_patience=2)
     run = Run(tmp_path, config=config, held_out=1, learner=Learner(eval_losses=[3.0, 2.0, 2.5, 2.0, 9.0])).go()
