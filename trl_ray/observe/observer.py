@@ -57,13 +57,12 @@ def open_observer(
     sinks: list[Sink] = [MetricsFile(run.metrics), EventsFile(run.events), TraceFile(run.trace)]
     if log_completions:
         sinks.append(CompletionsFiles(run.completions))
-    name, points = run_name or run.path.name, {"every": logging_steps, "first": logging_first_step}
+    name = run_name or run.path.name
+    points: dict[str, Any] = {"every": logging_steps, "first": logging_first_step}
     for service in services_of(report_to):
         match service:
             case "wandb":
-                sinks.append(
-                    WandbSink(run.path, project=wandb_project, run_name=name, config=config, every=logging_steps)
-                )
+                sinks.append(WandbSink(run.path, project=wandb_project, run_name=name, config=config, **points))
             case "tensorboard":
                 sinks.append(TensorBoardSink(run.path, config=config, **points))
             case "mlflow":

@@ -21,8 +21,8 @@ from typing import Any
 from trl_ray.errors import ConfigError
 from trl_ray.observe.redact import redact
 from trl_ray.observe.run_files import atomic_write_text, jsonable
-from trl_ray.observe.sinks import Sink
-from trl_ray.types import Event, EventKind
+from trl_ray.observe.sinks import Sink, evaluated_numbers
+from trl_ray.types import Event
 
 _LOG = logging.getLogger(__name__)
 SERVICES: Mapping[str, tuple[str, ...]] = {
@@ -79,14 +79,8 @@ class ServiceSink(Sink, ABC):
 
     def event(self, event: Event) -> None:
         """Send the numbers of evaluations, whichever step they come after."""
-        if event.kind is not EventKind.EVALUATED:
-            return
-        numbers = {
-            name if name.startswith("eval/") else f"eval/{name}": float(value)
-            for name, value in event.detail.items()
-            if "/" in name and isinstance(value, int | float)
-        }
-        self._try(lambda: self._send(int(event.detail.get("step", 0)), numbers))
+        if numbers := evaluated_numbers(event):
+            self._try(lambda: self._send(int(event.detail.get("step", 0)), numbers))
 
     def close(self) -> None:
         """Finish; calling it again does nothing."""
