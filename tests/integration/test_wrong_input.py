@@ -241,7 +241,11 @@ CASES = [
     ),
     # Options of TRL's that have another name here
     Case(name="the engine under TRL's name", changes={"use_vllm": True}, says=["'use_vllm'", "rollout.engine"]),
-    Case(name="a strategy", arguments=["eval_strategy=steps"], says=["'eval_strategy'", "Set eval_steps"]),
+    Case(
+        name="a strategy",
+        arguments=["eval_strategy=always"],
+        says=["eval_strategy must be 'no', 'steps' or 'epoch'", "'always'"],
+    ),
     Case(
         name="an argument for from_pretrained",
         changes={"model_init_kwargs": {"device_map": "auto"}},

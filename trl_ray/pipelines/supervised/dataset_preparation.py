@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from trl_ray.algorithms.batches.micro_batches import TotalsOf
 from trl_ray.algorithms.batches.work_sharing import CutRules
+from trl_ray.algorithms.loss import HeadKind
 from trl_ray.algorithms.loss_registry import build_loss
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.data.examples.example_set import ExampleSet, ExampleTask, load_examples, stream_examples
+from trl_ray.data.sources.dataset_loading import load_rows
+from trl_ray.data.sources.formatting import formatted_rows
 from trl_ray.errors import ConfigError
-from trl_ray.models.backends.optimizer import check_schedule
+from trl_ray.models.backends.optimizer import check_optimizer
+from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.companions.reference_cache import default_cache_dir
+from trl_ray.models.loadable import check_loadable
 from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
@@ -39,6 +44,36 @@ class DatasetInputs:
 
     train_dataset: Any = None
     eval_dataset: Any = None
+    formatting_func: Callable[[Any], str] | None = None
+    """Makes the text of a row."""
+
+    def formatted(self, config: SupervisedRunConfig) -> DatasetInputs:
+        """The same with the texts in place of the rows they are made of.
+
+        Raises:
+            DataError: the function raised, or gave no text.
+            ConfigError: the rows are a stream that the configuration names.
+        """
+        make = self.formatting_func
+        if make is None:
+            return self
+        if self.train_dataset is None and config.dataset_streaming:
+            raise ConfigError(
+                "formatting_func needs train_dataset with dataset_streaming=true, got a stream by name. Pass the "
+                "stream."
+            )
+
+        def texts(rows: Any, *, evaluation: bool) -> Any:
+            if rows is None:
+                if evaluation and not config.evaluates:
+                    return None
+                rows = load_rows(config, seed=config.seed, evaluation=evaluation)
+            return formatted_rows(rows, make, column=config.text_column)
+
+        return DatasetInputs(
+            train_dataset=texts(self.train_dataset, evaluation=False),
+            eval_dataset=texts(self.eval_dataset, evaluation=True),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,6 +96,10 @@ class SupervisedPlan:
     eval_cut: CutRules
 
     @property
+    def steps_per_epoch(self) -> float | None:
+        return None if self.train is None else math.ceil(len(self.train.examples) / self.config.examples_per_step)
+
+    @property
     def precomputes_reference(self) -> bool:
         """Whether the reference is asked once, before training."""
         return bool(getattr(self.loss, "precompute_ref_log_probs", False))
@@ -72,7 +111,7 @@ class SupervisedPlan:
             return ShuffledFeed(
                 train.examples,
                 per_step=config.examples_per_step,
-                seed=config.seed,
+                seed=config.seed_of_rows,
                 shuffle=config.shuffle_dataset,
             )
         return StreamFeed(self._open_stream, per_step=config.examples_per_step, place=place)
@@ -92,7 +131,7 @@ class SupervisedPlan:
             task=self.task,
             dataset=self.inputs.train_dataset,
             start_window=start_window,
-            seed=self.config.seed + epoch,
+            seed=self.config.seed_of_rows + epoch,
         )
 
     def arguments(self, *, checkpoint: str | None) -> dict[str, Any]:
@@ -139,7 +178,9 @@ class SupervisedPlan:
 
     def expected_memory(self) -> Mapping[str, float]:
         has_reference = build_loss(self.loss).needs.reference
-        return {Role.LEARNER: learner_memory(self.config.part(ModelConfig), has_reference=has_reference)}
+        config = self.config
+        memory = learner_memory(config.part(ModelConfig), has_reference=has_reference, optim=config.optim)
+        return {Role.LEARNER: memory}
 
 
 def prepare_supervised(
@@ -150,8 +191,12 @@ def prepare_supervised(
     Raises:
         InputError: anything that is wrong with the configuration, the model or the data.
     """
-    check_schedule(config.part(TrainingConfig))
+    check_optimizer(config.part(TrainingConfig))
     model = config.part(ModelConfig)
+    head = build_loss(loss).needs.head
+    check_loadable(model, num_labels=None if head is HeadKind.LANGUAGE else head.num_labels)
+    check_reference(model, loss)
+    inputs = inputs.formatted(config)
     tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
     _check_length(config, max_positions(model))
     if getattr(loss, "precompute_ref_log_probs", False):
@@ -180,11 +225,11 @@ def prepare_supervised(
 
 
 def _held_out(config: SupervisedRunConfig, inputs: DatasetInputs, load: Any) -> ExampleSet | None:
-    if not config.eval_steps:
+    if not config.evaluates:
         return None
     if inputs.eval_dataset is None and config.dataset_name is None and not config.datasets:
         raise ConfigError(
-            f"eval_steps={config.eval_steps} needs held-out rows, but there are none. Pass eval_dataset, name a "
+            f"{config.evaluation_asked_by} needs held-out rows, but there are none. Pass eval_dataset, name a "
             "dataset with dataset_test_split, or set eval_steps=0."
         )
     found: ExampleSet = load(dataset=inputs.eval_dataset, evaluation=True)
