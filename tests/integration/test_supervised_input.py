@@ -91,9 +91,6 @@ CASES = [
     Case(name="a column misnamed", rows=renamed("sft", completion="completoin"), says=["'completoin'", "'completion'"]),
     Case(name="a column missing", pipeline="dpo", rows=renamed("dpo", rejected="worse"), says=["'rejected'", "worse"]),
     Case(name="no column known", rows=[{"a": "b"}], says=["prompt, completion", "Its columns are a"]),
-    Case(
-        name="two readings", rows=[{"text": "a b", "messages": turns("user", "assistant")}], says=["messages", "text"]
-    ),
     Case(name="no label", pipeline="kto", rows=renamed("kto", label="rating"), says=["'label'"]),
     Case(name="no steps", pipeline="prm", rows=renamed("prm", completions="completion"), says=["completions"]),
     Case(name="a row without the column", rows=with_row("sft", completion=...), says=[*ROW, "completion"]),
@@ -115,21 +112,24 @@ CASES = [
     Case(name="steps to prefer", pipeline="kto", rows=dataset_runs.rows("prm", 4), says=["unpaired", "stepwise"]),
     # Values
     Case(name="None", rows=with_row("sft", completion=None), says=[*ROW, "'completion'", "None"]),
-    Case(name="an empty prompt", rows=with_row("sft", prompt=""), says=[*ROW, "'prompt'", "empty"]),
-    Case(name="a blank completion", rows=with_row("sft", completion=" \n"), says=[*ROW, "'completion'", "empty"]),
+    Case(
+        name="several bad rows",
+        rows=[*dataset_runs.rows("sft", 5), *({"prompt": text, "completion": None} for text in ("a", "b"))],
+        says=["2 of 7 rows cannot be used", "2 rows (5, 6)", *ROW, "'completion'", "on_bad_row=drop"],
+    ),
     Case(name="a number for a text", rows=with_row("sft", completion=7), says=[*ROW, "'completion'", "7"]),
-    Case(name="an empty choice", pipeline="dpo", rows=with_row("dpo", chosen=""), says=[*ROW, "'chosen'", "empty"]),
+    Case(name="no choice", pipeline="dpo", rows=with_row("dpo", chosen=None), says=[*ROW, "'chosen'", "None"]),
     Case(
         name="nothing to prefer",
         pipeline="dpo",
-        rows=with_row("dpo", chosen="one", rejected="one"),
-        says=[*ROW, "'rejected'", "differ"],
+        rows=[{"prompt": "a", "chosen": "one", "rejected": "one"}] * 2,
+        says=["At least one row", "prefer nothing", "(rows 0, 1)"],
     ),
     Case(
         name="nothing to rank",
         pipeline="reward",
-        rows=with_row("reward", chosen="one", rejected="one"),
-        says=[*ROW, "'rejected'", "differ"],
+        rows=[{"prompt": "a", "chosen": "one", "rejected": "one"}] * 2,
+        says=["At least one row", "prefer nothing", "(rows 0, 1)"],
     ),
     Case(name="a label that is none", pipeline="kto", rows=with_row("kto", label="good"), says=[*ROW, "'label'"]),
     Case(
@@ -150,8 +150,16 @@ CASES = [
     ),
     Case(name="half a character", rows=with_row("sft", completion="\ud800"), says=[*ROW, "'completion'", "Unicode"]),
     # Conversations
-    Case(name="roles out of order", rows=chats("user", "user"), says=[*ROW, "'messages'", "message 1", "'user'"]),
-    Case(name="the assistant first", rows=chats("assistant", "user"), says=[*ROW, "message 0", "'assistant'"]),
+    Case(
+        name="messages that a table cut off",
+        rows=[*chats("user", "assistant"), {"messages": '[{"role": "user", "content": "q"}, {"ro'}],
+        says=["Row 6 ", "'messages'", "cannot be read", "column 37"],
+    ),
+    Case(
+        name="images",
+        rows=[{"messages": turns("user", "assistant"), "images": ["x.png"]}] * 2,
+        says=["Row 0 ", "'images'", "column_mapping={images: null}"],
+    ),
     Case(name="an unknown role", rows=chats("usr", "assistant"), says=[*ROW, "'usr'", "'user'"]),
     Case(
         name="texts and conversations",
@@ -310,7 +318,7 @@ CASES = [
     ),
     Case(
         name="a stream with a bad row at its start",
-        rows=with_row("sft", completion=""),
+        rows=with_row("sft", completion=None),
         arguments=["dataset_streaming=true"],
         says=[*ROW, "'completion'"],
     ),
@@ -352,7 +360,7 @@ def test_a_bad_row_in_the_middle_of_a_stream_ends_the_command_with_its_number_an
     model: str, tmp_path: Path
 ) -> None:
     table = dataset_runs.rows("sft", 40)
-    table[33]["completion"] = ""
+    table[33]["completion"] = None
     changes = {"dataset_streaming": True, "stream_window": 10, "max_steps": 30, "gradient_accumulation_steps": 1}
     config = write_config(tmp_path, model, Case(name="stream", rows=table, changes=changes, says=[]))
     process = command("sft", "--config", str(config))

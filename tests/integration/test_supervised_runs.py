@@ -133,6 +133,26 @@ def test_rows_that_give_nothing_are_dropped_with_their_reason(model: str, tmp_pa
     assert "rows 3, 11" in warning["detail"]["detail"] and "raise max_length" in warning["detail"]["detail"]
 
 
+def test_bad_rows_and_ties_are_counted_in_the_plan_the_ledger_and_the_report(model: str, tmp_path: Path) -> None:
+    table, run = rows("dpo", 12), tmp_path / "run"
+    table[3]["chosen"] = table[7]["chosen"] = None
+    table[5]["chosen"] = table[5]["rejected"]
+    given = {"inputs": {"train_dataset": table}, "on_bad_row": "drop", "html_report": True, "max_steps": 2}
+    plan = pipeline("dpo", model, run, **given).prepare()
+    numbers = plan.describe()
+    assert (numbers["rows left out"], numbers["training examples"]) == (3, 9)
+    assert (numbers["rows left out (bad_row)"], numbers["rows left out (tie)"]) == (2, 1)
+    train("dpo", model, run, **given)
+    assert ledger(run)["dropped"] == {"bad_row": 2, "tie": 1}
+    assert_balanced(run, trained=9)
+    said = [event["detail"]["detail"] for event in events(run, "warning")]
+    assert said == list(plan.notes)
+    assert said[0].startswith("2 rows (3, 7): Row 3 of the given list, field 'chosen' must be given, got None.")
+    page = (run / "report.html").read_text()
+    assert "must be given, got None" in page
+    assert "bad_row" in page
+
+
 def test_rows_of_a_step_that_meets_nan_are_dropped(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trl_ray.models.backends.torch_backend import TorchBackend
 
@@ -202,7 +222,7 @@ def test_a_bad_row_in_a_stream_ends_the_run_with_its_number_and_keeps_what_was_t
 
 
 def test_a_bad_row_in_the_first_window_of_a_stream_is_found_before_anything_starts(model: str, tmp_path: Path) -> None:
-    options = bad_stream(tmp_path, "dpo", place=3, row={"prompt": "count: ", "chosen": "", "rejected": "two"})
+    options = bad_stream(tmp_path, "dpo", place=3, row={"prompt": "count: ", "chosen": None, "rejected": "two"})
     run = tmp_path / "run"
     with pytest.raises(DataError) as caught:
         train("dpo", model, run, **options)

@@ -22,6 +22,7 @@ def describe_run(pipeline: Pipeline[Any, Any]) -> str:
     actors, memory = plan.actors(), plan.expected_memory()
     lines = ["# resolved configuration", dump_yaml(plan.config).rstrip(), "", "# plan"]
     lines += [f"{key}: {value}" for key, value in plan.describe().items()]
+    lines += [f"note: {sentence}" for sentence in plan.notes]
     width = max(10, *(len(key) + 1 for key in actors))
     lines += ["", "# actors", f"{'role':<{width}}{'count':>6}{'CPUs':>7}{'GPUs':>7}{'GiB each':>10}  restarts"]
     lines += [_actor_line(actor, memory, width) for actor in actors.values()]

@@ -260,7 +260,7 @@ class ModelConfig(Section):
 
 
 class MixtureStopping(enum.StrEnum):
-    """When a mixture of datasets ends; the names are those of the library `datasets`."""
+    """When a mixture that is drawn by weight ends; the names are those of the library `datasets`."""
 
     FIRST_EXHAUSTED = "first_exhausted"
     """With the first dataset that has no row left: nothing is repeated."""
@@ -270,19 +270,40 @@ class MixtureStopping(enum.StrEnum):
     """When every row was there exactly once: the weights say how early."""
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who may speak in a conversation."""
+
+
+class OnBadRow(enum.StrEnum):
+    """What to do with rows that cannot be used."""
+
+    STOP = "stop"
+    """Refuse the dataset before anything starts, naming all bad rows by what is wrong with them."""
+    DROP = "drop"
+    """Leave them out, and count them in the ledger and the report."""
+
+
 class DatasetConfig(Section):
     """One dataset of a mixture, under the names of TRL's `datasets` option."""
 
     path: str
-    """As `dataset_name`."""
+    """As `dataset_name`, or a builder of the library `datasets` (``json``, ``csv``, ...) with `data_files`."""
     name: str | None = None
     """As `dataset_config`."""
+    data_dir: str | None = None
+    """The folder within `path` that is read."""
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    """The files within `path` that are read; by split, where it is a mapping."""
     split: str | None = None
     """None takes `dataset_train_split`, or `dataset_test_split` for evaluation."""
     columns: list[str] | None = None
     """Columns to keep; None keeps all."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share among the datasets, relative to their other weights."""
+    fraction: Annotated[float, Field(gt=0)] | None = None
+    """Share of the mixture, relative to the others': of each dataset the first rows are kept, as many as can be without
+    repeating one. All datasets have one, or none."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Probability with which the next row is drawn from this dataset, relative to the others' (1 where they have none);
+    None everywhere joins the datasets one after the other, whole."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """As `dataset_kwargs`."""
 
@@ -293,16 +314,75 @@ class DataConfig(Section):
     dataset_name: str | None = None
     """Hub name, a local .json/.jsonl/.csv/.parquet/.arrow file, a folder, or ``reasoning_gym/<task>``."""
     dataset_config: str | None = None
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    """The files within `dataset_name` that are read, or those that a builder (``dataset_name: json``) reads."""
     dataset_train_split: str = "train"
     dataset_test_split: str | None = None
     """Held-out split for evaluation; for generated tasks, another seed stands in for it."""
     dataset_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Options of a generated task, e.g. its size and the range of its numbers."""
     datasets: list[DatasetConfig] = Field(default_factory=list)
-    """A mixture instead of `dataset_name`."""
-    mixture_stopping: Annotated[MixtureStopping, FROM_STRING] = MixtureStopping.FIRST_EXHAUSTED
+    """Several datasets instead of `dataset_name`: joined whole unless they have a `fraction` or a `weight`."""
+    mixture_stopping: Annotated[MixtureStopping, FROM_STRING] | None = None
+    """When drawing by `weight` ends; None: with the first dataset that has no row left."""
+    test_split_size: Annotated[float, Field(gt=0)] | None = None
+    """Hold rows of the training split out for evaluation: a share below 1, or a whole number of rows."""
+    on_bad_row: Annotated[OnBadRow, FROM_STRING] = OnBadRow.STOP
+    """What becomes of rows that cannot be used."""
+    column_mapping: Annotated[dict[str, str | None], none_is_empty()] = Field(default_factory=dict)
+    """Names of a dataset's columns and what they stand for here (``question: prompt``); None leaves a column out. A
+    column that stands for ``system`` becomes the first message, and makes conversations of texts."""
+    role_mapping: Annotated[dict[str, str], none_is_empty()] = Field(default_factory=dict)
+    """Names of speakers in messages and the roles that they stand for (``bot: assistant``), beside the usual names."""
     shuffle_dataset: bool = True
     chat_template_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> Self:
+        unknown = {name: role for name, role in self.role_mapping.items() if role not in ROLES and role != name}
+        if unknown:
+            raise ValueError(
+                f"role_mapping must map speakers to {', '.join(ROLES)}, or to themselves where the chat template knows "
+                f"them, got {unknown}. Change the roles."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_data_files(self) -> Self:
+        if self.data_files is not None and self.dataset_name is None:
+            raise ValueError(
+                f"dataset_name must be set with data_files={self.data_files!r}, got None: say what reads them, such as "
+                "dataset_name=json, csv or parquet. In datasets, set it for each entry."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        given = [source.fraction is not None for source in self.datasets]
+        if any(given) and not all(given):
+            raise ValueError(
+                f"fraction must be set for all datasets or for none, got it for {sum(given)} of {len(given)}. Set it "
+                "for the others, or remove it."
+            )
+        weighed = any(source.weight is not None for source in self.datasets) or self.mixture_stopping is not None
+        if any(given) and weighed:
+            raise ValueError(
+                "fraction and weight (or mixture_stopping) say in two ways how datasets are mixed, got both. Remove "
+                "one: fraction keeps the first rows of each, weight draws rows at random."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_test_split_size(self) -> Self:
+        size = self.test_split_size
+        if size is not None and size >= 1 and size != int(size):
+            raise ValueError(f"test_split_size must be below 1 or a whole number of rows, got {size}. Change it.")
+        if size is not None and self.dataset_test_split is not None:
+            raise ValueError(
+                f"dataset_test_split must be left out with test_split_size={size}, got {self.dataset_test_split!r}: "
+                "both say which rows are held out. Remove one of the two."
+            )
+        return self
 
 
 class PromptConfig(DataConfig):

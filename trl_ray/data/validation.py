@@ -6,34 +6,34 @@ columns -- require_column --> check_prompt per row --> text or messages;  plain_
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from trl_ray.config.messages import nearest
+from trl_ray.config.sections import ROLES
 from trl_ray.errors import DataError
 from trl_ray.types import Message
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-CONTINUED_ROLES = ("user", "tool", "assistant")
+TEXT_PART = "text"
 
 
-def require_column(columns: Sequence[str], column: str, *, name: str) -> None:
-    """Check that the prompt column exists.
+def require_column(columns: Sequence[str], column: str, *, name: str, aliases: Sequence[str] = ()) -> None:
+    """Check that the prompt column exists; `aliases` are other names of it, the likeliest first.
 
     Raises:
         DataError: lists the columns there are and offers the nearest.
     """
     if column in columns:
         return
-    guess = nearest(column, columns)
+    guess = next((alias for alias in aliases if alias in columns), None) or nearest(column, columns)
     fix = f"Did you mean dataset_prompt_column={guess}?" if guess else "Set dataset_prompt_column to one of them."
     raise DataError(f"{name} must have the prompt column {column!r}; its columns are {', '.join(columns)}. {fix}")
 
 
-def check_prompt(value: object, *, where: str) -> str | tuple[Message, ...]:
-    """A prompt as it may be used: text, or a conversation that an assistant can continue.
+def check_prompt(value: object, *, where: str, roles: Collection[str] = ()) -> str | tuple[Message, ...]:
+    """A prompt as it may be used: text, or a conversation of the usual roles and of `roles`.
 
     Raises:
         DataError: None, empty, of another type, or with a message that is not one.
@@ -46,20 +46,17 @@ def check_prompt(value: object, *, where: str) -> str | tuple[Message, ...]:
         raise DataError(f"{where} must be text or a list of messages, got {show(value)}. Mend or remove the row.")
     if not value:
         raise DataError(f"{where} must have at least one message, got []. Fill it or remove the row.")
-    messages = tuple(check_message(message, f"{where}, message {i}") for i, message in enumerate(value))
-    if messages[-1]["role"] not in CONTINUED_ROLES:
-        raise DataError(
-            f"{where} must end with one of the roles {', '.join(CONTINUED_ROLES)}, got "
-            f"{messages[-1]['role']!r}. Add a user message or remove the row."
-        )
-    return messages
+    known = (*ROLES, *roles)
+    return tuple(check_message(message, f"{where}, message {i}", roles=known) for i, message in enumerate(value))
 
 
-def check_message(message: object, where: str) -> Message:
+def check_message(message: object, where: str, *, roles: Collection[str] = ROLES) -> Message:
     """One message with a known role and text, without the keys that Arrow filled with None.
 
+    Content in parts of text is joined to one text, as templates do that know parts.
+
     Raises:
-        DataError: not an object, no role or content, an unknown role, content that is no text or is blank.
+        DataError: not an object, no role or content, an unknown role, content that is no text.
     """
     if not isinstance(message, Mapping):
         raise DataError(f"{where} must be an object with role and content, got {show(message)}.")
@@ -69,18 +66,53 @@ def check_message(message: object, where: str) -> Message:
         if key not in clean:
             raise DataError(f"{where} must have the key {key!r}, it has {', '.join(clean) or 'none'}. Mend the row.")
     role, content = clean["role"], clean["content"]
-    if role not in ROLES:
-        guess = nearest(role, ROLES) if isinstance(role, str) else None
-        hint = f"Did you mean {guess!r}?" if guess else "Mend the row."
-        raise DataError(f"{where} must have one of the roles {', '.join(ROLES)}, got {role!r}. {hint}")
+    if role not in roles:
+        guess = nearest(role, roles) if isinstance(role, str) else None
+        hint = f"Did you mean {guess!r}? " if guess else ""
+        raise DataError(
+            f"{where} must have one of the roles {', '.join(roles)}, got {role!r}. {hint}Mend the row, or say what it "
+            f"stands for: role_mapping={{{role}: {guess or 'user'}}}."
+        )
     if content is None and clean.get("tool_calls"):
         return clean
+    if isinstance(content, (list, tuple)) and content and all(isinstance(part, Mapping) for part in content):
+        content = clean["content"] = "".join(_part(part, where) for part in content)
     if not isinstance(content, str):
         raise DataError(f"{where} must have text as content, got {show(content)}. Mend or remove the row.")
-    if not content.strip() and role in ("user", "tool"):
-        raise DataError(f"{where} must not be empty, got {content!r}. Fill it or remove the row.")
     check_unicode(content, where)
     return clean
+
+
+def _part(part: Mapping[str, Any], where: str) -> str:
+    kind, text = part.get("type", TEXT_PART), part.get("text")
+    if kind == TEXT_PART and isinstance(text, str):
+        return text
+    raise DataError(
+        f"{where} must have parts of text alone, as this run trains on text, got one of type {kind!r}: {show(part)}. "
+        "Remove the row, or the part where it says nothing."
+    )
+
+
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns that hold what no text can."""
+
+
+def check_no_media(row: Mapping[str, Any], *, where: str) -> None:
+    """Check that a row shows nothing but text; columns that are None, or empty, show nothing.
+
+    Raises:
+        DataError: names the column.
+    """
+    for column in MEDIA:
+        value = row.get(column)
+        if value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and not value):
+            continue
+        if isinstance(value, (list, tuple)) and all(item is None for item in value):
+            continue
+        raise DataError(
+            f"{where}, field {column!r} must be empty, because this run trains on text and would leave it out without "
+            f"a word, got {show(value)}. Take a text dataset, or remove the column: column_mapping={{{column}: null}}."
+        )
 
 
 def check_unicode(text: str, where: str) -> str:

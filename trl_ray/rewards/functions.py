@@ -16,7 +16,11 @@ RewardFunction = Callable[..., Any]
 """Returns a list of G numbers or None, or an awaitable of one."""
 
 _BARE_INTEGER = re.compile(r"[+-]?[0-9]{1,50}")
-_INTEGER = re.compile(r"-?[0-9]{1,50}")
+_GROUPED = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])"
+_INTEGER = re.compile(rf"-?(?:{_GROUPED}|[0-9]{{1,50}})")
+_ANSWER = re.compile(rf"[+-]?(?:{_GROUPED}|[0-9]{{1,50}})(?:\.0+)?")
+_GSM8K = "####"
+"""Stands before the final answer in the solutions of GSM8K."""
 _THINK = re.compile(r"^<think>(?!.*<think>)(.*?)</think>.*$", re.DOTALL | re.MULTILINE)
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -26,6 +30,48 @@ def text_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
     if isinstance(completion, str):
         return completion
     return "".join(str(message.get("content") or "") for message in completion)
+
+
+def whole_number(value: Any) -> int | None:
+    """The whole number that an answer is: a number, text of one, a solution that ends with ``#### 72``; else None."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, float)):
+        return int(value) if value == value // 1 else None  # infinity is no whole number either: its remainder is NaN
+    if not isinstance(value, str):
+        return None
+    text = value.rpartition(_GSM8K)[2].strip()
+    return int(text.partition(".")[0].replace(",", "")) if _ANSWER.fullmatch(text) else None
+
+
+def _wanted(value: Any) -> int:
+    number = whole_number(value)
+    if number is None:
+        raise ValueError(f"answer must be a whole number, text of one, or end with '#### 72', got {value!r}")
+    return number
+
+
+def answer_problem(columns: Mapping[str, Any]) -> str | None:
+    """What is wrong with the column `answer` of a row, of which a number is wanted; None is no answer, and allowed."""
+    value = columns.get("answer")
+    if value is None or whole_number(value) is not None:
+        return None
+    return (
+        f"field 'answer' must be a whole number, text of one, or end with '#### 72', got {str(value)[:80]!r}. Mend the "
+        "row, or take a reward function that can tell (exact_answer compares text)."
+    )
+
+
+def task_problem(columns: Mapping[str, Any]) -> str | None:
+    """What is wrong with the columns of a generated task's row, whose own score is wanted."""
+    kinds: dict[str, type] = {"task": str, "metadata": Mapping}
+    wrong = next((column for column, kind in kinds.items() if not isinstance(columns.get(column), kind)), None)
+    if wrong is None:
+        return None
+    return (
+        f"field {wrong!r} must be that of a generated task, got {str(columns.get(wrong))[:80]!r}. Take rows of "
+        "reasoning_gym/<task>, or another reward function."
+    )
 
 
 def exact_answer(completions: list[Any], answer: list[Any], **columns: Any) -> list[float | None]:
@@ -47,14 +93,17 @@ def _arithmetic(text: str, wanted: Any) -> float | None:
         return None
     if not _BARE_INTEGER.fullmatch(text):
         return 0.0
-    return 1.0 if int(text) == int(wanted) else 0.5
+    return 1.0 if int(text) == _wanted(wanted) else 0.5
 
 
 def last_number(completions: list[Any], answer: list[Any], **columns: Any) -> list[float | None]:
-    """1 where the last integer of the completion is the one in the column `answer`, whatever stands around it."""
+    """1 where the last integer of the completion is the one in the column `answer`, whatever stands around it.
+
+    Thousands may be set apart by commas; an answer may be a solution that ends with ``#### 72``, as those of GSM8K.
+    """
     found = [_INTEGER.findall(text_of(completion)) for completion in completions]
     return [
-        None if wanted is None else float(bool(numbers) and int(numbers[-1]) == int(wanted))
+        None if wanted is None else float(bool(numbers) and int(numbers[-1].replace(",", "")) == _wanted(wanted))
         for numbers, wanted in zip(found, answer, strict=True)
     ]
 

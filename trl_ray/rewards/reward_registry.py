@@ -30,6 +30,15 @@ REGISTERED: Mapping[str, RewardFunction] = {
 }
 FACTORIES: Mapping[str, Callable[..., RewardFunction]] = {"soft_overlong": functions.soft_overlong}
 
+RowCheck = Callable[[Mapping[str, Any]], str | None]
+"""Says what is wrong with the columns of a row; None where nothing is."""
+_CHECKS: Mapping[str, RowCheck] = {
+    "arithmetic": functions.answer_problem,
+    "last_number": functions.answer_problem,
+    "reasoning_gym": functions.task_problem,
+}
+"""Functions that cannot score every value of their columns."""
+
 GIVEN_ALWAYS = frozenset({"prompts", "completions", "completion_ids", "log_extra", "log_metric"})
 _CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 
@@ -93,6 +102,21 @@ def make_specs(given: Sequence[str | Callable[..., Any]], *, columns: Collection
     for spec in specs:
         _check_columns(spec, columns)
     return specs
+
+
+def row_check(given: Sequence[str | Callable[..., Any]]) -> RowCheck:
+    """What all reward functions that are known here ask of a row's columns, as one check for every row."""
+    checks = {name: _CHECKS[name] for name in given if isinstance(name, str) and name in _CHECKS}
+
+    def check(columns: Mapping[str, Any]) -> str | None:
+        for name, problem_of in checks.items():
+            # A column that no row has is told by the columns alone.
+            problem = problem_of(columns) if required_columns(REGISTERED[name]) <= set(columns) else None
+            if problem is not None:
+                return f"{problem} The reward function {name} asks for it."
+        return None
+
+    return check
 
 
 def _check_columns(spec: RewardSpec, columns: Collection[str]) -> None:

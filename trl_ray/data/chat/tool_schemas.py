@@ -1,4 +1,8 @@
-"""Checks the `tools` column: descriptions of functions that a model may call, as JSON schemas."""
+"""Checks the `tools` column: descriptions of functions that a model may call.
+
+Their parameters are JSON schemas, or what people write as such (``float``, ``dict``, ``required: true``): templates
+write them down as they are, and refuse what they cannot.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from trl_ray.config.messages import nearest
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
 
 Tool = Mapping[str, Any]
 """``{"type": "function", "function": {"name": ..., "description": ..., "parameters": JSON schema}}``"""
-
-JSON_TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 
 
 def check_tools(value: object, *, where: str) -> tuple[Tool, ...]:
@@ -22,7 +23,7 @@ def check_tools(value: object, *, where: str) -> tuple[Tool, ...]:
     JSON text is read, and keys that Arrow filled with None are left out.
 
     Raises:
-        DataError: not a list of function descriptions, a name twice, or parameters that are no JSON schema.
+        DataError: not a list of descriptions of functions with names.
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return ()
@@ -34,14 +35,11 @@ def check_tools(value: object, *, where: str) -> tuple[Tool, ...]:
                 f"{where} must be a list of tools or JSON text of one, column {error.colno} is broken: {error.msg}, "
                 f"got {show(value)}. Mend the row."
             ) from error
+    if isinstance(value, Mapping) and {"function", "name"} & set(value):
+        value = [value]
     if not isinstance(value, (list, tuple)):
         raise DataError(f"{where} must be a list of tools, got {show(value)}. Wrap it in [ ].")
-    tools = tuple(_check_tool(without_none(tool), f"{where}, tool {i}") for i, tool in enumerate(value))
-    names = [tool.get("function", tool)["name"] for tool in tools]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"{where} must name every tool once, got {name!r} {names.count(name)} times. Rename one.")
-    return tools
+    return tuple(_check_tool(without_none(tool), f"{where}, tool {i}") for i, tool in enumerate(value))
 
 
 def read_call(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,32 +79,4 @@ def _check_tool(tool: object, where: str) -> Tool:
     function = tool.get("function", tool)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise DataError(f"{where} must have a function with a name, got {show(function)}. Mend the row.")
-    if "parameters" in function:
-        _check_schema(function["parameters"], f"{where} ({function['name']}), parameters")
     return tool
-
-
-def _check_schema(schema: object, where: str) -> None:
-    if isinstance(schema, bool):  # `true` admits everything: a schema by the standard
-        return
-    if not isinstance(schema, Mapping):
-        raise DataError(f"{where} must be a JSON schema, got {show(schema)}. Mend the row.")
-    kinds = schema.get("type", [])
-    for kind in kinds if isinstance(kinds, (list, tuple)) else [kinds]:
-        if kind not in JSON_TYPES:
-            guess = nearest(kind, JSON_TYPES) if isinstance(kind, str) else None
-            hint = f"Did you mean {guess!r}?" if guess else "Mend the row."
-            raise DataError(f"{where} must have one of the types {', '.join(JSON_TYPES)}, got {kind!r}. {hint}")
-    properties = schema.get("properties", {})
-    if not isinstance(properties, Mapping):
-        raise DataError(f"{where} must have an object as properties, got {show(properties)}. Mend the row.")
-    for name, part in properties.items():
-        _check_schema(part, f"{where}.{name}")
-    if "items" in schema:
-        _check_schema(schema["items"], f"{where}[]")
-    required = schema.get("required", [])
-    if not isinstance(required, (list, tuple)) or not all(isinstance(name, str) for name in required):
-        raise DataError(f"{where} must have a list of names as required, got {show(required)}. Mend the row.")
-    unknown = [name for name in required if properties and name not in properties]
-    if unknown:
-        raise DataError(f"{where} must describe the required {unknown[0]!r}; it has {', '.join(properties)}.")

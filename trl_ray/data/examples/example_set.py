@@ -1,6 +1,6 @@
 """From datasets to examples, ready for an update: read, checked, tokenised, cut, packed.
 
-rows ─► record_reader.py ─► record ─► example_tasks.py: texts, tokens and samples of the task ─┬─► ExampleSet
+rows ─► placed_records.py ─► record ─► example_tasks.py: texts, tokens and samples of the task ─┬─► ExampleSet
                                       supervised_texts.py, pairs.py, steps.py                   └─► stream, by windows
 """
 
@@ -11,14 +11,15 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
 
 from trl_ray.config.example_options import PackingStrategy, SteppedExampleConfig, SupervisedExampleConfig
-from trl_ray.config.messages import nearest
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
+from trl_ray.data.bad_rows import BadRows
 from trl_ray.data.chat.faithful_rendering import Finding, Unrendered
 from trl_ray.data.chat.training_templates import TemplateTokenizer, training_template
 from trl_ray.data.examples.example_tasks import (
@@ -31,15 +32,15 @@ from trl_ray.data.examples.example_tasks import (
     StepMaking,
     SupervisedMaking,
 )
-from trl_ray.data.examples.left_out_rows import Untrained, report_rows
+from trl_ray.data.examples.left_out_rows import TokenCounts, Untrained, report_rows, report_tokens
+from trl_ray.data.examples.placed_records import PlacedRecord, UnreadSpeech, place_records, reader_of, readers_for
 from trl_ray.data.examples.steps import StepRules, step_tokens
 from trl_ray.data.examples.supervised_texts import SupervisedRules
-from trl_ray.data.examples.tokenisation import ExampleTokenizer, TextRules, encode
-from trl_ray.data.formats.record_reader import DatasetReader, reader_for
-from trl_ray.data.formats.records import Record, first_said
-from trl_ray.data.formats.transcripts import TextFormat
-from trl_ray.data.sources.dataset_loading import Rows, load_rows, open_rows
-from trl_ray.errors import ConfigError, DataError
+from trl_ray.data.examples.tokenisation import ExampleTokenizer, Text, TextRules, encode
+from trl_ray.data.formats.record_reader import DatasetReader
+from trl_ray.data.formats.records import first_said
+from trl_ray.data.sources.dataset_loading import Origin, load_rows, open_rows
+from trl_ray.errors import DataError
 from trl_ray.types import Example
 
 _LOG = logging.getLogger(__name__)
@@ -88,6 +89,12 @@ class ExampleSet:
     """What the chat template does not write as a row has it, by row number."""
     is_conversational: bool = False
     """Some of the rows are messages."""
+    equal_rows: tuple[int, ...] = ()
+    """Pairs whose answers differ only beyond `max_length`; they are trained all the same."""
+    tokens: TokenCounts = field(default_factory=TokenCounts)
+    """Before and after cuts."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the rows were chosen."""
 
     def __len__(self) -> int:
         """Examples."""
@@ -95,14 +102,29 @@ class ExampleSet:
 
     def report(self) -> tuple[str, ...]:
         """One sentence for each thing a user should know about the rows; none when all is well."""
-        return report_rows(
+        rows = report_rows(
             self.name,
             total=self.num_rows,
             untrained=self.untrained,
             cut=self.cut_rows,
             diverging=self.diverging_rows,
             findings=self.findings,
+            equal=self.equal_rows,
         )
+        return (*self.notes, *rows, *report_tokens(self.name, self.tokens))
+
+    def losses(self) -> dict[str, int | str]:
+        """What of the rows is not trained, in numbers; nothing where all is."""
+        found: dict[str, int | str] = {
+            f"rows left out ({reason})": count for reason, count in sorted(Counter(self.untrained.values()).items())
+        }
+        if self.equal_rows:
+            found["pairs equal after cutting"] = len(self.equal_rows)
+        if self.tokens.cut:
+            found["tokens beyond max_length"] = self.tokens.cut_share
+        if self.tokens.unpacked:
+            found["tokens lost to packing"] = self.tokens.unpacked_share
+        return found
 
     def require_examples(self) -> None:
         """Check that there is something to train.
@@ -157,15 +179,31 @@ def load_examples(
     """
     rows = load_rows(config, seed=config.seed, dataset=dataset, evaluation=evaluation)
     making = making_for(config, tokenizer, task=task, evaluation=evaluation)
-    tokenised = _tokenise(_records(rows, config, making), making, tokenizer)
-    finished = making.finish(tokenised.drafts, window=0)
+    readers, bad = readers_for(rows, config, making), BadRows(config.on_bad_row)
+    unread = UnreadSpeech(told=[column for reader in readers.values() for column in reader.format.unread])
+    tokenised = _tokenise(unread.watch(place_records(rows, readers, bad)), making, tokenizer, bad)
+    bad.settle(total=len(rows.rows))
+    drafts, finished = tokenised.drafts, making.finish(tokenised.drafts, window=0)
     return ExampleSet(
         name=rows.name,
         examples=finished.examples,
         untrained=_all_untrained(tokenised, finished),
         num_rows=len(rows.rows),
-        cut_rows=tuple(draft.row for draft in tokenised.drafts if draft.is_cut),
-        diverging_rows=tuple(draft.row for draft in tokenised.drafts if draft.prompt_diverges),
+        cut_rows=tuple(draft.row for draft in drafts if draft.is_cut),
+        diverging_rows=tuple(draft.row for draft in drafts if draft.prompt_diverges),
+        equal_rows=tuple(draft.row for draft in drafts if draft.is_equal),
+        tokens=TokenCounts(
+            written=sum(draft.num_tokens for draft in drafts),
+            cut=sum(draft.cut_tokens for draft in drafts),
+            targets=finished.targets,
+            unpacked=finished.unpacked,
+        ),
+        notes=(
+            *rows.notes,
+            *(note for reader in readers.values() for note in reader.notes),
+            *unread.report(rows.name, total=len(rows.rows)),
+            *bad.report(),
+        ),
         findings=tokenised.findings,
         is_conversational=tokenised.is_conversational,
     )
@@ -200,10 +238,9 @@ def stream_examples(
     """
     stream = open_rows(config, seed=config.seed, dataset=dataset, lazily=True)
     making = making_for(config, tokenizer, task=task, evaluation=False)
-    first = next(stream.read(0), None)
-    if first is None:
+    if next(stream.read(0), None) is None:
         raise DataError(f"A dataset must have at least one row, {stream.name} has none. Check the file or the split.")
-    reader = _reader(first, config, making, name=stream.name, columns=None)
+    reader = reader_of(enumerate(stream.read(0)), config, making, name=stream.name, columns=None)
 
     def windows() -> Iterator[StreamedExample]:
         start = start_window * config.stream_window
@@ -214,10 +251,9 @@ def stream_examples(
             taken = list(itertools.islice(rows, config.stream_window))
             if not taken:
                 return
-            records = (
-                _PlacedRecord(row=n, where=f"row {n} of {stream.name}", record=reader.read(n, row)) for n, row in taken
-            )
-            tokenised = _tokenise(records, making, tokenizer)
+            bad = BadRows(config.on_bad_row)
+            tokenised = _tokenise(_streamed(taken, stream.name, reader, bad), making, tokenizer, bad)
+            bad.settle(total=len(taken))
             finished = making.finish(tokenised.drafts, window=window)
             untrained.update(_all_untrained(tokenised, finished).values())
             _warn_once(tokenised.findings, told, name=stream.name, total=len(taken))
@@ -320,15 +356,6 @@ def _supervised(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _PlacedRecord:
-    """A record, its number in the dataset or mixture, and how messages name it."""
-
-    row: int
-    where: str
-    record: Record
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Tokenised:
     drafts: Sequence[ExampleDraft]
@@ -337,66 +364,44 @@ class _Tokenised:
     is_conversational: bool
 
 
-def _records(rows: Rows, config: SupervisedRunConfig, making: Making) -> Iterator[_PlacedRecord]:
-    """All records; each source of a mixture has a format of its own, and numbers of its own in messages."""
-    sources = {source.name: source for source in rows.sources or (rows,)}
-    readers = {
-        name: _reader(source.rows[0], config, making, name=name, columns=source.columns)
-        for name, source in sources.items()
-    }
-    for index, row in enumerate(rows.rows):
-        origin = rows.origin(index)
-        record = readers[origin.name].read(origin.number, row)
-        yield _PlacedRecord(row=index, where=f"row {origin.number} of {origin.name}", record=record)
+def _streamed(
+    rows: Iterable[tuple[int, Mapping[str, object]]], name: str, reader: DatasetReader, bad: BadRows
+) -> Iterator[PlacedRecord]:
+    for number, row in rows:
+        with bad.guard(name=name, number=number, place=number):
+            origin = Origin(name=name, number=number)
+            yield PlacedRecord(row=number, origin=origin, record=reader.read(number, row))
 
 
-def _reader(
-    row: Mapping[str, object],
-    config: SupervisedRunConfig,
-    making: Making,
-    *,
-    name: str,
-    columns: Sequence[str] | None,
-) -> DatasetReader:
-    return reader_for(
-        row,
-        name=name,
-        columns=columns,
-        accept=making.accept,
-        text_format=_text_format(config.dataset_text_format),
-        text_field=config.text_column,
-    )
-
-
-def _text_format(name: str | None) -> TextFormat | None:
-    if name is None or name in list(TextFormat):
-        return None if name is None else TextFormat(name)
-    guess = nearest(name, list(TextFormat))
-    raise ConfigError(
-        f"dataset_text_format must be one of {', '.join(TextFormat)}, got {name!r}. "
-        f"{f'Did you mean {guess}?' if guess else 'Leave it out to have it recognised.'}"
-    )
-
-
-def _tokenise(records: Iterable[_PlacedRecord], making: Making, tokenizer: ExampleTokenizer) -> _Tokenised:
+def _tokenise(records: Iterable[PlacedRecord], making: Making, tokenizer: ExampleTokenizer, bad: BadRows) -> _Tokenised:
     drafts: list[ExampleDraft] = []
     untrained: dict[int, Untrained] = {}
     findings: dict[int, Sequence[Finding]] = {}
     talks = False
     for batch in _batches(records, BATCH_ROWS):
-        texts = [making.write(placed.record, where=placed.where) for placed in batch]
-        tokens = iter(encode(tokenizer, [text for few in texts for text in few], masks=making.masks))
-        for placed, few in zip(batch, texts, strict=True):
+        written: list[tuple[PlacedRecord, tuple[Text, ...]]] = []
+        for placed in batch:
+            with _guarded(placed, bad):
+                written.append((placed, making.write(placed.record, where=placed.where)))
+        tokens = iter(encode(tokenizer, [text for _, few in written for text in few], masks=making.masks))
+        for placed, few in written:
             talks = talks or not isinstance(first_said(placed.record), str)
             encoded = tuple(itertools.islice(tokens, len(few)))
             told = tuple(dict.fromkeys(finding for text in few for finding in text.findings))
             findings |= {placed.row: told} if told else {}
-            found = making.read(placed.record, encoded, row=placed.row, where=placed.where)
-            if isinstance(found, Untrained):
-                untrained[placed.row] = found
-            else:
-                drafts.append(found)
-    return _Tokenised(drafts=drafts, untrained=untrained, findings=findings, is_conversational=talks)
+            with _guarded(placed, bad):
+                found = making.read(placed.record, encoded, row=placed.row, where=placed.where)
+                if isinstance(found, Untrained):
+                    untrained[placed.row] = found
+                else:
+                    drafts.append(found)
+    # Where bad rows stop the run, nobody asks for the others.
+    left_out = {**untrained, **dict.fromkeys(bad.places, Untrained.BAD_ROW)}
+    return _Tokenised(drafts=drafts, untrained=left_out, findings=findings, is_conversational=talks)
+
+
+def _guarded(placed: PlacedRecord, bad: BadRows) -> AbstractContextManager[None]:
+    return bad.guard(name=placed.origin.name, number=placed.origin.number, place=placed.row)
 
 
 def _all_untrained(tokenised: _Tokenised, finished: FinishedExamples) -> dict[int, Untrained]:

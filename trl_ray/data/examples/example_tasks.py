@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from trl_ray.config.example_options import PackingStrategy
 from trl_ray.data.examples.left_out_rows import Untrained
 from trl_ray.data.examples.packing import PackedPiece, pack
@@ -26,6 +28,7 @@ from trl_ray.data.examples.pairs import (
     mismatched_sample,
     read_pair,
     read_scored,
+    same_tokens,
     write_pair,
     write_rated,
     write_scored,
@@ -62,8 +65,18 @@ class ExampleDraft:
     row: int
     content: Any
     """For `finish` of the same task."""
-    is_cut: bool = False
+    num_tokens: int = 0
+    """Of all its sequences, before anything was cut."""
+    cut_tokens: int = 0
+    """Of these, how many limits on lengths cut off."""
+    is_equal: bool = False
+    """Its answers differ only beyond what was kept."""
     prompt_diverges: bool = False
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether tokens were cut off."""
+        return self.cut_tokens > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,6 +85,10 @@ class FinishedExamples:
 
     examples: tuple[Example, ...]
     untrained: Mapping[int, Untrained]
+    targets: int = 0
+    """Tokens to train before rows were packed; 0 where they are not."""
+    unpacked: int = 0
+    """Of these, how many packing lost."""
 
 
 class Making(Protocol):
@@ -140,7 +157,13 @@ class SupervisedMaking:
         found = read_supervised(record, encoded, self.rules, row=row)
         if isinstance(found, Untrained):
             return found
-        return ExampleDraft(row=row, content=found, is_cut=found.cut_tokens > 0, prompt_diverges=found.prompt_diverges)
+        return ExampleDraft(
+            row=row,
+            content=found,
+            num_tokens=len(found.token_ids) + found.cut_tokens,
+            cut_tokens=found.cut_tokens,
+            prompt_diverges=found.prompt_diverges,
+        )
 
     def finish(self, drafts: Sequence[ExampleDraft], *, window: int) -> FinishedExamples:
         """One example per row, or per packed row."""
@@ -182,7 +205,9 @@ class SupervisedMaking:
             group += len(pieces)
             trained.update(piece.example for piece in pieces)
         lost = {sample.row: Untrained.TRUNCATED for i, sample in enumerate(samples) if i not in trained}
-        return FinishedExamples(examples=tuple(examples), untrained=lost)
+        targets = sum(int(sample.loss_mask.sum()) for sample in samples)
+        kept = sum(int(sample.loss_mask.sum()) for example in examples for sample in example.samples)
+        return FinishedExamples(examples=tuple(examples), untrained=lost, targets=targets, unpacked=targets - kept)
 
 
 def _targets(sample: SupervisedSample, piece: PackedPiece) -> BoolArray:
@@ -264,11 +289,9 @@ class StepMaking:
     def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> ExampleDraft | Untrained:
         """One sample."""
         found = read_steps(_of_kind(record, SteppedSolution), encoded, self.rules, self.tokens, row=row)
-        return (
-            found
-            if isinstance(found, Untrained)
-            else ExampleDraft(row=row, content=(found.sample,), is_cut=found.is_cut)
-        )
+        if isinstance(found, Untrained):
+            return found
+        return ExampleDraft(row=row, content=(found.sample,), num_tokens=found.num_tokens, cut_tokens=found.cut_tokens)
 
     def finish(self, drafts: Sequence[ExampleDraft], *, window: int) -> FinishedExamples:
         """One example per solution."""
@@ -279,7 +302,12 @@ def _pair_draft(found: PairSamples | Untrained) -> ExampleDraft | Untrained:
     if isinstance(found, Untrained):
         return found
     return ExampleDraft(
-        row=found.row, content=found.samples, is_cut=found.is_cut, prompt_diverges=found.prompt_diverges
+        row=found.row,
+        content=found.samples,
+        num_tokens=found.num_tokens,
+        cut_tokens=found.cut_tokens,
+        is_equal=found.is_equal,
+        prompt_diverges=found.prompt_diverges,
     )
 
 
@@ -318,6 +346,8 @@ class RatedMaking:
 
     def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> ExampleDraft | Untrained:
         """One rated answer, or two of which the first is wanted."""
+        if not encoded or (len(encoded) > 2 and np.array_equal(encoded[1].token_ids, encoded[2].token_ids)):
+            return Untrained.TIE
         labels = (True, False) if isinstance(record, PreferencePair) else (_of_kind(record, UnpairedPreference).label,)
         rated: list[_Rated] = []
         reason = Untrained.NO_TARGET
@@ -332,11 +362,13 @@ class RatedMaking:
                 rated.append(_Rated(row=row, found=found, sample=sample))
         if not rated:
             return reason
-        longest = max(len(each.found.prompt_ids) + len(each.found.answers[0]) for each in rated)
+        lengths = [len(each.found.prompt_ids) + len(each.found.answers[0]) for each in rated]
         return ExampleDraft(
             row=row,
             content=tuple(rated),
-            is_cut=self.rules.max_length is not None and longest > self.rules.max_length,
+            num_tokens=sum(lengths),
+            cut_tokens=sum(map(self.rules.num_cut, lengths)),
+            is_equal=len(rated) > 1 and same_tokens(rated[0].sample, rated[1].sample),
             prompt_diverges=any(each.found.prompt_diverges for each in rated),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from trl_ray.data.chat.faithful_rendering import Finding, Unrendered
 
@@ -21,6 +22,10 @@ class Untrained(enum.StrEnum):
     """It is longer than `max_length`, and of its kind nothing may be cut off: a reward is read at the last token."""
     NO_PARTNER = "no_partner"
     """There is no other row whose completion it could be compared with, to estimate the KL."""
+    TIE = "tie"
+    """Chosen and rejected are the same: there is nothing to prefer."""
+    BAD_ROW = "bad_row"
+    """It cannot be used, and `on_bad_row` is drop."""
 
 
 _REASONS = {
@@ -28,8 +33,11 @@ _REASONS = {
     Untrained.TRUNCATED: "have none within max_length and are left out ({rows}): raise max_length.",
     Untrained.TOO_LONG: "are longer than max_length and left out ({rows}): raise max_length.",
     Untrained.NO_PARTNER: "have no other row whose completion the KL needs and are left out ({rows}): add rows.",
+    Untrained.TIE: "prefer nothing, chosen and rejected being the same, and are left out ({rows}).",
+    Untrained.BAD_ROW: "cannot be used and are left out, as on_bad_row=drop says ({rows}).",
 }
 _CUT = "are longer than max_length and cut ({rows})."
+_EQUAL = "have answers that are the same once cut to max_length ({rows}), and prefer nothing: raise max_length."
 _DIVERGING = (
     "have a prompt that is tokenised differently when its completion follows ({rows}): end prompts at a token border, "
     "or take a template that renders a prompt alike in both cases."
@@ -60,11 +68,13 @@ def report_rows(
     cut: Iterable[int],
     diverging: Iterable[int],
     findings: Mapping[int, Sequence[Finding]] | None = None,
+    equal: Iterable[int] = (),
 ) -> tuple[str, ...]:
     """One sentence for each thing to be known about the rows of a dataset; none when all is well."""
     told = [
         *((text, [row for row, why in untrained.items() if why is reason]) for reason, text in _REASONS.items()),
         (_CUT, list(cut)),
+        (_EQUAL, list(equal)),
         (_DIVERGING, list(diverging)),
         *(_unrendered(kind, text, findings or {}) for kind, text in _UNRENDERED.items()),
     ]
@@ -80,6 +90,45 @@ def _unrendered(kind: Unrendered, text: str, findings: Mapping[int, Sequence[Fin
     first = found[0][1]
     rows = list(dict.fromkeys(row for row, _ in found))
     return f"{text}; first: message {first.message}, field {first.field!r}.", rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCounts:
+    """How many tokens the rows of a dataset had, and how many of them were lost; rows left out are in neither."""
+
+    written: int = 0
+    """Before anything was cut; the prompt of a pair counts with each of its answers."""
+    cut: int = 0
+    """Of these, beyond `max_length` or another limit on lengths."""
+    targets: int = 0
+    """To be trained, after the cut; counted where rows are packed."""
+    unpacked: int = 0
+    """Of the targets, lost to packing."""
+
+    @property
+    def cut_share(self) -> str:
+        return _share(self.cut, self.written)
+
+    @property
+    def unpacked_share(self) -> str:
+        return _share(self.unpacked, self.targets)
+
+
+def report_tokens(name: str, tokens: TokenCounts) -> tuple[str, ...]:
+    """One sentence for each way in which tokens were lost; none when all are there."""
+    found = []
+    if tokens.cut:
+        found.append(f"{tokens.cut_share} tokens of {name} are beyond max_length and cut off.")
+    if tokens.unpacked:
+        found.append(
+            f"{tokens.unpacked_share} tokens to train of {name} are lost to packing, which tears rows: the first token "
+            "of a piece has no context. Set packing_strategy=bfd to keep rows whole."
+        )
+    return tuple(found)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({part / whole:.1%})"
 
 
 def _numbers(rows: Sequence[int]) -> str:

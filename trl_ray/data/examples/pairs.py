@@ -49,12 +49,21 @@ class PairSamples:
 
     row: int
     samples: tuple[TrainingSample, ...]
-    is_cut: bool
+    num_tokens: int
+    """Of prompt and answer, for both answers, before they were cut."""
+    cut_tokens: int
+    is_equal: bool
+    """The answers are the same as far as they were kept."""
     prompt_diverges: bool
 
 
 def write_pair(pair: PreferencePair, tokenizer: ExampleTokenizer, rules: TextRules, *, where: str) -> tuple[Text, ...]:
-    """Prompt, prompt + chosen, prompt + rejected; see `Writer` for what is raised."""
+    """Prompt, prompt + chosen, prompt + rejected; nothing where both answers are the same.
+
+    See `Writer` for what is raised.
+    """
+    if pair.is_tie:
+        return ()
     writer = Writer(record=pair, tokenizer=tokenizer, rules=rules, where=where)
     answers = (writer.answered(pair.prompt, answer) for answer in (pair.chosen, pair.rejected))
     return (writer.prompt(pair.prompt), *answers)
@@ -71,7 +80,7 @@ def write_rated(
 def write_scored(
     pair: PreferencePair, tokenizer: ExampleTokenizer, rules: TextRules, *, where: str
 ) -> tuple[Text, ...]:
-    """Prompt + chosen, prompt + rejected; see `Writer` for what is raised."""
+    """Prompt + chosen, prompt + rejected, or nothing; see `write_pair`."""
     return write_pair(pair, tokenizer, rules, where=where)[1:]
 
 
@@ -92,6 +101,8 @@ def read_pair(encoded: Sequence[Encoded], rules: TextRules, *, row: int, likelih
 
     Where a prompt has a single token, there is nothing in it to train and no third sample.
     """
+    if not encoded or np.array_equal(encoded[1].token_ids, encoded[2].token_ids):
+        return Untrained.TIE
     found = compare(encoded, row=row)
     samples = []
     for answer in found.answers:
@@ -102,13 +113,21 @@ def read_pair(encoded: Sequence[Encoded], rules: TextRules, *, row: int, likelih
     prompt_ids = samples[0].prompt_ids
     if likelihood and len(prompt_ids) > 1:
         samples.append(_trained(prompt_ids[:1], prompt_ids[1:], group_id=row, label=None))
-    longest = len(found.prompt_ids) + max(map(len, found.answers))
+    lengths = [len(found.prompt_ids) + len(answer) for answer in found.answers]
     return PairSamples(
         row=row,
         samples=tuple(samples),
-        is_cut=rules.max_length is not None and longest > rules.max_length,
+        num_tokens=sum(lengths),
+        cut_tokens=sum(map(rules.num_cut, lengths)),
+        is_equal=same_tokens(samples[0], samples[1]),
         prompt_diverges=found.prompt_diverges,
     )
+
+
+def same_tokens(first: TrainingSample, second: TrainingSample) -> bool:
+    """Whether two samples are one sequence."""
+    one, other = (np.concatenate([sample.prompt_ids, sample.completion_ids]) for sample in (first, second))
+    return np.array_equal(one, other)
 
 
 def answer_sample(
@@ -169,6 +188,8 @@ def read_scored(
     wholes = [whole.token_ids for whole in encoded]
     if not all(map(len, wholes)):
         return Untrained.NO_TARGET
+    if not wholes or np.array_equal(wholes[0], wholes[1]):
+        return Untrained.TIE
     if rules.max_length is not None and max(map(len, wholes)) > rules.max_length:
         return Untrained.TOO_LONG
     shared = max(1, common_prefix_length(*wholes))
@@ -181,7 +202,14 @@ def read_scored(
         samples.append(
             TrainingSample(group_id=row, prompt_ids=ids[:shared], completion_ids=rest, loss_mask=mask, label=label)
         )
-    return PairSamples(row=row, samples=tuple(samples), is_cut=False, prompt_diverges=False)
+    return PairSamples(
+        row=row,
+        samples=tuple(samples),
+        num_tokens=sum(map(len, wholes)),
+        cut_tokens=0,
+        is_equal=False,
+        prompt_diverges=False,
+    )
 
 
 def margin_of(record: Record, *, where: str) -> float | None:

@@ -43,7 +43,14 @@ class StepSample:
 
     row: int
     sample: TrainingSample
-    is_cut: bool
+    num_tokens: int
+    """Up to the last label, before anything was cut."""
+    cut_tokens: int
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether tokens were cut off."""
+        return self.cut_tokens > 0
 
 
 def write_steps(
@@ -123,4 +130,4 @@ def read_steps(
         loss_mask=mask[context:],
         label=SampleLabel(steps=rated[scored]),
     )
-    return StepSample(row=row, sample=sample, is_cut=len(ids) - 1 < full)
+    return StepSample(row=row, sample=sample, num_tokens=full, cut_tokens=max(0, full - (len(ids) - 1)))

@@ -70,6 +70,10 @@ class TextRules:
             return slice(0, self.max_length)
         return slice(length - self.max_length, length)
 
+    def num_cut(self, length: int) -> int:
+        """How many of `length` tokens are not kept."""
+        return 0 if self.max_length is None else max(0, length - self.max_length)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:

@@ -1,16 +1,14 @@
-"""Checks that the messages of a conversation follow each other as a chat template expects.
+"""Checks that messages are messages; in which order they may follow each other is for the chat template to say.
 
-[system] [developer]  user ─► assistant ─► user ─► ...
-                                │  ▲
-                   (tool calls) ▼  │
-                                tool ─┐
-                                 ▲────┘
+list of objects ─ check_messages ─► Message...   role, content as text, tool calls that name their functions
+answer ─ check_completion ─► something of the assistant to train
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+from trl_ray.config.sections import ROLES
 from trl_ray.data.chat.tool_schemas import read_call
 from trl_ray.data.validation import check_message, show
 from trl_ray.errors import DataError
@@ -20,11 +18,11 @@ THINKING_KEYS = ("thinking", "reasoning_content")
 """Where an assistant message keeps its thoughts: gpt-oss and Qwen name it differently, and so do their templates."""
 
 
-def check_messages(value: object, *, where: str) -> tuple[Message, ...]:
+def check_messages(value: object, *, where: str, roles: Collection[str] = ROLES) -> tuple[Message, ...]:
     """The messages of one field, each with a known role and text or tool calls; their order is not looked at.
 
-    A message that only calls tools has the content "", whether it was None or left out, and the arguments of calls are
-    objects, whether they were written so or as JSON.
+    A message that only calls tools or thinks has the content "", whether it was None or left out, and the arguments of
+    calls are objects, whether they were written so or as JSON.
 
     Raises:
         DataError: not a list, empty, or with a message that is not one; names the message.
@@ -33,19 +31,16 @@ def check_messages(value: object, *, where: str) -> tuple[Message, ...]:
         raise DataError(f"{where} must be a list of messages, got {show(value)}. Mend or remove the row.")
     if not value:
         raise DataError(f"{where} must have at least one message, got []. Fill it or remove the row.")
-    return tuple(_check_one(message, f"{where}, message {i}") for i, message in enumerate(value))
+    return tuple(_check_one(message, f"{where}, message {i}", roles) for i, message in enumerate(value))
 
 
-def _check_one(message: object, where: str) -> Message:
-    if isinstance(message, Mapping) and message.get("tool_calls"):
+def _check_one(message: object, where: str, roles: Collection[str]) -> Message:
+    if isinstance(message, Mapping) and any(message.get(key) for key in ("tool_calls", *THINKING_KEYS)):
         # Some chat templates, gpt-oss's among them, search in the content whenever there is a key for it.
         silent = message.get("content") is None
-        message = {**message, **({"content": ""} if silent else {}), "tool_calls": _check_calls(message, where)}
-    clean = check_message(message, where)
-    says = clean["content"].strip()
-    if clean["role"] == "assistant" and not (says or any(clean.get(key) for key in ("tool_calls", *THINKING_KEYS))):
-        raise DataError(f"{where} must not be empty, got {clean['content']!r}. Fill it or remove the row.")
-    return clean
+        calls = {"tool_calls": _check_calls(message, where)} if message.get("tool_calls") else {}
+        message = {**message, **({"content": ""} if silent else {}), **calls}
+    return check_message(message, where, roles=roles)
 
 
 def _check_calls(message: Mapping[str, object], where: str) -> list[Mapping[str, object]]:
@@ -61,66 +56,21 @@ def _check_calls(message: Mapping[str, object], where: str) -> list[Mapping[str,
     return [read_call(call) for call in calls]
 
 
-def check_order(messages: Sequence[Message], *, where: str) -> None:
-    """Check the roles from the first message of a conversation on.
-
-    Raises:
-        DataError: names the first message that may not stand where it stands, and who may.
-    """
-    previous = "start"
-    for index, message in enumerate(messages):
-        allowed = _followers(previous)
-        if message["role"] not in allowed:
-            came = "at the start" if index == 0 else f"after {_described(messages[index - 1])}"
-            raise DataError(
-                f"{where}, message {index} must be of {' or '.join(allowed)} {came}, got {message['role']!r}. "
-                "Put the messages in order, merge neighbours of one role, or remove the row."
-            )
-        calls = message["role"] == "assistant" and message.get("tool_calls")
-        previous = "call" if calls else str(message["role"])
-
-
-def _followers(previous: str) -> tuple[str, ...]:
-    return {
-        "start": ("system", "developer", "user"),
-        "system": ("developer", "user"),
-        "developer": ("user",),
-        "user": ("assistant",),
-        "assistant": ("user",),
-        "call": ("tool",),
-        "tool": ("tool", "assistant"),
-    }[previous]
-
-
-def _described(message: Message) -> str:
-    return "a tool call" if message.get("tool_calls") else str(message["role"])
-
-
 def check_completion(prompt: Sequence[Message], completion: Sequence[Message], *, where: str) -> None:
-    """Check that a completion goes on where its prompt stops and ends with the assistant.
+    """Check that there is something of the assistant's in an answer, and that it does not say its prompt again.
 
     Raises:
-        DataError: it starts with another role, breaks the order, or ends with another role.
+        DataError: no message is the assistant's, or the first ones are the whole prompt.
     """
-    if completion[0]["role"] != "assistant":
+    if not any(message["role"] == "assistant" for message in completion):
+        roles = ", ".join(repr(message["role"]) for message in completion)
         raise DataError(
-            f"{where} must start with the assistant, got {completion[0]['role']!r}. Move what comes before to the "
-            "prompt."
+            f"{where} must have a message of the assistant, got {roles}. Move what comes before the answer to the "
+            "prompt, or remove the row."
         )
-    check_order([*prompt, *completion], where=f"{where} (counted from the start of the prompt)")
-    if completion[-1]["role"] != "assistant":
-        raise DataError(f"{where} must end with the assistant, got {completion[-1]['role']!r}. Cut or mend the row.")
-
-
-def check_prompt_order(prompt: Sequence[Message], *, where: str) -> None:
-    """Check the order of a prompt and that an assistant can go on from its end.
-
-    Raises:
-        DataError: the order is broken, or the last message is of the system or the developer.
-    """
-    check_order(prompt, where=where)
-    if prompt[-1]["role"] in ("system", "developer"):
+    if prompt and tuple(completion[: len(prompt)]) == tuple(prompt):
         raise DataError(
-            f"{where} must end with one of the roles user, tool, assistant, got {prompt[-1]['role']!r}. Add a user "
-            "message or remove the row."
+            f"{where} must go on from its prompt, got all of the prompt again ({len(prompt)}) and then the answer. "
+            "Leave the prompt's column out: column_mapping={prompt: null}, and completion: messages where there is one "
+            "answer; or cut the prompt off here."
         )

@@ -8,7 +8,8 @@
     prompt_completion       prompt, completion           unpaired_preference    prompt, completion, label
                                                          stepwise_supervision   prompt, completions, labels
 
-All other columns go along. `tools` describes functions, and only conversations may have it.
+All other columns go along. `tools` describes functions, and only conversations may have it. Where a dataset can be
+learnt in several ways, a column that an option names wins, then prompt and completion, messages, text (TRL's order).
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class DatasetFormat:
     type: DatasetType
     form: Form
     columns: tuple[str, ...]
+    unread: tuple[str, ...] = ()
+    """Columns of another format that the dataset has as well, and that is not read."""
 
     def __str__(self) -> str:
         return f"{self.form} {self.type}"
@@ -68,15 +71,58 @@ _COLUMNS: tuple[tuple[DatasetType, tuple[str, ...]], ...] = (
     (DatasetType.STEPWISE_SUPERVISION, ("prompt", "completions", "labels")),
 )
 _KNOWN = frozenset(column for _, fields in _COLUMNS for column in fields)
+FORMAT_COLUMNS = _KNOWN | {"conversations"}
+"""Columns that say something wherever they are."""
+# What can be learnt as a whole, in the order of preference.
+_LEARNT = (("prompt", "completion"), ("messages",), ("text",))
+_INSTRUCTIONS = ("instruction", "output")
+_ALIASES: Mapping[str, tuple[str, ...]] = {
+    "prompt": ("question", "instruction", "query", "problem", "input", "user", "human", "context"),
+    "completion": ("answer", "response", "output", "solution", "target", "assistant", "reply"),
+    "chosen": ("chosen_response", "response_chosen", "accepted", "preferred", "better", "winner"),
+    "rejected": ("rejected_response", "response_rejected", "dispreferred", "worse", "loser"),
+    "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
+    "text": ("content", "body", "document", "article"),
+    "label": ("rating", "is_good", "is_preferred", "thumbs_up"),
+    "completions": ("steps",),
+    "labels": ("ratings", "step_labels"),
+}
+"""What columns are called elsewhere; only ever offered in messages."""
+QUESTIONS = (
+    "question",
+    "questions",
+    "instruction",
+    "query",
+    "problem",
+    "input",
+    "user",
+    "user_prompt",
+    "user_input",
+    "human",
+    "context",
+    "request",
+    "task",
+)
+"""Columns that hold what is asked where there is no prompt."""
+SYSTEM_TEXTS = ("system", "system_prompt", "system_message")
+SPEECH = (*SYSTEM_TEXTS, "history", "instruction", "context", "input", "question", "query")
+"""Columns that are likely to hold a part of what was said, and that no format reads."""
 # Whoever has one of these without its partners has mistyped or lost a column.
 _PARTNERED = ("completion", "chosen", "rejected", "completions")
 ALL_TYPES = frozenset(DatasetType)
 
 
 def detect(
-    columns: Iterable[str], row: Mapping[str, Any], *, name: str, accept: Collection[DatasetType] = ALL_TYPES
+    columns: Iterable[str],
+    row: Mapping[str, Any],
+    *,
+    name: str,
+    accept: Collection[DatasetType] = ALL_TYPES,
+    told: str | None = None,
 ) -> DatasetFormat:
-    """The format of a dataset from its columns and its first row; `accept` holds what the caller can use.
+    """The format of a dataset from its columns and its first row.
+
+    `accept` holds what the caller can use, `told` the column that an option names, which wins over all others.
 
     A text prompt beside conversational `chosen` and `rejected` repeats what these start with, so that such a dataset is
     an implicit preference, TRL's rule. Whether the prompt really is in there is checked row by row.
@@ -84,15 +130,18 @@ def detect(
     Raises:
         DataError: columns are missing, several formats fit, or the one that fits is not accepted.
     """
-    kind, fields = _type_of(tuple(columns), name, accept)
-    form = form_of(row.get(fields[0]))
+    columns = tuple(columns)
+    kind, fields = _type_of(columns, name, accept, told)
+    form = Form.CONVERSATIONAL if fields == ("messages",) else form_of(row.get(fields[0]))
     if kind is DatasetType.PREFERENCE and form is Form.STANDARD:
         sides = {form_of(row.get(side)) for side in ("chosen", "rejected")}
         if sides == {Form.CONVERSATIONAL}:
             if DatasetType.IMPLICIT_PREFERENCE not in accept:
                 raise _not_accepted(name, [DatasetType.IMPLICIT_PREFERENCE], accept)
             kind, form = DatasetType.IMPLICIT_PREFERENCE, Form.CONVERSATIONAL
-    return DatasetFormat(type=kind, form=form or Form.STANDARD, columns=fields)
+    others = (*_LEARNT, _INSTRUCTIONS) if fields in _LEARNT else ()
+    unread = [column for other in others if set(other) <= set(columns) for column in other if column not in fields]
+    return DatasetFormat(type=kind, form=form or Form.STANDARD, columns=fields, unread=tuple(dict.fromkeys(unread)))
 
 
 def form_of(value: object) -> Form | None:
@@ -103,8 +152,10 @@ def form_of(value: object) -> Form | None:
 
 
 def _type_of(
-    columns: tuple[str, ...], name: str, accept: Collection[DatasetType]
+    columns: tuple[str, ...], name: str, accept: Collection[DatasetType], told: str | None
 ) -> tuple[DatasetType, tuple[str, ...]]:
+    if told in columns and DatasetType.LANGUAGE_MODELING in accept:
+        return DatasetType.LANGUAGE_MODELING, (str(told),)
     present = [(kind, fields) for kind, fields in _COLUMNS if set(fields) <= set(columns)]
     largest = [(kind, fields) for kind, fields in present if not any(set(fields) < set(other) for _, other in present)]
     used = {field for _, fields in largest for field in fields}
@@ -118,11 +169,14 @@ def _type_of(
         if not largest or lone:
             raise _missing(name, columns, accept)
         raise _not_accepted(name, [kind for kind, _ in largest], accept, columns)
+    preferred = next((fields for fields in _LEARNT if fields in [other for _, other in usable]), None)
+    if preferred is not None and all(fields in _LEARNT for _, fields in usable):
+        return next(found for found in usable if found[1] == preferred)
     if len(usable) > 1:
         readings = " or ".join(f"{kind} ({', '.join(fields)})" for kind, fields in usable)
         raise DataError(
-            f"The columns of {name} must mean one thing, they can be read as {readings}. Remove or rename the "
-            "columns that are not meant."
+            f"The columns of {name} must mean one thing, they can be read as {readings}. Leave out the columns that "
+            f"are not meant: column_mapping={{{usable[-1][1][-1]}: null}}."
         )
     return usable[0]
 
@@ -131,11 +185,20 @@ def _not_accepted(
     name: str, found: Collection[DatasetType], accept: Collection[DatasetType], columns: tuple[str, ...] = ()
 ) -> DataError:
     lack = _lack(columns, accept)
-    remedy = lack.hint or "Take another dataset, or add or remove the columns that make it so."
+    remedy = lack.hint or _fewer(found, accept) or "Take another dataset, or add the columns that it lacks."
     return DataError(
         f"{name} must have one of the formats {', '.join(_in_order(accept))}, its columns make it "
         f"{' and '.join(found)}{lack.text}. {remedy}"
     )
+
+
+def _fewer(found: Collection[DatasetType], accept: Collection[DatasetType]) -> str:
+    """What to leave out of a dataset to read it as an accepted format; blank where that is no remedy."""
+    for _, more in ((kind, fields) for kind, fields in _COLUMNS if kind in found):
+        for kind, fields in ((kind, fields) for kind, fields in _COLUMNS if kind in accept and set(fields) < set(more)):
+            extra = ", ".join(f"{column}: null" for column in more if column not in fields)
+            return f"To read it as {kind} ({', '.join(fields)}), set column_mapping={{{extra}}}."
+    return ""
 
 
 def _missing(name: str, columns: tuple[str, ...], accept: Collection[DatasetType]) -> DataError:
@@ -144,7 +207,7 @@ def _missing(name: str, columns: tuple[str, ...], accept: Collection[DatasetType
     return DataError(
         f"{name} must have the columns of a format: {formats}; or of a foreign one: conversations (ShareGPT), "
         f"instruction, input, output (Alpaca). Its columns are {', '.join(columns) or 'none'}{lack.text}. "
-        f"{lack.hint or 'Rename the columns that hold them.'}"
+        f"{lack.hint or 'Say which columns hold them: column_mapping={THEIRS: OURS}.'}"
     )
 
 
@@ -161,16 +224,26 @@ def _lack(columns: tuple[str, ...], accept: Collection[DatasetType]) -> _Lack:
     # The format of which most columns are there, then the one with the fewest missing.
     closest = max(wanted, key=lambda fields: _closeness(fields, columns))
     missing = [field for field in closest if field not in columns]
-    guesses = {field: nearest(field, [column for column in columns if column not in _KNOWN]) for field in missing}
-    hint = " ".join(f"Is {guess!r} meant to be {field!r}?" for field, guess in guesses.items() if guess)
+    others = [column for column in columns if column not in _KNOWN]
+    guesses = {field: guess for field in missing if (guess := _guess(field, others)) is not None}
+    hint = " ".join(f"Is {guess!r} meant to be {field!r}?" for field, guess in guesses.items())
+    if hint:
+        mapping = ", ".join(f"{guess}: {field}" for field, guess in guesses.items())
+        hint += f" Set column_mapping={{{mapping}}}."
     begun = missing and (len(missing) < len(closest) or hint)
     return _Lack(text=f"; {', '.join(closest)} lacks {', '.join(map(repr, missing))}" if begun else "", hint=hint)
+
+
+def _guess(field: str, others: Collection[str]) -> str | None:
+    """The column that is likely to be meant by a format's, from how it is called elsewhere or nearly so."""
+    called = next((alias for alias in _ALIASES.get(field, ()) if alias in others), None)
+    return called or nearest(field, others)
 
 
 def _closeness(fields: tuple[str, ...], columns: tuple[str, ...]) -> tuple[int, int]:
     there = sum(field in columns for field in fields)
     others = [column for column in columns if column not in _KNOWN]
-    almost = sum(field not in columns and nearest(field, others) is not None for field in fields)
+    almost = sum(field not in columns and _guess(field, others) is not None for field in fields)
     return there + almost, there - len(fields)
 
 

@@ -1,5 +1,6 @@
 """Turns rows that other tools wrote into rows of TRL's formats: ShareGPT, Alpaca, and conversations written as text.
 
+    {messages: "[{\"role\": ...}]"} ────────────► {messages: [{role, content}]}        written_messages.py
     {conversations: [{from, value}]} ───────────► {messages: [{role, content}]}
     {instruction, input, output} ───────────────► {prompt: [user], completion: [assistant]}
     {text: "<|im_start|>user\\n..."} ────────────► {messages: [...]}
@@ -13,11 +14,13 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trl_ray.config.messages import nearest
+from trl_ray.config.sections import ROLES
 from trl_ray.data.formats.transcripts import TextFormat, read_transcript, recognise
+from trl_ray.data.formats.written_messages import read_list, read_messages
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
 from trl_ray.types import Message
@@ -28,20 +31,23 @@ MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen"
 _ANSWERS = ("completion", "chosen", "rejected")
 _WHOLE = ("text", "prompt", "chosen")
 """A row's conversation starts in the first of these that it has."""
+_LISTS = ("completions", "labels")
 _SPEAKERS = {
+    **{role: role for role in ROLES},
     "human": "user",
-    "user": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
-    "assistant": "assistant",
+    "ai": "assistant",
     "model": "assistant",
     "bot": "assistant",
-    "system": "system",
-    "developer": "developer",
-    "tool": "tool",
+    "chatbot": "assistant",
     "observation": "tool",
+    "function": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
 }
+"""What speakers are called elsewhere, in small letters: their roles here."""
 _CALLER = "function_call"
 
 
@@ -49,8 +55,7 @@ class RowConvention(enum.StrEnum):
     """Who wrote the rows."""
 
     NATIVE = "native"
-    """TRL's columns."""
-    SHAREGPT = "sharegpt"
+    """TRL's columns, with messages of any speakers."""
     ALPACA = "alpaca"
 
 
@@ -63,6 +68,12 @@ class RowConverter:
     convention: RowConvention
     text_format: TextFormat | None
     """How the texts are written; None where they are not looked at."""
+    is_literal: bool = False
+    """Texts are taken as they are, even where they spell messages."""
+    role_mapping: Mapping[str, str] = field(default_factory=dict)
+    """What a run's own speakers stand for, before `_SPEAKERS`."""
+    has_system: bool = False
+    """A column was said to hold what the system says."""
 
     def convert(self, number: int, row: Row) -> Row:
         """One row in TRL's columns.
@@ -73,25 +84,29 @@ class RowConverter:
         where = f"Row {number} of {self.name}"
         if self.convention is RowConvention.ALPACA:
             return alpaca_to_messages(row, where=where)
-        if self.convention is RowConvention.SHAREGPT:
-            row = to_messages(row, where=where)
+        if not self.is_literal:
+            row = unwritten(row, where=where)
+        row = to_messages(row, where=where, role_mapping=self.role_mapping)
+        if self.has_system:
+            row = with_system(row, where=where)
+        row = asked(row)
         if self.text_format is None:
             return row
-        field = _first_text(row)
-        if field is not None:
-            self._check_same(row, field, where)
+        first = _first_text(row)
+        if first is not None:
+            self._check_same(row, first, where)
         return row if self.text_format is TextFormat.PLAIN else texts_to_messages(row, self.text_format, where=where)
 
     def _check_same(self, row: Row, first: str, where: str) -> None:
         fields = [first]
         if self.text_format is TextFormat.PLAIN:  # then its answers must be plain as well
-            fields += [field for field in _ANSWERS if field != first and isinstance(row.get(field), str)]
-        for field in fields:
-            found = recognise(row[field], where=f"{where}, field {field!r}")
+            fields += [column for column in _ANSWERS if column != first and isinstance(row.get(column), str)]
+        for column in fields:
+            found = recognise(row[column], where=f"{where}, field {column!r}")
             if _family(found) is not _family(self.text_format):
                 raise DataError(
-                    f"{where}, field {field!r} must be written as {self.text_format}, as the first row is, got "
-                    f"{found}: {show(row[field])}. Use one way for all rows, or name the way."
+                    f"{where}, field {column!r} must be written as {self.text_format}, as the first row is, got "
+                    f"{found}: {show(row[column])}. Use one way for all rows, or name the way."
                 )
 
 
@@ -100,54 +115,76 @@ def _family(kind: TextFormat | None) -> TextFormat | None:
     return TextFormat.MISTRAL if kind is TextFormat.LLAMA2 else kind
 
 
-def converter_for(row: Row, *, name: str, columns: Collection[str], text_format: TextFormat | None) -> RowConverter:
-    """How to convert a dataset, told from its columns and its first row; a given `text_format` is taken as told.
+def converter_for(
+    row: Row,
+    *,
+    name: str,
+    number: int = 0,
+    columns: Collection[str],
+    text_format: TextFormat | None,
+    role_mapping: Mapping[str, str] | None = None,
+    has_system: bool = False,
+) -> RowConverter:
+    """How to convert a dataset, told from its columns and row `number`; a given `text_format` is taken as told.
 
     Raises:
         DataError: the columns are those of two conventions, or a text looks like an unknown chat template.
     """
-    convention = _convention_of(row, name=name, columns=columns)
-    if text_format is not None:
+    is_literal = text_format is TextFormat.PLAIN
+    convention = _convention_of(name=name, columns=columns)
+    if text_format is not None or convention is RowConvention.ALPACA:
         # What was told is not asked again, and plain texts are not looked into.
-        kept = None if text_format is TextFormat.PLAIN else text_format
-        return RowConverter(name=name, convention=convention, text_format=kept)
-    if convention is RowConvention.ALPACA:
-        return RowConverter(name=name, convention=convention, text_format=None)
-    field = _first_text(row)
-    found = recognise(row[field], where=f"Row 0 of {name}, field {field!r}") if field is not None else None
-    return RowConverter(name=name, convention=convention, text_format=found)
+        found = None if is_literal else text_format
+    else:
+        where = f"Row {number} of {name}"
+        first = _first_text(unwritten(row, where=where))
+        found = recognise(row[first], where=f"{where}, field {first!r}") if first is not None else None
+    return RowConverter(
+        name=name,
+        convention=convention,
+        text_format=found,
+        is_literal=is_literal,
+        role_mapping=role_mapping or {},
+        has_system=has_system,
+    )
+
+
+def unwritten(row: Row, *, where: str) -> Row:
+    """The row with those messages and lists read that a table of text holds as text.
+
+    Raises:
+        DataError: a list of messages is broken or cut off; names the field.
+    """
+    read = {
+        **{
+            column: read_messages(row[column], where=f"{where}, field {column!r}")
+            for column in MESSAGE_COLUMNS
+            if isinstance(row.get(column), str)
+        },
+        **{column: read_list(row[column]) for column in _LISTS if isinstance(row.get(column), str)},
+    }
+    return {**row, **read} if read else row
 
 
 def _first_text(row: Row) -> str | None:
     return next((field for field in _WHOLE if isinstance(row.get(field), str)), None)
 
 
-def _convention_of(row: Row, *, name: str, columns: Collection[str]) -> RowConvention:
-    alpaca = {"instruction", "output"} <= set(columns)
-    whole = [column for column in ("text", "messages", "conversations") if column in columns]
-    if alpaca and whole:
-        raise DataError(
-            f"The columns of {name} must mean one thing, they can be read as instruction, output (Alpaca) or as "
-            f"{', '.join(whole)}. Remove or rename the columns that are not meant."
-        )
-    if alpaca and not {"prompt", *_ANSWERS} & set(columns):
+def _convention_of(*, name: str, columns: Collection[str]) -> RowConvention:
+    if {"instruction", "output"} <= set(columns) and not {*_WHOLE, *MESSAGE_COLUMNS} & set(columns):
         return RowConvention.ALPACA
     if "conversations" in columns and "messages" in columns:
         raise DataError(
-            f"The columns of {name} must mean one thing, they have both 'conversations' and 'messages'. Remove one."
+            f"The columns of {name} must mean one thing, they have both 'conversations' and 'messages'. Leave one out: "
+            "column_mapping={conversations: null}."
         )
-    speakers = any(_has_speakers(row.get(column)) for column in MESSAGE_COLUMNS)
-    return RowConvention.SHAREGPT if "conversations" in columns or speakers else RowConvention.NATIVE
+    return RowConvention.NATIVE
 
 
-def _has_speakers(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) and "from" in item for item in value)
-
-
-def to_messages(row: Row, *, where: str) -> dict[str, Any]:
+def to_messages(row: Row, *, where: str, role_mapping: Mapping[str, str] | None = None) -> Row:
     """A row whose messages have `role` and `content` (TRL's `maybe_convert_to_chatml`), `conversations` renamed.
 
-    Beyond TRL, the speakers of ShareGPT become roles (human: user, gpt: assistant, observation: tool), a
+    Beyond TRL, speakers become roles (human: user, gpt and ai: assistant, observation: tool; `role_mapping` first), a
     `function_call` becomes a tool call of the assistant, and the text of a `system` column the first message. A row
     without any of this comes back as it is.
 
@@ -155,12 +192,13 @@ def to_messages(row: Row, *, where: str) -> dict[str, Any]:
         DataError: `conversations` is no list, an unknown speaker, or a function call that is not the JSON of a name
             and arguments.
     """
+    mapping = role_mapping or {}
     converted = dict(row)
     for column in MESSAGE_COLUMNS:
-        value = row.get(column)
+        value = _listed(row.get(column))
         if isinstance(value, (list, tuple)):
             at = f"{where}, field {column!r}"
-            converted[column] = [_message(item, f"{at}, message {index}") for index, item in enumerate(value)]
+            converted[column] = [_message(item, f"{at}, message {index}", mapping) for index, item in enumerate(value)]
     if "conversations" in converted:
         messages = converted.pop("conversations")
         if not isinstance(messages, list):
@@ -175,20 +213,97 @@ def to_messages(row: Row, *, where: str) -> dict[str, Any]:
     return converted
 
 
-def _message(item: Any, where: str) -> Any:
-    if not isinstance(item, Mapping) or not {"from", "value"} & set(item):
+def _listed(value: Any) -> Any:
+    """A single message as a list of one, and lists of roles and contents as a list of messages; others as they are."""
+    if not isinstance(value, Mapping) or not {"role", "from"} & set(value):
+        return value
+    columns = [item for item in value.values() if item is not None]
+    if not all(isinstance(item, (list, tuple)) and len(item) == len(columns[0]) for item in columns):
+        return [value]
+    return [
+        {key: None if item is None else item[place] for key, item in value.items()} for place in range(len(columns[0]))
+    ]
+
+
+def asked(row: Row) -> Row:
+    """The row with its prompt as messages, where what follows it are messages of the assistant.
+
+    A prompt of text is the user's message; where there is none, the conversation beside the answers is the prompt.
+    """
+    answers = [row[column] for column in _ANSWERS if row.get(column) is not None]
+    if not answers or not all(
+        isinstance(answer, list) and answer and _speaker(answer[0]) == "assistant" for answer in answers
+    ):
+        return row
+    if isinstance(row.get("prompt"), str):
+        return {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
+    if "prompt" not in row and isinstance(row.get("messages"), list):
+        return {("prompt" if column == "messages" else column): value for column, value in row.items()}
+    return row
+
+
+def _speaker(message: Any) -> Any:
+    return message.get("role") if isinstance(message, Mapping) else None
+
+
+def with_system(row: Row, *, where: str) -> Row:
+    """The row with the text of its column `system` as the first message of what is asked; texts become messages.
+
+    Raises:
+        DataError: it is no text, there is no prompt that it could begin, or the conversation has another one.
+    """
+    converted = dict(row)
+    said = converted.pop("system", None)
+    if said is not None and not isinstance(said, str):
+        raise DataError(f"{where}, field 'system' must be text, got {show(said)}. Mend or remove the row.")
+    for column, role in (("prompt", "user"), *((answer, "assistant") for answer in _ANSWERS)):
+        if isinstance(converted.get(column), str) and "prompt" in converted:
+            converted[column] = [{"role": role, "content": converted[column]}]
+    if said is None or not said.strip():
+        return converted
+    begun = ["prompt"] if "prompt" in converted else ["messages"] if "messages" in converted else ["chosen", "rejected"]
+    for column in begun:
+        messages = converted.get(column)
+        if not isinstance(messages, list) or not messages:
+            raise DataError(
+                f"{where}, field 'system' must have a prompt or messages that it can begin, got {show(messages)} as "
+                f"{column!r}. Name the prompt's column in column_mapping, or leave system out: null."
+            )
+        first = messages[0] if isinstance(messages[0], Mapping) else {}
+        if first.get("role") in ("system", "developer") and first.get("content") != said:
+            raise DataError(
+                f"{where}, field {column!r} must not begin with a system message beside a column for it, got "
+                f"{show(first.get('content'))} and {show(said)}. Leave the column out: null in column_mapping."
+            )
+        if first.get("role") not in ("system", "developer"):
+            converted[column] = [{"role": "system", "content": said}, *messages]
+    return converted
+
+
+def _message(item: Any, where: str, role_mapping: Mapping[str, str]) -> Any:
+    if not isinstance(item, Mapping):
         return item
-    kept = {key: value for key, value in item.items() if key not in ("from", "value")}
-    speaker = item.get("from", item.get("role"))
-    value = item.get("value", item.get("content"))
-    if speaker == _CALLER:
+    # Arrow gives every message the keys of all messages.
+    speaker = item.get("role") if item.get("from") is None else item["from"]
+    value = item.get("content") if item.get("value") is None else item["value"]
+    foreign = {"from", "value"} & set(item)
+    if speaker == _CALLER and speaker not in role_mapping:
+        kept = {key: kept for key, kept in item.items() if key not in ("from", "value")}
         return {**kept, "role": "assistant", "content": "", "tool_calls": [_call(value, where)]}
-    if speaker not in _SPEAKERS:
+    role = role_mapping.get(speaker) or _SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        if not foreign:
+            return item  # what is wrong with it is told where messages are checked
         known = (*_SPEAKERS, _CALLER)
         guess = nearest(speaker, known) if isinstance(speaker, str) else None
-        hint = f"Did you mean {guess!r}?" if guess else "Mend the row."
-        raise DataError(f"{where} must be from one of {', '.join(known)}, got {speaker!r}. {hint}")
-    return {**kept, "role": _SPEAKERS[speaker], "content": value}
+        hint = f"Did you mean {guess!r}? " if guess else ""
+        raise DataError(
+            f"{where} must be from one of {', '.join(known)}, got {speaker!r}. {hint}Mend the row, or say what it "
+            f"stands for: role_mapping={{{speaker}: user}}."
+        )
+    if not foreign and role == speaker:
+        return item
+    return {**{key: kept for key, kept in item.items() if key not in ("from", "value")}, "role": role, "content": value}
 
 
 def _call(value: object, where: str) -> dict[str, Any]:
@@ -211,11 +326,11 @@ def alpaca_to_messages(row: Row, *, where: str) -> dict[str, Any]:
     question and answer) come before, where the row has them.
 
     Raises:
-        DataError: a field is not text, or instruction or output are empty.
+        DataError: a field is not text, or instruction or output are None.
     """
     texts = {key: _alpaca_text(row, key, where) for key in ("system", "instruction", "input", "output")}
     for key in ("instruction", "output"):
-        if not texts[key].strip():
+        if row.get(key) is None:
             raise DataError(
                 f"{where}, field {key!r} must not be empty, got {row.get(key)!r}. Fill it or remove the row."
             )

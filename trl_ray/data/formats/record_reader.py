@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trl_ray.data.formats.detection import ALL_TYPES, DatasetFormat, DatasetType, detect
+from trl_ray.config.sections import ROLES
+from trl_ray.data.formats.detection import ALL_TYPES, FORMAT_COLUMNS, DatasetFormat, DatasetType, detect
 from trl_ray.data.formats.foreign_formats import RowConverter, converter_for
 from trl_ray.data.formats.records import Record, RecordReader
 from trl_ray.data.formats.transcripts import TextFormat, Written
@@ -33,6 +34,18 @@ class DatasetReader:
         """What the rows are after their conversion."""
         return self.records.format
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how the columns are read, a sentence each."""
+        read, unread = self.format.columns, self.format.unread
+        if not unread:
+            return ()
+        written = [self.records.written.get(column, column) for column in read]
+        return (
+            f"{self.records.name} is read from {', '.join(written)}; {', '.join(unread)} could be learnt as well and "
+            f"are not. To have them instead, set column_mapping={{{read[0]}: null}}.",
+        )
+
     def read(self, number: int, row: Mapping[str, Any]) -> Record:
         """Row `number` as a record.
 
@@ -54,50 +67,68 @@ class DatasetReader:
 
 
 def _renamed(row: Mapping[str, Any], text_field: str) -> Mapping[str, Any]:
+    """The row with the text that an option names as its only text."""
     if text_field == "text" or text_field not in row:
         return row
-    return {("text" if column == text_field else column): value for column, value in row.items() if column != "text"}
+    others = FORMAT_COLUMNS - {text_field}
+    return {("text" if column == text_field else column): row[column] for column in row if column not in others}
 
 
 def reader_for(
     row: Mapping[str, Any],
     *,
     name: str,
+    number: int = 0,
     columns: Collection[str] | None = None,
     accept: Collection[DatasetType] = ALL_TYPES,
     text_format: TextFormat | None = None,
     text_field: str = "text",
+    role_mapping: Mapping[str, str] | None = None,
+    has_system: bool = False,
 ) -> DatasetReader:
-    """How to read a dataset, told from its first row.
+    """How to read a dataset, told from its first row, or another.
 
     Args:
         row: the first row.
         name: names the dataset in messages.
+        number: of the row.
         columns: all columns, where they are known; else those of the first row.
         accept: the types that the caller can use; they also settle what would otherwise have two readings.
         text_format: how texts are written. None recognises it; `plain` takes texts as they are, markers and all.
-        text_field: the column of rows that are plain text; where it is there, a column `text` is not looked at.
+        text_field: the column of rows that are plain text; where another than `text` is named and there, it is read
+            whatever other columns there are.
+        role_mapping: what the speakers of messages stand for.
+        has_system: a column `system` begins each conversation.
 
     Raises:
         DataError: the columns are of no format, of several, or of one that is not accepted.
     """
     if not isinstance(row, Mapping):
-        raise DataError(f"Row 0 of {name} must be an object with columns, got {type(row).__name__} {str(row)[:80]!r}.")
+        raise DataError(
+            f"Row {number} of {name} must be an object with columns, got {type(row).__name__} {str(row)[:80]!r}."
+        )
     known = tuple(dict.fromkeys([*row, *(columns or ())]))
     given = row
     if text_field != "text" and text_field in known:
-        known = tuple("text" if column == text_field else column for column in known if column != "text")
+        others = FORMAT_COLUMNS - {text_field}
+        known = tuple("text" if column == text_field else column for column in known if column not in others)
         row = _renamed(row, text_field)
-    converter = converter_for(row, name=name, columns=known, text_format=text_format)
-    converted = converter.convert(0, row)
+    told = "text" if row is not given else None
+    roles = role_mapping or {}
+    converter = converter_for(
+        row, name=name, number=number, columns=known, text_format=text_format, role_mapping=roles, has_system=has_system
+    )
+    converted = converter.convert(number, row)
     now = [*converted, *(column for column in known if column not in row)]
-    found = detect(now, converted, name=name, accept=accept)
+    # A text that was told may have become messages.
+    told = "messages" if told is not None and told not in converted and "text" in row else told
+    found = detect(now, converted, name=name, accept=accept, told=told)
     written = {column: _source(column, row) for column in converted if column not in row}
     if row is not given:
         written = {"text": text_field, **{column: text_field for column, source in written.items() if source == "text"}}
     return DatasetReader(
         converter=converter,
-        records=RecordReader(name=name, format=found, written=written),
+        records=RecordReader(name=name, format=found, written=written, roles=(*ROLES, *roles.values())),
         text_field=text_field,
     )
 

@@ -14,12 +14,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from trl_ray.config.sections import ROLES
 from trl_ray.data.chat.tool_schemas import Tool, check_tools
-from trl_ray.data.formats.conversations import check_completion, check_messages, check_order, check_prompt_order
-from trl_ray.data.formats.detection import DatasetFormat, DatasetType, Form, check_form
+from trl_ray.data.formats.conversations import check_completion, check_messages
+from trl_ray.data.formats.detection import QUESTIONS, DatasetFormat, DatasetType, Form, check_form
 from trl_ray.data.formats.shared_prompts import shared_prompt
 from trl_ray.data.formats.transcripts import Written
-from trl_ray.data.validation import check_unicode, show
+from trl_ray.data.validation import check_no_media, check_unicode, show
 from trl_ray.errors import DataError
 from trl_ray.types import Message
 
@@ -68,6 +69,11 @@ class PreferencePair(Carried):
     chosen: Said
     rejected: Said
 
+    @property
+    def is_tie(self) -> bool:
+        """Whether there is nothing to prefer."""
+        return self.chosen == self.rejected
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnpairedPreference(Carried):
@@ -104,6 +110,8 @@ class RecordReader:
     format: DatasetFormat
     written: Mapping[str, str] = field(default_factory=dict)
     """How a column was called before the rows were converted, for messages."""
+    roles: tuple[str, ...] = ROLES
+    """Who may speak."""
 
     def read(self, number: int, row: Mapping[str, Any]) -> Record:
         """One row as a record.
@@ -129,39 +137,54 @@ class RecordReader:
     def _document(self, number: int, row: Mapping[str, Any]) -> Document:
         (column,) = self.format.columns
         content = self._said(number, row, column)
-        if not isinstance(content, str):
-            check_order(content, where=self._at(number, column))
         return Document(content=content, **self._carried(number, row))
 
     def _prompt_only(self, number: int, row: Mapping[str, Any]) -> PromptOnly:
-        return PromptOnly(prompt=self._prompt(number, row), **self._carried(number, row))
+        return PromptOnly(prompt=self._said(number, row, "prompt"), **self._carried(number, row))
 
     def _prompt_completion(self, number: int, row: Mapping[str, Any]) -> PromptCompletion:
-        prompt = self._prompt(number, row)
+        prompt = self._said(number, row, "prompt")
         completion = self._answer(number, row, "completion", prompt)
         return PromptCompletion(prompt=prompt, completion=completion, **self._carried(number, row))
 
     def _pair(self, number: int, row: Mapping[str, Any]) -> PreferencePair:
-        prompt = self._prompt(number, row)
+        prompt = self._said(number, row, "prompt")
         chosen = self._answer(number, row, "chosen", prompt)
         rejected = self._answer(number, row, "rejected", prompt)
-        self._check_differ(number, chosen, rejected)
         return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, **self._carried(number, row))
 
     def _implicit_pair(self, number: int, row: Mapping[str, Any]) -> PreferencePair:
         chosen, rejected = self._said(number, row, "chosen"), self._said(number, row, "rejected")
-        self._check_differ(number, chosen, rejected)
         where = f"Row {number} of {self.name}, fields 'chosen' and 'rejected'"
         split = shared_prompt(chosen, rejected)
         prompt, chosen, rejected = split.prompt, split.chosen, split.rejected
+        if chosen == rejected:  # nobody asks where the prompt of a tie ends
+            return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, **self._carried(number, row))
+        self._check_question(number, row, prompt)
         if not (prompt.strip() if isinstance(prompt, str) else prompt):
-            raise DataError(f"{where} must start with the prompt they share, they share nothing. Add a prompt column.")
+            raise DataError(
+                f"{where} must start with the prompt they share, they share nothing. Add a column with the prompt, or "
+                "name it: column_mapping={THEIRS: prompt}."
+            )
         if not isinstance(prompt, str):
-            check_prompt_order(prompt, where=f"{where}, the prompt they share")
             self._check_repeated_prompt(number, row, prompt)
         for column, answer in (("chosen", chosen), ("rejected", rejected)):
-            self._check_answer(number, column, prompt, answer)
+            self._check_answer(number, column, (), answer)
         return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, **self._carried(number, row))
+
+    def _check_question(self, number: int, row: Mapping[str, Any], prompt: Said) -> None:
+        """A question beside two answers is their prompt, unless they begin with it themselves."""
+        if "prompt" in self.format.columns:
+            return
+        said = prompt if isinstance(prompt, str) else "\n".join(message["content"] or "" for message in prompt)
+        for column in QUESTIONS:
+            value = row.get(column)
+            if isinstance(value, str) and value.strip() and value.strip() not in said:
+                raise DataError(
+                    f"{self._at(number, column)} must stand in what 'chosen' and 'rejected' begin with, or be the "
+                    f"prompt, got {show(value)}. Set column_mapping={{{column}: prompt}}, or {column}: null there to "
+                    "leave it out."
+                )
 
     def _check_repeated_prompt(self, number: int, row: Mapping[str, Any], prompt: tuple[Message, ...]) -> None:
         if "prompt" not in self.format.columns:
@@ -175,13 +198,13 @@ class RecordReader:
             )
 
     def _unpaired(self, number: int, row: Mapping[str, Any]) -> UnpairedPreference:
-        prompt = self._prompt(number, row)
+        prompt = self._said(number, row, "prompt")
         completion = self._answer(number, row, "completion", prompt)
         label = _label(row["label"], where=self._at(number, "label"))
         return UnpairedPreference(prompt=prompt, completion=completion, label=label, **self._carried(number, row))
 
     def _stepped(self, number: int, row: Mapping[str, Any]) -> SteppedSolution:
-        prompt = self._prompt(number, row)
+        prompt = self._said(number, row, "prompt")
         steps, labels = row["completions"], row["labels"]
         for column, value in (("completions", steps), ("labels", labels)):
             if not isinstance(value, (list, tuple)) or not value:
@@ -201,36 +224,25 @@ class RecordReader:
             **self._carried(number, row),
         )
 
-    def _prompt(self, number: int, row: Mapping[str, Any]) -> Said:
-        prompt = self._said(number, row, "prompt")
-        if not isinstance(prompt, str):
-            check_prompt_order(prompt, where=self._at(number, "prompt"))
-        return prompt
-
     def _answer(self, number: int, row: Mapping[str, Any], column: str, prompt: Said) -> Said:
         answer = self._said(number, row, column)
         self._check_answer(number, column, prompt, answer)
         return answer
 
     def _check_answer(self, number: int, column: str, prompt: Said, answer: Said) -> None:
-        if isinstance(prompt, str) or isinstance(answer, str):
-            _text(answer, where=self._at(number, column))
-        else:
+        if not isinstance(answer, str) and not isinstance(prompt, str):
             check_completion(prompt, answer, where=self._at(number, column))
-
-    def _check_differ(self, number: int, chosen: Said, rejected: Said) -> None:
-        if chosen == rejected:
-            raise DataError(
-                f"{self._at(number, 'rejected')} must differ from 'chosen', both are {show(chosen)}. Remove the row: "
-                "there is nothing to prefer."
-            )
 
     def _said(self, number: int, row: Mapping[str, Any], column: str) -> Said:
         value, where = row[column], self._at(number, column)
         check_form(value, self.format.form, where=where)
-        return _text(value, where=where) if isinstance(value, str) else check_messages(value, where=where)
+        return check_unicode(value, where) if isinstance(value, str) else self._messages(value, where)
+
+    def _messages(self, value: object, where: str) -> tuple[Message, ...]:
+        return check_messages(value, where=where, roles=self.roles)
 
     def _carried(self, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
+        check_no_media(row, where=f"Row {number} of {self.name}")
         where = self._at(number, "tools")
         tools = check_tools(row.get("tools"), where=where)
         if tools and self.format.form is Form.STANDARD:

@@ -7,18 +7,21 @@ prompt, completion --RecordReader--> record --as SFT--> texts --> tokens of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from trl_ray.config.messages import nearest
-from trl_ray.config.sections import PromptConfig
+from trl_ray.config.sections import ROLES, PromptConfig
 from trl_ray.data.examples.supervised_texts import SupervisedRules, write_supervised
-from trl_ray.data.examples.tokenisation import ExampleTokenizer, Text, common_prefix_length, encode
+from trl_ray.data.examples.tokenisation import Encoded, ExampleTokenizer, Text, common_prefix_length
 from trl_ray.data.formats.detection import DatasetFormat, DatasetType, Form
+from trl_ray.data.formats.foreign_formats import to_messages
 from trl_ray.data.formats.records import PromptCompletion, RecordReader, Said
-from trl_ray.data.sources.dataset_loading import Rows
+from trl_ray.data.formats.written_messages import read_messages
+from trl_ray.data.sources.dataset_loading import Origin, Rows
 from trl_ray.errors import DataError
 from trl_ray.types import IntArray
 
@@ -54,48 +57,84 @@ class GivenRow:
     """[P] what stands before the completion: the prompt's own tokens, unless they merge with it at the border."""
     token_ids: IntArray
     """[L] the end of the turn, or the end-of-sequence token, included where it was not cut off."""
+    num_cut: int = 0
+    """Tokens that were cut off."""
 
 
-def given_rows(
-    rows: Rows,
-    prompts: Sequence[Said],
-    completions: GivenCompletions,
-    *,
-    config: PromptConfig,
-    tokenizer: ExampleTokenizer,
-) -> list[GivenRow]:
-    """Tokenise every row's completion.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenAnswer:
+    """A prompt and the value of the completion column beside it."""
+
+    prompt: Said
+    """The system prompt inserted."""
+    completion: Any
+    origin: Origin
+
+    @property
+    def where(self) -> str:
+        """How messages name the row."""
+        return f"Row {self.origin.number} of {self.origin.name}"
+
+
+def write_given(
+    answer: GivenAnswer, form: Form, completions: GivenCompletions, *, config: PromptConfig, tokenizer: ExampleTokenizer
+) -> tuple[Text, ...]:
+    """The texts of a prompt and of the prompt with its completion, as SFT would write them.
 
     Args:
-        rows: of the dataset.
-        prompts: theirs, the system prompt inserted.
+        answer: of a row.
+        form: of all rows.
         completions: which column, and how much of it.
         config: the prompt column, and what the chat template is told.
         tokenizer: of the policy, its chat template set.
 
     Raises:
-        DataError: a row without a completion, or with one that does not go on where its prompt stops; names row and
-            field.
+        DataError: there is no completion, or one that does not go on where its prompt stops; names row and field.
         ModelError: the chat template refuses a row.
     """
-    for source in rows.sources or (rows,):
-        _require_column(source, completions.column)
-    form = Form.STANDARD if isinstance(prompts[0], str) else Form.CONVERSATIONAL
     rules = SupervisedRules(template_kwargs=config.chat_template_kwargs)
-    texts: list[Text] = []
-    for index, (row, prompt) in enumerate(zip(rows.rows, prompts, strict=True)):
-        origin = rows.origin(index)
-        reader = _reader(origin.name, form, config, completions)
-        record = reader.read(origin.number, {"prompt": prompt, "completion": row.get(completions.column)})
-        assert isinstance(record, PromptCompletion)
-        texts += write_supervised(record, tokenizer, rules, where=rows.where(index))
-    tokens = [encoded.token_ids for encoded in encode(tokenizer, texts)]
-    pairs = zip(tokens[::2], tokens[1::2], strict=True)
-    return [_given_row(prompt, whole, completions, rows.where(index)) for index, (prompt, whole) in enumerate(pairs)]
+    reader = _reader(answer.origin.name, form, config, completions)
+    completion = _spoken(answer, completions, config)
+    record = reader.read(answer.origin.number, {"prompt": answer.prompt, "completion": completion})
+    assert isinstance(record, PromptCompletion)
+    return write_supervised(record, tokenizer, rules, where=answer.where)
 
 
-def _require_column(rows: Rows, column: str) -> None:
-    if column not in rows.columns:
+def _spoken(answer: GivenAnswer, completions: GivenCompletions, config: PromptConfig) -> Any:
+    value = read_messages(answer.completion, where=f"{answer.where}, field {completions.column!r}")
+    converted = to_messages({"completion": value}, where=answer.where, role_mapping=config.role_mapping)
+    return converted["completion"]
+
+
+def read_given(encoded: Sequence[Encoded], completions: GivenCompletions, *, where: str) -> GivenRow:
+    """The tokens of the two texts that `write_given` wrote.
+
+    Raises:
+        DataError: the completion adds no token to its prompt.
+    """
+    prompt, whole = (text.token_ids for text in encoded)
+    # Nothing predicts the first token.
+    border = max(1, common_prefix_length(prompt, whole))
+    if border >= len(whole):
+        raise DataError(
+            f"{where}, field {completions.column!r}, must add at least one token to its prompt, it adds none. Mend or "
+            "remove the row."
+        )
+    rest = whole[border:]
+    return GivenRow(
+        prompt_ids=whole[:border],
+        token_ids=rest[: completions.max_tokens],
+        num_cut=max(0, len(rest) - completions.max_tokens),
+    )
+
+
+def require_completions(rows: Rows, column: str, *, added: Collection[str] = ()) -> None:
+    """Check that there is a column with completions, or one that was `added`.
+
+    Raises:
+        DataError: offers the nearest.
+    """
+    if column not in rows.columns and column not in added:
         guess = nearest(column, rows.columns)
         raise DataError(
             f"{rows.name} must have the completion column {column!r} because lmbda is below 1; its columns are "
@@ -110,15 +149,5 @@ def _reader(name: str, form: Form, config: PromptConfig, completions: GivenCompl
         name=name,
         format=DatasetFormat(type=DatasetType.PROMPT_COMPLETION, form=form, columns=columns),
         written={"prompt": config.dataset_prompt_column, "completion": completions.column},
+        roles=(*ROLES, *config.role_mapping.values()),
     )
-
-
-def _given_row(prompt: IntArray, whole: IntArray, completions: GivenCompletions, where: str) -> GivenRow:
-    # Nothing predicts the first token.
-    border = max(1, common_prefix_length(prompt, whole))
-    if border >= len(whole):
-        raise DataError(
-            f"{where}, field {completions.column!r}, must add at least one token to its prompt, it adds none. Mend or "
-            "remove the row."
-        )
-    return GivenRow(prompt_ids=whole[:border], token_ids=whole[border : border + completions.max_tokens])

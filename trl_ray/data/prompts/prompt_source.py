@@ -10,44 +10,27 @@ Nothing is remembered between calls, so a resumed run asks for the next ordinal 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trl_ray.config.messages import nearest
 from trl_ray.config.sections import PromptConfig
-from trl_ray.data.chat.chat_rendering import ChatFormat, own_template, render_chat
-from trl_ray.data.chat.tool_schemas import read_call
+from trl_ray.data.bad_rows import BadRows
 from trl_ray.data.examples.tokenisation import ExampleTokenizer
-from trl_ray.data.prompts.given_completions import GivenCompletions, GivenRow, given_rows
-from trl_ray.data.sources.dataset_loading import Rows, load_rows
-from trl_ray.data.validation import (
-    check_kind,
-    check_length,
-    check_prompt,
-    count_longer,
-    plain_columns,
-    require_column,
-    show,
+from trl_ray.data.formats.detection import Form
+from trl_ray.data.prompts.given_completions import (
+    GivenCompletions,
+    require_completions,
 )
+from trl_ray.data.prompts.prompt_drafts import ColumnCheck, PromptLoading, PromptRow, prompt_notes
+from trl_ray.data.prompts.prompt_rows import prompt_readers
+from trl_ray.data.sources.dataset_loading import load_rows
+from trl_ray.data.validation import show
 from trl_ray.errors import DataError
-from trl_ray.types import IntArray, Message, Prompt
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PromptRow:
-    """One checked and tokenised row of a dataset."""
-
-    token_ids: IntArray
-    """[P] chat template applied."""
-    messages: tuple[Message, ...] | None = None
-    text: str | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    given: GivenRow | None = None
-    """The dataset's completion, where prompts may come with one."""
+from trl_ray.types import Prompt
 
 
 class PromptSource:
@@ -68,10 +51,16 @@ class PromptSource:
         seed: int,
         shuffle: bool,
         completions: GivenCompletions | None = None,
+        num_left_out: int = 0,
+        notes: tuple[str, ...] = (),
     ) -> None:
         if not rows:
             raise DataError(f"A dataset must have at least one row, {name} has none.")
         self.name = name
+        self.notes = notes
+        """What a user should know of the rows, a sentence each."""
+        self.num_left_out = num_left_out
+        """Rows that cannot be used, where such rows are dropped."""
         self._rows = rows
         self._seed = seed
         self._shuffle = shuffle
@@ -112,14 +101,18 @@ class PromptSource:
         Raises:
             DataError: names the first row that says something else, and the nearest of what it may say.
         """
-        for index, row in enumerate(self._rows):
+        for row in self._rows:
             value = row.columns.get(column)
             if not isinstance(value, str) or value not in allowed:
                 guess = nearest(value, allowed) if isinstance(value, str) else None
                 raise DataError(
-                    f"Row {index} of {self.name}, field {column!r} ({option}), must be one of {', '.join(allowed)}, "
+                    f"{row.where}, field {column!r} ({option}), must be one of {', '.join(allowed)}, "
                     f"got {show(value)}. {f'Did you mean {guess!r}?' if guess else 'Mend or remove the row.'}"
                 )
+
+    def count_missing(self, column: str) -> int:
+        """How many rows have no value in a column."""
+        return sum(row.columns.get(column) is None for row in self._rows)
 
     def prompt(self, ordinal: int) -> Prompt:
         """The prompt at `ordinal`, counted from 0 over all epochs."""
@@ -156,6 +149,7 @@ def load_prompts(
     evaluation: bool = False,
     completions: GivenCompletions | None = None,
     max_prompt_length: int | None = None,
+    check_columns: ColumnCheck | None = None,
 ) -> PromptSource:
     """Load, check and tokenise every row; whatever is wrong with the data is said here, before anything starts.
 
@@ -168,93 +162,57 @@ def load_prompts(
         evaluation: take the held-out split, in its own order.
         completions: prompts of which a share comes with the dataset's completion; None: none does.
         max_prompt_length: of longer prompts the last tokens are kept; messages and texts stay whole.
+        check_columns: says what is wrong with a row's other columns.
 
     Raises:
         DataError: there is no such dataset, it is empty, or a row cannot be used; names row and field.
         ModelError: conversational prompts and no chat template, or one that refuses a row.
     """
     rows = load_rows(config, seed=seed, dataset=dataset, evaluation=evaluation)
+    readers = prompt_readers(rows, config, completion_column=None if completions is None else completions.column)
     for source in rows.sources or (rows,):
-        require_column(source.columns, config.dataset_prompt_column, name=source.name)
-    prompts = _checked_prompts(rows, config)
-    texts = [_as_text(prompt, tokenizer, config, rows.where(i)) for i, prompt in enumerate(prompts)]
-    # A rendered template writes its special tokens itself.
-    standard = isinstance(prompts[0], str)
-    token_ids = [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=standard)["input_ids"]]
-    # Of the prompt's last tokens, as many as are wanted.
-    kept = slice(None) if max_prompt_length is None else slice(-max_prompt_length, None)
-    token_ids = [ids[kept] for ids in token_ids]
-    given: Sequence[GivenRow | None] = [None] * len(token_ids)
-    if completions is not None:
-        found = given_rows(rows, prompts, completions, config=config, tokenizer=tokenizer)
-        given = [replace(row, prompt_ids=row.prompt_ids[kept]) for row in found]
-        _check_lengths(rows, [row.prompt_ids[kept] for row in found], max_prompt_tokens)
-    _check_lengths(rows, token_ids, max_prompt_tokens)
-    ready = [
-        PromptRow(
-            token_ids=ids,
-            given=given[i],
-            messages=None if isinstance(prompt, str) else prompt,
-            text=prompt if isinstance(prompt, str) else None,
-            columns=plain_columns(row, config.dataset_prompt_column, where=rows.where(i)),
-        )
-        for i, (row, prompt, ids) in enumerate(zip(rows.rows, prompts, token_ids, strict=True))
-    ]
-    shuffle = config.shuffle_dataset and not evaluation
-    return PromptSource(name=rows.name, rows=ready, seed=seed, shuffle=shuffle, completions=completions)
-
-
-def _checked_prompts(rows: Rows, config: PromptConfig) -> list[str | tuple[Message, ...]]:
-    """Every row's prompt, all text or all conversations, the system prompt inserted."""
-    column = config.dataset_prompt_column
-    prompts: list[str | tuple[Message, ...]] = []
-    for index, row in enumerate(rows.rows):
-        where = f"{rows.where(index)}, field {column!r}"
-        prompt = check_prompt(row.get(column), where=where)
-        check_kind(prompt, prompts[0] if prompts else prompt, where=where)
-        if not isinstance(prompt, str):
-            prompt = with_system_prompt(tuple(map(_with_read_calls, prompt)), config.system_prompt)
-        prompts.append(prompt)
-    if config.system_prompt is not None and isinstance(prompts[0], str):
+        if completions is not None:
+            require_completions(source, completions.column, added=readers[source.name].columns)
+    bad = BadRows(config.on_bad_row)
+    loading = PromptLoading(config=config, tokenizer=tokenizer, completions=completions, check=check_columns, bad=bad)
+    drafts = loading.drafts(rows, readers)
+    if not drafts:
+        bad.settle(total=len(rows.rows))
+    standard = isinstance(drafts[0].prompt, str)
+    if config.system_prompt is not None and standard:
         raise DataError(
             f"system_prompt needs conversational prompts, those of {rows.name} are plain text. Write it into the "
             "text, make each prompt a list of messages, or remove system_prompt."
         )
-    return prompts
-
-
-def _with_read_calls(message: Message) -> Message:
-    calls = message.get("tool_calls")
-    read = isinstance(calls, (list, tuple)) and all(isinstance(call, Mapping) for call in calls)
-    return {**message, "tool_calls": [read_call(call) for call in calls]} if calls and read else message
-
-
-def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> tuple[Message, ...]:
-    """Put `system_prompt` first unless the conversation brings a system or developer message of its own."""
-    if system_prompt is None or messages[0]["role"] in {"system", "developer"}:
-        return tuple(messages)
-    return ({"role": "system", "content": system_prompt}, *messages)
-
-
-def _as_text(prompt: str | tuple[Message, ...], tokenizer: ExampleTokenizer, config: PromptConfig, where: str) -> str:
-    """A text, ready to be continued: by a new turn, or where the assistant's last one stops (TRL's rule)."""
-    if isinstance(prompt, str):
-        return prompt
-    unfinished = prompt[-1]["role"] == "assistant"
-    return render_chat(
-        tokenizer,
-        prompt,
-        ChatFormat(template=own_template(tokenizer), template_kwargs=config.chat_template_kwargs),
-        add_generation_prompt=not unfinished,
-        continue_final_message=unfinished,
-        where=where,
-    ).text
-
-
-def _check_lengths(rows: Rows, token_ids: Sequence[IntArray], limit: int | None) -> None:
-    lengths = [len(ids) for ids in token_ids]
-    for index, length in enumerate(lengths):
-        if length == 0:
-            raise DataError(f"{rows.where(index)} must have at least one token after tokenisation, it has none.")
-        if limit is not None and length > limit:
-            check_length(length, limit, where=rows.where(index), longer=count_longer(lengths, limit))
+    # A rendered template writes its special tokens itself.
+    texts = [draft.text for draft in drafts]
+    token_ids = [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=standard)["input_ids"]]
+    given = loading.given(drafts, Form.STANDARD if standard else Form.CONVERSATIONAL)
+    # Of the prompt's last tokens, as many as are wanted.
+    kept = slice(None) if max_prompt_length is None else slice(-max_prompt_length, None)
+    every = dict.fromkeys(column for draft in drafts for column in draft.columns)
+    ready = [
+        PromptRow(
+            token_ids=ids[kept],
+            given=None if (row := given.get(draft.place)) is None else replace(row, prompt_ids=row.prompt_ids[kept]),
+            messages=None if isinstance(draft.prompt, str) else draft.prompt,
+            text=draft.prompt if isinstance(draft.prompt, str) else None,
+            columns={column: draft.columns.get(column) for column in every},
+            where=draft.where,
+        )
+        for draft, ids in zip(drafts, token_ids, strict=True)
+    ]
+    loading.check_lengths(drafts, ready, max_prompt_tokens)
+    bad.settle(total=len(rows.rows))
+    ready = [row for draft, row in zip(drafts, ready, strict=True) if draft.place not in bad.places]
+    shuffle = config.shuffle_dataset and not evaluation
+    cut = [len(ids) - len(ids[kept]) for ids in token_ids]
+    return PromptSource(
+        name=rows.name,
+        rows=ready,
+        seed=seed,
+        shuffle=shuffle,
+        completions=completions,
+        num_left_out=len(bad.places),
+        notes=(*rows.notes, *bad.report(), *prompt_notes(rows.name, drafts, ready, cut, sum(map(len, token_ids)))),
+    )

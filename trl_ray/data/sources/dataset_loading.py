@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from trl_ray.config.messages import nearest
-from trl_ray.config.sections import DataConfig, DatasetConfig
+from trl_ray.config.sections import DataConfig, DatasetConfig, MixtureStopping
 from trl_ray.data.sources.arrow_rows import without_filled_arguments
+from trl_ray.data.sources.column_names import check_mapping, rename
 from trl_ray.data.sources.dataset_files import FILE_TYPES, Row, read_file
 from trl_ray.data.sources.generated import PREFIX, generated_rows
-from trl_ray.data.sources.mixtures import Mixture, Source, mix
+from trl_ray.data.sources.mixtures import Mixture, Source, hold_out, join, mix
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
 
@@ -44,8 +45,10 @@ class Rows:
     """Of a mixture, the columns of any of its sources."""
     rows: Sequence[Row]
     sources: tuple[Rows, ...] = ()
-    """What a mixture is made of."""
+    """What a mixture, or a part of a dataset, is made of."""
     mixture: Mixture | None = None
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the rows were chosen, a sentence each."""
 
     def origin(self, index: int) -> Origin:
         """The dataset that a row came from, and its number there."""
@@ -85,7 +88,7 @@ class _MixedRows(Sequence[Row]):
 
 
 def load_rows(config: DataConfig, *, seed: int, dataset: object | None = None, evaluation: bool = False) -> Rows:
-    """Read all rows of the training or the held-out split.
+    """Read all rows of the training or the held-out split; with `test_split_size` the latter is a part of the former.
 
     `dataset` overrides `config.dataset_name` and `config.datasets`. `seed` only matters for generated tasks, and for
     the order in which a mixture draws from its datasets.
@@ -93,16 +96,51 @@ def load_rows(config: DataConfig, *, seed: int, dataset: object | None = None, e
     Raises:
         DataError: there is no such dataset, split or task, it cannot be read, or it is empty.
     """
-    if dataset is None and config.datasets:
-        return _load_mixture(config, seed=seed, evaluation=evaluation)
-    if dataset is not None and not isinstance(dataset, Mapping) and not hasattr(dataset, "__len__"):
+    size = config.test_split_size
+    if dataset is None:
+        return _load_named(config, seed=seed, evaluation=evaluation, test_split_size=size)
+    if size is not None and not evaluation:
+        raise DataError(
+            f"test_split_size must be left out where rows are passed as an object, got {size:g}. Split them with "
+            "Dataset.train_test_split, and pass the two parts as train_dataset and eval_dataset."
+        )
+    if not isinstance(dataset, Mapping) and not hasattr(dataset, "__len__"):
         _require_rows(dataset)
         raise DataError(
             f"A dataset must have a length, because a resumed run continues at a row number; the given "
             f"{type(dataset).__name__} is a stream. Take as many rows as you need: "
             "datasets.Dataset.from_list(list(stream.take(n)))."
         )
-    return _in_memory(open_rows(config, seed=seed, dataset=dataset, evaluation=evaluation))
+    return _alone(_open(config, seed=seed, dataset=dataset, evaluation=evaluation), config)
+
+
+def _alone(stream: RowStream, config: DataConfig) -> Rows:
+    """One dataset in memory, its columns renamed."""
+    rows = _in_memory(stream)
+    check_mapping(config.column_mapping, rows.columns, name=rows.name)
+    return _renamed(rows, config)
+
+
+def _renamed(rows: Rows, config: DataConfig) -> Rows:
+    mapping = config.column_mapping
+    if not mapping:
+        return rows
+    named = [rename(row, mapping, where=rows.where(index)) for index, row in enumerate(rows.rows)]
+    columns = dict.fromkeys(mapping.get(column, column) for column in rows.columns)
+    return replace(rows, rows=named, columns=tuple(column for column in columns if column is not None))
+
+
+def _load_named(config: DataConfig, *, seed: int, evaluation: bool, test_split_size: float | None) -> Rows:
+    if test_split_size is not None:
+        whole = _load_named(config, seed=seed, evaluation=False, test_split_size=None)
+        mixture = whole.mixture or join([Source(name=whole.name, rows=whole.rows)])
+        part = hold_out(mixture, size=test_split_size, seed=seed)[evaluation]
+        notes = () if evaluation else whole.notes  # said once
+        parts = whole.sources or (whole,)
+        return replace(whole, rows=_MixedRows(mixture=part), mixture=part, notes=notes, sources=parts)
+    if config.datasets:
+        return _load_mixture(config, seed=seed, evaluation=evaluation)
+    return _alone(_open(config, seed=seed, evaluation=evaluation), config)
 
 
 def open_rows(
@@ -111,8 +149,33 @@ def open_rows(
     """One dataset, to be read from any row on; with `lazily`, hub datasets are not downloaded as a whole.
 
     Raises:
-        DataError: there is no such dataset, split or task, it cannot be read, or it is a mixture.
+        DataError: there is no such dataset, split or task, it cannot be read, it is a mixture, or a part of it is to be
+            held out.
     """
+    if lazily and config.test_split_size is not None:
+        raise DataError(
+            f"test_split_size must be left out with dataset_streaming=true, got {config.test_split_size:g}: a stream "
+            "does not say which rows are still to come. Name a split by dataset_test_split, or pass eval_dataset."
+        )
+    stream, mapping = (
+        _open(config, seed=seed, dataset=dataset, evaluation=evaluation, lazily=lazily),
+        config.column_mapping,
+    )
+    first = next(stream.read(0), None) if mapping else None
+    if not isinstance(first, Mapping):
+        return stream
+    check_mapping(mapping, tuple(first), name=stream.name)
+
+    def read(start: int) -> Iterator[Row]:
+        for number, row in enumerate(stream.read(start), start=start):
+            yield rename(row, mapping, where=f"Row {number} of {stream.name}")
+
+    return RowStream(name=stream.name, read=read)
+
+
+def _open(
+    config: DataConfig, *, seed: int, dataset: object | None = None, evaluation: bool = False, lazily: bool = False
+) -> RowStream:
     split = config.dataset_test_split if evaluation else config.dataset_train_split
     if dataset is not None:
         return _from_object(dataset, split)
@@ -123,7 +186,12 @@ def open_rows(
         )
     if config.dataset_name is None:
         raise DataError("A run needs rows: set dataset_name or datasets, or pass train_dataset. None was given.")
-    source = DatasetConfig(path=config.dataset_name, name=config.dataset_config, kwargs=config.dataset_kwargs)
+    source = DatasetConfig(
+        path=config.dataset_name,
+        name=config.dataset_config,
+        data_files=config.data_files,
+        kwargs=config.dataset_kwargs,
+    )
     return _from_name(source, split, seed=seed, evaluation=evaluation, lazily=lazily)
 
 
@@ -139,23 +207,47 @@ def _load_mixture(config: DataConfig, *, seed: int, evaluation: bool) -> Rows:
         split = config.dataset_test_split if evaluation else source.split or config.dataset_train_split
         stream = _from_name(source, split, seed=seed, evaluation=evaluation, lazily=False)
         parts.append(_with_columns(_in_memory(stream), source.columns))
+    everywhere = dict.fromkeys(column for part in parts for column in part.columns)
+    check_mapping(config.column_mapping, tuple(everywhere), name=" + ".join(part.name for part in parts))
+    parts = [_renamed(part, config) for part in parts]
     names = [part.name for part in parts]
     parts = [
         part if names.count(part.name) == 1 else replace(part, name=f"{part.name} (datasets, entry {number})")
         for number, part in enumerate(parts)
     ]
-    sources = [
-        Source(name=part.name, rows=part.rows, weight=source.weight)
-        for part, source in zip(parts, config.datasets, strict=True)
-    ]
-    mixture = mix(sources, seed=seed, stopping=config.mixture_stopping)
+    mixture = _mixed(parts, config, seed=seed)
     return Rows(
         name=" + ".join(part.name for part in parts),
         columns=tuple(dict.fromkeys(column for part in parts for column in part.columns)),
         rows=_MixedRows(mixture=mixture),
         sources=tuple(parts),
         mixture=mixture,
+        notes=tuple(
+            f"{count} of {len(part.rows)} rows of {part.name} are in no place of the mixture ({_reason(config)})."
+            for part in parts
+            if (count := mixture.unused().get(part.name, 0))
+        ),
     )
+
+
+def _mixed(parts: Sequence[Rows], config: DataConfig, *, seed: int) -> Mixture:
+    """Joined whole, unless shares are asked for."""
+    fractions = [source.fraction for source in config.datasets if source.fraction is not None]
+    weights = [source.weight for source in config.datasets]
+    sources = [
+        Source(name=part.name, rows=part.rows, weight=1.0 if weight is None else weight)
+        for part, weight in zip(parts, weights, strict=True)
+    ]
+    if config.mixture_stopping is None and all(weight is None for weight in weights):
+        return join(sources, fractions=fractions or None)
+    return mix(sources, seed=seed, stopping=config.mixture_stopping or MixtureStopping.FIRST_EXHAUSTED)
+
+
+def _reason(config: DataConfig) -> str:
+    if any(source.fraction is not None for source in config.datasets):
+        return "fraction"
+    stopping = config.mixture_stopping or MixtureStopping.FIRST_EXHAUSTED
+    return f"weight and mixture_stopping={stopping}; all_exhausted_without_replacement takes every row once"
 
 
 def _with_columns(rows: Rows, columns: Sequence[str] | None) -> Rows:
@@ -200,6 +292,8 @@ def _from_name(source: DatasetConfig, split: str | None, *, seed: int, evaluatio
             f"Evaluation needs held-out rows and {name} names no split for them. Set dataset_test_split, pass "
             "eval_dataset, or set eval_steps to 0."
         )
+    if source.data_files is not None or source.data_dir is not None:
+        return _from_hub(source, split, lazily=lazily)
     path = Path(name)
     if path.is_file():
         return _from_file(path, split)
@@ -209,7 +303,7 @@ def _from_name(source: DatasetConfig, split: str | None, *, seed: int, evaluatio
         return _from_object(load_from_disk(name), split, name=name)
     if path.suffix in FILE_TYPES:
         raise DataError(f"dataset_name must be a file that exists, got {name!r}: no such file. {_beside(path)}")
-    return _from_hub(name, source.name, split, lazily=lazily)
+    return _from_hub(source, split, lazily=lazily)
 
 
 def _beside(path: Path) -> str:
@@ -227,11 +321,14 @@ def _from_file(path: Path, split: str) -> RowStream:
     return RowStream(name=str(path), read=lambda start: read_file(path, start))
 
 
-def _from_hub(name: str, subset: str | None, split: str, *, lazily: bool) -> RowStream:
+def _from_hub(source: DatasetConfig, split: str, *, lazily: bool) -> RowStream:
     import datasets
 
+    name, subset = source.path, source.name
+    chosen = {"data_dir": source.data_dir, "data_files": source.data_files, "streaming": lazily or None}
+    options = {key: value for key, value in chosen.items() if value is not None}
     try:
-        loaded = datasets.load_dataset(name, subset, split=split, **({"streaming": True} if lazily else {}))
+        loaded = datasets.load_dataset(name, subset, split=split, **options)
     except (OSError, ConnectionError) as error:
         raise DataError(
             f"dataset_name must be a hub dataset within reach, a file ({', '.join(FILE_TYPES)}), a folder, or "
@@ -246,7 +343,9 @@ def _from_hub(name: str, subset: str | None, split: str, *, lazily: bool) -> Row
     except datasets.exceptions.DatasetGenerationError as error:
         cause = _first_line(error.__cause__ or error)
         raise DataError(f"{name} must be readable: {cause}. Check its files.") from error
-    return _from_object(loaded, split, name=name if subset is None else f"{name} ({subset})")
+    parts = (subset, source.data_dir, source.data_files)
+    told = ", ".join(str(part) for part in parts if part is not None)
+    return _from_object(loaded, split, name=f"{name} ({told})" if told else name)
 
 
 def _first_line(error: BaseException) -> str:

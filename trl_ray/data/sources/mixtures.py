@@ -1,6 +1,9 @@
-"""Mixes several datasets with weights into one sequence; only places are drawn, rows stay where they are.
+"""Mixes several datasets into one sequence; only places are chosen, rows stay where they are.
 
-    sources, weights, seed ─ datasets.interleave_datasets over places ─► Mixture: place ─► (source, row number) ─► row
+    sources ─ join: one after the other, whole ─────────────────────────┐
+    sources, fractions ─ join: the first rows of each ──────────────────┼─► Mixture: place ─► (source, number) ─► row
+    sources, weights, seed ─ mix: datasets.interleave_datasets ─────────┤
+    sources, places ─ hold_out: some of a mixture's places, the others ─┘
 
 Each row is found by its place alone, so that a resumed run goes on at a row number, and errors can name the row in
 the dataset that it came from. Streams have no places: mix them with `datasets.interleave_datasets` itself.
@@ -19,6 +22,9 @@ from numpy.typing import NDArray
 from trl_ray.config.sections import MixtureStopping
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
+
+_HOLDING_OUT = 0x68656C64
+"""Keeps these random numbers apart from others of the same seed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +66,68 @@ class Mixture:
         source = self.sources[self.source_ids[place]]
         number = int(self.row_numbers[place])
         return MixedRow(source=source.name, number=number, row=source.rows[number])
+
+    def unused(self) -> dict[str, int]:
+        """How many rows of each source are in no place; sources of which all rows are there have no entry."""
+        found = {}
+        for index, source in enumerate(self.sources):
+            used = len(np.unique(self.row_numbers[self.source_ids == index]))
+            if used < len(source.rows):
+                found[source.name] = len(source.rows) - used
+        return found
+
+
+def join(sources: Sequence[Source], *, fractions: Sequence[float] | None = None) -> Mixture:
+    """One source after the other; whole, or with fractions as TRL takes them: of each its first rows.
+
+    Fractions are relative to each other. The mixture is as long as it can be without repeating a row.
+
+    Raises:
+        DataError: there is no source, one is empty, two have one name, or a fraction leaves nothing of a source.
+    """
+    _check(sources)
+    counts = [len(source.rows) for source in sources]
+    if fractions is not None:
+        total = math.fsum(fractions)
+        shares = [fraction / total for fraction in fractions]
+        length = min(count / share for count, share in zip(counts, shares, strict=True))
+        counts = [round(share * length) for share in shares]
+        for source, count, fraction in zip(sources, counts, fractions, strict=True):
+            if not count:
+                raise DataError(
+                    f"The fraction of {source.name} must leave at least one of its rows, {fraction} leaves none beside "
+                    f"the others' {', '.join(map(str, fractions))}. Raise it, or leave the dataset out."
+                )
+    return Mixture(
+        sources=tuple(sources),
+        source_ids=np.repeat(np.arange(len(sources)), counts),
+        row_numbers=np.concatenate([np.arange(count) for count in counts]),
+    )
+
+
+def hold_out(mixture: Mixture, *, size: float, seed: int) -> tuple[Mixture, Mixture]:
+    """Training and held-out places, both in the order of the mixture; which ones depends on the seed alone.
+
+    Args:
+        mixture: of all rows.
+        size: a share below 1, of which the next whole number is taken, or a number of rows.
+        seed: of the draw.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    count = math.ceil(size * len(mixture)) if size < 1 else int(size)
+    if count >= len(mixture):
+        raise DataError(
+            f"test_split_size must leave rows to train on, got {size:g} with {len(mixture)} rows. Lower it."
+        )
+    held = np.zeros(len(mixture), np.bool_)
+    held[np.random.default_rng([seed, _HOLDING_OUT]).permutation(len(mixture))[:count]] = True
+    train, test = (
+        Mixture(sources=mixture.sources, source_ids=mixture.source_ids[chosen], row_numbers=mixture.row_numbers[chosen])
+        for chosen in (~held, held)
+    )
+    return train, test
 
 
 def mix(

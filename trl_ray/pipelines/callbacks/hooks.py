@@ -186,7 +186,9 @@ class CallbackList:
         state.global_step, state.max_steps = span.step, span.max_steps
         state.epoch, state.num_train_epochs = span.epoch, span.num_train_epochs
         args = self._args
-        state.logging_steps, state.eval_steps, state.save_steps = args.logging_steps, args.eval_steps, args.save_steps
+        state.logging_steps, state.eval_steps, state.save_steps = (
+            steps_of(count, span.max_steps) for count in (args.logging_steps, args.eval_steps, args.save_steps)
+        )
         state.train_batch_size = args.per_device_train_batch_size
         state.log_history[:] = [line for line in state.log_history if line["step"] <= span.step]
         self.control.should_training_stop, self.stopped_by = False, None
@@ -242,7 +244,7 @@ class CallbackList:
             return True
         match self._args.logging_strategy:
             case Strategy.STEPS:
-                return self.state.global_step % self._args.logging_steps == 0
+                return self.state.global_step % steps_of(self._args.logging_steps, self.state.max_steps) == 0
             case Strategy.EPOCH:
                 return math.floor(self.state.epoch) > math.floor(self._epoch_before)
             case Strategy.NO:

@@ -6,7 +6,7 @@ args, model, reward_funcs, datasets --> tokenizer, prompts, reward specs, length
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ from trl_ray.pipelines.run.planning import (
     teacher_memory,
     total_steps,
 )
-from trl_ray.rewards.reward_registry import RewardSpec, make_specs
+from trl_ray.rewards.reward_registry import RewardSpec, load_function, make_specs, required_columns, row_check
 from trl_ray.runtime.runtime import Role
 from trl_ray.types import IntArray, Prompt
 
@@ -88,8 +88,8 @@ class Preparation:
     """For callbacks that are shown rectangles of token ids."""
     reward_models: tuple[PreparedRewardModel, ...] = ()
     teachers: PreparedTeachers | None = None
-    notes: tuple[str, ...] = ()
-    """What a user should know before the start."""
+    end_of_turn: str | None = None
+    """What to know of a template whose end of turn generation does not stop at."""
 
     def restore_objective(self, checkpoint: str | None) -> None:
         """Have the objective go on from what it had remembered at a checkpoint; None: from the beginning."""
@@ -165,6 +165,23 @@ class Preparation:
             teachers=config.acting_teachers,
         )
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the rows, a sentence each."""
+        turns = () if self.end_of_turn is None else (self.end_of_turn,)
+        return (*self.prompts.notes, *turns, *self._missing_values())
+
+    def _missing_values(self) -> Iterator[str]:
+        name, total = self.prompts.name, len(self.prompts)
+        for spec in self.rewards:
+            for column in sorted(required_columns(load_function(spec))):
+                missing = self.prompts.count_missing(column)
+                if missing:
+                    yield (
+                        f"{missing} of {total} prompts of {name} have no {column!r}: the reward function {spec.name} "
+                        "is given None there."
+                    )
+
     def describe(self) -> Mapping[str, Any]:
         """The plan in numbers, for the dry run."""
         config = self.config
@@ -177,6 +194,7 @@ class Preparation:
             "prompt groups per step": config.groups_per_step,
             "completions per step": config.completions_per_step,
             "training prompts": len(self.prompts),
+            **({"rows left out": self.prompts.num_left_out} if self.prompts.num_left_out else {}),
             "staleness bound (steps)": config.max_age_at_use,
             "admission slots": config.slots,
             "tokens per sequence": self.max_model_len,
@@ -253,8 +271,9 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         dataset=inputs.train_dataset,
         completions=objective.dataset_completions(),
         max_prompt_length=objective.max_prompt_length,
+        check_columns=row_check(functions),
     )
-    held_out = _held_out(objective, inputs, tokenizer, limit) if config.evaluates else None
+    held_out = _held_out(objective, inputs, tokenizer, limit, functions) if config.evaluates else None
     rewarded = config.has_rewards and (functions or not config.scoring_models)
     specs = make_specs(functions, columns=prompts.columns) if rewarded else ()
     models = prepare_reward_models(config, functions=[spec.name for spec in specs], prompt=prompts.prompt(0))
@@ -265,11 +284,10 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         if source is not None:
             objective.check_prompts(source)
     talks = prompts.prompt(0).messages is not None
-    note = end_of_turn_warning(model, tokenizer) if talks else None
     return Preparation(
         config=config,
         objective=objective,
-        notes=() if note is None else (note,),
+        end_of_turn=end_of_turn_warning(model, tokenizer) if talks else None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,
@@ -320,9 +338,11 @@ def _max_model_len(config: RolloutRunConfig, positions: int | None) -> int:
     return wanted
 
 
-def _held_out(objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: int) -> PromptSource:
+def _held_out(
+    objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: int, functions: Sequence[str | RewardFunction]
+) -> PromptSource:
     config = objective.config
-    if inputs.eval_dataset is None and config.dataset_name is None:
+    if inputs.eval_dataset is None and config.dataset_name is None and not config.datasets:
         raise ConfigError(
             f"{config.evaluation_asked_by} needs held-out prompts, but there are none. Pass eval_dataset, name a "
             "dataset with dataset_test_split, or set eval_steps=0."
@@ -335,6 +355,7 @@ def _held_out(objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: 
         dataset=inputs.eval_dataset,
         evaluation=True,
         max_prompt_length=objective.max_prompt_length,
+        check_columns=row_check(functions),
     )
 
 

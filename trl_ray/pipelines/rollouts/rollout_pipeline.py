@@ -38,10 +38,10 @@ class RolloutSession(Session):
 
     async def run(self, stop: asyncio.Event) -> TrainOutput:
         actors, recorder, begin = self._actors, self.recorder, time.time()
+        for sentence in () if self._opening.resuming else self._preparation.notes:
+            recorder.say(EventKind.WARNING, "data", detail=sentence)
         await actors.start()
         recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
-        for note in self._preparation.notes if not self._opening.resuming else ():
-            recorder.say(EventKind.WARNING, "data", detail=note)
         loop = RolloutLoop(plan=self._preparation, actors=actors, recorder=recorder, opening=self._opening, stop=stop)
         await loop.run()
         await actors.ask_queue("finish")

@@ -92,6 +92,11 @@ class Plan(Protocol):
         """The plan in numbers."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the rows, a sentence each."""
+        ...
+
     def expected_memory(self) -> Mapping[str, float]:
         """Bytes that an actor of each plan is expected to hold, by `ActorPlan.key`; activations are not counted."""
         ...

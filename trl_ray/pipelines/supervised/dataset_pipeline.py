@@ -8,12 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-<<<<<<< HEAD
-from collections.abc import Mapping, Sequence
-=======
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
->>>>>>> h3-training
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,12 +20,9 @@ from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import ModelConfig
 from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.errors import DataError
-<<<<<<< HEAD
 from trl_ray.models.policy_loading import check_model_path, max_positions
-=======
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.given_objects import trainer_objects
->>>>>>> h3-training
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
@@ -104,12 +97,8 @@ class SupervisedSession(Session):
         """What a user should know of the rows, once."""
         if self._opening.resuming:
             return
-        for found in (self._plan.train, self._plan.evaluation):
-            for sentence in found.report() if found is not None else ():
-                self.recorder.say(EventKind.WARNING, "data", detail=sentence)
-        warning = self._plan.end_of_turn_warning()
-        if warning is not None:
-            self.recorder.say(EventKind.WARNING, "data", detail=warning)
+        for sentence in self._plan.notes:
+            self.recorder.say(EventKind.WARNING, "data", detail=sentence)
 
     def _progress(self) -> tuple[Accounts, EarlyStopping]:
         """As the checkpoint kept them; at the start, rows of the dataset that are in no example are dropped."""
@@ -187,11 +176,6 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
             ConfigError: `args` is of another pipeline, or an argument is unknown or cannot be had.
             ModelError: `peft_config` is no `peft.LoraConfig`, or a model cannot be written down.
         """
-<<<<<<< HEAD
-        super().__init__(model=model, args=args, peft_config=peft_config, callbacks=callbacks)
-        self._fitted = False
-        self._inputs = DatasetInputs(train_dataset=train_dataset, eval_dataset=eval_dataset)
-=======
         super().__init__(
             model=model,
             args=args,
@@ -199,6 +183,7 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
             callbacks=callbacks,
             objects=trainer_objects(ref_model=ref_model, **objects),
         )
+        self._fitted = False
         self._inputs = DatasetInputs(
             train_dataset=train_dataset, eval_dataset=eval_dataset, formatting_func=formatting_func
         )
@@ -211,7 +196,6 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
         if train is None and config.dataset_name is None and not config.datasets:
             train = eval_dataset
         return replace(inputs, train_dataset=train, eval_dataset=eval_dataset)
->>>>>>> h3-training
 
     def _task(self) -> ExampleTask:
         return self.task

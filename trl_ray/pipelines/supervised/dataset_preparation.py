@@ -152,6 +152,13 @@ class SupervisedPlan:
 
         return {Role.LEARNER: plan_learner(self.config.runtime)}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the rows, a sentence each."""
+        rows = tuple(note for found in (self.train, self.evaluation) if found is not None for note in found.report())
+        turns = self._end_of_turn_warning()
+        return rows if turns is None else (*rows, turns)
+
     def describe(self) -> Mapping[str, Any]:
         """The plan in numbers, for the dry run."""
         config, train, held_out = self.config, self.train, self.evaluation
@@ -165,11 +172,12 @@ class SupervisedPlan:
             rows = {"training rows": train.num_rows, "rows left out": len(train.untrained)}
             tokens = sum(example.num_tokens for example in train.examples)
             numbers |= {**rows, "training examples": len(train.examples), "tokens per epoch": tokens}
+            numbers |= train.losses()
         if held_out is not None:
             numbers["held-out examples"] = len(held_out.examples)
         return numbers
 
-    def end_of_turn_warning(self) -> str | None:
+    def _end_of_turn_warning(self) -> str | None:
         """What to know of a template whose end of turn generation does not stop at; None where nothing is generated."""
         talks = self.train is not None and self.train.is_conversational
         if not talks or self.task in (ExampleTask.REWARD_PAIRS, ExampleTask.STEPS):

@@ -164,6 +164,8 @@ def test_pairs_without_room_for_an_answer_are_left_out_and_told() -> None:
     assert found.report() == (
         "1 of 3 rows of the given list have none within max_length and are left out (row 1): raise max_length.",
         "2 of 3 rows of the given list are longer than max_length and cut (rows 0, 2).",
+        # q0 good0 end, q0 b0 end, xyz good2 end, xyz b2 end: 8 + 5 + 9 + 6, of each 4 are kept.
+        "12 of 28 (42.9%) tokens of the given list are beyond max_length and cut off.",
     )
 
 
@@ -353,10 +355,10 @@ def test_what_a_stream_leaves_out_is_counted_by_reason() -> None:
 
 
 def test_a_bad_row_in_the_middle_of_a_stream_is_named_by_its_number_in_the_stream() -> None:
-    rows = [*MANY[:6], {**MANY[6], "rejected": ""}]
-    with pytest.raises(DataError, match=r"Row 6 of the given list, field 'rejected' must not be empty"):
+    rows = [*MANY[:6], {**MANY[6], "rejected": None}]
+    with pytest.raises(DataError, match=r"Row 6 of the given list, field 'rejected' must be given, got None"):
         stream(rows)
-    with pytest.raises(DataError, match=r"Row 6 of the given list, field 'rejected' must not be empty"):
+    with pytest.raises(DataError, match=r"Row 6 of the given list, field 'rejected' must be given, got None"):
         stream(rows, start=1)
 
 
@@ -404,6 +406,20 @@ def test_the_sources_of_a_mixture_are_read_each_in_its_own_format(tmp_path: Any)
         np.concatenate([example.samples[0].completion_ids for example in found.examples]),
         np.concatenate([example.samples[0].completion_ids for example in again.examples]),
     )
+
+
+def test_datasets_without_shares_are_trained_whole_one_after_the_other(tmp_path: Any) -> None:
+    many, few = ([{"text": f"{letter}{i:02}"} for i in range(count)] for letter, count in (("m", 32), ("f", 4)))
+    sources = [{"path": write(tmp_path, "m.jsonl", many)}, {"path": write(tmp_path, "f.jsonl", few)}]
+    found = load_examples(SFTConfig(datasets=sources), TOKENIZER, task=ExampleTask.SUPERVISED)
+    assert ["".join(texts(example.samples[0])) for example in found.examples] == [
+        row["text"] + END for row in [*many, *few]
+    ]
+    assert (found.num_rows, len(found.untrained), found.report()) == (36, 0, ())
+    weighed = SFTConfig(datasets=[{**sources[0], "weight": 1.0}, sources[1]])
+    (sentence,) = load_examples(weighed, TOKENIZER, task=ExampleTask.SUPERVISED).report()
+    assert "of 32 rows of" in sentence
+    assert "are in no place of the mixture (weight" in sentence
 
 
 def test_a_pair_among_rated_answers_gets_no_answer_of_its_own_as_mismatched_one(tmp_path: Any) -> None:

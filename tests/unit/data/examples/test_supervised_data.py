@@ -83,8 +83,8 @@ def test_an_end_token_that_is_there_is_not_added_again() -> None:
 def test_another_text_column_is_read_when_it_is_named() -> None:
     for row in ({"body": "abc"}, {"body": "abc", "text": "not this"}):
         assert read(row, text_field="body") == Document(content="abc")
-    with pytest.raises(DataError, match=r"Row 7 of data.jsonl, field 'body' must not be empty"):
-        read({"body": " "}, text_field="body")
+    with pytest.raises(DataError, match=r"Row 7 of data.jsonl, field 'body' must be given, got None"):
+        read({"body": None}, text_field="body")
 
 
 def test_of_prompt_and_completion_only_the_completion_is_trained_unless_told_otherwise() -> None:

@@ -139,13 +139,12 @@ def test_a_prompt_without_one_is_as_if_there_were_none() -> None:
     [
         ([{"prompt": "a", "completions": "b"}], r"completion column 'completion'.*mean dataset_completion_column=comp"),
         ([TEXTS[0], {"prompt": "a", "completion": None}], r"Row 1 .*field 'completion' must be given, got None"),
-        ([TEXTS[0], {"prompt": "a", "completion": " "}], r"Row 1 .*field 'completion' must not be empty"),
         (
             [{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}],
             r"Row 0 .*'completion' must be text",
         ),
         ([{**TALKS[0], "completion": "four"}], r"Row 0 .*'completion' must be a list of messages"),
-        ([TALKS[1], {**TALKS[0], "completion": TALKS[0]["prompt"]}], r"Row 1 .*must start with the assistant"),
+        ([TALKS[1], {**TALKS[0], "completion": TALKS[0]["prompt"]}], r"Row 1 .*must have a message of the assistant"),
     ],
 )
 def test_a_row_without_a_usable_completion_is_named(rows: Any, message: str) -> None:
@@ -196,3 +195,22 @@ def test_a_column_that_must_name_one_of_several_is_checked_row_by_row() -> None:
             DataError, match=rf"Row 1 .*field 'who' \(teacher_column\), must be one of code, maths.*{message}"
         ):
             source.require_values("who", ["code", "maths"], option="teacher_column")
+
+
+def test_the_answer_of_a_conversation_is_its_completion_and_no_part_of_its_prompt() -> None:
+    rows = [{"messages": [*row["prompt"], *row["completion"]]} for row in TALKS[:1]]
+    source, want = load(rows, given()), load(TALKS[:1], given())
+    np.testing.assert_array_equal(source.prompt(0).token_ids, want.prompt(0).token_ids)
+    np.testing.assert_array_equal(source.prompt(0).given_ids, want.prompt(0).given_ids)
+    on_policy = load(rows, None).prompt(0)
+    assert TOKENIZER.decode(on_policy.token_ids) == "<|im_start|>user\ntwo plus two?<|im_end|>\n<|im_start|>assistant\n"
+    assert on_policy.given_ids is None
+
+
+def test_completions_that_a_table_holds_as_text_are_messages_and_cut_tokens_are_counted() -> None:
+    row = {"prompt": TALKS[0]["prompt"], "completion": str(TALKS[0]["completion"])}
+    assert TOKENIZER.decode(load([row], given()).prompt(0).given_ids) == "four<|im_end|>\n"
+    (note,) = load(TEXTS[:1], given(max_tokens=3)).notes
+    assert note.startswith(
+        "3 of 6 (50.0%) tokens of the completions of the given list are beyond max_completion_length"
+    )

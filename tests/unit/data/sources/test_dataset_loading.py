@@ -4,7 +4,7 @@ import pytest
 
 from trl_ray.config.sections import DataConfig
 from trl_ray.data.sources.dataset_loading import load_rows
-from trl_ray.errors import DataError
+from trl_ray.errors import ConfigError, DataError
 
 ROWS = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
 
@@ -115,7 +115,7 @@ def mixture(tmp_path, *sources, **options):
     for name, rows in (("one", ROWS), ("two", [{"prompt": f"x{i}"} for i in range(4)])):
         write(tmp_path / f"{name}.jsonl", "\n".join(map(json.dumps, rows)))
     given = [{**source, "path": str(tmp_path / source["path"])} for source in sources]
-    return DataConfig(datasets=given, mixture_stopping="all_exhausted_without_replacement", **options)
+    return DataConfig(**{"datasets": given, "mixture_stopping": "all_exhausted_without_replacement", **options})
 
 
 def test_a_mixture_draws_all_rows_and_names_each_by_its_place_in_its_source(tmp_path):
@@ -171,3 +171,94 @@ def test_prompts_come_from_mixtures_too(tmp_path):
         load_prompts(PromptConfig(**given), Letters(), seed=0, max_prompt_tokens=1)
     with pytest.raises(DataError, match=r"two.jsonl must have the prompt column 'answer'"):
         load_prompts(PromptConfig(**given, dataset_prompt_column="answer"), Letters(), seed=0, max_prompt_tokens=None)
+
+
+def joined(tmp_path, *sources, **options):
+    """A file of 2 rows, another of 4, as TRL's `datasets` names them."""
+    return mixture(tmp_path, *sources, mixture_stopping=None, **options)
+
+
+def shown(rows):
+    return [row["prompt"] for row in rows.rows]
+
+
+def test_datasets_are_joined_whole_one_after_the_other_unless_shares_are_asked_for(tmp_path):
+    found = load_rows(joined(tmp_path, {"path": "one.jsonl"}, {"path": "two.jsonl"}), seed=3)
+    assert shown(found) == ["a", "b", "x0", "x1", "x2", "x3"]
+    assert found.notes == ()
+    assert found.where(2) == f"Row 0 of {tmp_path}/two.jsonl"
+
+
+def test_fractions_are_shares_of_the_mixture_and_what_they_leave_is_counted(tmp_path):
+    config = joined(tmp_path, {"path": "one.jsonl", "fraction": 1}, {"path": "two.jsonl", "fraction": 1})
+    found = load_rows(config, seed=3)
+    assert shown(found) == ["a", "b", "x0", "x1"]  # 2 rows of each: more of the second would repeat the first
+    assert found.notes == (f"2 of 4 rows of {tmp_path}/two.jsonl are in no place of the mixture (fraction).",)
+    with pytest.raises(DataError, match=r"fraction of .*one.jsonl must leave at least one of its rows, 0.01 leaves"):
+        uneven = joined(tmp_path, {"path": "one.jsonl", "fraction": 0.01}, {"path": "two.jsonl", "fraction": 0.99})
+        load_rows(uneven, seed=3)
+
+
+def test_a_fraction_for_some_datasets_alone_and_one_beside_weights_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="fraction must be set for all datasets or for none, got it for 1 of 2"):
+        DataConfig(datasets=[{"path": "a", "fraction": 0.5}, {"path": "b"}])
+    with pytest.raises(ConfigError, match="fraction and weight"):
+        DataConfig(datasets=[{"path": "a", "fraction": 0.5, "weight": 2.0}])
+
+
+def test_rows_that_weights_never_draw_are_counted(tmp_path):
+    config = joined(tmp_path, {"path": "one.jsonl", "weight": 9.0}, {"path": "two.jsonl", "weight": 1.0})
+    found = load_rows(config, seed=3)
+    lost = 6 - len(set(shown(found)))
+    assert lost >= 3  # the first has 2 rows, and nine times the weight: it ends first
+    said = [int(note.split()[0]) for note in found.notes]
+    assert sum(said) == lost
+    assert "all_exhausted_without_replacement takes every row once" in found.notes[0]
+
+
+@pytest.mark.parametrize(("size", "held"), [(0.25, 2), (3, 3), (3.0, 3)])
+def test_a_part_of_the_training_rows_is_held_out_and_is_not_trained(tmp_path, size, held):
+    config = joined(tmp_path, {"path": "one.jsonl"}, {"path": "two.jsonl"}, test_split_size=size)
+    train, test = (load_rows(config, seed=5, evaluation=evaluation) for evaluation in (False, True))
+    assert (len(train.rows), len(test.rows)) == (6 - held, held)
+    assert sorted([*shown(train), *shown(test)]) == ["a", "b", "x0", "x1", "x2", "x3"]
+    assert shown(load_rows(config, seed=5, evaluation=True)) == shown(test)
+    assert len({tuple(shown(load_rows(config, seed=seed, evaluation=True))) for seed in range(9)}) > 1
+    for rows in (train, test):
+        for index, row in enumerate(rows.rows):
+            origin = rows.origin(index)
+            assert next(part for part in rows.sources if part.name == origin.name).rows[origin.number] == row
+
+
+def test_a_single_file_is_split_too_and_a_split_without_training_rows_is_refused(tmp_path):
+    name = str(write(tmp_path / "a.jsonl", "\n".join(json.dumps({"prompt": f"x{i}"}) for i in range(10))))
+    config = DataConfig(dataset_name=name, test_split_size=0.2)
+    train, test = (load_rows(config, seed=5, evaluation=evaluation) for evaluation in (False, True))
+    assert (len(train.rows), len(test.rows)) == (8, 2)
+    assert test.where(0) == f"Row {int(shown(test)[0][1:])} of {name}"
+    with pytest.raises(DataError, match="test_split_size must leave rows to train on, got 10 with 10 rows"):
+        load_rows(DataConfig(dataset_name=name, test_split_size=10), seed=5)
+    with pytest.raises(DataError, match="test_split_size must be left out where rows are passed as an object"):
+        load_rows(config, seed=5, dataset=ROWS)
+    with pytest.raises(ConfigError, match="dataset_test_split must be left out with test_split_size"):
+        DataConfig(dataset_name=name, test_split_size=10, dataset_test_split="test")
+    with pytest.raises(ConfigError, match=r"test_split_size must be below 1 or a whole number of rows, got 1\.5"):
+        DataConfig(dataset_name=name, test_split_size=1.5)
+
+
+def test_a_builder_reads_the_files_that_are_named(tmp_path):
+    for name in ("one", "two"):
+        write(tmp_path / f"{name}.jsonl", "\n".join(map(json.dumps, ROWS)))
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("one", "two")]
+    found = load_rows(DataConfig(datasets=[{"path": "json", "data_files": files}]), seed=1)
+    assert shown(found) == ["a", "b", "a", "b"]
+    split = DataConfig(datasets=[{"path": "json", "data_files": {"train": files[0], "test": files}}])
+    assert len(load_rows(split, seed=1).rows) == 2
+    held_out = split.model_copy(update={"dataset_test_split": "test"})
+    assert len(load_rows(held_out, seed=1, evaluation=True).rows) == 4
+    alone = DataConfig(dataset_name="json", data_files=files)
+    assert shown(load_rows(alone, seed=1)) == ["a", "b", "a", "b"]
+    with pytest.raises(ConfigError, match="dataset_name must be set with data_files"):
+        DataConfig(data_files=files)
+    named = DataConfig(datasets=[{"path": str(tmp_path), "data_files": "two.jsonl"}])
+    assert len(load_rows(named, seed=1).rows) == 2

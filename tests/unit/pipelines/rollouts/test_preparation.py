@@ -110,6 +110,38 @@ def test_evaluation_needs_prompts_of_its_own_and_takes_as_many_as_asked(model):
     assert prepared(model, inputs=held_out).eval_prompts == ()
 
 
+ANSWERED = [{"prompt": f"q{number}", "answer": f"so\\n#### {number}"} for number in range(4)]
+
+
+def test_reward_columns_are_checked_in_all_rows_before_anything_starts(model):
+    numbers = {"inputs": {"reward_funcs": ["last_number"]}}
+    assert prepared(model, rows=ANSWERED, **numbers).notes == ()
+    rows = [*ANSWERED[:2], {"prompt": "r", "answer": "Paris"}, {"prompt": "s", "answer": "Rome"}]
+    with pytest.raises(DataError) as caught:
+        prepared(model, rows=rows, **numbers)
+    assert "2 of 4 rows cannot be used. 2 rows (2, 3): Row 2 of the given list, field 'answer' must be a whole" in str(
+        caught.value
+    )
+    dropped = prepared(model, rows=rows, on_bad_row="drop", **numbers)
+    assert [dropped.prompts.prompt(ordinal).text for ordinal in range(2)] in (["q0", "q1"], ["q1", "q0"])
+    assert (len(dropped.prompts), dropped.describe()["rows left out"]) == (2, 2)
+    assert dropped.notes[0].startswith("2 rows (2, 3): Row 2 of the given list, field 'answer'")
+    with pytest.raises(DataError, match="field 'answer' must be a whole number"):
+        prepared(model, rows=ANSWERED, eval_steps=1, inputs={**numbers["inputs"], "eval_dataset": rows})
+
+
+def test_values_that_rewards_miss_are_counted_and_given_as_none(model):
+    made = prepared(
+        model,
+        rows=[*ANSWERED, {"prompt": "r"}, {"prompt": "s", "answer": None}],
+        inputs={"reward_funcs": ["last_number"]},
+    )
+    assert made.notes == (
+        "2 of 6 prompts of the given list have no 'answer': the reward function last_number is given None there.",
+    )
+    assert all("answer" in made.prompts.prompt(ordinal).columns for ordinal in range(6))
+
+
 def test_the_queue_learns_how_far_generation_may_run_ahead(model):
     made = prepared(model, kind=AsyncGRPOConfig, max_staleness=2, max_look_ahead=3, zero_variance_groups="drop")
     arguments = made.arguments(journal="j", checkpoint=None, resume_from=4, incarnation="job-1")

@@ -1,0 +1,151 @@
+"""Reads the rows of a dataset, a mixture or a stream as records that know their place.
+
+rows ─► a reader for each source, told from its first usable row ─► PlacedRecord   (bad rows ─► BadRows)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from trl_ray.config.messages import nearest
+from trl_ray.config.runs.dataset_config import SupervisedRunConfig
+from trl_ray.data.bad_rows import BadRows
+from trl_ray.data.examples.example_tasks import Making
+from trl_ray.data.formats.detection import SPEECH
+from trl_ray.data.formats.record_reader import DatasetReader, reader_for
+from trl_ray.data.formats.records import Document, Record
+from trl_ray.data.formats.transcripts import TextFormat
+from trl_ray.data.sources.dataset_loading import Origin, Rows
+from trl_ray.errors import ConfigError, DataError
+
+_TRIED_ROWS = 100
+"""Rows of which one must tell how a dataset is to be read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedRecord:
+    """A record, its number in the dataset or mixture, and where it came from."""
+
+    row: int
+    origin: Origin
+    record: Record
+
+    @property
+    def where(self) -> str:
+        """How messages name it."""
+        return f"row {self.origin.number} of {self.origin.name}"
+
+
+def readers_for(rows: Rows, config: SupervisedRunConfig, making: Making) -> dict[str, DatasetReader]:
+    """How to read each source of a mixture, or the one dataset: by name.
+
+    Raises:
+        DataError: the columns are of no format that can be used.
+        ConfigError: there is no way of writing texts of the name that is given.
+    """
+    sources = {source.name: source for source in rows.sources or (rows,)}
+    return {
+        name: reader_of(enumerate(source.rows), config, making, name=name, columns=source.columns)
+        for name, source in sources.items()
+    }
+
+
+class UnreadSpeech:
+    """Counts rows that say something in a column which nobody reads; mutable, one for each dataset."""
+
+    def __init__(self, *, told: Collection[str] = ()) -> None:
+        """Watch all such columns but those that the user is told of already."""
+        self._columns = [column for column in SPEECH if column not in told]
+        self._rows: Counter[str] = Counter()
+
+    def watch(self, records: Iterable[PlacedRecord]) -> Iterator[PlacedRecord]:
+        """The records, looked at as they pass."""
+        for placed in records:
+            for column in self._columns:
+                value = placed.record.columns.get(column)
+                if isinstance(value, str) and value.strip() and value.strip() not in _said(placed.record):
+                    self._rows[column] += 1
+            yield placed
+
+    def report(self, name: str, *, total: int) -> tuple[str, ...]:
+        """A sentence for each column."""
+        return tuple(
+            f"{count} of {total} rows of {name} have a text in the column {column!r}, which is not trained: map it to "
+            f"what it is, as in column_mapping={{{column}: system}}, which begins conversations with it, or to null."
+            for column, count in self._rows.items()
+        )
+
+
+def _said(record: Record) -> str:
+    """What a record is asked, or all of it, as one text."""
+    said = record.content if isinstance(record, Document) else record.prompt
+    return said if isinstance(said, str) else "\n".join(message["content"] or "" for message in said)
+
+
+def place_records(rows: Rows, readers: Mapping[str, DatasetReader], bad: BadRows) -> Iterator[PlacedRecord]:
+    """All usable records; each source of a mixture has a format of its own, and numbers of its own in messages."""
+    for index, row in enumerate(rows.rows):
+        origin = rows.origin(index)
+        with bad.guard(name=origin.name, number=origin.number, place=index):
+            yield PlacedRecord(row=index, origin=origin, record=readers[origin.name].read(origin.number, row))
+
+
+def reader_of(
+    rows: Iterable[tuple[int, Mapping[str, object]]],
+    config: SupervisedRunConfig,
+    making: Making,
+    *,
+    name: str,
+    columns: Sequence[str] | None,
+) -> DatasetReader:
+    """How to read a dataset, told from the first row that can be read, or where none can, from the first.
+
+    Args:
+        rows: numbered.
+        config: of the run.
+        making: the task, which says what formats can be used.
+        name: of the dataset.
+        columns: of all rows; None: those of the row.
+
+    Raises:
+        DataError: the columns are of no format that can be used, in any of the first rows.
+        ConfigError: there is no way of writing texts of the name that is given.
+    """
+    text_format = _text_format(config.dataset_text_format)
+    found: DatasetReader | None = None
+    first: DataError | None = None
+    for number, row in itertools.islice(rows, _TRIED_ROWS):
+        try:
+            reader = reader_for(
+                row,
+                name=name,
+                number=number,
+                columns=columns,
+                accept=making.accept,
+                text_format=text_format,
+                text_field=config.text_column,
+                role_mapping=config.role_mapping,
+                has_system="system" in config.column_mapping.values(),
+            )
+            found = found or reader
+            reader.read(number, row)
+            return reader
+        except DataError as error:
+            first = first or error
+    if found is not None:
+        return found
+    assert first is not None, "a dataset has rows"
+    raise first
+
+
+def _text_format(name: str | None) -> TextFormat | None:
+    if name is None or name in list(TextFormat):
+        return None if name is None else TextFormat(name)
+    guess = nearest(name, list(TextFormat))
+    raise ConfigError(
+        f"dataset_text_format must be one of {', '.join(TextFormat)}, got {name!r}. "
+        f"{f'Did you mean {guess}?' if guess else 'Leave it out to have it recognised.'}"
+    )

@@ -1,0 +1,204 @@
+"""Makes prompts of rows: read, checked, rendered, with the dataset's completions; bad rows are gathered on the way.
+
+row ─ PromptReader ─► prompt, columns ─ chat template ─► PromptDraft ─ tokenizer ─► PromptRow
+                                                              └─ write_given, read_given ─► GivenRow
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl_ray.config.sections import PromptConfig
+from trl_ray.data.bad_rows import BadRows
+from trl_ray.data.chat.chat_rendering import ChatFormat, own_template, render_chat
+from trl_ray.data.examples.tokenisation import ExampleTokenizer, Text, encode
+from trl_ray.data.formats.detection import SYSTEM_TEXTS, Form
+from trl_ray.data.prompts.given_completions import GivenAnswer, GivenCompletions, GivenRow, read_given, write_given
+from trl_ray.data.prompts.prompt_rows import PromptReader
+from trl_ray.data.sources.dataset_loading import Origin, Rows
+from trl_ray.data.validation import check_kind, check_length, count_longer, plain_columns
+from trl_ray.errors import DataError
+from trl_ray.types import IntArray, Message
+
+ColumnCheck = Callable[[Mapping[str, Any]], str | None]
+"""Says what is wrong with the columns of a row ("field 'answer' must ..."); None where nothing is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PromptRow:
+    """One checked and tokenised row of a dataset."""
+
+    token_ids: IntArray
+    """[P] chat template applied."""
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    given: GivenRow | None = None
+    """The dataset's completion, where prompts may come with one."""
+    where: str = "A row"
+    """How messages name it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptDraft:
+    """A row that is ready to be tokenised."""
+
+    place: int
+    """In the dataset or mixture."""
+    origin: Origin
+    prompt: str | tuple[Message, ...]
+    """The system prompt inserted."""
+    text: str
+    columns: Mapping[str, Any]
+    completion: Any = None
+    """Of the dataset, where it is asked for."""
+    is_split: bool = False
+    """The prompt is a conversation without its last answer."""
+
+    @property
+    def where(self) -> str:
+        return f"Row {self.origin.number} of {self.origin.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PromptLoading:
+    """What is done to each row of a dataset; rows that cannot be used are gathered."""
+
+    config: PromptConfig
+    tokenizer: ExampleTokenizer
+    completions: GivenCompletions | None
+    check: ColumnCheck | None
+    bad: BadRows
+
+    def _guard(self, origin: Origin, place: int) -> AbstractContextManager[None]:
+        return self.bad.guard(name=origin.name, number=origin.number, place=place)
+
+    def drafts(self, rows: Rows, readers: Mapping[str, PromptReader]) -> list[PromptDraft]:
+        """Every row's prompt, all text or all conversations, as text, and its columns."""
+        drafts: list[PromptDraft] = []
+        for place, row in enumerate(rows.rows):
+            origin = rows.origin(place)
+            with self._guard(origin, place):
+                drafts.append(self._draft(row, readers[origin.name], origin, place, drafts[0] if drafts else None))
+        return drafts
+
+    def _draft(
+        self, row: Mapping[str, Any], reader: PromptReader, origin: Origin, place: int, first: PromptDraft | None
+    ) -> PromptDraft:
+        config, where = self.config, f"Row {origin.number} of {origin.name}"
+        read = reader.read(row, where=where)
+        prompt = read[config.dataset_prompt_column]
+        check_kind(prompt, prompt if first is None else first.prompt, where=f"{where}, field {reader.column!r}")
+        if not isinstance(prompt, str):
+            prompt = with_system_prompt(prompt, config.system_prompt)
+        columns = plain_columns(read, config.dataset_prompt_column, where=where)
+        problem = None if self.check is None else self.check(columns)
+        if problem is not None:
+            raise DataError(f"{where}, {problem}")
+        return PromptDraft(
+            place=place,
+            origin=origin,
+            prompt=prompt,
+            text=_as_text(prompt, self.tokenizer, config, where),
+            columns=columns,
+            completion=None if self.completions is None else read.get(self.completions.column),
+            is_split=reader.is_whole and reader.completion_column in read,
+        )
+
+    def given(self, drafts: Sequence[PromptDraft], form: Form) -> dict[int, GivenRow]:
+        """The dataset's completions by place; none where none are asked for."""
+        if self.completions is None:
+            return {}
+        written: list[tuple[PromptDraft, tuple[Text, ...]]] = []
+        for draft in drafts:
+            with self._guard(draft.origin, draft.place):
+                answer = GivenAnswer(prompt=draft.prompt, completion=draft.completion, origin=draft.origin)
+                texts = write_given(answer, form, self.completions, config=self.config, tokenizer=self.tokenizer)
+                written.append((draft, texts))
+        encoded = iter(encode(self.tokenizer, [text for _, texts in written for text in texts]))
+        found = {}
+        for draft, texts in written:
+            pair = list(itertools.islice(encoded, len(texts)))
+            with self._guard(draft.origin, draft.place):
+                found[draft.place] = read_given(pair, self.completions, where=draft.where)
+        return found
+
+    def check_lengths(self, drafts: Sequence[PromptDraft], rows: Sequence[PromptRow], limit: int | None) -> None:
+        """See that each prompt has a token and leaves room for a completion."""
+        for lengths in (
+            {place: len(row.given.prompt_ids) for place, row in enumerate(rows) if row.given is not None},
+            {place: len(row.token_ids) for place, row in enumerate(rows)},
+        ):
+            longer = 0 if limit is None else count_longer(list(lengths.values()), limit)
+            for place, length in lengths.items():
+                draft = drafts[place]
+                if draft.place in self.bad.places:
+                    continue
+                with self._guard(draft.origin, draft.place):
+                    if length == 0:
+                        raise DataError(f"{draft.where} must have at least one token after tokenisation, it has none.")
+                    check_length(length, limit, where=draft.where, longer=longer)
+
+
+def prompt_notes(
+    name: str, drafts: Sequence[PromptDraft], rows: Sequence[PromptRow], cut: Sequence[int], total: int
+) -> Iterator[str]:
+    """What a user should know of the prompts, a sentence each."""
+    split = sum(draft.is_split for draft in drafts)
+    if split:
+        yield (
+            f"{split} of {len(drafts)} rows of {name} are conversations that end with an answer: the prompt is what "
+            "stands before the assistant's last turn."
+        )
+    for column in SYSTEM_TEXTS:
+        count = sum(isinstance(text := draft.columns.get(column), str) and bool(text.strip()) for draft in drafts)
+        if count:
+            yield (
+                f"{count} of {len(drafts)} rows of {name} have a text in the column {column!r}, with which no prompt "
+                f"begins: column_mapping={{{column}: system}} makes it the first message."
+            )
+    begun = sum(row.messages is not None and row.messages[-1]["role"] == "assistant" for row in rows)
+    if begun:
+        yield (
+            f"{begun} of {len(drafts)} prompts of {name} end with a message of the assistant, which completions go on "
+            "from. Remove it where it is the answer."
+        )
+    if any(cut):
+        yield (
+            f"{sum(cut)} of {total} ({sum(cut) / total:.1%}) tokens of the prompts of {name} are beyond "
+            f"max_prompt_length and cut off their beginnings, in {sum(map(bool, cut))} rows."
+        )
+    given = [row.given for row in rows if row.given is not None]
+    lost = sum(row.num_cut for row in given)
+    if lost:
+        whole = sum(len(row.token_ids) for row in given) + lost
+        yield (
+            f"{lost} of {whole} ({lost / whole:.1%}) tokens of the completions of {name} are beyond "
+            f"max_completion_length and cut off, in {sum(row.num_cut > 0 for row in given)} rows."
+        )
+
+
+def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> tuple[Message, ...]:
+    """Put `system_prompt` first unless the conversation brings a system or developer message of its own."""
+    if system_prompt is None or messages[0]["role"] in {"system", "developer"}:
+        return tuple(messages)
+    return ({"role": "system", "content": system_prompt}, *messages)
+
+
+def _as_text(prompt: str | tuple[Message, ...], tokenizer: ExampleTokenizer, config: PromptConfig, where: str) -> str:
+    """A text, ready to be continued: by a new turn, or where the assistant's last one stops (TRL's rule)."""
+    if isinstance(prompt, str):
+        return prompt
+    unfinished = prompt[-1]["role"] == "assistant"
+    return render_chat(
+        tokenizer,
+        prompt,
+        ChatFormat(template=own_template(tokenizer), template_kwargs=config.chat_template_kwargs),
+        add_generation_prompt=not unfinished,
+        continue_final_message=unfinished,
+        where=where,
+    ).text

@@ -1,0 +1,122 @@
+"""Finds the prompt of every row: in its own column, or in a conversation up to the assistant's last turn.
+
+    {prompt: text or messages}  ──────────────────────────────► prompt, the other columns
+    {messages: [.., user, assistant]}  ─ split_conversation ──► prompt [.., user], completion [assistant], the others
+
+A conversation's last answer is what was given as an example: whoever is to write answers does not begin with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trl_ray.config.sections import PromptConfig
+from trl_ray.data.formats.detection import QUESTIONS
+from trl_ray.data.formats.foreign_formats import to_messages, unwritten, with_system
+from trl_ray.data.formats.written_messages import read_messages
+from trl_ray.data.sources.dataset_loading import Rows
+from trl_ray.data.validation import check_no_media, check_prompt, require_column, show
+from trl_ray.errors import DataError
+from trl_ray.types import Message
+
+CONVERSATIONS = ("messages", "conversations")
+_PROMPT, _COMPLETION = "prompt", "completion"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptReader:
+    """Reads the prompts of one dataset; it remembers nothing between rows."""
+
+    column: str
+    """The column that holds them."""
+    is_whole: bool
+    """It holds whole conversations, whose last answer is no part of the prompt."""
+    config: PromptConfig
+    completion_column: str = _COMPLETION
+    """Where an answer that is split off is put."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that it adds to a row."""
+        return (self.config.dataset_prompt_column, self.completion_column) if self.is_whole else ()
+
+    def read(self, row: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+        """The row with a checked prompt in the run's prompt column.
+
+        Raises:
+            DataError: there is no prompt, or it cannot be used; names row and field.
+        """
+        check_no_media(row, where=where)
+        at = f"{where}, field {self.column!r}"
+        if self.is_whole:
+            row = self._split(row, where=where, at=at)
+        else:
+            row = {**row, self.column: self._spoken(read_messages(row.get(self.column), where=at), where=where)}
+        name = self.config.dataset_prompt_column
+        return {**self._begun(row, where=where), name: self._checked(row, at=at, where=where)}
+
+    def _split(self, row: Mapping[str, Any], *, where: str, at: str) -> dict[str, Any]:
+        whole = {key: row[key] for key in (self.column, "system") if key in row}
+        messages = to_messages(unwritten(whole, where=where), where=where, role_mapping=self.config.role_mapping).get(
+            "messages"
+        )
+        if not isinstance(messages, list) or not messages:
+            raise DataError(f"{at} must be a list of messages, got {show(messages)}. Mend or remove the row.")
+        prompt, answer = split_conversation(messages)
+        if not prompt:
+            raise DataError(f"{at} must have a message before the answer, got {show(messages)}. Remove the row.")
+        kept = {key: value for key, value in row.items() if key != self.column}
+        if self.column == "conversations":
+            kept.pop("system", None)  # it is the first message now
+        if answer:
+            kept[self.completion_column] = answer
+        return {**kept, self.config.dataset_prompt_column: prompt}
+
+    def _spoken(self, value: Any, *, where: str) -> Any:
+        found: Any = to_messages({_PROMPT: value}, where=where, role_mapping=self.config.role_mapping)[_PROMPT]
+        return found
+
+    def _begun(self, row: Mapping[str, Any], *, where: str) -> Mapping[str, Any]:
+        return {key: value for key, value in row.items() if key != "system"} if self._has_system else row
+
+    @property
+    def _has_system(self) -> bool:
+        return "system" in self.config.column_mapping.values()
+
+    def _checked(self, row: Mapping[str, Any], *, at: str, where: str) -> str | tuple[Message, ...]:
+        prompt = row[self.config.dataset_prompt_column]
+        if self._has_system:
+            prompt = with_system({_PROMPT: prompt, "system": row.get("system")}, where=where)[_PROMPT]
+        return check_prompt(prompt, where=at, roles=self.config.role_mapping.values())
+
+
+def split_conversation(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """What stands before the assistant's last turn, and the rest; all of it where that turn is answered already."""
+    last = messages[-1]
+    answers = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
+    if not answers or last.get("role") in ("user", "system", "developer"):
+        return list(messages), []
+    return list(messages[: answers[-1]]), list(messages[answers[-1] :])
+
+
+def prompt_readers(rows: Rows, config: PromptConfig, *, completion_column: str | None) -> dict[str, PromptReader]:
+    """How to read each source of a mixture, or the one dataset: by name.
+
+    Raises:
+        DataError: there is no column with prompts; offers the nearest.
+    """
+    readers = {}
+    for source in rows.sources or (rows,):
+        column = config.dataset_prompt_column
+        if column not in source.columns and column == _PROMPT:
+            column = next((name for name in CONVERSATIONS if name in source.columns), column)
+        require_column(source.columns, column, name=source.name, aliases=(*QUESTIONS, *CONVERSATIONS))
+        readers[source.name] = PromptReader(
+            column=column,
+            is_whole=column in CONVERSATIONS,
+            config=config,
+            completion_column=completion_column or _COMPLETION,
+        )
+    return readers
