@@ -62,7 +62,7 @@ class SupervisedSession(Session):
             recorder=recorder,
             opening=self._opening,
             feed=plan.feed(accounts.place or StreamPlace(), sets.train),
-            held_out=sets.held_out.examples if sets.held_out is not None else (),
+            held_out={name: found.examples for name, found in sets.held_out.items()},
             accounts=accounts,
             stopping=stopping,
             stop=stop,
@@ -95,7 +95,7 @@ class SupervisedSession(Session):
         """What a user should know of the rows, once."""
         if self._opening.resuming:
             return
-        for found in (self._plan.train, self._plan.evaluation):
+        for found in (self._plan.train, *self._plan.held_out.values()):
             for sentence in found.report() if found is not None else ():
                 self.recorder.say(EventKind.WARNING, "data", detail=sentence)
         warning = self._plan.end_of_turn_warning()
