@@ -136,11 +136,16 @@ class Run:
     )
     total: int = 6
     held_out: int = 0
+    sets: dict[str, list[Example]] = field(default_factory=dict)
+    """Held-out sets with names, instead."""
     mismatched: bool = False
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     accounts: Accounts = field(default_factory=Accounts)
     callbacks: list[Any] = field(default_factory=list)
     checkpoint: str | None = None
+
+    def _examples(self, count: int) -> list[Example]:
+        return examples(count, mismatched=self.mismatched)
 
     def loop(self) -> DatasetLoop:
         directory = RunDirectory.create(self.path / "run", overwrite=True)
@@ -155,7 +160,7 @@ class Run:
             inputs=DatasetInputs(),
             tokenizer=None,
             train=None,
-            evaluation=None,
+            held_out={},
             total_steps=self.total,
             cut=CutRules(max_examples=2),
             eval_cut=CutRules(max_examples=2),
@@ -176,7 +181,7 @@ class Run:
             recorder=SupervisedRecorder(directory=directory, observer=observer),
             opening=opening,
             feed=ShuffledFeed(examples(5, mismatched=self.mismatched), per_step=2, seed=1, shuffle=False),
-            held_out=examples(self.held_out, mismatched=self.mismatched),
+            held_out=self.sets or ({"": self._examples(self.held_out)} if self.held_out else {}),
             accounts=self.accounts,
             stopping=EarlyStopping.of(self.config),
             stop=self.stop,

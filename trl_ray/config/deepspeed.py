@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_ray.config.messages import unknown_key
-from trl_ray.config.sections import Dtype, Optim, TrainingConfig
+from trl_ray.config.optimizer_options import Optim
+from trl_ray.config.sections import Dtype, TrainingConfig
 from trl_ray.errors import ConfigError
 
 AUTO = "auto"

@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Adafactor, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
-from trl_ray.config.sections import Optim, TrainingConfig
+from trl_ray.config.optimizer_options import Optim
+from trl_ray.config.sections import TrainingConfig
 from trl_ray.config.step_counts import steps_of
 from trl_ray.errors import ConfigError
 from trl_ray.models.backends.muon import MuonWithAdamW

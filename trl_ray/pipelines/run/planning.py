@@ -10,8 +10,9 @@ import math
 from typing import Any
 
 from trl_ray.algorithms.batches.work_sharing import CutRules
+from trl_ray.config.optimizer_options import Optim
 from trl_ray.config.runs.run_config import RunConfig
-from trl_ray.config.sections import Dtype, ModelConfig, Optim
+from trl_ray.config.sections import Dtype, ModelConfig
 from trl_ray.config.teacher_options import TeacherEngine, TeacherSource
 from trl_ray.errors import ConfigError
 from trl_ray.models.policy_loading import count_parameters

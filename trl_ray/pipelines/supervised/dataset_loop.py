@@ -46,7 +46,7 @@ class DatasetLoop(StepLoop[_Trained]):
         plan, recorder, opening, stop: see `StepLoop`.
         actors: started.
         feed: of the examples, at the place of `accounts`.
-        held_out: examples to evaluate on; empty for none.
+        held_out: examples to evaluate on, by the names of their sets; empty for none.
         accounts, stopping: as the checkpoint left them.
     """
 
@@ -62,7 +62,7 @@ class DatasetLoop(StepLoop[_Trained]):
         recorder: SupervisedRecorder,
         opening: Opening,
         feed: Feed,
-        held_out: Sequence[Example],
+        held_out: Mapping[str, Sequence[Example]],
         accounts: Accounts,
         stopping: EarlyStopping,
         stop: asyncio.Event,
@@ -72,7 +72,9 @@ class DatasetLoop(StepLoop[_Trained]):
         )
         self._actors, self._feed, self._held_out = actors, feed, held_out
         self.accounts = accounts
-        self._evaluation = example_update(plan, held_out, step=1, is_training=False) if held_out else None
+        self._evaluations = {
+            name: example_update(plan, found, step=1, is_training=False) for name, found in held_out.items()
+        }
         self._ahead = StepsAhead(plan, feed)
 
     @property
@@ -157,10 +159,11 @@ class DatasetLoop(StepLoop[_Trained]):
             ) from error
 
     async def _evaluate(self) -> Mapping[str, float]:
-        assert self._evaluation is not None, "there is something to evaluate on"
-        begin = time.time()
-        evaluation: Evaluation = await self._actors.ask("evaluate", await with_kl(self._evaluation, self._actors.ask))
-        numbers = self._recorder.evaluated(self.step, evaluation, examples=len(self._held_out), begin=begin)
+        numbers: dict[str, float] = {}
+        for name, update in self._evaluations.items():
+            begin, count = time.time(), len(self._held_out[name])
+            evaluation: Evaluation = await self._actors.ask("evaluate", await with_kl(update, self._actors.ask))
+            numbers |= self._recorder.evaluated(self.step, evaluation, examples=count, begin=begin, name=name)
         await self._judge(numbers)
         return numbers
 

@@ -64,7 +64,7 @@ class SupervisedSession(Session):
             recorder=recorder,
             opening=self._opening,
             feed=plan.feed(accounts.place or StreamPlace(), sets.train),
-            held_out=sets.held_out.examples if sets.held_out is not None else (),
+            held_out={name: found.examples for name, found in sets.held_out.items()},
             accounts=accounts,
             stopping=stopping,
             stop=stop,
@@ -97,8 +97,17 @@ class SupervisedSession(Session):
         """What a user should know of the rows, once."""
         if self._opening.resuming:
             return
+<<<<<<< HEAD
         for sentence in self._plan.notes:
             self.recorder.say(EventKind.WARNING, "data", detail=sentence)
+=======
+        for found in (self._plan.train, *self._plan.held_out.values()):
+            for sentence in found.report() if found is not None else ():
+                self.recorder.say(EventKind.WARNING, "data", detail=sentence)
+        warning = self._plan.end_of_turn_warning()
+        if warning is not None:
+            self.recorder.say(EventKind.WARNING, "data", detail=warning)
+>>>>>>> h3-training
 
     def _progress(self) -> tuple[Accounts, EarlyStopping]:
         """As the checkpoint kept them; at the start, rows of the dataset that are in no example are dropped."""

@@ -64,6 +64,8 @@ class DatasetInputs:
             )
 
         def texts(rows: Any, *, evaluation: bool) -> Any:
+            if evaluation and is_named_sets(rows, config.dataset_test_split):
+                return {name: texts(each, evaluation=False) for name, each in rows.items()}
             if rows is None:
                 if evaluation and not config.evaluates:
                     return None
@@ -89,7 +91,8 @@ class SupervisedPlan:
     tokenizer: Any
     train: ExampleSet | None
     """None where it is streamed."""
-    evaluation: ExampleSet | None
+    held_out: Mapping[str, ExampleSet]
+    """Sets that are evaluated by their names; one alone has the empty name."""
     total_steps: int
     cut: CutRules
     """How the examples of a step become micro-batches."""
@@ -161,7 +164,7 @@ class SupervisedPlan:
 
     def describe(self) -> Mapping[str, Any]:
         """The plan in numbers, for the dry run."""
-        config, train, held_out = self.config, self.train, self.evaluation
+        config, train = self.config, self.train
         numbers: dict[str, Any] = {
             "optimizer steps": self.total_steps,
             "learner ranks": config.runtime.num_learners,
@@ -172,9 +175,14 @@ class SupervisedPlan:
             rows = {"training rows": train.num_rows, "rows left out": len(train.untrained)}
             tokens = sum(example.num_tokens for example in train.examples)
             numbers |= {**rows, "training examples": len(train.examples), "tokens per epoch": tokens}
+<<<<<<< HEAD
             numbers |= train.losses()
         if held_out is not None:
             numbers["held-out examples"] = len(held_out.examples)
+=======
+        for name, held_out in self.held_out.items():
+            numbers[f"held-out examples of {name}" if name else "held-out examples"] = len(held_out.examples)
+>>>>>>> h3-training
         return numbers
 
     def _end_of_turn_warning(self) -> str | None:
@@ -222,7 +230,7 @@ def prepare_supervised(
         inputs=inputs,
         tokenizer=tokenizer,
         train=train,
-        evaluation=_held_out(config, inputs, load),
+        held_out=_held_out(config, inputs, load),
         total_steps=_total_steps(config, train),
         cut=cut_rules(config, shape, max_examples=config.per_device_train_batch_size),
         eval_cut=cut_rules(config, shape, max_examples=config.per_device_eval_batch_size),
@@ -232,16 +240,26 @@ def prepare_supervised(
     return plan
 
 
-def _held_out(config: SupervisedRunConfig, inputs: DatasetInputs, load: Any) -> ExampleSet | None:
+def is_named_sets(given: object, split: str | None) -> bool:
+    """Whether rows are given as several sets by their names, and not as splits of which one is meant."""
+    return isinstance(given, Mapping) and split not in given
+
+
+def _held_out(config: SupervisedRunConfig, inputs: DatasetInputs, load: Any) -> dict[str, ExampleSet]:
     if not config.evaluates:
-        return None
+        return {}
     if inputs.eval_dataset is None and config.dataset_name is None and not config.datasets:
         raise ConfigError(
             f"{config.evaluation_asked_by} needs held-out rows, but there are none. Pass eval_dataset, name a "
             "dataset with dataset_test_split, or set eval_steps=0."
         )
-    found: ExampleSet = load(dataset=inputs.eval_dataset, evaluation=True)
-    found.require_examples()
+    given = inputs.eval_dataset
+    named = given if is_named_sets(given, config.dataset_test_split) else {"": given}
+    found: dict[str, ExampleSet] = {str(name): load(dataset=rows, evaluation=True) for name, rows in named.items()}
+    if not found:
+        raise ConfigError("eval_dataset must have at least one set, got an empty mapping. Give one, or None.")
+    for each in found.values():
+        each.require_examples()
     return found
 
 

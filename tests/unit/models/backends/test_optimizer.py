@@ -14,7 +14,8 @@ from transformers import SchedulerType, Trainer
 from transformers.trainer_optimizer import OptimizerNames
 
 from tiny_models import random_model
-from trl_ray.config.sections import Optim, Schedule, TrainingConfig
+from trl_ray.config.optimizer_options import Optim
+from trl_ray.config.sections import Schedule, TrainingConfig
 from trl_ray.errors import ConfigError
 from trl_ray.models.backends.optimizer import build_optimizer, build_scheduler, check_optimizer, load_optimizer
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from callbacks_for_tests import Asks, Diary
-from dataset_loops import Learner, Run, Watch
+from dataset_loops import Learner, Run, Watch, examples
 from trl_ray.config.runs.dataset_config import KTOConfig, SFTConfig
 from trl_ray.errors import DataError, InterruptedRun, LearnerLostError
 from trl_ray.pipelines.supervised.dataset_recording import Accounts
@@ -147,6 +147,21 @@ def test_without_a_best_model_the_run_ends_with_the_last(tmp_path: Path) -> None
     asyncio.run(loop.run())
     assert loop.model == tmp_path / "run" / "checkpoints" / "step-4"
     assert loop._actors.only_models == [True]  # type: ignore[attr-defined]
+
+
+def test_several_held_out_sets_are_evaluated_by_their_names_as_transformers_names_them(tmp_path: Path) -> None:
+    config = SFTConfig(per_device_train_batch_size=2, save_steps=0, eval_steps=3, eval_on_start=False)
+    config = config.replace(metric_for_best_model="eval_hard_loss")
+    learner, diary = Learner(eval_losses=[4.0, 3.0]), Diary()
+    run = Run(tmp_path, config=config, total=3, learner=learner, callbacks=[diary])
+    run.sets = {"easy": examples(1), "hard": examples(3)}
+    loop = run.loop()
+    asyncio.run(loop.run())
+    assert loop._stopping.best == 3.0
+    assert [(e["detail"]["examples"]) for e in run.lines("events.jsonl") if e["kind"] == "evaluated"] == [1, 3]
+    last = run.lines("metrics.jsonl")[-1]
+    assert (last["eval/easy_loss"], last["eval/hard_loss"], last["eval/hard_accuracy"]) == (4.0, 3.0, 0.5)
+    assert [payload["metrics"]["eval_hard_loss"] for payload in diary.of("on_evaluate")] == [3.0]
 
 
 def test_leaving_an_epoch_is_its_end_for_what_comes_with_epochs(tmp_path: Path) -> None:
