@@ -342,16 +342,12 @@ def _held_out(
     objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: int, functions: Sequence[str | RewardFunction]
 ) -> PromptSource:
     config = objective.config
-<<<<<<< HEAD
-    if inputs.eval_dataset is None and config.dataset_name is None and not config.datasets:
-=======
     if isinstance(inputs.eval_dataset, Mapping) and config.dataset_test_split not in inputs.eval_dataset:
         raise ConfigError(
             f"eval_dataset must be one set of prompts here, got {len(inputs.eval_dataset)} by name: "
             f"{', '.join(map(str, inputs.eval_dataset))}. Give one, or name it as dataset_test_split."
         )
-    if inputs.eval_dataset is None and config.dataset_name is None:
->>>>>>> h3-training
+    if inputs.eval_dataset is None and config.dataset_name is None and not config.datasets:
         raise ConfigError(
             f"{config.evaluation_asked_by} needs held-out prompts, but there are none. Pass eval_dataset, name a "
             "dataset with dataset_test_split, or set eval_steps=0."

@@ -97,17 +97,8 @@ class SupervisedSession(Session):
         """What a user should know of the rows, once."""
         if self._opening.resuming:
             return
-<<<<<<< HEAD
         for sentence in self._plan.notes:
             self.recorder.say(EventKind.WARNING, "data", detail=sentence)
-=======
-        for found in (self._plan.train, *self._plan.held_out.values()):
-            for sentence in found.report() if found is not None else ():
-                self.recorder.say(EventKind.WARNING, "data", detail=sentence)
-        warning = self._plan.end_of_turn_warning()
-        if warning is not None:
-            self.recorder.say(EventKind.WARNING, "data", detail=warning)
->>>>>>> h3-training
 
     def _progress(self) -> tuple[Accounts, EarlyStopping]:
         """As the checkpoint kept them; at the start, rows of the dataset that are in no example are dropped."""

@@ -158,7 +158,9 @@ class SupervisedPlan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the rows, a sentence each."""
-        rows = tuple(note for found in (self.train, self.evaluation) if found is not None for note in found.report())
+        rows = tuple(
+            note for found in (self.train, *self.held_out.values()) if found is not None for note in found.report()
+        )
         turns = self._end_of_turn_warning()
         return rows if turns is None else (*rows, turns)
 
@@ -175,14 +177,9 @@ class SupervisedPlan:
             rows = {"training rows": train.num_rows, "rows left out": len(train.untrained)}
             tokens = sum(example.num_tokens for example in train.examples)
             numbers |= {**rows, "training examples": len(train.examples), "tokens per epoch": tokens}
-<<<<<<< HEAD
             numbers |= train.losses()
-        if held_out is not None:
-            numbers["held-out examples"] = len(held_out.examples)
-=======
         for name, held_out in self.held_out.items():
             numbers[f"held-out examples of {name}" if name else "held-out examples"] = len(held_out.examples)
->>>>>>> h3-training
         return numbers
 
     def _end_of_turn_warning(self) -> str | None:
