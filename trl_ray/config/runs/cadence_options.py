@@ -178,7 +178,8 @@ class CadenceConfig(Section):
                 "Set save_strategy=best."
             )
         every, saves = getattr(self, "eval_steps", 0), getattr(self, "save_steps", 0)
-        if self.evaluation is Strategy.STEPS and (not saves or saves % every):
+        times = saves / every if self.evaluation is Strategy.STEPS and every else 1.0  # both may be shares of the run
+        if times < 1 or abs(times - round(times)) > 1e-6:
             raise ValueError(
                 f"save_steps must be a multiple of eval_steps with load_best_model_at_end=true, got {saves} and "
                 f"{every}. Change one, or set save_strategy=best."

@@ -195,7 +195,20 @@ class StepLoop(ABC, Generic[TrainedT]):
             await self._report(trained)
             await self._finish_step()
         await self._save_last()
+        self._say_which_model()
         await self._callbacks.train_end()
+
+    def _say_which_model(self) -> None:
+        """Which checkpoint has the run's model, where it is not simply the last."""
+        if not self._config.load_best_model_at_end:
+            return
+        best, step = self._best_checkpoint, self._stopping.best_step
+        if best is None:
+            detail = "the model of the run is the last one: the best evaluation has no checkpoint"
+            self._recorder.say(EventKind.WARNING, "driver", step=self.step, detail=detail, best_step=step)
+        else:
+            detail = f"the model of the run is the best one, {best.name}"
+            self._recorder.say(EventKind.SLOTS, "driver", detail=detail, best=self._stopping.best)
 
     def _enter_epoch(self, epoch: float) -> None:
         """Know whether the step was the last of its epoch, or of all."""

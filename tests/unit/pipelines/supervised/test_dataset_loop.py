@@ -139,6 +139,8 @@ def test_the_best_model_outlives_younger_checkpoints_and_is_what_the_run_ends_wi
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-2", "step-4"]
     assert loop.model == checkpoints / "step-2"
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert {"detail": "the model of the run is the best one, step-2", "best": 3.0} in [e["detail"] for e in events]
 
 
 def test_without_a_best_model_the_run_ends_with_the_last(tmp_path: Path) -> None:
