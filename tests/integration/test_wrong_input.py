@@ -260,8 +260,9 @@ CASES = [
     Case(
         name="TRL's example of a teacher server",
         command="sdpo",
-        arguments=["use_vllm=true", "vllm_mode=server", "use_teacher_server=true", "teacher_model_kind=live"],
-        says=["'use_vllm'", "rollout.engine", "'vllm_mode'", "rollout.num_workers"],
+        # The base of these cases sets rollout.engine=transformers; another server than the run's own cannot be had.
+        arguments=["use_vllm=true", "vllm_server_host=10.0.0.5", "use_teacher_server=true", "teacher_model_kind=live"],
+        says=["'use_vllm'", "rollout.engine", "'vllm_server_host'", "rollout.num_workers"],
     ),
     Case(
         name="a served average",
@@ -416,7 +417,7 @@ def test_a_file_that_is_no_configuration_is_refused(
 COMMANDS = {
     "unknown pipeline": (["async-gpro", "--config", "x.yaml"], ["'async-gpro'", "'async-grpo'"]),
     "no command": ([], ["COMMAND"]),
-    "no configuration": (["async-grpo"], ["--config"]),
+    "no configuration": (["async-grpo"], ["model_name_or_path"]),
     "unknown flag": (["grpo", "--config", "x.yaml", "--dry-rum"], ["--dry-rum"]),
     "configuration not there": (["grpo", "--config", "nope.yaml"], ["nope.yaml"]),
     "configuration is a folder": (["grpo", "--config", "."], ["folder"]),

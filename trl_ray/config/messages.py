@@ -31,7 +31,7 @@ def _is_mistyped(key: str, known: str) -> bool:
         # An underscore too many or too few.
         return difflib.SequenceMatcher(None, "".join(words), "".join(meant)).ratio() > 0.9
     return all(
-        difflib.SequenceMatcher(None, word, other).ratio() >= 0.7 for word, other in zip(words, meant, strict=True)
+        difflib.SequenceMatcher(None, word, other).ratio() > 0.6 for word, other in zip(words, meant, strict=True)
     )
 
 
