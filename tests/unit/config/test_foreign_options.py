@@ -149,7 +149,7 @@ def test_wrong_keys_and_wrong_values_are_told_in_one_message() -> None:
         ("learningrate", "learning_rate"),
         ("num_generation", "num_generations"),
         ("max_stalenes", "max_staleness"),
-        ("grad_acumulation_steps", None),
+        ("grad_acumulation_steps", "gradient_accumulation_steps"),
         ("gradient_acumulation_step", "gradient_accumulation_steps"),
         # Other words are no typing mistakes.
         ("max_prompt_length", None),
