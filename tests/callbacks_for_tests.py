@@ -7,7 +7,7 @@ from typing import Any
 
 from trl_ray.pipelines.callbacks.hooks import Hook
 
-PLAIN = tuple(hook for hook in Hook if not hook.is_of_self_distillation)
+PLAIN = tuple(hook for hook in Hook if not hook.is_of_self_distillation and hook is not Hook.INIT_END)
 
 
 class Diary:

@@ -21,11 +21,11 @@ from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import EventsFile, MetricsFile, Observer
 from trl_ray.pipelines.callbacks.hooks import CallbackList
+from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
 from trl_ray.pipelines.supervised.dataset_preparation import DatasetInputs, SupervisedPlan
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder
-from trl_ray.pipelines.supervised.early_stopping import EarlyStopping
 from trl_ray.pipelines.supervised.example_feed import ShuffledFeed
 from trl_ray.runtime.local import LocalRuntime
 from trl_ray.types import (
@@ -67,6 +67,8 @@ class Learner:
     files: dict[int, Mapping[str, bytes]] = field(default_factory=dict)
     """What came beside the weights of each checkpoint, by file name."""
     supervisor: Watch = field(default_factory=Watch)
+    only_models: list[bool] = field(default_factory=list)
+    """Of each checkpoint, in their order."""
 
     async def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
         answers: dict[str, Callable[..., Any]] = {
@@ -99,8 +101,10 @@ class Learner:
         ones = np.ones(2, np.float32)
         return [SampleScores(logprobs=-ones, entropy=ones, reference_logprobs=-2 * ones) for _ in batch.samples]
 
-    def _save(self, directory: str, *, step: int, extra: Mapping[str, bytes]) -> str:
+    def _save(self, directory: str, *, step: int, extra: Mapping[str, bytes], only_model: bool = False) -> str:
+        Path(directory, f"step-{step}").mkdir()
         self.saved[step] = json.loads(extra[PROGRESS])
+        self.only_models.append(only_model)
         self.files[step] = extra
         return f"{directory}/step-{step}"
 
@@ -132,11 +136,16 @@ class Run:
     )
     total: int = 6
     held_out: int = 0
+    sets: dict[str, list[Example]] = field(default_factory=dict)
+    """Held-out sets with names, instead."""
     mismatched: bool = False
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     accounts: Accounts = field(default_factory=Accounts)
     callbacks: list[Any] = field(default_factory=list)
     checkpoint: str | None = None
+
+    def _examples(self, count: int) -> list[Example]:
+        return examples(count, mismatched=self.mismatched)
 
     def loop(self) -> DatasetLoop:
         directory = RunDirectory.create(self.path / "run", overwrite=True)
@@ -151,7 +160,7 @@ class Run:
             inputs=DatasetInputs(),
             tokenizer=None,
             train=None,
-            evaluation=None,
+            held_out={},
             total_steps=self.total,
             cut=CutRules(max_examples=2),
             eval_cut=CutRules(max_examples=2),
@@ -172,7 +181,7 @@ class Run:
             recorder=SupervisedRecorder(directory=directory, observer=observer),
             opening=opening,
             feed=ShuffledFeed(examples(5, mismatched=self.mismatched), per_step=2, seed=1, shuffle=False),
-            held_out=examples(self.held_out, mismatched=self.mismatched),
+            held_out=self.sets or ({"": self._examples(self.held_out)} if self.held_out else {}),
             accounts=self.accounts,
             stopping=EarlyStopping.of(self.config),
             stop=self.stop,

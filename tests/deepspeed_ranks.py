@@ -73,6 +73,7 @@ def build(
     dtype: Dtype = Dtype.FLOAT32,
     checkpointing: bool = False,
     adam_epsilon: float = 1.0,
+    optim: str = "adamw_torch_fused",
 ) -> Learner:
     """A learner; Adam turns any rounding of a gradient near 0 into a whole step, unless its epsilon is large."""
     training = TrainingConfig(
@@ -81,6 +82,7 @@ def build(
         warmup_steps=2,
         max_grad_norm=0.5,
         adam_epsilon=adam_epsilon,
+        optim=optim,
         deepspeed=deepspeed,
     )
     model = ModelConfig(model_name_or_path=path, gradient_checkpointing=checkpointing, dtype=dtype)

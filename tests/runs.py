@@ -33,6 +33,7 @@ def values(model: str, output_dir: Path, **changes: Any) -> dict[str, Any]:
         "gradient_accumulation_steps": 2,
         "max_completion_length": 8,
         "gradient_checkpointing": False,
+        "lr_scheduler_type": "linear",
         "disable_dropout": True,
         "num_generations_eval": 1,
         "logging_steps": 1,

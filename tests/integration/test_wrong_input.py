@@ -241,7 +241,11 @@ CASES = [
     ),
     # Options of TRL's that have another name here
     Case(name="the engine under TRL's name", changes={"use_vllm": True}, says=["'use_vllm'", "rollout.engine"]),
-    Case(name="a strategy", arguments=["eval_strategy=epoch"], says=["'eval_strategy'", "Set eval_steps"]),
+    Case(
+        name="a strategy",
+        arguments=["eval_strategy=always"],
+        says=["eval_strategy must be 'no', 'steps' or 'epoch'", "'always'"],
+    ),
     Case(
         name="an argument for from_pretrained",
         changes={"model_init_kwargs": {"device_map": "auto"}},
@@ -256,8 +260,9 @@ CASES = [
     Case(
         name="TRL's example of a teacher server",
         command="sdpo",
-        arguments=["use_vllm=true", "vllm_mode=server", "use_teacher_server=true", "teacher_model_kind=live"],
-        says=["'use_vllm'", "rollout.engine"],
+        # The base of these cases sets rollout.engine=transformers; another server than the run's own cannot be had.
+        arguments=["use_vllm=true", "vllm_server_host=10.0.0.5", "use_teacher_server=true", "teacher_model_kind=live"],
+        says=["'use_vllm'", "rollout.engine", "'vllm_server_host'", "rollout.num_workers"],
     ),
     Case(
         name="a served average",
@@ -413,7 +418,7 @@ COMMANDS = {
     "unknown pipeline": (["async-gpro", "--config", "x.yaml"], ["'async-gpro'", "'async-grpo'"]),
     "no command": ([], ["COMMAND"]),
     "no configuration": (["async-grpo"], ["model_name_or_path"]),
-    "unknown flag": (["grpo", "--dry-rum"], ["'dry_rum'", "--help"]),
+    "unknown flag": (["grpo", "--config", "x.yaml", "--dry-rum"], ["--dry-rum"]),
     "configuration not there": (["grpo", "--config", "nope.yaml"], ["nope.yaml"]),
     "configuration is a folder": (["grpo", "--config", "."], ["folder"]),
     "resume of nothing": (["resume", "nope"], ["nope"]),

@@ -55,7 +55,14 @@ SAME_IN_OTHER_WORDS: dict[str, tuple[Any, Any]] = {
     "report_to": ([], "none"),
     "min_p": (0.0, None),
     **dict.fromkeys(
-        ("lr_scheduler_kwargs", "model_init_kwargs", "generation_kwargs", "chat_template_kwargs", "dataset_kwargs"),
+        (
+            "lr_scheduler_kwargs",
+            "optim_args",
+            "model_init_kwargs",
+            "generation_kwargs",
+            "chat_template_kwargs",
+            "dataset_kwargs",
+        ),
         ({}, None),
     ),
 }

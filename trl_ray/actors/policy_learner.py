@@ -30,7 +30,7 @@ import torch
 
 from trl_ray.actors.actor_log import ActorLog
 from trl_ray.actors.learner_passes import OF_TEACHER, NonFinitePlace, Passed, Passes
-from trl_ray.actors.random_state import keep_random_state, random_state, set_random_state
+from trl_ray.actors.random_state import compute_deterministically, keep_random_state, random_state, set_random_state
 from trl_ray.algorithms.loss import HeadKind, Loss
 from trl_ray.algorithms.loss_registry import build_loss, resolve_options
 from trl_ray.algorithms.metric_merging import merge_metrics
@@ -43,6 +43,7 @@ from trl_ray.models.backends.ranks import SOLO, Ranks, free_address, join_ranks,
 from trl_ray.models.backends.torch_backend import TorchBackend
 from trl_ray.models.backends.training_backend import TrainingBackend
 from trl_ray.models.checkpoint import (
+    ONLY_MODEL,
     begin_checkpoint,
     finish_checkpoint,
     load_trainer_state,
@@ -122,6 +123,8 @@ class PolicyLearner:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
+        if training.full_determinism:
+            compute_deterministically()
         if checkpoint is not None:
             # Before anything is loaded, so that a damaged one is found in seconds.
             verify_checkpoint(checkpoint)
@@ -430,7 +433,13 @@ class PolicyLearner:
         return WeightCheck(token_ids=token_ids, logprobs=logprobs, version=self._version)
 
     def save(
-        self, directory: str, *, step: int, extra: Mapping[str, bytes], adopt: Mapping[str, str] | None = None
+        self,
+        directory: str,
+        *,
+        step: int,
+        extra: Mapping[str, bytes],
+        adopt: Mapping[str, str] | None = None,
+        only_model: bool = False,
     ) -> str:
         """Write ``directory/step-N`` with model, tokenizer, optimizer, schedule, random state and `extra` files.
 
@@ -439,6 +448,7 @@ class PolicyLearner:
             step: the version of the weights.
             extra: contents of further files by name.
             adopt: folders that others have written beside it, by the name they get within; they are moved.
+            only_model: leave out the optimizer, and with it all that a run needs to go on.
 
         Returns:
             Its path.
@@ -454,7 +464,8 @@ class PolicyLearner:
                 "skipped_in_a_row": self._skipped_in_a_row,
                 "loss": self._loss.state_dict(),
                 "ranks": self._ranks.gather(random_state()),
-                **self._backend.save_state(partial),
+                ONLY_MODEL: only_model,
+                **({} if only_model else self._backend.save_state(partial)),
             }
             # Before rank 0 writes alone: gathering needs every rank, and the others only wait from here on.
             weights = self._whole_weights() if self._backend.shards_weights else None
@@ -492,6 +503,11 @@ class PolicyLearner:
 
     def _restore(self, checkpoint: str) -> None:
         state = load_trainer_state(checkpoint)
+        if state.get(ONLY_MODEL):
+            raise CheckpointError(
+                f"a checkpoint must hold the optimizer for a run to go on from it, but {checkpoint} was written with "
+                f"save_only_model=true. Begin a new run with model_name_or_path={checkpoint}."
+            )
         self._backend.load_state(Path(checkpoint), state)
         try:
             self._version, self._skipped_in_a_row = int(state["version"]), int(state["skipped_in_a_row"])

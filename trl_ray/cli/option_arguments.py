@@ -15,6 +15,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from trl_ray.config.load import parse_yaml
+from trl_ray.config.messages import nearest
 from trl_ray.errors import ConfigError
 
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.-]*=")
@@ -43,10 +44,18 @@ def read_options(arguments: Sequence[str], config_class: type[BaseModel]) -> lis
             overrides.append(argument)
             continue
         name, equals, value = argument.removeprefix("--").partition("=")
+        _check_flag(name)
         values = [value] if equals else _values(arguments[position:])
         position += 0 if equals else len(values)
         overrides.append(_override(name.replace("-", "_"), values, config_class))
     return overrides
+
+
+def _check_flag(name: str) -> None:
+    """A mistyped switch of the command itself is no option of the run."""
+    meant = nearest(name.replace("_", "-"), ("config", "dry-run", "help"))
+    if meant is not None:
+        raise ConfigError(f"--{name} is not an option. Did you mean --{meant}?")
 
 
 def _values(rest: Sequence[str]) -> list[str]:

@@ -80,6 +80,8 @@ SENTENCES: Mapping[str, str] = {
     "teacher.num_workers": "Actors that hold the teacher.",
     "teacher.num_cpus": _CPUS,
     "teacher.num_gpus": _GPUS,
+    "push_to_hub": "Put the model on the Hugging Face Hub, with a card.",
+    "hub_private_repo": "Whether a new repository is private; nothing is what the organisation wants.",
     "server": "A server that answers for the teacher.",
     "teacher_dtype": "Number format of the teacher's weights.",
     "teachers": "Several teachers: models on actors of their own, or servers.",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_ray.config.messages import unknown_key
+from trl_ray.config.optimizer_options import Optim
 from trl_ray.config.sections import Dtype, TrainingConfig
 from trl_ray.errors import ConfigError
 
@@ -107,6 +108,7 @@ def resolve_deepspeed(
         raise ConfigError(
             "deepspeed.zero_optimization.stage must be at least 1 with offload_optimizer, got 0. Raise the stage."
         )
+    _check_shards(training.optim, stage=stage, offload=offload)
     config: dict[str, Any] = {key: value for key, value in given.items() if key in _PASSED}
     config |= {
         "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
@@ -169,6 +171,10 @@ def _check_optimizer(section: Any, training: TrainingConfig) -> bool:
     if not isinstance(section, Mapping) or section.get("type") not in {"Adam", "AdamW"}:
         kind = section.get("type") if isinstance(section, Mapping) else section
         raise ConfigError(f"deepspeed.optimizer.type must be AdamW, got {kind!r}. Set it, or remove the section.")
+    if not training.optim.is_adamw:
+        raise ConfigError(
+            f"deepspeed.optimizer must be left out with optim={training.optim.value}, got AdamW. Remove one of the two."
+        )
     params = section.get("params", {})
     ours = {
         "lr": ("learning_rate", training.learning_rate),
@@ -188,6 +194,20 @@ def _check_optimizer(section: Any, training: TrainingConfig) -> bool:
             "Remove it, or set weight_decay=0."
         )
     return bool(params.get("torch_adam", False))
+
+
+def _check_shards(optim: Optim, *, stage: int, offload: bool) -> None:
+    """From stage 1 on an optimizer sees flat pieces of the weights, and not their shapes."""
+    if stage >= 1 and optim.needs_whole_matrices:
+        raise ConfigError(
+            f"optim must work on flat shards with deepspeed.zero_optimization.stage={stage}, got {optim.value}, which "
+            "needs whole matrices. Take optim=adamw_torch_fused, or stage 0."
+        )
+    if offload and not optim.is_adamw:
+        raise ConfigError(
+            f"optim must be adamw_torch_fused or adamw_torch with offload_optimizer, got {optim.value}: DeepSpeed has "
+            "AdamW alone for shards on the CPU. Set it, or remove offload_optimizer."
+        )
 
 
 def _resolve_zero(zero: dict[str, Any], hidden_size: int | None) -> tuple[int, dict[str, Any]]:

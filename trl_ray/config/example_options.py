@@ -48,26 +48,11 @@ class ExampleConfig(Section):
     """Rows that are tokenised, packed and shuffled together when streaming."""
     per_device_eval_batch_size: Positive = 8
     """Examples in one micro-batch of one rank in evaluations."""
-    metric_for_best_model: str = "loss"
-    """Held-out metric that decides about stopping early, without its ``eval/``."""
-    greater_is_better: bool | None = None
-    """None: true unless the metric is named a loss."""
-    early_stopping_patience: Positive | None = None
-    """Evaluations in a row without a better metric after which the run ends; None never."""
-    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
-    """By how much the metric must be better to count."""
 
     @property
     def text_column(self) -> str:
         """The column of rows that are plain text."""
         return "text"
-
-    @property
-    def wants_greater(self) -> bool:
-        """Whether a greater value of `metric_for_best_model` is a better one."""
-        if self.greater_is_better is not None:
-            return self.greater_is_better
-        return not self.metric_for_best_model.endswith(("loss", "nll"))
 
 
 class SupervisedExampleConfig(ExampleConfig):

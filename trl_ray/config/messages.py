@@ -31,9 +31,7 @@ def _is_mistyped(key: str, known: str) -> bool:
         # An underscore too many or too few.
         return difflib.SequenceMatcher(None, "".join(words), "".join(meant)).ratio() > 0.9
     return all(
-        # Two letters of three are 0.67.
-        difflib.SequenceMatcher(None, word, other).ratio() > 0.66
-        for word, other in zip(words, meant, strict=True)
+        difflib.SequenceMatcher(None, word, other).ratio() > 0.6 for word, other in zip(words, meant, strict=True)
     )
 
 

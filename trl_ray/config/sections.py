@@ -11,6 +11,7 @@ from trl_ray.config.base import FROM_STRING, Fraction, Natural, Positive, Second
 from trl_ray.config.callback_options import CallbackField
 from trl_ray.config.deepspeed_file import read_deepspeed
 from trl_ray.config.keyword_options import GENERATION_KWARGS, MODEL_INIT_KWARGS, spread
+from trl_ray.config.optimizer_options import Optim, read_optim, read_optim_args
 from trl_ray.config.step_counts import PositiveStepCount, StepCount
 
 
@@ -106,6 +107,8 @@ class ModelConfig(Section):
     model_name_or_path: str | None = None
     """Hub name or local folder."""
     model_revision: str = "main"
+    ref_model_name_or_path: str | None = None
+    """The reference that the policy is compared with; None: the policy as it was before training."""
     trust_remote_code: bool = False
     dtype: Annotated[Dtype, FROM_STRING] = Dtype.FLOAT32
     """Of the weights the optimizer updates; ``auto`` is the checkpoint's (float32 for float16)."""
@@ -305,6 +308,10 @@ class TrainingConfig(Section):
     """The optimizer, its schedule, and how long to train."""
 
     seed: Natural = 42
+    data_seed: Natural | None = None
+    """Orders the rows; None takes `seed`."""
+    full_determinism: bool = False
+    """Compute with deterministic kernels alone, which are slower."""
     max_steps: Annotated[int, Field(ge=-1)] = -1
     """Optimizer steps; -1 trains for `num_train_epochs`."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
@@ -314,7 +321,11 @@ class TrainingConfig(Section):
     """Options of that schedule alone, in transformers' names: `min_lr`, `num_cycles`, `power`, `num_decay_steps`."""
     warmup_steps: StepCount = 0
     """Optimizer steps over which the rate rises, or a fraction of the run's below 1."""
+    optim: Annotated[Optim, FROM_STRING, BeforeValidator(read_optim)] = Optim.ADAMW_TORCH_FUSED
+    optim_args: Annotated[dict[str, Any], BeforeValidator(read_optim_args)] = Field(default_factory=dict)
+    """Further options of the optimizer by its library's names: ``momentum=0.9,nesterov=true``, or a mapping."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Biases and norms are not decayed."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
@@ -337,6 +348,11 @@ class TrainingConfig(Section):
     on_non_finite: Annotated[NonFinite, FROM_STRING] = NonFinite.SKIP
     max_skipped_steps: Natural = 3
     """Consecutive skipped steps after which the run stops."""
+
+    @property
+    def seed_of_rows(self) -> int:
+        """`data_seed`, or `seed` where it is None."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 class GenerationConfig(Section):
@@ -473,6 +489,9 @@ def _read_report_to(value: Any) -> Any:
     return [] if names in (None, ["none"]) else names
 
 
+Service = Annotated[str, Field(pattern="^(wandb|tensorboard|mlflow|trackio|all)$")]
+
+
 class ReportConfig(Section):
     """The run directory and what is shown."""
 
@@ -489,10 +508,15 @@ class ReportConfig(Section):
     """Steps between evaluations on held-out prompts, or a fraction of the run below 1; 0 never."""
     log_completions: bool = True
     num_completions_to_print: Natural = 0
-    report_to: Annotated[list[Annotated[str, Field(pattern="^(wandb)$")]], BeforeValidator(_read_report_to)] = Field(
-        default_factory=list
-    )
-    """``wandb`` or ``none``, or a list of them."""
+    report_to: Annotated[
+        list[Annotated[str, Field(pattern="^(wandb|tensorboard|mlflow|trackio|all)$")]],
+        BeforeValidator(_read_report_to),
+    ] = Field(default_factory=list)
+    """``wandb``, ``tensorboard``, ``mlflow``, ``trackio``, a list of them, ``all`` that are installed, or ``none``."""
+    project: str | None = None
+    """Name of the project in these services; None takes `wandb_project`."""
+    trackio_space_id: str | None = None
+    """Space that Trackio writes to; None writes on this machine."""
     wandb_project: str = "trl_ray"
     html_report: bool = True
     callbacks: list[CallbackField] = Field(default_factory=list)

@@ -32,6 +32,8 @@ from trl_ray.models.adapters.lora import has_adapter, save_adapter
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.pt"
+ONLY_MODEL = "only_model"
+"""In the trainer state: whether it was written without the optimizer."""
 _FORMAT = 1
 _STEP = re.compile(r"step-(\d+)")
 
@@ -271,8 +273,64 @@ def _rescue(directory: Path) -> None:
             old.rename(final)
 
 
-def prune(directory: str | Path, *, keep: int) -> list[str]:
-    """Delete all but the `keep` youngest checkpoints, and whatever was left half-written.
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.py",
+    "README.md",
+)
+
+
+def model_files(checkpoint: str | Path) -> list[Path]:
+    """The files of a checkpoint that make its model: what `from_pretrained` reads."""
+    return sorted({file for pattern in _MODEL_FILES for file in Path(checkpoint).glob(pattern) if file.is_file()})
+
+
+def export_model(checkpoint: str | Path, folder: str | Path) -> Path:
+    """Copy the model of a checkpoint, without what only a run needs.
+
+    Returns:
+        The folder, made where there is none.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    target = Path(folder).expanduser().absolute()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for file in model_files(checkpoint):
+            shutil.copy2(file, target / file.name)
+    except OSError as error:
+        raise CheckpointError(f"the model must be written to {target}, but: {error}. Choose another folder.") from error
+    return target
+
+
+def leave_after(directory: str | Path, *, step: int) -> list[str]:
+    """Set all checkpoints younger than a step aside, as ``step-N.left``, for a run that goes on from that one.
+
+    Returns:
+        Their new paths.
+    """
+    left = []
+    for path in list_checkpoints(directory):
+        if checkpoint_step(path) > step:
+            aside = path.with_name(path.name + ".left")
+            shutil.rmtree(aside, ignore_errors=True)
+            left.append(str(path.rename(aside)))
+    return left
+
+
+def prune(directory: str | Path, *, keep: int, spare: Path | None = None) -> list[str]:
+    """Delete all but the `keep` youngest checkpoints and the one to `spare`, and whatever was left half-written.
 
     Call it only once a newer checkpoint is complete.
 
@@ -280,7 +338,8 @@ def prune(directory: str | Path, *, keep: int) -> list[str]:
         The paths that were deleted.
     """
     assert keep >= 1, "at least one checkpoint is kept"
-    doomed = list_checkpoints(directory)[:-keep] + sorted(Path(directory).glob("step-*.tmp"))
+    old = [path for path in list_checkpoints(directory)[:-keep] if path != spare]
+    doomed = old + sorted(Path(directory).glob("step-*.tmp"))
     for path in doomed:
         with contextlib.suppress(OSError):
             shutil.rmtree(path)

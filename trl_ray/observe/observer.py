@@ -1,6 +1,6 @@
 """Builds the sinks of a run: what every pipeline calls once.
 
-RunDirectory + options -> open_observer -> Observer(metrics, events, trace, completions, console, wandb)
+RunDirectory + options -> open_observer -> Observer(metrics, events, trace, completions, services, console)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import IO, Any
 from trl_ray.observe.completions import CompletionsFiles
 from trl_ray.observe.console import ConsoleSink
 from trl_ray.observe.run_directory import RunDirectory
+from trl_ray.observe.service_sinks import MLflowSink, TensorBoardSink, TrackioSink, services_of
 from trl_ray.observe.sinks import EventsFile, MetricsFile, Observer, Sink
 from trl_ray.observe.trace import TraceFile
 from trl_ray.observe.wandb_sink import WandbSink
@@ -22,10 +23,13 @@ def open_observer(
     total_steps: int | None,
     config: Mapping[str, Any],
     logging_steps: int = 1,
+    logging_first_step: bool = False,
     log_completions: bool = True,
     print_completions: int = 0,
     report_to: Sequence[str] = (),
     wandb_project: str = "trl_ray",
+    trackio_space_id: str | None = None,
+    private: bool | None = None,
     run_name: str | None = None,
     console_stream: IO[str] | None = None,
 ) -> Observer:
@@ -35,11 +39,14 @@ def open_observer(
         run: where files go; must exist.
         total_steps: optimizer steps of the run, for progress; None when unknown.
         config: resolved options as plain values; secrets are taken out before they leave the machine.
-        logging_steps: steps between console lines and wandb points; files take every step.
+        logging_steps: steps between console lines and points of services; files take every step.
+        logging_first_step: services take the first step, too.
         log_completions: write completions/*.parquet.
         print_completions: completions to print with each console line.
-        report_to: services, of which there is ``"wandb"``.
+        report_to: services, see `SERVICES`.
         wandb_project: project there.
+        trackio_space_id: where Trackio writes; None is this machine.
+        private: whether a Space that is made for it is.
         run_name: name there.
         console_stream: where the console writes; standard output by default.
 
@@ -50,9 +57,27 @@ def open_observer(
     sinks: list[Sink] = [MetricsFile(run.metrics), EventsFile(run.events), TraceFile(run.trace)]
     if log_completions:
         sinks.append(CompletionsFiles(run.completions))
-    if "wandb" in report_to:
-        name = run_name or run.path.name
-        sinks.append(WandbSink(run.path, project=wandb_project, run_name=name, config=config, every=logging_steps))
+    name = run_name or run.path.name
+    points: dict[str, Any] = {"every": logging_steps, "first": logging_first_step}
+    for service in services_of(report_to):
+        match service:
+            case "wandb":
+                sinks.append(WandbSink(run.path, project=wandb_project, run_name=name, config=config, **points))
+            case "tensorboard":
+                sinks.append(TensorBoardSink(run.path, config=config, **points))
+            case "mlflow":
+                sinks.append(MLflowSink(run.path, project=wandb_project, run_name=name, config=config, **points))
+            case "trackio":
+                sinks.append(
+                    TrackioSink(
+                        project=wandb_project,
+                        run_name=name,
+                        config=config,
+                        space_id=trackio_space_id,
+                        private=private,
+                        **points,
+                    )
+                )
     sinks.append(
         ConsoleSink(
             total_steps=total_steps, every=logging_steps, print_completions=print_completions, stream=console_stream

@@ -20,7 +20,7 @@ from trl_ray.errors import ConfigError
 from trl_ray.observe.run_files import atomic_write_json, atomic_write_text, read_json_lines, to_json, writing
 
 _FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "trace.jsonl", "ledger.json", "journal.bin", "report.html")
-_FOLDERS = ("completions", "checkpoints", "wandb")
+_FOLDERS = ("completions", "checkpoints", "model", "wandb", "tensorboard", "mlflow")
 # A folder with one of these was made by a run; nothing else is ever overwritten.
 _MARKS = ("metrics.jsonl", "events.jsonl")
 

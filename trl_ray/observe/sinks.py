@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trl_ray.observe.run_files import JsonLines
-from trl_ray.types import ActorReport, Event, RolloutGroup, Span
+from trl_ray.types import ActorReport, Event, EventKind, RolloutGroup, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,6 +56,17 @@ class Sink(Protocol):
     def close(self) -> None:
         """Write what is held back and let go; calling it again does nothing."""
         return
+
+
+def evaluated_numbers(event: Event) -> dict[str, float]:
+    """The numbers of an evaluation by their names with ``eval/``; none of any other event."""
+    if event.kind is not EventKind.EVALUATED:
+        return {}
+    return {
+        name if name.startswith("eval/") else f"eval/{name}": float(value)
+        for name, value in event.detail.items()
+        if "/" in name and isinstance(value, int | float)
+    }
 
 
 class MetricsFile(Sink):

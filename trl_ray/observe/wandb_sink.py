@@ -18,7 +18,8 @@ from typing import Any
 from trl_ray.errors import ConfigError
 from trl_ray.observe.redact import redact
 from trl_ray.observe.run_files import atomic_write_text, jsonable, writing
-from trl_ray.observe.sinks import Sink
+from trl_ray.observe.sinks import Sink, evaluated_numbers
+from trl_ray.types import Event
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,10 +32,17 @@ class WandbSink(Sink):
     """
 
     def __init__(
-        self, run_dir: Path, *, project: str, run_name: str | None, config: Mapping[str, Any], every: int = 1
+        self,
+        run_dir: Path,
+        *,
+        project: str,
+        run_name: str | None,
+        config: Mapping[str, Any],
+        every: int = 1,
+        first: bool = False,
     ) -> None:
         self._wandb = _import_wandb()
-        self._every = every
+        self._every, self._first = every, first
         folder = run_dir / "wandb"
         with writing(folder):
             folder.mkdir(exist_ok=True)
@@ -64,8 +72,17 @@ class WandbSink(Sink):
         self._run.define_metric("*", step_metric="step")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send every `every`-th step; once wandb fails, the run goes on without it."""
-        if self._run is None or step % self._every:
+        """Send every `every`-th step, and the first if that is asked; once wandb fails, the run goes on without it."""
+        if step % self._every == 0 or (self._first and step == 1):
+            self._send(step, metrics)
+
+    def event(self, event: Event) -> None:
+        """Send the numbers of evaluations, whichever step they come after."""
+        if numbers := evaluated_numbers(event):
+            self._send(int(event.detail.get("step", 0)), numbers)
+
+    def _send(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._run is None:
             return
         try:
             self._run.log({"step": step, **metrics})

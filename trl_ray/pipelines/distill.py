@@ -95,7 +95,7 @@ class DistillPipeline(RolloutPipeline):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: object | None = None,
         teacher_model: str | None = None,
         args: DistillConfig | None = None,
         train_dataset: Any = None,
@@ -103,6 +103,7 @@ class DistillPipeline(RolloutPipeline):
         reward_funcs: str | RewardFunction | Sequence[str | RewardFunction] | None = None,
         peft_config: object | None = None,
         callbacks: Sequence[Any] | None = None,
+        **objects: Any,
     ) -> None:
         """Take what TRL's trainer takes; what is None comes from `args`. Rewards are only measured.
 
@@ -120,4 +121,5 @@ class DistillPipeline(RolloutPipeline):
             eval_dataset=eval_dataset,
             peft_config=peft_config,
             callbacks=callbacks,
+            **objects,
         )

@@ -56,7 +56,9 @@ def ends_with(monkeypatch, outcome):
 def output(**ledger):
     balance = {"issued": 8, "trained": 8, "dropped": {}, "live": {}, **ledger}
     snapshot = LedgerSnapshot(**balance, fenced=0, reissued=0, step=2, version=2)
-    return TrainOutput(steps=2, run_dir=Path("runs/x"), metrics={}, ledger=snapshot, worst_age=1)
+    return TrainOutput(
+        steps=2, run_dir=Path("runs/x"), metrics={}, ledger=snapshot, model=Path("runs/x/m"), worst_age=1
+    )
 
 
 EXPECTED = {

@@ -113,6 +113,26 @@ def test_what_contradicts_or_is_not_known_is_refused_by_name(given: dict[str, An
     assert all(name in str(caught.value) for name in names), str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("optim", "given", "words"),
+    [
+        ("adafactor", {"zero_optimization": {"stage": 2}}, ["flat shards", "stage=2", "adafactor"]),
+        ("muon", {"zero_optimization": {"stage": 1}}, ["flat shards", "stage=1", "muon"]),
+        ("sgd", {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, ["offload", "sgd"]),
+        ("sgd", {"optimizer": {"type": "AdamW"}}, ["deepspeed.optimizer", "optim=sgd"]),
+    ],
+)
+def test_an_optimizer_that_shards_cannot_have_is_refused(optim: str, given: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(given, optim=optim)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_optimizers_that_move_each_number_by_itself_work_on_shards_and_all_on_whole_weights() -> None:
+    assert resolve({"zero_optimization": {"stage": 3}}, optim="sgd").stage == 3
+    assert resolve({"zero_optimization": {"stage": 0}}, optim="muon").stage == 0
+
+
 def test_bfloat16_weights_switch_deepspeeds_bf16_on_and_add_gradients_up_in_float32() -> None:
     plan = resolve({"zero_optimization": {"stage": 2}}, dtype=Dtype.BFLOAT16)
     assert plan.bf16

@@ -73,7 +73,10 @@ def test_all_wrong_values_are_told_at_once() -> None:
             {"loss_type": "ppo"},
             "loss_type must be 'grpo', 'dapo', 'dr_grpo', 'bnpo', 'cispo', 'sapo', 'luspo' or 'vespo', got 'ppo'.",
         ),
-        ({"report_to": ["tensorboard"]}, "report_to.0 must be one of wandb, got 'tensorboard'."),
+        (
+            {"report_to": ["comet_ml"]},
+            "report_to.0 must be one of wandb, tensorboard, mlflow, trackio, all, got 'comet_ml'.",
+        ),
         ({"runtime": {"num_cpus": "4"}}, "runtime.num_cpus must be a valid integer, got '4'."),
         ({"rollout": {"dtype": "float16"}}, "rollout.dtype must be 'float32', 'bfloat16' or 'auto', got 'float16'."),
         (

@@ -216,11 +216,12 @@ def test_wandb_is_offline_in_the_run_directory_without_a_key_and_sees_no_secret(
     sink = WandbSink(tmp_path, project="p", run_name="r", config={"hf_token": "s", "lr": 0.1}, every=2)
     for step in (1, 2):
         sink.step(step, {"loss": 0.5})
+    sink.event(Event.now(EventKind.EVALUATED, "evaluation", step=3, prompts=4, **{"reward/mean": 0.25}))
     sink.close()
     sink.close()
     assert calls[0]["mode"] == "offline" and calls[0]["dir"] == str(tmp_path)
     assert calls[0]["config"] == {"hf_token": "[removed]", "lr": 0.1}
-    assert run.logged == [{"step": 2, "loss": 0.5}] and run.finished == 1
+    assert run.logged == [{"step": 2, "loss": 0.5}, {"step": 3, "eval/reward/mean": 0.25}] and run.finished == 1
 
 
 def test_a_resumed_run_keeps_its_wandb_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from trl_ray.config.losses.preference_options import (
 )
 from trl_ray.config.losses.reward_modelling_options import RewardLossConfig, StepLossConfig
 from trl_ray.config.losses.supervised_options import SupervisedLossConfig
+from trl_ray.config.runs.cadence_options import Strategy
 from trl_ray.config.runs.run_config import RunConfig
 
 LearningRate = Annotated[float, Field(gt=0)]
@@ -54,11 +55,11 @@ class SupervisedRunConfig(RunConfig, ExampleConfig):
         return self
 
     @model_validator(mode="after")
-    def _check_early_stopping(self) -> Self:
-        if self.early_stopping_patience is not None and not self.eval_steps:
+    def _check_epochs_of_a_stream(self) -> Self:
+        if self.dataset_streaming and self.logging_strategy is Strategy.EPOCH:
             raise ValueError(
-                f"eval_steps must be at least 1 with early_stopping_patience={self.early_stopping_patience}, got 0: "
-                "nothing would be evaluated. Set eval_steps."
+                "logging_strategy must be steps or no with dataset_streaming=true, got epoch: a stream does not say "
+                "how long it is. Set logging_strategy=steps."
             )
         return self
 
@@ -129,7 +130,10 @@ class RewardModelConfig(SupervisedRunConfig, RewardLossConfig):
 
     pipeline: Literal["reward"] = "reward"
     learning_rate: LearningRate = 1e-4
-    metric_for_best_model: str = "accuracy"
+
+    @property
+    def _default_metric(self) -> str:
+        return "accuracy"
 
 
 class PRMConfig(SupervisedRunConfig, SteppedExampleConfig, StepLossConfig):
@@ -137,4 +141,7 @@ class PRMConfig(SupervisedRunConfig, SteppedExampleConfig, StepLossConfig):
 
     pipeline: Literal["prm"] = "prm"
     learning_rate: LearningRate = 1e-5
-    metric_for_best_model: str = "accuracy"
+
+    @property
+    def _default_metric(self) -> str:
+        return "accuracy"

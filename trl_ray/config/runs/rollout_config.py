@@ -58,6 +58,10 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
         return True
 
     @property
+    def _default_metric(self) -> str:
+        return "reward/mean" if self.has_rewards else "loss"
+
+    @property
     def teacher_sources(self) -> tuple[TeacherSource, ...]:
         """Every teacher that is asked, as whoever holds it is told."""
         return ()
@@ -234,6 +238,15 @@ class AheadConfig(RolloutRunConfig):
     def adapts_slots(self) -> bool:
         """Whether the number of admission slots in use follows the learner's waiting."""
         return self.adaptive_slots and self.max_staleness > 0
+
+    @model_validator(mode="after")
+    def _check_determinism(self) -> Self:
+        if self.full_determinism and self.max_staleness > 0:
+            raise ValueError(
+                f"full_determinism must be false with max_staleness={self.max_staleness}, got true: what a step is "
+                "trained on depends on who is done first. Set max_staleness=0, or leave it out."
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_look_ahead(self) -> Self:

@@ -1,6 +1,7 @@
 """What the configurations of all pipelines have in common.
 
-flat, TRL's names: ModelConfig + DataConfig + TrainingConfig + ReportConfig        nested, ours: runtime: RuntimeConfig
+flat, TRL's names: ModelConfig + DataConfig + TrainingConfig + ReportConfig + CadenceConfig + HubConfig
+nested, ours:      runtime: RuntimeConfig
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pydantic import Field, model_validator
 
 from trl_ray.config.deepspeed import resolve_deepspeed
 from trl_ray.config.object_paths import is_same_object
+from trl_ray.config.runs.cadence_options import CadenceConfig, HubConfig
 from trl_ray.config.sections import (
     DataConfig,
     Dtype,
@@ -24,7 +26,7 @@ from trl_ray.config.sections import (
 from trl_ray.config.trl_options.reading import read_foreign
 
 
-class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig):
+class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig, CadenceConfig, HubConfig):
     """A run of any pipeline: a model, rows, an optimizer, a run directory, actors."""
 
     pipeline: str = ""

@@ -61,7 +61,9 @@ TRAINING: Rows = {
         {"use_reentrant": True},
         says="Checkpointing recomputes without reentry, which gives the same numbers. Remove what else it holds.",
     ),
-    "liger_kernel_config": only(None, {}, says="Remove it: use_liger_kernel=true takes Liger's own choice of kernels."),
+    "liger_kernel_config": only(
+        None, {}, says="Liger's own choice of kernels is what use_liger_kernel=true takes. Remove it."
+    ),
     "auto_find_batch_size": only(False, says="Set max_tokens_per_micro_batch: it bounds the memory of a pass."),
     "torch_empty_cache_steps": always("Memory is bounded by max_tokens_per_micro_batch, not by emptying caches."),
     "use_cache": always("The learner computes without a cache, engines with one."),

@@ -1,6 +1,6 @@
 """DeepSpeed: gradients, optimizer and weights are sharded over the ranks, as far as the ZeRO stage says.
 
-    stage 0, 1: loss.backward x micro-batches --> reduce: all-reduce or shards --> norm --> update: AdamW per shard
+    stage 0, 1: loss.backward x micro-batches --> reduce: all-reduce or shards --> norm --> update: per shard
     stage 2   : engine.backward, which reduces every micro-batch into shards   --> norm --> update
     stage 3   : the same, and every module gathers its weights around its forward and backward pass
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from trl_ray.config.deepspeed import resolve_deepspeed
 from trl_ray.config.sections import Dtype, TrainingConfig
 from trl_ray.errors import CheckpointError, ConfigError
-from trl_ray.models.backends.optimizer import build_optimizer, build_scheduler
+from trl_ray.models.backends.optimizer import build_optimizer, build_scheduler, load_optimizer
 from trl_ray.models.backends.ranks import Ranks
 from trl_ray.models.scoring.head import head_weight
 from trl_ray.models.scoring.scoring_module import PredictorModule
@@ -218,7 +218,7 @@ class DeepSpeedBackend:
 
     def _read_state(self, directory: Path, state: dict[str, Any]) -> None:
         if not self._plan.shards_optimizer:
-            self._optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self._optimizer, state["optimizer"])
         else:
             self._read_shards(directory)
         self._scheduler.load_state_dict(state["scheduler"])

@@ -1,6 +1,6 @@
 """Plain torch: every rank holds the whole model, and gradients are summed once per update.
 
-backward x micro-batches --> [all-reduce of flat buckets] --> norm, clip --> fused AdamW --> schedule
+backward x micro-batches --> [all-reduce of flat buckets] --> norm, clip --> optimizer --> schedule
 
 Ranks exchange nothing before the update's last backward pass, so they may run different numbers of them.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trl_ray.config.sections import TrainingConfig
 from trl_ray.errors import CheckpointError
-from trl_ray.models.backends.optimizer import build_optimizer, build_scheduler
+from trl_ray.models.backends.optimizer import build_optimizer, build_scheduler, load_optimizer
 from trl_ray.models.backends.ranks import Ranks
 from trl_ray.models.scoring.scoring_module import PredictorModule
 
@@ -57,7 +57,7 @@ class TorchBackend:
         return float(torch.nn.utils.clip_grad_norm_(self._trained, self._max_norm))
 
     def _sum_over_ranks(self) -> None:
-        # A parameter without a gradient anywhere must keep none, or AdamW would decay it.
+        # A parameter without a gradient anywhere must keep none, or the optimizer would decay it.
         touched = torch.tensor([float(p.grad is not None) for p in self._trained], device=self._trained[0].device)
         dist.all_reduce(touched)
         moving = [p for p, count in zip(self._trained, touched.tolist(), strict=True) if count]
@@ -96,7 +96,7 @@ class TorchBackend:
     def load_state(self, directory: Path, state: dict[str, Any]) -> None:
         """The number of ranks may have changed."""
         try:
-            self._optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self._optimizer, state["optimizer"])
             self._scheduler.load_state_dict(state["scheduler"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(

@@ -15,14 +15,17 @@ the reference.
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 import torch
 
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.sections import ModelConfig, TrainingConfig
-from trl_ray.errors import ConfigError
+from trl_ray.errors import ConfigError, ModelError
+from trl_ray.models.adapters.adapter_config import is_adapter_folder
 from trl_ray.models.companions.averaging import Pace, WeightAverage
 from trl_ray.models.companions.companion import AdapterlessCompanion, AveragedCompanion, Companion
+from trl_ray.models.loadable import check_loadable
 from trl_ray.models.policy_loading import Policy, load_policy
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
 
@@ -55,7 +58,7 @@ def reference_kind(model: ModelConfig, loss: LossSection) -> ReferenceKind:
     if loss.precomputes_reference:
         return ReferenceKind.PRECOMPUTED
     moves = loss.reference_sync is not None
-    if not model.use_peft:
+    if model.ref_model_name_or_path is not None or not model.use_peft:
         return ReferenceKind.SYNCHRONISED if moves else ReferenceKind.FROZEN
     if moves:
         raise ConfigError(
@@ -63,6 +66,50 @@ def reference_kind(model: ModelConfig, loss: LossSection) -> ReferenceKind:
             "model beneath it, of which there is no copy to move. Set sync_ref_model=false, or train the whole model."
         )
     return ReferenceKind.ADAPTER
+
+
+def check_reference(model: ModelConfig, loss: LossSection) -> None:
+    """Refuse a reference of its own where it would not be asked.
+
+    Raises:
+        ConfigError: the loss compares with none, or its answers are precomputed by the policy itself.
+    """
+    name = model.ref_model_name_or_path
+    if name is None:
+        return
+    kind = reference_kind(model, loss)
+    if kind is ReferenceKind.NONE:
+        raise ConfigError(
+            f"ref_model_name_or_path must be left out where the loss compares with no reference, got {name}. Remove it."
+        )
+    if kind is ReferenceKind.PRECOMPUTED:
+        raise ConfigError(
+            f"precompute_ref_log_probs must be false with ref_model_name_or_path={name}, got true: the policy itself "
+            "is asked before training. Set it to false."
+        )
+    check_loadable(_initial_model(model))
+
+
+def _initial_model(model: ModelConfig) -> ModelConfig:
+    """What the reference's weights are loaded by."""
+    name = model.ref_model_name_or_path
+    if name is None:
+        return model.replace(gradient_checkpointing=False)
+    shared = ("dtype", "bf16", "attn_implementation", "trust_remote_code", "use_liger_kernel")
+    options = {option: getattr(model, option) for option in shared}
+    return ModelConfig(
+        model_name_or_path=name, gradient_checkpointing=False, use_peft=is_adapter_folder(name), **options
+    )
+
+
+def _require_same_vocabulary(reference: Policy, policy: Policy, name: str) -> None:
+    tables: list[Any] = [each.get_input_embeddings() for each in (reference, policy)]
+    sizes = [int(table.weight.shape[0]) for table in tables]
+    if sizes[0] < sizes[1]:
+        raise ModelError(
+            f"ref_model_name_or_path must know all {sizes[1]} tokens of the policy, but {name} has {sizes[0]}. Take a "
+            "model with the same tokenizer."
+        )
 
 
 def build_reference(
@@ -95,7 +142,9 @@ def build_reference(
     if kind is ReferenceKind.ADAPTER:
         return AdapterlessCompanion(policy, scorer)
     # Never has gradients, so that there is nothing to recompute for them.
-    copy = load_policy(model.replace(gradient_checkpointing=False), device=device, trainable=False)
+    copy = load_policy(_initial_model(model), device=device, trainable=False)
+    if model.ref_model_name_or_path is not None:
+        _require_same_vocabulary(copy, policy, model.ref_model_name_or_path)
     module = ScoringModule(copy, chunk_size=training.chunk_lm_head_size, bf16=bool(model.bf16))
     own = SampleScorer(module, share_prompt=training.share_prompt, temperature=temperature)
     if kind is ReferenceKind.FROZEN:

@@ -130,7 +130,7 @@ def load_classifier(
     """
     assert num_labels in AUTO_CLASSES, "a classifier has one label or two"
     source, config = find_source(model, path=path), load_model_config(model, path=path)
-    is_new = not _has_head(source.base, config, num_labels)
+    is_new = not has_class_head(source.base, config, num_labels)
     with torch.random.fork_rng(devices=[]):  # transformers draws the missing head before it is drawn by its seed
         loaded, missing = load_base(
             model,
@@ -150,7 +150,7 @@ def load_classifier(
     return loaded
 
 
-def _has_head(name: str, config: PretrainedConfig, num_labels: int) -> bool:
+def has_class_head(name: str, config: PretrainedConfig, num_labels: int) -> bool:
     """Whether the model is a classifier of the wanted kind already; an error where it is of another or can be none."""
     if type(config) not in AUTO_CLASSES[num_labels]._model_mapping and not hasattr(config, "auto_map"):
         raise ModelError(
@@ -254,5 +254,5 @@ def count_classifier_parameters(model: ModelConfig, *, num_labels: int) -> Param
     Raises:
         ModelError: its configuration cannot be loaded, it is a classifier of another kind, or its adapter does not fit.
     """
-    _has_head(str(model.model_name_or_path), load_model_config(model), num_labels)
+    has_class_head(str(model.model_name_or_path), load_model_config(model), num_labels)
     return count_parameters(model, auto=AUTO_CLASSES[num_labels], changes=_CHANGES[num_labels])

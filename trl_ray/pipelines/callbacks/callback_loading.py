@@ -13,9 +13,11 @@ from typing import Any
 from trl_ray.config.callback_options import FROM_PYTHON, CallbackSpec
 from trl_ray.config.messages import nearest
 from trl_ray.config.object_paths import find_object
+from trl_ray.config.runs.cadence_options import HubStrategy
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.errors import ConfigError
 from trl_ray.pipelines.callbacks.hooks import CallbackList, Hook
+from trl_ray.pipelines.run.hub_pushes import HubCallback
 
 
 def specs_with(named: Sequence[CallbackSpec], given: Sequence[Any] | None) -> list[CallbackSpec]:
@@ -47,7 +49,8 @@ def make_callbacks(config: RunConfig, given: Sequence[Any] | None) -> CallbackLi
     objects = [_called(item, {}, _class_of(item)) if inspect.isclass(item) else item for item in given or ()]
     for callback in (*named, *objects):
         _check_hooks(callback)
-    return CallbackList([*named, *objects], args=config)
+    own = [HubCallback(config)] if config.push_to_hub and config.hub_strategy is not HubStrategy.END else []
+    return CallbackList([*named, *objects, *own], args=config)
 
 
 def _construct(spec: CallbackSpec) -> Any:

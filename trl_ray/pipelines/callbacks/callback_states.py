@@ -1,5 +1,7 @@
 """What callbacks remember from step to step, in checkpoints: those that have `state_dict` and `load_state_dict`.
 
+Those of transformers with a `state` (`ExportableState`) have its attributes kept.
+
 callbacks --state_dict--> callbacks.json in step-N/ --load_state_dict--> callbacks of the same class, in their order
 """
 
@@ -7,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trl_ray.errors import CallbackError
 
@@ -24,11 +26,12 @@ def write_states(callbacks: Sequence[Any]) -> dict[str, bytes]:
     """
     states = []
     for callback in callbacks:
-        if not callable(getattr(callback, "state_dict", None)):
+        take = _taking(callback)
+        if take is None:
             continue
         name = type(callback).__name__
         try:
-            state = json.loads(json.dumps(callback.state_dict(), allow_nan=True))
+            state = json.loads(json.dumps(take(), allow_nan=True))
         except Exception as error:  # a user's callback may raise anything
             raise CallbackError(
                 f"{name}.state_dict must give what JSON can hold, but: {type(error).__name__}: {error}. Mend it: "
@@ -56,10 +59,11 @@ def read_states(callbacks: Sequence[Any], kept: Path | bytes) -> tuple[str, ...]
         left[entry["class"]].append(entry["state"])
     for callback in callbacks:
         name = type(callback).__name__
-        if not left[name] or not callable(getattr(callback, "load_state_dict", None)):
+        give = _giving(callback)
+        if not left[name] or give is None:
             continue
         try:
-            callback.load_state_dict(left[name].pop(0))
+            give(left[name].pop(0))
         except Exception as error:  # a user's callback may raise anything
             raise CallbackError(
                 f"{name}.load_state_dict must take what its state_dict gave, but: {type(error).__name__}: {error}. "
@@ -70,6 +74,26 @@ def read_states(callbacks: Sequence[Any], kept: Path | bytes) -> tuple[str, ...]
         for name, states in left.items()
         for _ in states
     )
+
+
+def _taking(callback: Any) -> Callable[[], Any] | None:
+    """What gives a callback's state; None where it has none."""
+    if callable(own := getattr(callback, "state_dict", None)):
+        return cast(Callable[[], Any], own)
+    if _is_exportable(callback):
+        return lambda: callback.state()["attributes"]
+    return None
+
+
+def _giving(callback: Any) -> Callable[[Any], Any] | None:
+    """What takes it again."""
+    if callable(own := getattr(callback, "load_state_dict", None)):
+        return cast(Callable[[Any], Any], own)
+    return (lambda kept: vars(callback).update(kept)) if _is_exportable(callback) else None
+
+
+def _is_exportable(callback: Any) -> bool:
+    return callable(getattr(callback, "state", None)) and callable(getattr(type(callback), "from_state", None))
 
 
 def _entries(kept: Path | bytes) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trl_ray.config.runs.cadence_options import Strategy
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import RuntimeKind
 from trl_ray.config.step_counts import steps_of
@@ -42,6 +43,7 @@ Say = Callable[..., None]
 class Hook(enum.StrEnum):
     """The methods of a callback that are called."""
 
+    INIT_END = "on_init_end"
     TRAIN_BEGIN = "on_train_begin"
     TRAIN_END = "on_train_end"
     EPOCH_BEGIN = "on_epoch_begin"
@@ -106,6 +108,17 @@ class TrainerState:
     """Always: callbacks run on the driver, of which there is one."""
     is_local_process_zero: bool = True
     is_hyper_param_search: bool = False
+    logging_steps: int = 1
+    eval_steps: int = 0
+    save_steps: int = 0
+    train_batch_size: int | None = None
+    """Of one micro-batch of one rank."""
+    num_input_tokens_seen: int = 0
+    """Always 0, as `total_flos`: metrics count tokens."""
+    total_flos: float = 0.0
+    trial_name: str | None = None
+    trial_params: dict[str, Any] | None = None
+    stateful_callbacks: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +149,7 @@ class CallbackList:
         self.stopped_by: str | None = None
         """Who asked for the end of training."""
         self._callbacks, self._args = tuple(callbacks), args
+        self._shown_args = _as_transformers_has_them(args)
         self._course: TrainingSpan | None = None
         self._say: Say | None = None
         self._initial: bytes | None = None
@@ -171,9 +185,15 @@ class CallbackList:
         state = self.state
         state.global_step, state.max_steps = span.step, span.max_steps
         state.epoch, state.num_train_epochs = span.epoch, span.num_train_epochs
+        args = self._args
+        state.logging_steps, state.eval_steps, state.save_steps = (
+            steps_of(count, span.max_steps) for count in (args.logging_steps, args.eval_steps, args.save_steps)
+        )
+        state.train_batch_size = args.per_device_train_batch_size
         state.log_history[:] = [line for line in state.log_history if line["step"] <= span.step]
         self.control.should_training_stop, self.stopped_by = False, None
         if not restarted:
+            await self.dispatch(Hook.INIT_END)
             await self.dispatch(Hook.TRAIN_BEGIN)
 
     async def step_begin(self) -> None:
@@ -195,8 +215,12 @@ class CallbackList:
     ) -> None:
         """Held-out numbers are known, by their names without ``eval_``; `best` is that of `metric_for_best_model`."""
         self.control.should_evaluate = False
+        metrics = {f"eval_{name}": value for name, value in numbers.items()}
+        if "eval_reward/mean" in metrics:
+            metrics["eval_reward"] = metrics["eval_reward/mean"]  # TRL's name
+        # As in transformers they compare with the best before, which EarlyStoppingCallback relies on.
+        await self.dispatch(Hook.EVALUATE, metrics=metrics)
         self.set_best(best, best_step)
-        await self.dispatch(Hook.EVALUATE, metrics={f"eval_{name}": value for name, value in numbers.items()})
 
     def set_best(self, best: float | None, best_step: int | None) -> None:
         """The best held-out value so far, and its step."""
@@ -206,13 +230,25 @@ class CallbackList:
     async def logged(self, record: Mapping[str, float]) -> None:
         """The line of a step is written."""
         state, control = self.state, self.control
-        every = steps_of(self._args.logging_steps, state.max_steps)
-        if state.global_step % every and not control.should_log:
+        if not self._log_is_due and not control.should_log:
             return
         control.should_log = False
         state.log_history.append({**record, "step": state.global_step})
         del state.log_history[:-MAX_LOG_HISTORY]
         await self.dispatch(Hook.LOG, logs=dict(record))
+
+    @property
+    def _log_is_due(self) -> bool:
+        """Whether the line of the last step is one that is told."""
+        if self.state.global_step == 1 and self._args.logging_first_step:
+            return True
+        match self._args.logging_strategy:
+            case Strategy.STEPS:
+                return self.state.global_step % steps_of(self._args.logging_steps, self.state.max_steps) == 0
+            case Strategy.EPOCH:
+                return math.floor(self.state.epoch) > math.floor(self._epoch_before)
+            case Strategy.NO:
+                return False
 
     async def epoch_end(self) -> None:
         """All of a step is done; tell the end of an epoch, if it was its last one or one has asked to leave it."""
@@ -269,9 +305,9 @@ class CallbackList:
     async def _call(self, callback: Any, hook: Hook, payload: Mapping[str, Any]) -> Any:
         method = getattr(callback, hook)
         if hook.is_of_self_distillation:
-            call = partial(method, args=self._args, state=self.state, control=self.control, **payload)
+            call = partial(method, args=self._shown_args, state=self.state, control=self.control, **payload)
         else:
-            call = partial(method, self._args, self.state, self.control, **payload)
+            call = partial(method, self._shown_args, self.state, self.control, **payload)
         if self._thread is None or inspect.iscoroutinefunction(method):
             answer = _guarded(call, callback, hook)
         else:
@@ -325,6 +361,14 @@ class CallbackList:
                 "trained on directly: prompts are handed out ahead of training, and a stream cannot be wound on. Set "
                 "control.should_training_stop."
             )
+
+
+def _as_transformers_has_them(args: RunConfig) -> RunConfig:
+    """The configuration with what is None here and never None there; callbacks of transformers compare with it."""
+    strategy, best = args.evaluation, args.best_metric if args.evaluates else args.metric_for_best_model
+    return args.model_copy(
+        update={"eval_strategy": strategy, "metric_for_best_model": best, "greater_is_better": args.wants_greater}
+    )
 
 
 def _guarded(call: Callable[[], Any], callback: Any, hook: Hook) -> Any:

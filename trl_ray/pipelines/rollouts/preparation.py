@@ -20,7 +20,9 @@ from trl_ray.config.sections import Dtype, GenerationConfig, ModelConfig, Prompt
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
 from trl_ray.errors import ConfigError
-from trl_ray.models.backends.optimizer import check_schedule
+from trl_ray.models.backends.optimizer import check_optimizer
+from trl_ray.models.companions.reference import check_reference
+from trl_ray.models.loadable import check_loadable
 from trl_ray.models.policy_loading import count_parameters, load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.reward_model_actors import (
@@ -206,13 +208,18 @@ class Preparation:
         where = "the rollout engines" if self.config.teacher_on_engines else where
         return f"{', '.join(_named(source) for source in self.config.teacher_sources)}, held by {where}"
 
+    @property
+    def steps_per_epoch(self) -> float | None:
+        return len(self.prompts) / self.config.groups_per_step
+
     def expected_memory(self) -> Mapping[str, float]:
         """Bytes that one actor of each role is expected to hold: weights, optimizer, caches, and its Python."""
         config, model = self.config, self.config.part(ModelConfig)
         parameters = count_parameters(model).base
         engine = parameters * dtype_bytes(config.rollout.dtype or config.dtype)
         return {
-            Role.LEARNER: learner_memory(model, has_reference=self._has_reference) + self._resident_memory(),
+            Role.LEARNER: learner_memory(model, has_reference=self._has_reference, optim=self.config.optim)
+            + self._resident_memory(),
             Role.QUEUE: 0.2 * GIB,
             Role.ROLLOUT: engine + config.rollout.kv_cache_memory_gib * GIB + PROCESS,
             Role.REWARD: 0.2 * GIB,
@@ -248,23 +255,25 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     functions = inputs.reward_funcs or config.reward_funcs
     _check_given(functions)
     build_loss(objective.loss)
-    check_schedule(config.part(TrainingConfig))
+    check_optimizer(config.part(TrainingConfig))
     _check_weights(config, functions)
     model = config.part(ModelConfig)
+    check_loadable(model)
+    check_reference(model, resolve_options(objective.loss))
     tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
     max_model_len = _max_model_len(config, max_positions(model))
     data, limit = config.part(PromptConfig), max_model_len - config.max_completion_length
     prompts = load_prompts(
         data,
         tokenizer,
-        seed=config.seed,
+        seed=config.seed_of_rows,
         max_prompt_tokens=limit,
         dataset=inputs.train_dataset,
         completions=objective.dataset_completions(),
         max_prompt_length=objective.max_prompt_length,
         check_columns=row_check(functions),
     )
-    held_out = _held_out(objective, inputs, tokenizer, limit, functions) if config.eval_steps else None
+    held_out = _held_out(objective, inputs, tokenizer, limit, functions) if config.evaluates else None
     rewarded = config.has_rewards and (functions or not config.scoring_models)
     specs = make_specs(functions, columns=prompts.columns) if rewarded else ()
     models = prepare_reward_models(config, functions=[spec.name for spec in specs], prompt=prompts.prompt(0))
@@ -333,9 +342,14 @@ def _held_out(
     objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: int, functions: Sequence[str | RewardFunction]
 ) -> PromptSource:
     config = objective.config
+    if isinstance(inputs.eval_dataset, Mapping) and config.dataset_test_split not in inputs.eval_dataset:
+        raise ConfigError(
+            f"eval_dataset must be one set of prompts here, got {len(inputs.eval_dataset)} by name: "
+            f"{', '.join(map(str, inputs.eval_dataset))}. Give one, or name it as dataset_test_split."
+        )
     if inputs.eval_dataset is None and config.dataset_name is None and not config.datasets:
         raise ConfigError(
-            f"eval_steps={config.eval_steps} needs held-out prompts, but there are none. Pass eval_dataset, name a "
+            f"{config.evaluation_asked_by} needs held-out prompts, but there are none. Pass eval_dataset, name a "
             "dataset with dataset_test_split, or set eval_steps=0."
         )
     return load_prompts(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from trl_ray.actors.reward_model_worker import RewardModelWorker, open_reader
 from trl_ray.actors.reward_worker import ScoringModel
@@ -16,11 +16,15 @@ from trl_ray.config.reward_model_options import RewardModelOptions, check_reward
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.errors import ConfigError, ModelError
 from trl_ray.models.adapters.adapter_config import is_adapter_folder
+from trl_ray.models.given_model import is_model
 from trl_ray.models.scoring.reward_model import RewardModelFacts, count_reward_parameters, find_reward_model
+from trl_ray.pipelines.run.given_objects import GivenFolders
 from trl_ray.pipelines.run.planning import PROCESS, dtype_bytes
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime, reward_model_plan
 from trl_ray.types import Prompt
 
+GivenReward: TypeAlias = Any
+"""A name, a function, a folder of a model, or a model."""
 _SHARE_OF_LEASE = 0.9
 """A reward worker gives up on a model before the rollout worker, which waits for a lease, gives up on the reward
 worker; so the failure has the model's name."""
@@ -37,8 +41,41 @@ class SeparatedRewards:
     """Options of `RolloutRunConfig` that take the models in; without `reward_funcs`."""
 
 
+def name_reward_models(
+    given: GivenReward | Sequence[GivenReward] | None,
+    tokenizers: object | Sequence[object] | None,
+    folders: GivenFolders,
+) -> tuple[list[GivenReward] | None, frozenset[str]]:
+    """Reward functions with the folders of models that were given as objects in their place, and those folders.
+
+    Raises:
+        ConfigError: something that is neither name, function nor model of transformers.
+    """
+    if given is None:
+        return None, frozenset()
+    every = list(given) if isinstance(given, list | tuple) else [given]
+    readers = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(every)
+    if len(readers) != len(every):
+        raise ConfigError(
+            f"reward_processing_classes must have one entry for each of the {len(every)} reward_funcs, got "
+            f"{len(readers)}. Write None for functions."
+        )
+    written: set[str] = set()
+    for place, (each, reader) in enumerate(zip(every, readers, strict=True)):
+        if is_model(each):
+            folder = folders.add(f"reward{place}", each, reader)
+            every[place] = folder
+            written.add(folder)
+        elif not isinstance(each, str) and (not callable(each) or hasattr(each, "state_dict")):
+            raise ConfigError(
+                f"reward_funcs must be names, functions or models of transformers, got a {type(each).__name__}. Wrap "
+                "it in a function, or name a folder written by save_pretrained."
+            )
+    return every, frozenset(written)
+
+
 def separate_reward_models(
-    reward_funcs: Sequence[str | Callable[..., Any]] | None, args: RolloutRunConfig
+    reward_funcs: Sequence[GivenReward] | None, args: RolloutRunConfig, *, models: Collection[str] = ()
 ) -> SeparatedRewards:
     """Tell reward functions from folders of models, which TRL takes in the same list; weights go along.
 
@@ -47,9 +84,10 @@ def separate_reward_models(
     Args:
         reward_funcs: as Python gave them; None takes those of `args`.
         args: as Python gave them, or the pipeline's defaults.
+        models: folders that are yet to be written.
     """
     given = list(args.reward_funcs) if reward_funcs is None else list(reward_funcs)
-    folders = [isinstance(each, str) and is_model_folder(each) for each in given]
+    folders = [isinstance(each, str) and (each in models or is_model_folder(each)) for each in given]
     functions = [each for each, is_model in zip(given, folders, strict=True) if not is_model]
     as_given = None if reward_funcs is None else functions
     if not any(folders):
@@ -58,12 +96,12 @@ def separate_reward_models(
     split = weights is not None and len(weights) == len(given)
     each_weight = weights if weights is not None and split else [1.0] * len(given)
     known = {model.model_name_or_path for model in args.scoring_models}
-    models = [
+    named = [
         RewardModelOptions(model_name_or_path=str(each), weight=weight)
         for each, is_model, weight in zip(given, folders, each_weight, strict=True)
         if is_model and each not in known
     ]
-    changes: dict[str, Any] = {"reward_models": [*args.reward_models, *models]}
+    changes: dict[str, Any] = {"reward_models": [*args.reward_models, *named]}
     if split:
         left = [weight for weight, is_model in zip(each_weight, folders, strict=True) if not is_model]
         changes["reward_weights"] = left or None

@@ -32,12 +32,15 @@ from trl_ray.pipelines.rollouts.objective import with_metrics
 from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, Preparation
 from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.updates import Updated, prepare_step, train_on
+from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.learner_actors import under_watch
 from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.types import EventKind, Metric, RolloutGroup, StepResult
 
+BEST = "best.json"
+"""In checkpoints: the best evaluation so far."""
 _POLL_S = 2.0
 _SAY_WAITING_S = 30.0
 
@@ -61,8 +64,17 @@ class RolloutLoop(StepLoop[_Trained]):
     def __init__(
         self, *, plan: Preparation, actors: RolloutActors, recorder: Recorder, opening: Opening, stop: asyncio.Event
     ) -> None:
-        can_evaluate = plan.config.eval_steps > 0
-        super().__init__(plan=plan, recorder=recorder, opening=opening, can_evaluate=can_evaluate, stop=stop)
+        stopping = EarlyStopping.of(plan.config)
+        if opening.checkpoint is not None and (kept := Path(opening.checkpoint) / BEST).is_file():
+            stopping.load_state_dict(json.loads(kept.read_text(encoding="utf-8")))
+        super().__init__(
+            plan=plan,
+            recorder=recorder,
+            opening=opening,
+            stopping=stopping,
+            can_evaluate=plan.config.evaluates,
+            stop=stop,
+        )
         self._actors, self._failures = actors, FailuresInARow(plan.config)
         self._pulling: asyncio.Task[None] | None = None
 
@@ -79,7 +91,8 @@ class RolloutLoop(StepLoop[_Trained]):
             can_stop_epoch=False,
         )
         try:
-            await under_watch(self._actors.supervisor, self._train(), self._admit())
+            beside = () if self._opening.only_evaluates else (self._admit(),)
+            await under_watch(self._actors.supervisor, self._train(), *beside)
         finally:
             if self._pulling is not None:
                 self._pulling.cancel()
@@ -234,18 +247,25 @@ class RolloutLoop(StepLoop[_Trained]):
             ask_learner=self._actors.learner.ask,
         )
         numbers = self._recorder.evaluated(self.step, evaluation.answers, held_out, time.time() - begin)
-        await self._callbacks.evaluated(numbers)
+        await self._judge(numbers)
         return numbers
 
     async def _write_checkpoint(self, path: Path) -> None:
         """Also of teachers that are averages; then let the journal forget what it no longer needs."""
         snapshot = await self._actors.ask_queue("snapshot")
-        kept = {"ledger.json": snapshot.to_json(), OBJECTIVE_STATE: self._plan.objective.state_dict()}
+        kept = {
+            "ledger.json": snapshot.to_json(),
+            OBJECTIVE_STATE: self._plan.objective.state_dict(),
+        }
+        if self._can_evaluate:
+            kept[BEST] = self._stopping.state_dict()
         extra = {name: json.dumps(state).encode() for name, state in kept.items()} | self._callbacks.files()
         step, teachers = self.step, self._actors.teachers
         beside = path.with_name(f"{FOLDER}-{step}.tmp")
         adopt = {FOLDER: str(beside)} if await teachers.save(beside) else {}
-        await self._actors.learner.ask("save", str(path.parent), step=step, extra=extra, adopt=adopt)
+        await self._actors.learner.ask(
+            "save", str(path.parent), step=step, extra=extra, adopt=adopt, **self._save_options
+        )
         teachers.checkpoint = str(path)
         # One checkpoint behind, so that a run whose newest checkpoint is damaged can go back to the one before.
         if self._saved not in (0, step):

@@ -9,16 +9,18 @@ import asyncio
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.pipelines.rollouts.objective import Objective
-from trl_ray.pipelines.rollouts.preparation import FROM_PYTHON, Inputs, Preparation, RewardFunction, prepare
-from trl_ray.pipelines.rollouts.reward_model_actors import separate_reward_models
+from trl_ray.pipelines.rollouts.preparation import FROM_PYTHON, Inputs, Preparation, prepare
+from trl_ray.pipelines.rollouts.reward_model_actors import GivenReward, name_reward_models, separate_reward_models
 from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop
+from trl_ray.pipelines.run.given_objects import GivenFolders, trainer_objects
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.run.recording import Recorder
 from trl_ray.types import EventKind
@@ -51,6 +53,7 @@ class RolloutSession(Session):
             run_dir=recorder.directory.path,
             metrics=dict(recorder.last),
             ledger=snapshot,
+            model=loop.model,
             worst_age=recorder.worst_age,
         )
 
@@ -73,40 +76,70 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
     """
 
     config_class: ClassVar[type[RunConfig]]
+    resumes_within: ClassVar[int | None] = 2
     objective_class: ClassVar[type[Objective[Any]]]
     """What the pipeline makes of finished groups; with the configuration it is what a pipeline is."""
+    _inputs: Inputs
 
     def __init__(
         self,
-        model: str | None = None,
-        reward_funcs: str | RewardFunction | Sequence[str | RewardFunction] | None = None,
+        model: object | None = None,
+        reward_funcs: GivenReward | Sequence[GivenReward] | None = None,
         args: RolloutRunConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         peft_config: object | None = None,
         callbacks: Sequence[Any] | None = None,
+        *,
+        reward_processing_classes: object | Sequence[object] | None = None,
+        **objects: Any,
     ) -> None:
         """Take what TRL's trainer takes; what is None comes from `args`, and `callbacks` follow those of `args`.
 
+        Args:
+            model: a name, a folder, or a model of transformers or peft, whose weights are written down once.
+            reward_funcs: names, functions, and reward models by folder or as objects.
+            args, train_dataset, eval_dataset, peft_config, callbacks: as in TRL.
+            reward_processing_classes: tokenizers of the reward models given as objects, one for each of `reward_funcs`.
+            objects: the further arguments of TRL's trainers, see `TrainerObjects`.
+
         Raises:
-            ConfigError: `args` is of another pipeline.
-            ModelError: `peft_config` is no `peft.LoraConfig`, or asks for what engines cannot be given.
+            ConfigError: `args` is of another pipeline, or an argument is unknown or cannot be had.
+            ModelError: `peft_config` is no `peft.LoraConfig`, or asks for what engines cannot be given; a model cannot
+                be written down.
         """
-        if isinstance(reward_funcs, str) or callable(reward_funcs):
-            reward_funcs = [reward_funcs]
-        separated = separate_reward_models(reward_funcs, self.checked(args))
+        folders = GivenFolders(self.checked(args).output_dir)
+        named, written = name_reward_models(reward_funcs, reward_processing_classes, folders)
+        separated = separate_reward_models(named, self.checked(args), models=written)
         changes = separated.changes
-        if reward_funcs is not None or changes:
+        if named is not None or changes:
             # Functions given as objects cannot be written to config.yaml; a run of named ones resumes by its folder.
             changes["reward_funcs"] = [
                 function if isinstance(function, str) else f"{FROM_PYTHON}{getattr(function, '__name__', 'reward')}"
                 for function in separated.functions
             ]
-        super().__init__(model=model, args=args, peft_config=peft_config, callbacks=callbacks, **changes)
+        super().__init__(
+            model=model,
+            args=args,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            objects=trainer_objects(**objects),
+            folders=folders,
+            **changes,
+        )
         self._inputs = Inputs(train_dataset=train_dataset, eval_dataset=eval_dataset, reward_funcs=separated.given)
 
     def _prepare(self) -> Preparation:
         return prepare(self.config, self._inputs, objective=self.objective_class(self.config))
+
+    def _with_held_out(self, eval_dataset: Any) -> Inputs:
+        inputs = self._inputs
+        if eval_dataset is None:
+            return inputs
+        config, train = self.config, inputs.train_dataset
+        if train is None and config.dataset_name is None and not config.datasets:
+            train = eval_dataset
+        return replace(inputs, train_dataset=train, eval_dataset=eval_dataset)
 
     def _announcement(self) -> Mapping[str, Any]:
         return {"staleness_bound": self.config.max_age_at_use}

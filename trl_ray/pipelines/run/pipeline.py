@@ -8,27 +8,42 @@ prepare -> run directory -> runtime -> [session: actors, loop, final checkpoint]
 from __future__ import annotations
 
 import asyncio
+import logging
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.load import dump_yaml, load_config
+from trl_ray.config.runs.cadence_options import Strategy
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import Dtype, ModelConfig, RuntimeKind
 from trl_ray.config.step_counts import steps_of
-from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, TrlRayError
+from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, RunError, TrlRayError
 from trl_ray.models.adapters.adapter_config import adapter_options
-from trl_ray.models.checkpoint import checkpoint_step, latest_checkpoint
+from trl_ray.models.checkpoint import (
+    checkpoint_step,
+    export_model,
+    latest_checkpoint,
+    leave_after,
+    list_checkpoints,
+    verify_checkpoint,
+)
+from trl_ray.models.hub import check_hub
 from trl_ray.models.policy_loading import check_model_path, checkpoint_dtype
 from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report.report_page import build_report
 from trl_ray.observe.run_directory import RunDirectory
+from trl_ray.observe.service_sinks import services_of
 from trl_ray.observe.sinks import Observer
 from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
 from trl_ray.pipelines.callbacks.hooks import CallbackList
+from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
+from trl_ray.pipelines.run.hub_pushes import hub_place, push_run
 from trl_ray.pipelines.run.recording import RunRecorder
 from trl_ray.pipelines.run.signals import run_to_end
 from trl_ray.runtime.local import LocalRuntime
@@ -49,6 +64,8 @@ class TrainOutput:
     """The last step's line of metrics.jsonl."""
     ledger: LedgerSnapshot
     """Of prompt groups, or of rows where a dataset is trained on."""
+    model: Path
+    """Folder with the run's model: the last checkpoint, or the best with `load_best_model_at_end`."""
     worst_age: int | None = None
     """The oldest token trained on, in optimizer steps; None where nothing was sampled."""
 
@@ -64,6 +81,11 @@ class Plan(Protocol):
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
+        ...
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """Optimizer steps of one pass over the rows; None where that is not known."""
         ...
 
     def describe(self) -> Mapping[str, Any]:
@@ -84,6 +106,7 @@ class Plan(Protocol):
         ...
 
 
+_LOG = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 PlanT = TypeVar("PlanT", bound=Plan)
 
@@ -102,6 +125,8 @@ class Opening:
     resuming: bool
     """Whether anything was trained before."""
     callbacks: CallbackList
+    only_evaluates: bool = False
+    """Nothing is trained: the held-out numbers are all that is asked for."""
 
 
 class Session(ABC):
@@ -123,29 +148,67 @@ class Session(ABC):
         """End the actors for good."""
 
 
+class _Numbers:
+    """A callback that keeps what was evaluated last."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, float] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **payload: Any) -> None:
+        """See the class."""
+        self.numbers = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+
+
+def evaluation_config(config: ConfigT, folder: str) -> ConfigT:
+    """The options of one evaluation in a folder of its own: no checkpoints, no services, no callbacks."""
+    return config.replace(
+        output_dir=folder,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_on_start=None,
+        save_strategy="no",
+        load_best_model_at_end=False,
+        early_stopping_patience=None,
+        resume_from_checkpoint=None,
+        report_to=[],
+        push_to_hub=False,
+        callbacks=[],
+        html_report=False,
+    )
+
+
 class Pipeline(ABC, Generic[ConfigT, PlanT]):
     """The life of a run; subclasses say what is prepared and what a session does."""
 
     config_class: ClassVar[type[RunConfig]]
     name: ClassVar[str]
+    _inputs: Any
+    resumes_within: ClassVar[int | None] = None
+    """How many of the newest checkpoints a run can go on from; None: all."""
 
     def __init__(
         self,
         *,
-        model: str | None,
+        model: object | None,
         args: ConfigT | None,
         peft_config: object | None,
         callbacks: Sequence[Any] | None = None,
+        objects: TrainerObjects | None = None,
+        folders: GivenFolders | None = None,
         **changes: Any,
     ) -> None:
         """Resolve the configuration: `args`, with what is given beside it put in.
 
         Raises:
-            ConfigError: `args` is of another pipeline, or `callbacks` is no list.
-            ModelError: `peft_config` is no `peft.LoraConfig`, or asks for what engines cannot be given.
+            ConfigError: `args` is of another pipeline, `callbacks` is no list, or an object cannot be had here.
+            ModelError: `peft_config` is no `peft.LoraConfig`, or asks for what engines cannot be given; `model` cannot
+                be written down.
         """
         given = self.checked(args)
-        if model is not None:
+        objects = objects or TrainerObjects()
+        self._given = folders or GivenFolders(given.output_dir)
+        changes |= objects.options(model=model or given.model_name_or_path, folders=self._given)
+        if isinstance(model, str) and "model_name_or_path" not in changes:
             changes["model_name_or_path"] = model
         if peft_config is not None:
             changes |= adapter_options(peft_config)
@@ -153,6 +216,8 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             changes["callbacks"] = specs_with(given.callbacks, callbacks)
         self.config: ConfigT = given.replace(**changes) if changes else given
         self._resume = False
+        self._resume_at: int | None = None
+        self._trained: TrainOutput | None = None
         self._given_callbacks = callbacks
         self._callbacks = CallbackList((), args=self.config)
 
@@ -194,24 +259,160 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
         Raises:
             InputError: what is wrong, and what to do.
         """
+        if self.config.resume_from_checkpoint:
+            self._resume, self._resume_at = True, self._checkpoint_to_resume(self.config.resume_from_checkpoint)
         if not self._resume:
             RunDirectory.check_free(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
+        elif self.config.save_only_model:
+            raise ConfigError(
+                "save_only_model must be false for a run to go on, got true: its checkpoints are without the "
+                "optimizer. Begin a new run with one of them as model_name_or_path."
+            )
+        services_of(self.config.report_to)
+        if self.config.push_to_hub:
+            check_hub(hub_place(self.config))
+        self._callbacks = make_callbacks(self.config, self._given_callbacks)
+        self._given.write(self.config.part(ModelConfig))
         if self.config.dtype is Dtype.AUTO:
             check_model_path(self.config.model_name_or_path)
             self.config = self.config.replace(dtype=checkpoint_dtype(self.config.part(ModelConfig)))
-        self._callbacks = make_callbacks(self.config, self._given_callbacks)
         return self._prepare()
 
-    def train(self) -> TrainOutput:
+    def _checkpoint_to_resume(self, given: str | bool) -> int | None:
+        """The step of the checkpoint to go on from; None is the last one.
+
+        Raises:
+            ConfigError: it is none of the run in `output_dir`, or older than the run can go back to.
+            CheckpointError: it is damaged.
+        """
+        directory = RunDirectory.open_existing(self.config.output_dir)
+        path = Path(directory.path if given is True else str(given)).expanduser().absolute()
+        if path == directory.path:
+            return None
+        known = list_checkpoints(directory.checkpoints)
+        if path not in known:
+            raise ConfigError(
+                f"resume_from_checkpoint must be true or a checkpoint of the run in output_dir, which has "
+                f"{', '.join(each.name for each in known) or 'none'} in {directory.checkpoints}; got {given}. For a "
+                f"new run from its weights set model_name_or_path={given}."
+            )
+        if self.resumes_within is not None and path not in known[-self.resumes_within :]:
+            raise ConfigError(
+                f"resume_from_checkpoint must be one of the last {self.resumes_within} checkpoints here, as the "
+                f"ledger's journal reaches no further back, got {path.name} of {known[-1].name}. For a new run from "
+                f"its weights set model_name_or_path={given}."
+            )
+        verify_checkpoint(path)
+        return checkpoint_step(path)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
         """Run to the end.
+
+        Args:
+            resume_from_checkpoint: as the option of this name, before which it goes.
 
         Raises:
             InputError: the input was wrong; nothing was started.
             RunError: the run failed; its last checkpoint and its journal are kept.
             InterruptedRun: it was interrupted, and a checkpoint was written.
         """
+        if resume_from_checkpoint is not None:
+            self.config = self.config.replace(resume_from_checkpoint=resume_from_checkpoint)
         plan = self.prepare()
-        return run_to_end(lambda stop: self._train(plan, stop))
+        self._trained = run_to_end(lambda stop: self._train(plan, stop))
+        if self.config.push_to_hub:
+            try:
+                self.push_to_hub()
+            except RunError as error:  # the run is over and whole; only its way to the Hub is not
+                _LOG.warning("%s", error)
+        return self._trained
+
+    @property
+    def model(self) -> Path | None:
+        """Folder of the run's model: the one it ended with, else its last checkpoint; None before there is one."""
+        if self._trained is not None:
+            return self._trained.model
+        if not self._resume:
+            return None
+        found = latest_checkpoint(RunDirectory.open_existing(self.config.output_dir).checkpoints).path
+        return None if found is None else Path(found)
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """Copy the run's model, with its tokenizer, to a folder of its own; None: ``model`` in the run directory.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: there is no model yet.
+            CheckpointError: the folder cannot be written.
+        """
+        return export_model(self._require_model("saved"), output_dir or Path(self.config.output_dir) / "model")
+
+    def push_to_hub(self, commit_message: str = "End of training", *, revision: str | None = None) -> str:
+        """Upload the run's model with its card to `hub_model_id`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ConfigError: there is no model yet.
+            RunError: the Hub cannot be reached, or refuses.
+        """
+        return push_run(
+            self.config, self._require_model("pushed"), pipeline=self.name, message=commit_message, revision=revision
+        )
+
+    def _require_model(self, what: str) -> Path:
+        if (model := self.model) is None:
+            raise ConfigError(
+                f"a model must be trained before it is {what}, but there is none yet. Call train() first."
+            )
+        return model
+
+    @abstractmethod
+    def _with_held_out(self, eval_dataset: Any) -> Any:
+        """The inputs with other held-out rows; None keeps those there are."""
+
+    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Held-out numbers under the run's model, before training under the initial one. Nothing is left behind.
+
+        Args:
+            eval_dataset: rows; None takes those of the pipeline.
+            metric_key_prefix: begins their names.
+
+        Raises:
+            InputError: there are no rows, or they cannot be used.
+            RunError: the evaluation failed.
+        """
+        with tempfile.TemporaryDirectory(prefix="trl_ray-evaluation-") as folder:
+            pipeline, found = copy(self), _Numbers()
+            pipeline.config = evaluation_config(self.config, folder)
+            pipeline._inputs = self._with_held_out(eval_dataset)
+            self._given.write(self.config.part(ModelConfig))
+            plan = pipeline._prepare()
+            callbacks = CallbackList([found], args=pipeline.config)
+            run_to_end(lambda stop: pipeline._evaluate(plan, callbacks, self.model, stop))
+            return {f"{metric_key_prefix}_{name}": value for name, value in found.numbers.items()}
+
+    async def _evaluate(self, plan: PlanT, callbacks: CallbackList, model: Path | None, stop: asyncio.Event) -> None:
+        runtime = self._open_runtime(plan)
+        directory = RunDirectory.create(self.config.output_dir)
+        opening = Opening(
+            runtime=runtime,
+            directory=directory,
+            observer=Observer([]),
+            checkpoint=None if model is None else str(model),
+            step=0 if model is None else checkpoint_step(model),
+            resuming=False,
+            callbacks=callbacks,
+            only_evaluates=True,
+        )
+        try:
+            await self._make_session(plan, opening).run(stop)
+        finally:
+            callbacks.close()
+            await runtime.close()
 
     async def _train(self, plan: PlanT, stop: asyncio.Event) -> TrainOutput:
         runtime = self._open_runtime(plan)
@@ -262,10 +463,13 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             config=config.model_dump(mode="json"),
             total_steps=plan.total_steps,
             report_to=config.report_to,
-            wandb_project=config.wandb_project,
+            wandb_project=config.project or config.wandb_project,
+            trackio_space_id=config.trackio_space_id,
+            private=config.hub_private_repo,
+            logging_first_step=config.logging_first_step,
             run_name=config.run_name,
             print_completions=config.num_completions_to_print,
-            logging_steps=steps_of(config.logging_steps, plan.total_steps),
+            logging_steps=self._logging_steps(plan),
             log_completions=config.log_completions,
         )
         session = self._make_session(
@@ -293,6 +497,14 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
         )
         return session
 
+    def _logging_steps(self, plan: PlanT) -> int:
+        """Steps between lines of the console and points of services."""
+        config = self.config
+        if config.logging_strategy is Strategy.STEPS:
+            return steps_of(config.logging_steps, plan.total_steps)
+        per_epoch = plan.steps_per_epoch if config.logging_strategy is Strategy.EPOCH else None
+        return plan.total_steps + 1 if per_epoch is None else max(1, round(per_epoch))
+
     def _announcement(self) -> Mapping[str, Any]:
         """What else a run says of itself when it starts."""
         return {}
@@ -304,10 +516,17 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             build_report(recorder.directory.path)
 
     def _open_directory(self) -> RunDirectory:
+        config = self.config.replace(resume_from_checkpoint=None)  # of the run, not of this start
         if self._resume:
-            return RunDirectory.open_existing(self.config.output_dir)
+            directory = RunDirectory.open_existing(self.config.output_dir)
+            if self._resume_at is not None:
+                leave_after(directory.checkpoints, step=self._resume_at)
+            if self.config.resume_from_checkpoint:
+                directory.write_config(dump_yaml(config))
+            return directory
         directory = RunDirectory.create(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
-        directory.write_config(dump_yaml(self.config))
+        directory.write_config(dump_yaml(config))
+        self._given.keep()
         return directory
 
     def _open_runtime(self, plan: PlanT) -> Runtime:

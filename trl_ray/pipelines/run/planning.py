@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from trl_ray.algorithms.batches.work_sharing import CutRules
+from trl_ray.config.optimizer_options import Optim
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import Dtype, ModelConfig
 from trl_ray.config.teacher_options import TeacherEngine, TeacherSource
@@ -56,6 +57,8 @@ def total_steps(config: RunConfig, units: int, *, per_step: int) -> int:
 GIB = 1 << 30
 PROCESS = 0.6 * GIB
 """Python with torch and transformers."""
+_KEPT = {"sgd": 0.0, "adafactor": 0.0, "muon": 1.0, "lion": 1.0, "rmsprop": 1.0, "adagrad": 1.0, "ademamix": 3.0}
+"""Moments by part of an optimizer's name; others keep two. Adafactor's rows and columns are next to nothing."""
 _BYTES = {Dtype.FLOAT32: 4, Dtype.BFLOAT16: 2}
 
 
@@ -64,15 +67,22 @@ def dtype_bytes(dtype: Dtype) -> int:
     return _BYTES[dtype]
 
 
-def learner_memory(model: ModelConfig, *, has_reference: bool) -> float:
+def optimizer_copies(optim: Optim) -> float:
+    """Numbers that an optimizer keeps for one weight, in sizes of that weight in float32."""
+    kept = next((count for part, count in _KEPT.items() if part in optim.value), 2.0)
+    return kept / 4 if "8bit" in optim.value else kept
+
+
+def learner_memory(model: ModelConfig, *, has_reference: bool, optim: Optim = Optim.ADAMW_TORCH_FUSED) -> float:
     """Bytes of one rank of the learner that shares nothing.
 
-    Weights and the published copy; of what is trained also gradients and two Adam moments, which ZeRO splits. With an
-    adapter the frozen weights are the reference.
+    Weights and the published copy; of what is trained also gradients and what the optimizer keeps (two moments of
+    AdamW), which ZeRO splits. With an adapter the frozen weights are the reference.
     """
     count, weight = count_parameters(model), _BYTES[model.dtype]
-    reference = count.base * weight if has_reference and not model.use_peft else 0
-    return count.base * weight * 2 + count.trained * weight * 3 + reference + PROCESS
+    has_copy = has_reference and (model.ref_model_name_or_path is not None or not model.use_peft)
+    reference = count.base * weight if has_copy else 0
+    return count.base * weight * 2 + count.trained * weight * (1 + optimizer_copies(optim)) + reference + PROCESS
 
 
 def teacher_memory(source: TeacherSource) -> float:

@@ -15,16 +15,16 @@ from pathlib import Path
 
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.errors import InputError
+from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.signals import heed_signals
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.pipelines.supervised.dataset_preparation import SupervisedPlan
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder, SupervisedTimes
-from trl_ray.pipelines.supervised.early_stopping import EarlyStopping
 from trl_ray.pipelines.supervised.example_feed import Fed, Feed, ShuffledFeed
 from trl_ray.pipelines.supervised.example_updates import ReadyStep, StepsAhead, example_update, with_kl
-from trl_ray.types import Evaluation, EventKind, Example, StepResult
+from trl_ray.types import Evaluation, Example, StepResult
 
 PROGRESS = "progress.json"
 """In checkpoints: what the loop goes on from."""
@@ -46,7 +46,7 @@ class DatasetLoop(StepLoop[_Trained]):
         plan, recorder, opening, stop: see `StepLoop`.
         actors: started.
         feed: of the examples, at the place of `accounts`.
-        held_out: examples to evaluate on; empty for none.
+        held_out: examples to evaluate on, by the names of their sets; empty for none.
         accounts, stopping: as the checkpoint left them.
     """
 
@@ -62,15 +62,19 @@ class DatasetLoop(StepLoop[_Trained]):
         recorder: SupervisedRecorder,
         opening: Opening,
         feed: Feed,
-        held_out: Sequence[Example],
+        held_out: Mapping[str, Sequence[Example]],
         accounts: Accounts,
         stopping: EarlyStopping,
         stop: asyncio.Event,
     ) -> None:
-        super().__init__(plan=plan, recorder=recorder, opening=opening, can_evaluate=bool(held_out), stop=stop)
-        self._actors, self._feed, self._stopping, self._held_out = actors, feed, stopping, held_out
+        super().__init__(
+            plan=plan, recorder=recorder, opening=opening, stopping=stopping, can_evaluate=bool(held_out), stop=stop
+        )
+        self._actors, self._feed, self._held_out = actors, feed, held_out
         self.accounts = accounts
-        self._evaluation = example_update(plan, held_out, step=1, is_training=False) if held_out else None
+        self._evaluations = {
+            name: example_update(plan, found, step=1, is_training=False) for name, found in held_out.items()
+        }
         self._ahead = StepsAhead(plan, feed)
 
     @property
@@ -78,12 +82,8 @@ class DatasetLoop(StepLoop[_Trained]):
         return self.step + self.accounts.left_out
 
     @property
-    def _is_over(self) -> bool:
-        return self._stopping.is_due or super()._is_over
-
-    @property
     def _evaluation_is_due(self) -> bool:
-        ends = self._config.eval_steps > 0 and self._place >= self._plan.total_steps
+        ends = self._config.evaluates and self._place >= self._plan.total_steps
         return super()._evaluation_is_due or (self._can_evaluate and ends)
 
     async def run(self) -> None:
@@ -105,7 +105,6 @@ class DatasetLoop(StepLoop[_Trained]):
             streamed = self.accounts.place
             epoch, epochs = float(streamed.epoch) if streamed is not None else 0.0, self._config.num_train_epochs
         await self._begin(epoch=epoch, num_train_epochs=math.ceil(epochs), can_stop_epoch=in_memory)
-        self._callbacks.set_best(self._stopping.best, self._stopping.best_step)
         await self._train()
 
     async def _train_step(self, step: int) -> _Trained:
@@ -160,26 +159,13 @@ class DatasetLoop(StepLoop[_Trained]):
             ) from error
 
     async def _evaluate(self) -> Mapping[str, float]:
-        assert self._evaluation is not None, "there is something to evaluate on"
-        begin, stopping = time.time(), self._stopping
-        evaluation: Evaluation = await self._actors.ask("evaluate", await with_kl(self._evaluation, self._actors.ask))
-        numbers = self._recorder.evaluated(self.step, evaluation, examples=len(self._held_out), begin=begin)
-        stopping.observe(self.step, numbers)
-        await self._callbacks.evaluated(numbers, best=stopping.best, best_step=stopping.best_step)
+        numbers: dict[str, float] = {}
+        for name, update in self._evaluations.items():
+            begin, count = time.time(), len(self._held_out[name])
+            evaluation: Evaluation = await self._actors.ask("evaluate", await with_kl(update, self._actors.ask))
+            numbers |= self._recorder.evaluated(self.step, evaluation, examples=count, begin=begin, name=name)
+        await self._judge(numbers)
         return numbers
-
-    def _say_why_over(self) -> None:
-        super()._say_why_over()
-        stopping = self._stopping
-        if stopping.is_due:
-            self._recorder.say(
-                EventKind.WARNING,
-                "driver",
-                step=self.step,
-                detail=f"training ends early: eval/{stopping.metric} was no better {stopping.worse} times in a row",
-                best=stopping.best,
-                best_step=stopping.best_step,
-            )
 
     async def _write_checkpoint(self, path: Path) -> None:
         accounts, train = self.accounts, self._plan.train
@@ -190,4 +176,4 @@ class DatasetLoop(StepLoop[_Trained]):
         }
         kept = {PROGRESS: progress, "ledger.json": accounts.snapshot().to_json()}
         extra = {name: json.dumps(state).encode() for name, state in kept.items()} | self._callbacks.files()
-        await self._actors.ask("save", str(path.parent), step=self.step, extra=extra)
+        await self._actors.ask("save", str(path.parent), step=self.step, extra=extra, **self._save_options)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,12 +21,13 @@ from trl_ray.config.sections import ModelConfig
 from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.errors import DataError
 from trl_ray.models.policy_loading import check_model_path, max_positions
+from trl_ray.pipelines.run.early_stopping import EarlyStopping
+from trl_ray.pipelines.run.given_objects import trainer_objects
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
 from trl_ray.pipelines.supervised.dataset_preparation import DatasetInputs, SupervisedPlan, prepare_supervised
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder
-from trl_ray.pipelines.supervised.early_stopping import EarlyStopping
 from trl_ray.pipelines.supervised.example_feed import StreamPlace
 from trl_ray.pipelines.supervised.reference_pass import LabelledSets, with_references
 from trl_ray.types import EventKind
@@ -62,7 +64,7 @@ class SupervisedSession(Session):
             recorder=recorder,
             opening=self._opening,
             feed=plan.feed(accounts.place or StreamPlace(), sets.train),
-            held_out=sets.held_out.examples if sets.held_out is not None else (),
+            held_out={name: found.examples for name, found in sets.held_out.items()},
             accounts=accounts,
             stopping=stopping,
             stop=stop,
@@ -72,7 +74,11 @@ class SupervisedSession(Session):
         snapshot = loop.accounts.snapshot()
         recorder.directory.write_ledger(snapshot.to_json())
         return TrainOutput(
-            steps=loop.step, run_dir=recorder.directory.path, metrics=dict(recorder.last), ledger=snapshot
+            steps=loop.step,
+            run_dir=recorder.directory.path,
+            metrics=dict(recorder.last),
+            ledger=snapshot,
+            model=loop.model,
         )
 
     async def _references(self, stop: asyncio.Event) -> LabelledSets:
@@ -97,6 +103,8 @@ class SupervisedSession(Session):
     def _progress(self) -> tuple[Accounts, EarlyStopping]:
         """As the checkpoint kept them; at the start, rows of the dataset that are in no example are dropped."""
         stopping, train = EarlyStopping.of(self._plan.config), self._plan.train
+        if self._opening.only_evaluates:
+            return Accounts(step=self._opening.step), stopping
         if self._opening.checkpoint is not None:
             kept = json.loads((Path(self._opening.checkpoint) / PROGRESS).read_text(encoding="utf-8"))
             self._check_rows(kept["examples"])
@@ -140,25 +148,54 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
     loss_class: ClassVar[type[LossSection]]
     """The part of the configuration that says what is minimised."""
     task: ClassVar[ExampleTask]
+    _inputs: DatasetInputs
 
     def __init__(
         self,
-        model: str | None = None,
+        model: object | None = None,
         args: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         peft_config: object | None = None,
         callbacks: Sequence[Any] | None = None,
+        *,
+        ref_model: object | None = None,
+        formatting_func: Callable[[Any], str] | None = None,
+        **objects: Any,
     ) -> None:
         """Take what TRL's trainer takes; what is None comes from `args`, and `callbacks` follow those of `args`.
 
+        Args:
+            model: a name, a folder, or a model of transformers or peft, whose weights are written down once.
+            args, train_dataset, eval_dataset, peft_config, callbacks: as in TRL.
+            ref_model: the reference, as `model`; None: the policy before training.
+            formatting_func: makes the text of a row.
+            objects: the further arguments of TRL's trainers, see `TrainerObjects`.
+
         Raises:
-            ConfigError: `args` is of another pipeline.
-            ModelError: `peft_config` is no `peft.LoraConfig`.
+            ConfigError: `args` is of another pipeline, or an argument is unknown or cannot be had.
+            ModelError: `peft_config` is no `peft.LoraConfig`, or a model cannot be written down.
         """
-        super().__init__(model=model, args=args, peft_config=peft_config, callbacks=callbacks)
+        super().__init__(
+            model=model,
+            args=args,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            objects=trainer_objects(ref_model=ref_model, **objects),
+        )
         self._fitted = False
-        self._inputs = DatasetInputs(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        self._inputs = DatasetInputs(
+            train_dataset=train_dataset, eval_dataset=eval_dataset, formatting_func=formatting_func
+        )
+
+    def _with_held_out(self, eval_dataset: Any) -> DatasetInputs:
+        inputs = self._inputs
+        if eval_dataset is None:
+            return inputs
+        config, train = self.config, inputs.train_dataset
+        if train is None and config.dataset_name is None and not config.datasets:
+            train = eval_dataset
+        return replace(inputs, train_dataset=train, eval_dataset=eval_dataset)
 
     def _task(self) -> ExampleTask:
         return self.task

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from trl_ray.algorithms.batches.micro_batches import TotalsOf
 from trl_ray.algorithms.batches.work_sharing import CutRules
+from trl_ray.algorithms.loss import HeadKind
 from trl_ray.algorithms.loss_registry import build_loss
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.data.examples.example_set import ExampleSet, ExampleTask, load_examples, stream_examples
+from trl_ray.data.sources.dataset_loading import load_rows
+from trl_ray.data.sources.formatting import formatted_rows
 from trl_ray.errors import ConfigError
-from trl_ray.models.backends.optimizer import check_schedule
+from trl_ray.models.backends.optimizer import check_optimizer
+from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.companions.reference_cache import default_cache_dir
+from trl_ray.models.loadable import check_loadable
 from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
@@ -39,6 +44,38 @@ class DatasetInputs:
 
     train_dataset: Any = None
     eval_dataset: Any = None
+    formatting_func: Callable[[Any], str] | None = None
+    """Makes the text of a row."""
+
+    def formatted(self, config: SupervisedRunConfig) -> DatasetInputs:
+        """The same with the texts in place of the rows they are made of.
+
+        Raises:
+            DataError: the function raised, or gave no text.
+            ConfigError: the rows are a stream that the configuration names.
+        """
+        make = self.formatting_func
+        if make is None:
+            return self
+        if self.train_dataset is None and config.dataset_streaming:
+            raise ConfigError(
+                "formatting_func needs train_dataset with dataset_streaming=true, got a stream by name. Pass the "
+                "stream."
+            )
+
+        def texts(rows: Any, *, evaluation: bool) -> Any:
+            if evaluation and is_named_sets(rows, config.dataset_test_split):
+                return {name: texts(each, evaluation=False) for name, each in rows.items()}
+            if rows is None:
+                if evaluation and not config.evaluates:
+                    return None
+                rows = load_rows(config, seed=config.seed, evaluation=evaluation)
+            return formatted_rows(rows, make, column=config.text_column)
+
+        return DatasetInputs(
+            train_dataset=texts(self.train_dataset, evaluation=False),
+            eval_dataset=texts(self.eval_dataset, evaluation=True),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,11 +91,16 @@ class SupervisedPlan:
     tokenizer: Any
     train: ExampleSet | None
     """None where it is streamed."""
-    evaluation: ExampleSet | None
+    held_out: Mapping[str, ExampleSet]
+    """Sets that are evaluated by their names; one alone has the empty name."""
     total_steps: int
     cut: CutRules
     """How the examples of a step become micro-batches."""
     eval_cut: CutRules
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        return None if self.train is None else math.ceil(len(self.train.examples) / self.config.examples_per_step)
 
     @property
     def precomputes_reference(self) -> bool:
@@ -72,7 +114,7 @@ class SupervisedPlan:
             return ShuffledFeed(
                 train.examples,
                 per_step=config.examples_per_step,
-                seed=config.seed,
+                seed=config.seed_of_rows,
                 shuffle=config.shuffle_dataset,
             )
         return StreamFeed(self._open_stream, per_step=config.examples_per_step, place=place)
@@ -92,7 +134,7 @@ class SupervisedPlan:
             task=self.task,
             dataset=self.inputs.train_dataset,
             start_window=start_window,
-            seed=self.config.seed + epoch,
+            seed=self.config.seed_of_rows + epoch,
         )
 
     def arguments(self, *, checkpoint: str | None) -> dict[str, Any]:
@@ -116,13 +158,15 @@ class SupervisedPlan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the rows, a sentence each."""
-        rows = tuple(note for found in (self.train, self.evaluation) if found is not None for note in found.report())
+        rows = tuple(
+            note for found in (self.train, *self.held_out.values()) if found is not None for note in found.report()
+        )
         turns = self._end_of_turn_warning()
         return rows if turns is None else (*rows, turns)
 
     def describe(self) -> Mapping[str, Any]:
         """The plan in numbers, for the dry run."""
-        config, train, held_out = self.config, self.train, self.evaluation
+        config, train = self.config, self.train
         numbers: dict[str, Any] = {
             "optimizer steps": self.total_steps,
             "learner ranks": config.runtime.num_learners,
@@ -134,8 +178,8 @@ class SupervisedPlan:
             tokens = sum(example.num_tokens for example in train.examples)
             numbers |= {**rows, "training examples": len(train.examples), "tokens per epoch": tokens}
             numbers |= train.losses()
-        if held_out is not None:
-            numbers["held-out examples"] = len(held_out.examples)
+        for name, held_out in self.held_out.items():
+            numbers[f"held-out examples of {name}" if name else "held-out examples"] = len(held_out.examples)
         return numbers
 
     def _end_of_turn_warning(self) -> str | None:
@@ -147,7 +191,9 @@ class SupervisedPlan:
 
     def expected_memory(self) -> Mapping[str, float]:
         has_reference = build_loss(self.loss).needs.reference
-        return {Role.LEARNER: learner_memory(self.config.part(ModelConfig), has_reference=has_reference)}
+        config = self.config
+        memory = learner_memory(config.part(ModelConfig), has_reference=has_reference, optim=config.optim)
+        return {Role.LEARNER: memory}
 
 
 def prepare_supervised(
@@ -158,8 +204,12 @@ def prepare_supervised(
     Raises:
         InputError: anything that is wrong with the configuration, the model or the data.
     """
-    check_schedule(config.part(TrainingConfig))
+    check_optimizer(config.part(TrainingConfig))
     model = config.part(ModelConfig)
+    head = build_loss(loss).needs.head
+    check_loadable(model, num_labels=None if head is HeadKind.LANGUAGE else head.num_labels)
+    check_reference(model, loss)
+    inputs = inputs.formatted(config)
     tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
     _check_length(config, max_positions(model))
     if getattr(loss, "precompute_ref_log_probs", False):
@@ -177,7 +227,7 @@ def prepare_supervised(
         inputs=inputs,
         tokenizer=tokenizer,
         train=train,
-        evaluation=_held_out(config, inputs, load),
+        held_out=_held_out(config, inputs, load),
         total_steps=_total_steps(config, train),
         cut=cut_rules(config, shape, max_examples=config.per_device_train_batch_size),
         eval_cut=cut_rules(config, shape, max_examples=config.per_device_eval_batch_size),
@@ -187,16 +237,26 @@ def prepare_supervised(
     return plan
 
 
-def _held_out(config: SupervisedRunConfig, inputs: DatasetInputs, load: Any) -> ExampleSet | None:
-    if not config.eval_steps:
-        return None
+def is_named_sets(given: object, split: str | None) -> bool:
+    """Whether rows are given as several sets by their names, and not as splits of which one is meant."""
+    return isinstance(given, Mapping) and split not in given
+
+
+def _held_out(config: SupervisedRunConfig, inputs: DatasetInputs, load: Any) -> dict[str, ExampleSet]:
+    if not config.evaluates:
+        return {}
     if inputs.eval_dataset is None and config.dataset_name is None and not config.datasets:
         raise ConfigError(
-            f"eval_steps={config.eval_steps} needs held-out rows, but there are none. Pass eval_dataset, name a "
+            f"{config.evaluation_asked_by} needs held-out rows, but there are none. Pass eval_dataset, name a "
             "dataset with dataset_test_split, or set eval_steps=0."
         )
-    found: ExampleSet = load(dataset=inputs.eval_dataset, evaluation=True)
-    found.require_examples()
+    given = inputs.eval_dataset
+    named = given if is_named_sets(given, config.dataset_test_split) else {"": given}
+    found: dict[str, ExampleSet] = {str(name): load(dataset=rows, evaluation=True) for name, rows in named.items()}
+    if not found:
+        raise ConfigError("eval_dataset must have at least one set, got an empty mapping. Give one, or None.")
+    for each in found.values():
+        each.require_examples()
     return found
 
 

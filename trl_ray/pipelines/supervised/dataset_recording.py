@@ -132,13 +132,16 @@ class SupervisedRecorder(RunRecorder):
         }
         self._write_step(step, record, ledger)
 
-    def evaluated(self, step: int, evaluation: Evaluation, *, examples: int, begin: float) -> dict[str, float]:
-        """Write down an evaluation on held-out examples.
+    def evaluated(
+        self, step: int, evaluation: Evaluation, *, examples: int, begin: float, name: str = ""
+    ) -> dict[str, float]:
+        """Write down an evaluation on held-out examples; the `name` of their set begins those of its numbers.
 
         Returns:
             Its numbers, without ``eval/``.
         """
-        numbers = {"loss": evaluation.loss, **merged_values([evaluation.metrics])}
+        found = {"loss": evaluation.loss, **merged_values([evaluation.metrics])}
+        numbers = {f"{name}_{key}" if name else key: value for key, value in found.items()}
         self.say(
             EventKind.EVALUATED,
             "evaluation",

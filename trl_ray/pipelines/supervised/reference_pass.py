@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from trl_ray.algorithms.batches.example_batches import asked_of, example_references, reference_batch
@@ -35,7 +35,8 @@ class LabelledSets:
     """The examples of a run; with what the reference says of them, where that is asked before training."""
 
     train: ExampleSet | None
-    held_out: ExampleSet | None
+    held_out: Mapping[str, ExampleSet]
+    """By their names."""
 
 
 async def with_references(
@@ -55,13 +56,14 @@ async def with_references(
         NumericsError: an answer is not finite.
     """
     if not plan.precomputes_reference:
-        return LabelledSets(train=plan.train, held_out=plan.evaluation)
+        return LabelledSets(train=plan.train, held_out=plan.held_out)
     assert plan.train is not None, "a stream has no precomputed reference"
     oracle = _Oracle(plan=plan, actors=actors, say=say, stop=stop)
     train = replace(plan.train, examples=await oracle.label(plan.train.examples, what="training"))
-    held_out = plan.evaluation
-    if held_out is not None:
-        held_out = replace(held_out, examples=await oracle.label(held_out.examples, what="held-out"))
+    held_out = {
+        name: replace(found, examples=await oracle.label(found.examples, what=f"held-out {name}".rstrip()))
+        for name, found in plan.held_out.items()
+    }
     return LabelledSets(train=train, held_out=held_out)
 
 

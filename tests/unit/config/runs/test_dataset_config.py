@@ -52,6 +52,21 @@ def test_a_step_holds_the_examples_of_all_ranks() -> None:
     [
         (SFTConfig, {"dataset_streaming": True}, "max_steps must be at least 1"),
         (SFTConfig, {"early_stopping_patience": 2}, "eval_steps must be at least 1"),
+        (SFTConfig, {"eval_on_start": True}, "eval_steps must be at least 1"),
+        (SFTConfig, {"save_strategy": "best"}, "eval_steps must be at least 1"),
+        (SFTConfig, {"load_best_model_at_end": True, "eval_strategy": "no", "eval_steps": 5}, "eval_steps must be"),
+        (
+            SFTConfig,
+            {"load_best_model_at_end": True, "eval_strategy": "epoch"},
+            "save_strategy must be eval_strategy, or best",
+        ),
+        (
+            SFTConfig,
+            {"load_best_model_at_end": True, "eval_steps": 4, "save_steps": 6},
+            "save_steps must be a multiple of eval_steps",
+        ),
+        (SFTConfig, {"dataset_streaming": True, "max_steps": 2, "logging_strategy": "epoch"}, "logging_strategy"),
+        (SFTConfig, {"save_only_model": True, "resume_from_checkpoint": True}, "save_only_model must be false"),
         (SFTConfig, {"packing": True, "max_length": None}, "max_length must be set"),
         (SFTConfig, {"packing_strategy": "wrapped"}, "packing must be true"),
         (SFTConfig, {"loss_type": "dft", "label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),

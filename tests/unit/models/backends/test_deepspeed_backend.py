@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepspeed_ranks import Learner, Outcome, build, finish, state_bits, train, update
+from deepspeed_ranks import Learner, Outcome, build, finish, resume, state_bits, train, update
 from tiny_models import build_tiny_model
 from trl_ray.errors import CheckpointError, ConfigError
 from trl_ray.models.backends.ranks import SOLO, Ranks, free_address, join_ranks, leave_ranks
@@ -49,6 +49,23 @@ def test_updates_equal_those_of_plain_torch(model: str, ranks: Ranks, expected: 
     assert [norm for (norm,) in found.norms] == pytest.approx([norm for (norm,) in expected.norms], rel=1e-4)
     assert found.weights is not None and expected.weights is not None
     torch.testing.assert_close(found.weights, expected.weights, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("optim", "stage"), [("sgd", 1), ("sgd", 3), ("muon", 0), ("adafactor", 0)])
+def test_other_optimizers_move_weights_as_with_plain_torch_and_go_on_bit_for_bit(
+    model: str, ranks: Ranks, tmp_path: Path, optim: str, stage: int
+) -> None:
+    def make(path: str) -> Learner:
+        return build(path, ranks, deepspeed=zero(stage), optim=optim)
+
+    expected = Outcome()
+    plain = build(model, SOLO, optim=optim)
+    for step in (1, 2):
+        update(plain, step, expected)
+    straight, resumed = resume(make, model, tmp_path)
+    assert straight.weights is not None and resumed.weights is not None
+    torch.testing.assert_close(straight.weights, finish(plain, expected).weights, rtol=0, atol=1e-5)
+    assert torch.equal(resumed.weights, straight.weights) and resumed.rates == straight.rates[1:]
 
 
 @pytest.mark.parametrize(("stage", "in_step", "splits"), [(0, False, False), (1, False, False), (2, True, False)])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import DefaultFlowCallback, EarlyStoppingCallback, IntervalStrategy, PrinterCallback, ProgressCallback
 
 from callbacks_for_tests import Asks, Counter, Diary, Raises, StopsAt
 from dataset_loops import Learner, Run, Watch
@@ -17,7 +18,7 @@ from trl_ray.config.load import build, dump_yaml, parse_yaml
 from trl_ray.config.runs.dataset_config import SFTConfig
 from trl_ray.errors import CallbackError, ConfigError, LearnerLostError
 from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
-from trl_ray.pipelines.callbacks.callback_states import CALLBACKS
+from trl_ray.pipelines.callbacks.callback_states import CALLBACKS, read_states
 from trl_ray.pipelines.callbacks.hooks import MAX_LOG_HISTORY, CallbackList, TrainerControl, TrainingSpan
 from trl_ray.pipelines.supervised.dataset_recording import Accounts
 from trl_ray.types import EventKind
@@ -84,10 +85,14 @@ def test_logs_are_the_lines_of_the_metrics_file_and_metrics_are_named_as_transfo
 
 def test_state_counts_steps_and_epochs_and_knows_the_best_metric(tmp_path: Path) -> None:
     seen: list[tuple[Any, ...]] = []
+    before: list[float | None] = []
 
     class Looks:
-        def on_evaluate(self, args: Any, state: Any, control: Any, **payload: Any) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, **payload: Any) -> None:
             seen.append((state.global_step, round(state.epoch, 2), state.best_metric, state.best_global_step))
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **payload: Any) -> None:
+            before.append(state.best_metric)
 
     learner = Learner(eval_losses=[5.0, 3.0, 4.0])
     run = Run(tmp_path, config=config(eval_steps=2), total=4, held_out=1, learner=learner, callbacks=[Looks()])
@@ -95,7 +100,8 @@ def test_state_counts_steps_and_epochs_and_knows_the_best_metric(tmp_path: Path)
     best = run.path / "run" / "checkpoints" / "step-2"
     best.mkdir(parents=True)
     asyncio.run(loop.run())
-    assert seen == [(0, 0.0, 5.0, 0), (2, 0.67, 3.0, 2), (4, 1.33, 3.0, 2)]
+    assert seen == [(1, 0.33, 5.0, 0), (2, 0.67, 3.0, 2), (3, 1.0, 3.0, 2), (4, 1.33, 3.0, 2)]
+    assert before == [None, 5.0, 3.0]  # the best of those before, as in transformers
     state = loop._callbacks.state
     assert (state.max_steps, state.num_train_epochs, state.is_world_process_zero) == (4, 2, True)
     assert state.best_model_checkpoint == str(best)
@@ -372,3 +378,53 @@ def test_callbacks_of_python_keep_their_place_in_the_configuration_and_are_misse
     with pytest.raises(ConfigError, match=r"given as objects, in Python\. Resume there too"):
         make_callbacks(config(callbacks=["python:Counter"]), None)
     assert not make_callbacks(config(callbacks=[]), [])._callbacks
+
+
+def test_early_stopping_of_transformers_counts_evaluations_that_were_no_better(tmp_path: Path) -> None:
+    patience = EarlyStoppingCallback(early_stopping_patience=2)
+    learner = Learner(eval_losses=[5.0, 4.0, 4.5, 3.0, 3.5, 3.2, 1.0])
+    run = Run(tmp_path, config=config(eval_steps=1), total=6, held_out=1, learner=learner, callbacks=[patience]).go()
+    assert [batch.step for batch in run.learner.batches] == [1, 2, 3, 4, 5]
+    assert any("EarlyStoppingCallback.on_evaluate" in str(event["detail"]) for event in run.lines("events.jsonl"))
+
+
+def test_early_stopping_of_transformers_keeps_its_patience_in_checkpoints(tmp_path: Path) -> None:
+    patience = EarlyStoppingCallback(early_stopping_patience=9)
+    learner = Learner(eval_losses=[5.0, 6.0, 6.0])
+    run = Run(
+        tmp_path, config=config(eval_steps=1, save_steps=2), total=2, held_out=1, learner=learner, callbacks=[patience]
+    ).go()
+    (tmp_path / CALLBACKS).write_bytes(run.learner.files[2][CALLBACKS])
+    renewed = EarlyStoppingCallback(early_stopping_patience=9)
+    assert read_states([renewed], tmp_path) == ()
+    assert renewed.early_stopping_patience_counter == patience.early_stopping_patience_counter == 2
+
+
+def test_callbacks_of_transformers_find_what_they_look_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callbacks = [PrinterCallback(), ProgressCallback(), DefaultFlowCallback()]
+    run = Run(tmp_path, config=config(eval_steps=2, save_steps=3, logging_steps=2), total=4, held_out=1)
+    run.callbacks = callbacks
+    run.go()
+    assert sorted(run.learner.saved) == [3, 4]
+    assert capsys.readouterr().out.count("'loss': '0.5'") == 2  # of step 2, by two of them
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({}, (IntervalStrategy.NO, None, False)),
+        ({"eval_steps": 2}, (IntervalStrategy.STEPS, "loss", False)),
+        ({"eval_strategy": "epoch", "metric_for_best_model": "eval_accuracy"}, ("epoch", "accuracy", True)),
+    ],
+)
+def test_callbacks_are_shown_options_as_transformers_has_them(
+    tmp_path: Path, options: dict[str, Any], shown: tuple[Any, ...]
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    class Looks:
+        def on_init_end(self, args: Any, state: Any, control: Any, **payload: Any) -> None:
+            seen.append((args.eval_strategy, args.metric_for_best_model, args.greater_is_better))
+
+    Run(tmp_path, config=config(**options), total=1, held_out=int(bool(options)), callbacks=[Looks()]).go()
+    assert seen == [shown] and (seen[0][0] == IntervalStrategy.NO) is (not options)

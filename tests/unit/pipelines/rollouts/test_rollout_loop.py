@@ -99,6 +99,26 @@ def test_what_callbacks_ask_for_is_done_once_and_an_epoch_ends_before_the_checkp
     ]  # fmt: skip
 
 
+def test_strategies_follow_the_passes_over_the_prompts_and_the_best_reward_is_kept(tmp_path: Path) -> None:
+    # Four prompts, two a step: an epoch has two steps. All rewards are 1, so the first evaluation is the best one.
+    run = RolloutRun(
+        tmp_path, total=5, eval_strategy="epoch", save_strategy="epoch", eval_on_start=False, logging_strategy="epoch"
+    ).go()
+    assert run.logged("log", "evaluate ", "save ") == [
+        "log 2", "evaluate by version 2", "evaluate 2", "save 2", "save 2",
+        "log 4", "evaluate by version 4", "evaluate 4", "save 4", "save 4",
+        "evaluate by version 5", "evaluate 5", "save 5", "save 5",
+    ]  # fmt: skip
+    assert json.loads(run.actors.files[5]["best.json"]) == {"best": 1.0, "best_step": 2, "worse": 2}
+
+
+def test_a_run_on_rewards_ends_when_they_get_no_better(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, total=9, eval_steps=1, early_stopping_patience=2, metric_for_best_model="eval_reward")
+    run.go()
+    assert run.logged("train_end") == ["train_end 2"]
+    assert any("eval/reward was no better 2 times" in str(event["detail"]) for event in run.lines("events.jsonl"))
+
+
 def test_the_journal_forgets_up_to_the_checkpoint_before_the_newest(tmp_path: Path) -> None:
     run = RolloutRun(tmp_path, total=5, save_steps=2, callbacks=(Counter(),)).go()
     assert run.logged("save", "checkpoint") == [

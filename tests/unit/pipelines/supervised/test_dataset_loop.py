@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from callbacks_for_tests import Asks, Diary
-from dataset_loops import Learner, Run, Watch
+from dataset_loops import Learner, Run, Watch, examples
 from trl_ray.config.runs.dataset_config import KTOConfig, SFTConfig
 from trl_ray.errors import DataError, InterruptedRun, LearnerLostError
 from trl_ray.pipelines.supervised.dataset_recording import Accounts
@@ -56,6 +56,121 @@ def test_held_out_examples_are_evaluated_before_the_first_step_and_after_every_s
     ]
     assert told == [(0, 5.0), (2, 4.0), (4, 3.0), (5, 2.0)]
     assert [line.get("eval/loss") for line in run.lines("metrics.jsonl")] == [None, 4.0, None, 3.0, 2.0]
+
+
+def evaluated(run: Run) -> list[int]:
+    """The steps after which there was an evaluation."""
+    return [event["detail"]["step"] for event in run.lines("events.jsonl") if event["kind"] == "evaluated"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Three steps an epoch, seven steps.
+        ({"eval_strategy": "no", "eval_steps": 2}, []),
+        ({"eval_strategy": False, "eval_steps": 2}, []),  # as YAML reads a bare no
+        ({"eval_steps": 3}, [0, 3, 6, 7]),
+        ({"eval_steps": 3, "eval_on_start": False}, [3, 6, 7]),
+        ({"eval_strategy": "steps", "logging_steps": 4}, [0, 4, 7]),
+        ({"eval_strategy": "steps", "eval_steps": 2, "eval_delay": 3}, [4, 6, 7]),
+        ({"eval_strategy": "steps", "eval_steps": 2, "eval_delay": 3, "eval_on_start": True}, [0, 4, 6, 7]),
+        ({"eval_strategy": "epoch"}, [0, 3, 6, 7]),
+        ({"eval_strategy": "epoch", "eval_delay": 2, "eval_on_start": False}, [6, 7]),
+    ],
+)
+def test_evaluations_come_when_their_strategy_says(
+    tmp_path: Path, options: dict[str, Any], expected: list[int]
+) -> None:
+    config = SFTConfig(per_device_train_batch_size=2, save_steps=0, shuffle_dataset=False, **options)
+    held_out = 1 if config.evaluates else 0  # nothing is loaded where nothing is evaluated
+    assert evaluated(Run(tmp_path, config=config, total=7, held_out=held_out).go()) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"save_strategy": "no", "save_steps": 2}, [7]),
+        ({"save_strategy": "steps", "save_steps": 2}, [2, 4, 6, 7]),
+        ({"save_strategy": "epoch", "save_steps": 2}, [3, 6, 7]),
+        # Losses after each step: better after 1, 2 and 5.
+        ({"save_strategy": "best", "save_steps": 2, "eval_steps": 1}, [1, 2, 5, 7]),
+    ],
+)
+def test_checkpoints_come_when_their_strategy_says(
+    tmp_path: Path, options: dict[str, Any], expected: list[int]
+) -> None:
+    config = SFTConfig(per_device_train_batch_size=2, eval_on_start=None, **options)
+    learner = Learner(eval_losses=[9.0, 8.0, 7.0, 7.5, 7.0, 6.0, 9.0, 9.0])
+    run = Run(tmp_path, config=config, total=7, learner=learner, held_out=1 if config.evaluates else 0).go()
+    assert sorted(run.learner.saved) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"logging_strategy": "steps"}, [2, 4, 6]),
+        ({"logging_first_step": True}, [1, 2, 4, 6]),
+        ({"logging_strategy": "epoch"}, [3, 6]),
+        ({"logging_strategy": "no"}, []),
+    ],
+)
+def test_callbacks_hear_of_the_log_when_its_strategy_says(
+    tmp_path: Path, options: dict[str, Any], told: list[int]
+) -> None:
+    config = SFTConfig(per_device_train_batch_size=2, save_steps=0, logging_steps=2, **options)
+    diary = Diary()
+    run = Run(tmp_path, config=config, total=7, callbacks=[diary]).go()
+    assert [line for line in diary.book if line.startswith("log")] == [f"log {step}" for step in told]
+    assert len(run.lines("metrics.jsonl")) == 7
+
+
+def test_the_best_model_outlives_younger_checkpoints_and_is_what_the_run_ends_with(tmp_path: Path) -> None:
+    config = SFTConfig(
+        per_device_train_batch_size=2,
+        eval_steps=1,
+        save_steps=1,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+    )
+    learner = Learner(eval_losses=[0.1, 5.0, 3.0, 4.0, 6.0])  # the first is of weights that no checkpoint has
+    loop = Run(tmp_path, config=config, total=4, held_out=1, learner=learner).loop()
+    asyncio.run(loop.run())
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-2", "step-4"]
+    assert loop.model == checkpoints / "step-2"
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert {"detail": "the model of the run is the best one, step-2", "best": 3.0} in [e["detail"] for e in events]
+
+
+def test_without_a_best_model_the_run_ends_with_the_last(tmp_path: Path) -> None:
+    config = SFTConfig(per_device_train_batch_size=2, eval_steps=1, save_only_model=True)
+    loop = Run(tmp_path, config=config, total=4, held_out=1).loop()
+    asyncio.run(loop.run())
+    assert loop.model == tmp_path / "run" / "checkpoints" / "step-4"
+    assert loop._actors.only_models == [True]  # type: ignore[attr-defined]
+
+
+def test_several_held_out_sets_are_evaluated_by_their_names_as_transformers_names_them(tmp_path: Path) -> None:
+    config = SFTConfig(per_device_train_batch_size=2, save_steps=0, eval_steps=3, eval_on_start=False)
+    config = config.replace(metric_for_best_model="eval_hard_loss")
+    learner, diary = Learner(eval_losses=[4.0, 3.0]), Diary()
+    run = Run(tmp_path, config=config, total=3, learner=learner, callbacks=[diary])
+    run.sets = {"easy": examples(1), "hard": examples(3)}
+    loop = run.loop()
+    asyncio.run(loop.run())
+    assert loop._stopping.best == 3.0
+    assert [(e["detail"]["examples"]) for e in run.lines("events.jsonl") if e["kind"] == "evaluated"] == [1, 3]
+    last = run.lines("metrics.jsonl")[-1]
+    assert (last["eval/easy_loss"], last["eval/hard_loss"], last["eval/hard_accuracy"]) == (4.0, 3.0, 0.5)
+    assert [payload["metrics"]["eval_hard_loss"] for payload in diary.of("on_evaluate")] == [3.0]
+
+
+def test_leaving_an_epoch_is_its_end_for_what_comes_with_epochs(tmp_path: Path) -> None:
+    config = SFTConfig(per_device_train_batch_size=2, eval_strategy="epoch", save_strategy="epoch", eval_on_start=False)
+    asks = Asks("should_epoch_stop", at=1)
+    run = Run(tmp_path, config=config, total=6, held_out=1, callbacks=[asks]).go()
+    assert (evaluated(run), sorted(run.learner.saved)) == ([1, 4], [1, 4])
 
 
 def test_a_run_that_goes_on_is_not_evaluated_where_it_was_before(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ends a run early when its held-out metric gets no better any more."""
+"""Knows the best held-out value so far, and ends a run early when there comes no better one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trl_ray.config.example_options import ExampleConfig
 from trl_ray.config.messages import nearest
+from trl_ray.config.runs.cadence_options import CadenceConfig, SaveStrategy
 from trl_ray.errors import ConfigError
 
 
@@ -21,19 +21,22 @@ class EarlyStopping:
     threshold: float
     patience: int | None
     """None never stops, but the best value is known all the same."""
+    is_needed: bool = False
+    """Whether something hangs on the metric, so that it must be there."""
     best: float | None = None
     best_step: int = 0
     worse: int = 0
     """Evaluations in a row that were no better."""
 
     @classmethod
-    def of(cls, config: ExampleConfig) -> EarlyStopping:
+    def of(cls, config: CadenceConfig) -> EarlyStopping:
         """As configured, before the first evaluation."""
         return cls(
-            metric=config.metric_for_best_model.removeprefix("eval_").removeprefix("eval/"),
+            metric=config.best_metric,
             wants_greater=config.wants_greater,
             threshold=config.early_stopping_threshold,
             patience=config.early_stopping_patience,
+            is_needed=config.load_best_model_at_end or config.save_strategy is SaveStrategy.BEST,
         )
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -42,13 +45,14 @@ class EarlyStopping:
         Raises:
             ConfigError: there is no such metric.
         """
-        if self.metric not in metrics:
-            if self.patience is None:
+        name = self.metric if self.metric in metrics else f"{self.metric}/mean"  # TRL's `reward` is a mean
+        if name not in metrics:
+            if self.patience is None and not self.is_needed:
                 return
             guess = nearest(self.metric, metrics)
             hint = f"Did you mean {guess!r}?" if guess else f"There are {', '.join(sorted(metrics))}."
             raise ConfigError(f"metric_for_best_model must be a held-out metric, got {self.metric!r}. {hint}")
-        value = metrics[self.metric]
+        value = metrics[name]
         if self._is_better(value):
             self.best, self.best_step, self.worse = value, step, 0
         else:
@@ -61,6 +65,10 @@ class EarlyStopping:
             return True
         gain = value - self.best if self.wants_greater else self.best - value
         return gain > self.threshold
+
+    def was_best(self, step: int) -> bool:
+        """Whether the evaluation after this step was better than all before."""
+        return self.best is not None and self.best_step == step and not self.worse
 
     @property
     def is_due(self) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from trl_ray.config.runs.dataset_config import RewardModelConfig, SFTConfig
 from trl_ray.errors import ConfigError
-from trl_ray.pipelines.supervised.early_stopping import EarlyStopping
+from trl_ray.pipelines.run.early_stopping import EarlyStopping
 
 
 def stopping(**options: object) -> EarlyStopping:

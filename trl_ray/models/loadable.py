@@ -1,0 +1,99 @@
+"""Whether a learner could load a model, found without loading it: before a run directory or an actor is made.
+
+ModelConfig --> folder, weight files, libraries --> the architecture on no device (torch's meta) --> head
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM
+
+from trl_ray.config.sections import ModelConfig
+from trl_ray.errors import ModelError
+from trl_ray.models.policy_loading import (
+    LOAD_ERRORS,
+    find_source,
+    load_model_config,
+    require_weights,
+    torch_dtype,
+)
+from trl_ray.models.scoring.classifier import AUTO_CLASSES, has_class_head
+from trl_ray.models.scoring.head import head_module, logit_transform
+
+
+def check_loadable(model: ModelConfig, *, num_labels: int | None = None) -> None:
+    """Refuse what `load_policy` or `load_classifier` would refuse, as far as that is known without weights.
+
+    Args:
+        model: as for them.
+        num_labels: of a classifier; None for a language model.
+
+    Raises:
+        ModelError: files are missing or damaged, a library is missing, or transformers has no such model.
+    """
+    source, config = find_source(model), load_model_config(model)
+    require_weights(source.base)
+    _check_files(source.base)
+    _check_libraries(model)
+    if num_labels is None:
+        auto: Any = AutoModelForCausalLM
+    else:
+        auto = AUTO_CLASSES[num_labels]
+        has_class_head(source.base, config, num_labels)
+    options: dict[str, Any] = {"dtype": torch_dtype(model.dtype), "trust_remote_code": model.trust_remote_code}
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
+    with torch.device("meta"):
+        try:
+            empty = auto.from_config(config, **options)
+        except LOAD_ERRORS as error:
+            raise ModelError(_why_not(model, source.base, config, error)) from error
+    if num_labels is None:
+        head_module(empty)
+        logit_transform(empty)
+
+
+def _check_files(name: str) -> None:
+    """Of a folder: every weight file has the length that its header says."""
+    for file in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else ():
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"the model in {name} must load, but: {file.name} is truncated or damaged ({error}). Copy it again."
+            ) from error
+
+
+def _check_libraries(model: ModelConfig) -> None:
+    wanted = {
+        "load_in_4bit=true": ("bitsandbytes", model.load_in_4bit),
+        "load_in_8bit=true": ("bitsandbytes", model.load_in_8bit),
+        "use_liger_kernel=true": ("liger_kernel", model.use_liger_kernel),
+    }
+    for option, (package, asked) in wanted.items():
+        if asked and importlib.util.find_spec(package) is None:
+            raise ModelError(
+                f"{option} needs the package {package.replace('_', '-')}, which is not installed. pip install "
+                f"{package.replace('_', '-')}, or set it to false."
+            )
+
+
+def _why_not(model: ModelConfig, name: str, config: Any, error: BaseException) -> str:
+    first_line = str(error).strip().split("\n")[0]
+    if model.attn_implementation is not None and (isinstance(error, ImportError) or "attn" in first_line):
+        return (
+            f"attn_implementation={model.attn_implementation} must be there for {config.model_type}, but: "
+            f"{first_line.rstrip('.')}. Install what it needs, or set attn_implementation=sdpa."
+        )
+    if hasattr(config, "vision_config"):
+        return (
+            f"model_name_or_path must name a model that reads text alone, got {name} of the type {config.model_type}, "
+            "which reads images, too. Take its text model."
+        )
+    return f"the model {name} must be one that transformers can build, but: {type(error).__name__}: {first_line}"
