@@ -154,10 +154,10 @@ class CadenceConfig(Section):
     @model_validator(mode="after")
     def _check_best(self) -> Self:
         asks = {
-            "early_stopping_patience": self.early_stopping_patience is not None,
-            "load_best_model_at_end": self.load_best_model_at_end,
+            f"early_stopping_patience={self.early_stopping_patience}": self.early_stopping_patience is not None,
+            "load_best_model_at_end=true": self.load_best_model_at_end,
             "save_strategy=best": self.save_strategy is SaveStrategy.BEST,
-            "eval_on_start": bool(self.eval_on_start),
+            "eval_on_start=true": bool(self.eval_on_start),
         }
         for name, asked in asks.items():
             if asked and not self.evaluates:
