@@ -38,6 +38,7 @@ PRELOADED = (
 )
 _NUMBER = 8
 """Bytes of a size, a pid or a status on the wire."""
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _HIGH = 512
 """Received files wait above this number for the one they get."""
 
@@ -99,6 +100,7 @@ def become(address: str, arguments: list[str]) -> None:
             raise OSError("not for the server")
         files = open_files()
         request = {"argv": arguments, "cwd": os.getcwd(), "environment": dict(os.environ), "files": files}
+        request["ignored"] = ignored = [number for number in _PASSED_ON if signal.getsignal(number) is signal.SIG_IGN]
         data = json.dumps(request).encode()
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(address)
@@ -113,8 +115,9 @@ def become(address: str, arguments: list[str]) -> None:
     woken, wakes = os.pipe()
     os.set_blocking(wakes, False)
     signal.set_wakeup_fd(wakes)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: os.kill(pid, number))
+    for number in _PASSED_ON:
+        if number not in ignored:
+            signal.signal(number, lambda number, frame: os.kill(pid, number))
     for file in files:
         os.close(file)
     while connection not in select.select([connection, woken], [], [])[0]:
@@ -244,6 +247,10 @@ def begin(request: dict, files: list[int]) -> list[str]:
         os.close(file)
     # Ray ends a worker's process group with it, and the server's is that of the tests.
     os.setsid()
+    # As the client was started, not as the server was: a shell lets what it runs in the background ignore SIGINT.
+    for number in _PASSED_ON:
+        usual = signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else usual)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"], RAY_RUNTIME_ENV_HOOK="warm_processes.with_warm_workers")

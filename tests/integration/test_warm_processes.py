@@ -99,6 +99,16 @@ def test_it_is_in_no_process_group_of_the_tests() -> None:
     assert group == pid
 
 
+def test_a_signal_that_is_ignored_is_ignored(python: str) -> None:
+    code = "import os, signal; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, flush=True)"
+    shown = subprocess.run(
+        [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+         "os.execv(sys.argv[1], sys.argv[1:])", python, "-c", code],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shown.stdout == "True\n"
+
+
 def test_what_is_not_understood_runs_in_plain_python() -> None:
     code = "import sys; print(sys.flags.optimize, 'torch' in sys.modules)"
     done = subprocess.run([warm_python(), "-O", "-c", code], capture_output=True, text=True, check=True)
@@ -111,7 +121,7 @@ def test_a_client_that_is_gone_before_it_has_asked_harms_nobody() -> None:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(address)
             client.sendall(said)
-    request = {"argv": ["-c", WAITS], "cwd": "/", "environment": {}, "files": []}
+    request = {"argv": ["-c", WAITS], "cwd": "/", "environment": {}, "ignored": [], "files": []}
     data = json.dumps(request).encode()
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(address)
