@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,10 @@ from hypothesis import HealthCheck, settings
 from warm_processes import warm_python
 
 ROOT = Path(__file__).parents[1]
+
+# Tests send Ctrl-C to what they start; a shell lets what it runs in the background, and all below it, ignore that.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Child processes and Ray workers inherit all of these.
 os.environ.update(
