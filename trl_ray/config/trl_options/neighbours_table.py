@@ -100,7 +100,6 @@ HANDBOOK: Rows = {
     "auto_insert_empty_system_msg": only(False, says="Remove it: messages are rendered as they are."),
     "tokenizer_name_or_path": only(None, says="Remove it: the tokenizer is the one in the model's folder."),
     "tokenizer_name": only(None, says="Remove it: the tokenizer is the one in the model's folder."),
-    "ref_model_name_or_path": only(None, says="Remove it: the reference is the policy's first state."),
     "dataset_prompt_column": only("prompt", None, says="Call the dataset's column prompt.", needs=("max_length",)),
     "base_model_revision": only(None, says="Set model_revision."),
     "wandb_run_name": renamed("run_name"),

@@ -172,13 +172,9 @@ TRAINERS: Rows = {
     "use_liger_loss": renamed("use_liger_kernel"),
     "use_liger": renamed("use_liger_kernel"),
     "chat_template_path": renamed("chat_template"),
-    "eos_token": only(
-        None, says="Set it in the tokenizer's files: training and generation end turns with its eos token."
-    ),
     "precompute_ref_batch_size": always("The reference's answers are taken in micro-batches like the policy's."),
     "generate_during_eval": only(False, says="Remove it: evaluations measure held-out rows, and generate nothing."),
     "is_encoder_decoder": only(None, False, says="Remove it: models are decoders."),
-    "disable_dropout": always("Dropout is disabled.", "max_length"),
     "sync_ref_model": only(False, says=_NO_SYNC, needs=("desirable_weight",)),
     "ref_model_mixup_alpha": always("The reference of the pipeline kto does not move.", "desirable_weight"),
     "ref_model_sync_steps": always("The reference of the pipeline kto does not move.", "desirable_weight"),

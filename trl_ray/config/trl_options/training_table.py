@@ -16,9 +16,6 @@ _NO_PUSH = "Without push_to_hub nothing is pushed. " + _HUB
 _COMPILE = "Remove it: the learner runs uncompiled."
 _MEASURED = "What evaluations measure is fixed."
 _UNPADDED = "Micro-batches are packed without padding."
-_BEST = (
-    "Set early_stopping_patience with metric_for_best_model to stop in time, and save_total_limit to keep checkpoints."
-)
 
 
 def _sampling(value: Any, given: Any) -> Reading | None:
@@ -31,15 +28,6 @@ def _sampling(value: Any, given: Any) -> Reading | None:
 def _warmup(value: Any, given: Any) -> Reading | None:
     # transformers: the steps win where both are given.
     return {} if value in (None, 0, 0.0) or given.get("warmup_steps") else {"warmup_steps": value}
-
-
-def _evaluation(value: Any, given: Any) -> Reading | None:
-    """In transformers evaluations come with the log where eval_steps says nothing."""
-    if value in ("no", False):
-        return {"eval_steps": 0}
-    if value != "steps":
-        return None
-    return {} if given.get("eval_steps") else {"eval_steps": given.get("logging_steps") or 10}
 
 
 TRAINING: Rows = {
@@ -78,16 +66,6 @@ TRAINING: Rows = {
     "jit_mode_eval": only(False, says=_COMPILE),
     # Optimizer.
     "warmup_ratio": read_by(_warmup, says="Set warmup_steps, a number of steps or a fraction of the run's below 1."),
-    "optim": only(
-        "adamw_torch",
-        "adamw_torch_fused",
-        "adamw_hf",
-        "adamw",
-        says="Remove it: the optimizer is torch's AdamW in its fused form.",
-    ),
-    "optim_args": only(
-        None, "", says="Remove it: the optimizer is AdamW (adam_beta1, adam_beta2, adam_epsilon, weight_decay)."
-    ),
     "optim_target_modules": only(None, says="Set use_peft with lora_target_modules to train a part of the weights."),
     "adafactor": only(False, says="Remove it: the optimizer is torch's AdamW in its fused form."),
     "average_tokens_across_devices": only(True, says="Remove it: tokens are always counted over all ranks."),
@@ -96,29 +74,9 @@ TRAINING: Rows = {
     "router_aux_loss_coef": only(None, 0, says="Remove it: routers of experts have no loss of their own here."),
     # When to log, save, evaluate.
     "evaluation_strategy": renamed("eval_strategy"),
-    "eval_strategy": read_by(
-        _evaluation,
-        says="Set eval_steps: a number of steps, a fraction of the run's below 1, or 0 for never.",
-    ),
-    "save_strategy": by_value(
-        {"no": {"save_steps": 0}, False: {"save_steps": 0}},
-        nothing=("steps",),
-        says="Set save_steps: a number of steps, a fraction of the run's below 1, or 0 for the last only.",
-    ),
-    "logging_strategy": only(
-        "steps",
-        says="Set logging_steps: a number of steps, or a fraction of the run's below 1; all are in metrics.jsonl.",
-    ),
-    "eval_on_start": only(True, False, says="With eval_steps there is an evaluation before the first step."),
-    "eval_delay": only(0, None, says="Remove it: evaluations come every eval_steps."),
-    "load_best_model_at_end": only(False, None, says=_BEST),
-    "metric_for_best_model": only(None, says=_BEST),
-    "greater_is_better": only(None, says=_BEST),
-    "save_only_model": always(_CHECKPOINT),
     "save_on_each_node": only(False, says=_CHECKPOINT + " Remove it."),
     "save_safetensors": only(True, says="Checkpoints are safetensors. Remove it."),
     "enable_jit_checkpoint": always(_CHECKPOINT),
-    "resume_from_checkpoint": only(None, False, says="Run: trl-ray resume RUN_DIR"),
     "ignore_data_skip": always("A resumed run takes up the very rows or prompts that it left."),
     "restore_callback_states_from_checkpoint": always("Callbacks with state_dict are always restored."),
     # Evaluations.
@@ -145,10 +103,6 @@ TRAINING: Rows = {
     "pad_to_multiple_of": always(_UNPADDED),
     "remove_unused_columns": always("Columns that are not needed do no harm, and reward functions are given all."),
     "label_names": only(None, [], says="Remove it: labels are made from the rows."),
-    "data_seed": only(None, says="Set seed: it orders the rows, too."),
-    "full_determinism": only(
-        False, says="Set runtime.kind=local on a CPU (and max_staleness=0): such runs repeat themselves exactly."
-    ),
     "dataloader_drop_last": only(
         False, says="Remove it: an update takes what is left of an epoch, with its own totals."
     ),
@@ -181,12 +135,10 @@ TRAINING: Rows = {
     "fsdp_min_num_params": only(0, says=_RANKS),
     "fsdp_transformer_layer_cls_to_wrap": only(None, says=_RANKS),
     # What is shown and kept.
-    "project": renamed("wandb_project"),
     "logging_dir": only(None, says="Set output_dir: all that a run writes is in it."),
     "debug": only("", [], None, says="Set runtime.kind=local for a debugger."),
     **dict.fromkeys(
         (
-            "logging_first_step",
             "log_on_each_node",
             "logging_nan_inf_filter",
             "include_num_input_tokens_seen",
@@ -199,18 +151,11 @@ TRAINING: Rows = {
         always(_CONSOLE),
     ),
     **dict.fromkeys(
-        ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        ("trackio_bucket_id", "trackio_static_space_id"),
         only(None, says="Remove it: report_to does not know trackio; report.html is always drawn."),
     ),
-    "push_to_hub": only(False, None, says=_HUB),
     **dict.fromkeys(
         (
-            "hub_token",
-            "hub_private_repo",
-            "hub_model_id",
-            "hub_strategy",
-            "hub_always_push",
-            "hub_revision",
             "hub_model_revision",
             "push_to_hub_revision",
             "push_to_hub_model_id",
