@@ -9,7 +9,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from trl_ray.buffer.entry import LedgerSnapshot
@@ -131,15 +130,6 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
 
     def _prepare(self) -> Preparation:
         return prepare(self.config, self._inputs, objective=self.objective_class(self.config))
-
-    def _with_held_out(self, eval_dataset: Any) -> Inputs:
-        inputs = self._inputs
-        if eval_dataset is None:
-            return inputs
-        config, train = self.config, inputs.train_dataset
-        if train is None and config.dataset_name is None and not config.datasets:
-            train = eval_dataset
-        return replace(inputs, train_dataset=train, eval_dataset=eval_dataset)
 
     def _announcement(self) -> Mapping[str, Any]:
         return {"staleness_bound": self.config.max_age_at_use}

@@ -13,7 +13,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
@@ -183,6 +183,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
     config_class: ClassVar[type[RunConfig]]
     name: ClassVar[str]
     _inputs: Any
+    """What a user gave in Python beside the configuration; a dataclass with `train_dataset` and `eval_dataset`."""
     resumes_within: ClassVar[int | None] = None
     """How many of the newest checkpoints a run can go on from; None: all."""
 
@@ -370,9 +371,15 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             )
         return model
 
-    @abstractmethod
     def _with_held_out(self, eval_dataset: Any) -> Any:
         """The inputs with other held-out rows; None keeps those there are."""
+        inputs, config = self._inputs, self.config
+        if eval_dataset is None:
+            return inputs
+        train = inputs.train_dataset
+        if train is None and config.dataset_name is None and not config.datasets:
+            train = eval_dataset
+        return replace(inputs, train_dataset=train, eval_dataset=eval_dataset)
 
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Held-out numbers under the run's model, before training under the initial one. Nothing is left behind.

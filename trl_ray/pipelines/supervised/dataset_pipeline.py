@@ -9,7 +9,6 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -187,15 +186,6 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
         self._inputs = DatasetInputs(
             train_dataset=train_dataset, eval_dataset=eval_dataset, formatting_func=formatting_func
         )
-
-    def _with_held_out(self, eval_dataset: Any) -> DatasetInputs:
-        inputs = self._inputs
-        if eval_dataset is None:
-            return inputs
-        config, train = self.config, inputs.train_dataset
-        if train is None and config.dataset_name is None and not config.datasets:
-            train = eval_dataset
-        return replace(inputs, train_dataset=train, eval_dataset=eval_dataset)
 
     def _task(self) -> ExampleTask:
         return self.task
