@@ -152,6 +152,11 @@ def answer_sample(
     return _trained(context, answer, group_id=group_id, label=label)
 
 
+def whole_answer(prompt_ids: IntArray, answer_ids: IntArray, *, group_id: int, desirable: bool) -> TrainingSample:
+    """A prompt ``[P]`` and a rated answer ``[L]``, not cut: what `answer_sample` is made of."""
+    return _trained(prompt_ids, answer_ids, group_id=group_id, label=SampleLabel(desirable=desirable))
+
+
 def mismatched_sample(prompt_ids: IntArray, answer_ids: IntArray, rules: TextRules, *, group_id: int) -> TrainingSample:
     """A prompt with the answer to another one; where nothing of the answer is trained, its mask says so."""
     sample = answer_sample(prompt_ids, answer_ids, rules, group_id=group_id)
