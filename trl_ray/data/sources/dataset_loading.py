@@ -409,7 +409,7 @@ def _from_object(dataset: object, split: str | None, *, name: str | None = None)
             raise DataError(f"The dataset must have the split {split!r}, it has {sorted(map(str, dataset))}. Name one.")
         return _from_object(dataset[split], split, name=name)
     _require_rows(dataset)
-    label = name or f"the given {type(dataset).__name__}"
+    label = name or ("the rows" if isinstance(dataset, RowSequence) else f"the given {type(dataset).__name__}")
     if isinstance(dataset, Iterator):
         raise DataError(
             f"A dataset must be one that can be read again from its start, {label} is used up by reading. Pass a list "

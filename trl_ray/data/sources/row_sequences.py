@@ -79,6 +79,16 @@ def combined_key(*parts: object) -> str | None:
     return None if None in parts else xxhash.xxh3_128(json.dumps(parts).encode()).hexdigest()
 
 
+def function_key(function: Callable[..., Any]) -> str | None:
+    """A hash of what a function of a user's does, of all that it is written with; None where that cannot be told."""
+    from datasets.fingerprint import Hasher
+
+    try:
+        return str(Hasher.hash(function))
+    except (TypeError, AttributeError, ValueError, RecursionError, pickle.PicklingError):
+        return None
+
+
 def array_key(array: NDArray[Any]) -> str:
     """A hash of an array's shape and values."""
     return f"{array.shape}-{xxhash.xxh3_128(array.tobytes()).hexdigest()}"
@@ -191,8 +201,8 @@ class ChangedRows(RowSequence):
 
     rows: Sequence[Row]
     change: Callable[[int, Row], Row]
-    told: str
-    """What the function does; the same text is the same function."""
+    told: str | None
+    """What the function does; the same text is the same function. None: nobody knows."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -39,13 +39,17 @@ def is_large(path: Path) -> bool:
 
 
 def is_stored(dataset: Any) -> bool:
-    """Whether an object is a dataset of the library's with many rows, which can be had by number."""
+    """Whether an object has many rows that are stored somewhere and can be had by number."""
+    if isinstance(dataset, RowSequence):
+        return True
     of_library = type(dataset).__module__.partition(".")[0] == "datasets"
     return of_library and hasattr(dataset, "__len__") and len(dataset) > LARGE_ROWS
 
 
 def stored_dataset(dataset: Any, *, name: str) -> StoredRows:
-    """The rows of a `datasets.Dataset`, which `name` names in messages."""
+    """The rows of a `datasets.Dataset`, which `name` names in messages, or rows that are stored already."""
+    if isinstance(dataset, RowSequence):
+        return StoredRows(rows=dataset, columns=tuple(next(iter(dataset), ())))
     return StoredRows(rows=LibraryRows(dataset, name=name), columns=tuple(dataset.format["columns"]))
 
 

@@ -69,7 +69,7 @@ class DatasetInputs:
             if rows is None:
                 if evaluation and not config.evaluates:
                     return None
-                rows = load_rows(config, seed=config.seed, evaluation=evaluation)
+                rows = load_rows(config, seed=config.seed, evaluation=evaluation, in_memory=False).rows
             return formatted_rows(rows, make, column=config.text_column)
 
         return DatasetInputs(
