@@ -37,7 +37,7 @@ class Section(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(explain(error, type(self))) from None
+            raise ConfigError(explain(error, type(self), values)) from None
 
     # Without this mark pydantic would build nested sections through __init__, and their mistakes would lose
     # the dotted name of the option.

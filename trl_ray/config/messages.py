@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -35,15 +36,21 @@ def _is_mistyped(key: str, known: str) -> bool:
     )
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """One line per mistake, the option's dotted name first."""
-    return "\n".join(_explain_one(dict(item), model) for item in error.errors())
+def explain(error: ValidationError, model: type[BaseModel], given: Mapping[str, Any]) -> str:
+    """One line per mistake, the option's dotted name first.
+
+    Args:
+        error: what validation found.
+        model: that was validated.
+        given: what was written.
+    """
+    return "\n".join(_explain_one(dict(item), model, given) for item in error.errors())
 
 
-def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
+def _explain_one(item: dict[str, Any], model: type[BaseModel], given: Mapping[str, Any]) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return unknown_key(path, _fields_at(model, item["loc"][:-1]), item["input"])
+        return unknown_key(path, _fields_at(model, item["loc"][:-1]), item["input"], given)
     if item["type"] == "value_error":
         text = str(item["ctx"]["error"])
         # A sentence about one option begins after its name; one about several names them itself.
@@ -57,16 +64,19 @@ def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
     return f"{path} must be {rule}, got {item['input']!r}."
 
 
-def unknown_key(path: str, known: Iterable[str], value: Any = ABSENT) -> str:
+def unknown_key(
+    path: str, known: Iterable[str], value: Any = ABSENT, given: Mapping[str, Any] = MappingProxyType({})
+) -> str:
     """The message for a key that no owner reads.
 
     Args:
         path: its dotted name.
         known: keys that its owner reads.
         value: that it was given; some options of TRL's are accepted with other values.
+        given: what was written beside it.
     """
     known = list(known)
-    entry, instead = entry_of(path, known), why_not(path, value, known)
+    entry, instead = entry_of(path, known), why_not(path, value, known, given)
     if entry is not None and instead is not None:
         is_wrong_value = value is not ABSENT and entry.standing is not Standing.REFUSED
         return f"{path!r} cannot be {value!r} here. {instead}" if is_wrong_value else _not_here(path, instead)

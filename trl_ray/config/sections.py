@@ -517,6 +517,8 @@ class ReportConfig(Section):
     """Name of the project in these services; None takes `wandb_project`."""
     trackio_space_id: str | None = None
     """Space that Trackio writes to; None writes on this machine."""
+    trackio_bucket_id: str | None = None
+    """Bucket where that Space keeps its numbers; None leaves it to Trackio."""
     wandb_project: str = "trl_ray"
     html_report: bool = True
     callbacks: list[CallbackField] = Field(default_factory=list)
