@@ -43,6 +43,8 @@ def read(config_class: Any, line: str) -> dict[str, Any]:
         # A text stays one whatever it looks like.
         ("--run_name 007 --dataset_name 1e5 --output_dir no", {"run_name": "007", "dataset_name": "1e5",
                                                                "output_dir": "no"}),
+        ("--run_name \U0001f600 --lora_target_modules é \U0001f600", {"run_name": "\U0001f600",
+                                                                  "lora_target_modules": ["é", "\U0001f600"]}),
         # None of ours: as YAML reads it, and taken as it is.
         ("--lora_rank 8 --use_unsloth", {"lora_rank": 8, "use_unsloth": True}),
     ],
