@@ -227,7 +227,24 @@ def test_an_override_cannot_descend_into_a_value() -> None:
 # Line breaks of every standard, what YAML marks things with, what looks like another type, characters beyond 16 bits.
 _PIECES = [
     *"\x85\u2028\u2029\ufeff\r\n\t \x00\x0b\x0c\x1c\x7f\xa0\ufffe\U0001f600\U0010ffffaé'\"\\:#-?|>&%@{],",
-    *"1e5 +1E2 .5 1_0 0x1f 0o7 12:30 2001-01-01 null ~ no = << !!str --- ...".split(),
+    *[
+        "1e5",
+        "+1E2",
+        ".5",
+        "1_0",
+        "0x1f",
+        "0o7",
+        "12:30",
+        "2001-01-01",
+        "null",
+        "~",
+        "no",
+        "=",
+        "<<",
+        "!!str",
+        "---",
+        "...",
+    ],
 ]
 
 
