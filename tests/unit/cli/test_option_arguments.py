@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from trl_ray.cli.main import main
 from trl_ray.cli.option_arguments import read_options
 from trl_ray.cli.option_help import options_of
 from trl_ray.config.load import apply_overrides, build
+from trl_ray.config.runs.config_registry import CONFIGS
 from trl_ray.config.runs.dataset_config import SFTConfig
 from trl_ray.config.runs.grpo_config import GRPOConfig
 from trl_ray.config.teacher_options import TeacherServeConfig
@@ -93,6 +96,38 @@ def test_every_option_has_a_type_a_default_and_a_sentence_on_the_page(
         if "class" not in sentence:
             assert "<class" not in sentence and "`" not in sentence, path
     assert "typing." not in page and "<class" not in page
+
+
+@pytest.mark.parametrize("line", [[], ["--help"], ["sft", "--help"], ["sdpo", "--config"], ["env"]], ids=" ".join)
+def test_who_reads_may_have_seen_enough(line: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = []
+    for name in ("stdout", "stderr"):
+        reading, writing = os.pipe()
+        os.close(reading)
+        streams.append(os.fdopen(writing, "w", encoding="utf-8"))
+        monkeypatch.setattr(sys, name, streams[-1])
+    try:
+        code = main(line)
+    except SystemExit as ended:
+        code = ended.code  # type: ignore[assignment]
+    assert code == (2 if line in ([], ["sdpo", "--config"]) else 0)
+    for stream in streams:
+        stream.close()  # as Python does when it ends; this raised
+
+
+def test_the_page_of_options_needs_no_library_that_computes() -> None:
+    code = (
+        "import sys; from trl_ray.cli.main import main\n"
+        f"for name in {[*PIPELINES, 'teacher-serve']}: assert main([name, '--help']) == 0\n"
+        "print(sorted({'torch', 'transformers', 'ray', 'datasets', 'vllm'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_registries_of_configurations_and_pipelines_are_of_the_same_names() -> None:
+    assert {name: pipeline.config_class for name, pipeline in PIPELINES.items()} == dict(CONFIGS)
+    assert [*PIPELINES] == [*CONFIGS]
 
 
 def test_a_run_needs_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
