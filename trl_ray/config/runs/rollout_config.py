@@ -9,12 +9,13 @@ AheadConfig        generation may run ahead of training, at most `max_staleness`
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from trl_ray.config.base import Natural, Positive
 from trl_ray.config.reward_model_options import RewardModelOptions, check_reward_models
+from trl_ray.config.reward_names import read_reward_names
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import (
     GenerationConfig,
@@ -33,8 +34,8 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
 
     disable_dropout: bool = False
     """Set every dropout probability of the model and its adapter to 0."""
-    reward_funcs: list[str] = Field(default_factory=list)
-    """Registered names or dotted paths ``package.module:function``."""
+    reward_funcs: Annotated[list[str], BeforeValidator(read_reward_names)] = Field(default_factory=list)
+    """Registered names (TRL's too) or dotted paths ``package.module:function``."""
     reward_weights: list[float] | None = None
     """One per reward function; None weighs all 1."""
     reward_model_name_or_path: str | None = None

@@ -25,6 +25,11 @@ def names() -> frozenset[str]:
     return frozenset(name for table in _TABLES for name in table)
 
 
+def is_known(name: str) -> bool:
+    """Whether some table has an option of this name."""
+    return any(name in table for table in _TABLES)
+
+
 def entry_of(name: str, known: Container[str]) -> ForeignOption | None:
     """What holds for an option that is none of a configuration's; None where no table knows it.
 
