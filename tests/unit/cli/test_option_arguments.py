@@ -75,11 +75,13 @@ def test_what_is_written_in_trls_way_is_the_same_as_in_ours(line: str, values: d
 COMMANDS: list[tuple[str, str, dict[str, Any]]] = [
     ("sft", "--model_name_or_path org/base --dataset_name org/chats --learning_rate 2.0e-5 --packing "
      "--num_train_epochs 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --eos_token <|im_end|> "
-     "--eval_strategy steps --eval_steps 100 --output_dir base-SFT --push_to_hub --use_peft --lora_r 32 --lora_alpha 16",
+     "--eval_strategy steps --eval_steps 100 --output_dir base-SFT --push_to_hub --use_peft --lora_r 32 "
+     "--lora_alpha 16",
      {"learning_rate": 2e-5, "eos_token": "<|im_end|>", "eval_steps": 100, "push_to_hub": True, "lora_r": 32}),
     ("dpo", "--dataset_name org/pairs --model_name_or_path org/chat --learning_rate 5.0e-7 --max_steps 1000 "
      "--eval_strategy steps --eval_steps 50 --output_dir chat-DPO --no_remove_unused_columns "
-     "--dataset_train_split train_prefs --dataset-test-split test_prefs --loss_type sigmoid bco_pair --loss_weights 0.8 0.2 --report_to none",
+     "--dataset_train_split train_prefs --dataset-test-split test_prefs "
+     "--loss_type sigmoid bco_pair --loss_weights 0.8 0.2 --report_to none",
      {"max_steps": 1000, "dataset_test_split": "test_prefs", "loss_type": ("sigmoid", "bco_pair"), "report_to": []}),
     ("kto", "--dataset_name org/rated --model_name_or_path=org/chat --learning_rate 5e-7 --lr_scheduler_type=cosine "
      "--eval_steps 500 --output_dir=kto-lora --warmup_steps 0.1 --logging_first_step --use_peft --load_in_4bit "
@@ -99,8 +101,8 @@ COMMANDS: list[tuple[str, str, dict[str, Any]]] = [
      {"reward_model_name_or_path": "org/judge", "shuffle_dataset": False, "temperature": 0.9}),
     ("sdpo", "--model_name_or_path org/math --dataset_name org/gsm --dataset_config main --output_dir outputs/sdpo "
      "--learning_rate 5e-5 --dtype bfloat16 --bf16 true --max_completion_length 128 --use_peft "
-     "--lora_target_modules q_proj k_proj v_proj o_proj --per_device_train_batch_size 1 --gradient_accumulation_steps 2 "
-     "--num_generations 8 --generation_batch_size 32 --distillation_alpha 1.0 --distillation_mode sampled_token "
+     "--lora_target_modules q_proj k_proj v_proj o_proj --per_device_train_batch_size 1 "
+     "--gradient_accumulation_steps 2 --num_generations 8 --generation_batch_size 32 --distillation_alpha 1.0 --distillation_mode sampled_token "
      "--distillation_weight 0.5 --report_to none --eval_strategy steps --eval_steps 1000 --save_strategy no",
      {"generation_batch_size": 32, "distillation_mode": "sampled_token", "save_strategy": "no", "bf16": True}),
 ]  # fmt: skip
