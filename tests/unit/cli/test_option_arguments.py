@@ -102,7 +102,8 @@ COMMANDS: list[tuple[str, str, dict[str, Any]]] = [
     ("sdpo", "--model_name_or_path org/math --dataset_name org/gsm --dataset_config main --output_dir outputs/sdpo "
      "--learning_rate 5e-5 --dtype bfloat16 --bf16 true --max_completion_length 128 --use_peft "
      "--lora_target_modules q_proj k_proj v_proj o_proj --per_device_train_batch_size 1 "
-     "--gradient_accumulation_steps 2 --num_generations 8 --generation_batch_size 32 --distillation_alpha 1.0 --distillation_mode sampled_token "
+     "--gradient_accumulation_steps 2 --num_generations 8 --generation_batch_size 32 "
+     "--distillation_alpha 1.0 --distillation_mode sampled_token "
      "--distillation_weight 0.5 --report_to none --eval_strategy steps --eval_steps 1000 --save_strategy no",
      {"generation_batch_size": 32, "distillation_mode": "sampled_token", "save_strategy": "no", "bf16": True}),
 ]  # fmt: skip
