@@ -212,8 +212,22 @@ class DatasetConfig(Section):
     weight: Annotated[float, Field(gt=0)] | None = None
     """Probability with which the next row is drawn from this dataset, relative to the others' (1 where they have none);
     None everywhere joins the datasets one after the other, whole."""
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of this dataset's own rows that is trained on: the first ones. Held-out rows are all taken."""
+    share_seed: Natural | None = None
+    """Draw the rows of `share` at random, by this seed."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """As `dataset_kwargs`."""
+
+    @rule
+    def _check_share(self) -> None:
+        if self.share is not None and (self.fraction is not None or self.weight is not None):
+            raise ValueError(
+                f"share must be left out with fraction or weight, got {self.share}: it is a part of the dataset's own "
+                "rows, they are parts of the mixture. Remove one."
+            )
+        if self.share_seed is not None and self.share is None:
+            raise ValueError(f"share must be set with share_seed={self.share_seed}, got None. Set it, or remove both.")
 
 
 class DataConfig(Section):
@@ -275,6 +289,10 @@ class DataConfig(Section):
             raise ValueError(
                 "fraction and weight (or mixture_stopping) say in two ways how datasets are mixed, got both. Remove "
                 "one: fraction keeps the first rows of each, weight draws rows at random."
+            )
+        if weighed and any(source.share is not None for source in self.datasets):
+            raise ValueError(
+                "share must be left out in datasets that are mixed by weight or mixture_stopping, got both. Remove one."
             )
 
     @rule

@@ -94,6 +94,29 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     # alignment-handbook
     (SFTConfig, {"dataset_mixer": {"org/chats": 1.0}, "dataset_splits": ["train_sft", "test_sft"]},
      {"dataset_name": "org/chats", "dataset_train_split": "train_sft", "dataset_test_split": "test_sft"}),
+    (SFTConfig, {"dataset_mixer": {"a": 0.5, "b": 1.0, "c": 0.0}, "dataset_configs": [None, "main", "x"]},
+     {"datasets": [{"path": "a", "share": 0.5}, {"path": "b", "name": "main"}]}),
+    (DPOConfig, {"dataset_mixer": {"a": 1}, "dataset_configs": ["main"]},
+     {"dataset_name": "a", "dataset_config": "main"}),
+    (SFTConfig, {"dataset_splits": ["test_sft", "train_sft"]},
+     {"dataset_train_split": "train_sft", "dataset_test_split": "test_sft"}),
+    # open-r1
+    (SFTConfig, {"dataset_mixture": {"seed": 7, "test_split_size": 0.1, "datasets": [
+        {"id": "a", "config": "main", "split": "train", "columns": ["messages"], "weight": 0.5},
+        {"id": "b", "weight": 1.0}]}},
+     {"test_split_size": 0.1, "datasets": [
+         {"path": "a", "name": "main", "split": "train", "columns": ["messages"], "share": 0.5, "share_seed": 7},
+         {"path": "b"}]}),
+    # TRL's own mixture
+    (SFTConfig, {"datasets": [{"path": "a", "data_dir": "d", "split": "train"}], "streaming": False}, {
+        "datasets": [{"path": "a", "data_dir": "d", "split": "train"}]}),
+    (SFTConfig, {"dataset_name": "a", "streaming": True, "max_steps": 1}, {
+        "dataset_name": "a", "dataset_streaming": True, "max_steps": 1}),
+    # Held-out rows, a share or a number.
+    (SFTConfig, {"val_set_size": 0.05}, {"test_split_size": 0.05}),
+    (DPOConfig, {"val_size": 100}, {"test_split_size": 100}),
+    (SFTConfig, {"val_set_size": 0.0}, {}),
+    (SFTConfig, {"special_tokens": {"pad_token": "<pad>", "eos_token": "<end>"}}, {"eos_token": "<end>"}),
     (CPOConfig, {"use_flash_attention_2": True}, {"attn_implementation": "flash_attention_2"}),
 ]  # fmt: skip
 REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
@@ -104,7 +127,14 @@ REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
     (KTOConfig, {"sync_ref_model": True}, "does not move"),
     (SFTConfig, {"template": "llama3"}, "chat template"),
     (SFTConfig, {"stage": "dpo"}, "Choose the pipeline"),
-    (SFTConfig, {"dataset_mixer": {"a": 0.5}}, "train[:10%]"),
+    (SFTConfig, {"dataset_mixer": {"a": 1.5}}, "share: 0.1"),
+    (SFTConfig, {"dataset_mixer": {"a": True}}, "share: 0.1"),
+    (SFTConfig, {"dataset_configs": ["main"]}, "Set dataset_config"),
+    (SFTConfig, {"dataset_splits": ["train_a", "train_b"]}, "one split to train on"),
+    (SFTConfig, {"dataset_mixture": {"datasets": [{"id": "a", "weight": 2.0}]}}, "from 0 to 1"),
+    (SFTConfig, {"val_set_size": "5%"}, "test_split_size"),
+    (SFTConfig, {"special_tokens": {"bos_token": "<s>"}}, "Set eos_token"),
+    (GRPOConfig, {"streaming": True}, "prompts are read before training"),
     (SFTConfig, {"rl": "dpo"}, "trl-ray dpo"),
     (SFTConfig, {"trackio_static_space_id": "me/page"}, "trackio_space_id"),
 ]
