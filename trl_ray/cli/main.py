@@ -26,7 +26,7 @@ from trl_ray.cli.option_help import describe_options
 from trl_ray.config.base import Section
 from trl_ray.config.load import apply_overrides, build, read_yaml
 from trl_ray.config.messages import nearest
-from trl_ray.config.object_paths import entry_point_paths, real_path
+from trl_ray.config.object_paths import entry_point_paths, place, real_path
 from trl_ray.config.runs.config_registry import CONFIGS
 from trl_ray.config.teacher_options import TeacherServeConfig
 from trl_ray.errors import ConfigError, InputError, InterruptedRun, RunError, TrlRayError
@@ -189,7 +189,8 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "resume":
         return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir).train())
     pipeline_class: Any = find_pipeline(args.command)
-    values = apply_overrides({} if args.config is None else read_yaml(args.config), args.overrides)
+    written = {} if args.config is None else place(read_yaml(args.config), Path(args.config).parent)
+    values = apply_overrides(written, args.overrides)
     _set_environment(values)
     config = build(pipeline_class.config_class, values)
     if config.pipeline != real_path(args.command):

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from trl_ray.config.object_paths import real_path
+
 _NAMES: Mapping[str, str] = MappingProxyType(
     {
         "think_format_reward": "think_format",
@@ -33,6 +35,6 @@ def _read(name: str) -> str:
     if name in _NAMES:
         return _NAMES[name]
     if _DOTTED.fullmatch(name) is None:
-        return name
+        return real_path(name)
     module, _, function = name.rpartition(".")
     return f"{module}:{function}"

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from trl_ray.config.base import FROM_STRING, Positive, Seconds, Section, rule
+from trl_ray.config.object_paths import real_path
 from trl_ray.config.sections import Dtype, ModelConfig, StatedDtype
 
 
@@ -41,7 +42,7 @@ def _known_kind(value: Any) -> Any:
     if not isinstance(value, str) or ":" not in value:
         known = ", ".join(repr(kind.value) for kind in TeacherKind)
         raise ValueError(f"must be {known}, package.module:Class or file.py:Class, got {value!r}. Choose one.")
-    return value
+    return real_path(value)
 
 
 class AdapterAverage(enum.StrEnum):
