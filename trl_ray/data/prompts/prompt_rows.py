@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_ray.config.sections import PromptConfig
+from trl_ray.config.sections import ROLES, PromptConfig
+from trl_ray.data.formats.conversations import check_messages
 from trl_ray.data.formats.detection import QUESTIONS
 from trl_ray.data.formats.foreign_formats import to_messages, unwritten, with_system
 from trl_ray.data.formats.written_messages import read_messages
@@ -89,7 +90,9 @@ class PromptReader:
         prompt = row[self.config.dataset_prompt_column]
         if self._has_system:
             prompt = with_system({_PROMPT: prompt, "system": row.get("system")}, where=where)[_PROMPT]
-        return check_prompt(prompt, where=at, roles=self.config.role_mapping.values())
+        if isinstance(prompt, (list, tuple)):
+            return check_messages(prompt, where=at, roles=(*ROLES, *self.config.role_mapping.values()))
+        return check_prompt(prompt, where=at)
 
 
 def split_conversation(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
