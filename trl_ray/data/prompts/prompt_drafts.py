@@ -22,7 +22,7 @@ from trl_ray.data.examples.tokenisation import ExampleTokenizer, Text, TextRules
 from trl_ray.data.formats.detection import Form
 from trl_ray.data.formats.records import PromptOnly
 from trl_ray.data.prompts.given_completions import GivenAnswer, GivenCompletions, GivenRow, read_given, write_given
-from trl_ray.data.prompts.prompt_rows import PromptReader
+from trl_ray.data.prompts.prompt_rows import PromptLayout, PromptReader
 from trl_ray.data.sources.dataset_loading import Origin, Rows
 from trl_ray.data.validation import check_kind, check_length, count_longer, plain_columns
 from trl_ray.errors import DataError
@@ -113,7 +113,7 @@ class PromptLoading:
             text=text.text,
             columns=columns,
             completion=None if self.completions is None else read.get(self.completions.column),
-            is_split=reader.is_whole and reader.completion_column in read,
+            is_split=reader.layout is PromptLayout.CONVERSATION and reader.completion_column in read,
             findings=text.findings,
         )
 

@@ -68,6 +68,15 @@ def _about_columns(name: str, drafts: Sequence[PromptDraft]) -> Iterator[str]:
                 f"{count} of {len(drafts)} rows of {name} have a text in the column {column!r}, with which no prompt "
                 f"begins: column_mapping={{{column}: system}} makes it the first message."
             )
+    beside = sum(
+        isinstance(text := draft.columns.get("input"), str) and bool(text.strip()) and text not in draft.text
+        for draft in drafts
+    )
+    if beside:
+        yield (
+            f"{beside} of {len(drafts)} rows of {name} have a text in the column 'input', which stands in no prompt. "
+            "Where instruction and input are one prompt, leave dataset_prompt_column and column_mapping out."
+        )
     unseen = sum(isinstance(draft.prompt, str) and bool(draft.columns.get(TOOLS)) for draft in drafts)
     if unseen:
         yield (
