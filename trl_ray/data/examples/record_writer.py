@@ -92,7 +92,7 @@ class Writer:
         """
         muted: list[int] = []
         if not add_generation_prompt:  # of a prompt by itself nothing is trained
-            muted = [n for n, message in enumerate(messages) if _is_muted(message, f"{self.where}, message {n}")]
+            muted = [n for n, message in enumerate(messages) if is_muted(message, f"{self.where}, message {n}")]
         found = self._rendered(messages, add_generation_prompt, locate=self.rules.locate_turns)
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         if muted and len(found.rendered.spans) != len(answers):
@@ -230,7 +230,7 @@ def _ended(written: str, rendered: str, messages: Sequence[Message]) -> str:
     return written.rstrip() + rendered.rpartition(content)[2]
 
 
-def _is_muted(message: Message, where: str) -> bool:
+def is_muted(message: Message, where: str) -> bool:
     """Whether `weight` or `train` say that a message is not to be trained."""
     for field_name in ("weight", "train"):
         value = message.get(field_name)

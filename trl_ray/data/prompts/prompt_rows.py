@@ -2,7 +2,7 @@
 
     {prompt: text or messages}  ──────────────────────────────► prompt, the other columns
     {messages: [.., user, assistant]}  ─ split_conversation ──► prompt [.., user], completion [assistant], the others
-    {instruction, input, output}  ─ alpaca_to_messages ───────► prompt [user], completion [assistant], output, the others
+    {instruction, input, output}  ─ alpaca_to_messages ───────► prompt [user], completion [assistant], the others
 
 A conversation's last answer is what was given as an example: whoever is to write answers does not begin with it.
 """
