@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_ray.config.sections import ROLES, PromptConfig
-from trl_ray.data.formats.conversations import check_messages
+from trl_ray.data.formats.conversations import check_messages, split_conversation
 from trl_ray.data.formats.detection import QUESTIONS
 from trl_ray.data.formats.foreign_formats import alpaca_to_messages, to_messages, unwritten, with_system
 from trl_ray.data.formats.written_messages import read_messages
@@ -119,15 +119,6 @@ class PromptReader:
         if isinstance(prompt, (list, tuple)):
             return check_messages(prompt, where=at, roles=(*ROLES, *self.config.role_mapping.values()))
         return check_prompt(prompt, where=at)
-
-
-def split_conversation(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
-    """What stands before the assistant's last turn, and the rest; all of it where that turn is answered already."""
-    last = messages[-1]
-    answers = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
-    if not answers or last.get("role") in ("user", "system", "developer"):
-        return list(messages), []
-    return list(messages[: answers[-1]]), list(messages[answers[-1] :])
 
 
 def prompt_readers(rows: Rows, config: PromptConfig, *, completion_column: str | None) -> dict[str, PromptReader]:
