@@ -199,6 +199,15 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
         check_reward_models(self.scoring_models, self.reward_funcs)
 
     @rule
+    def _check_lease(self) -> None:
+        if self.reward.timeout_s > self.rollout.lease_s:
+            raise ValueError(
+                "rollout.lease_s must be at least reward.timeout_s, got "
+                f"{self.rollout.lease_s:g} and {self.reward.timeout_s:g}: a group may be with its reward function that "
+                "long. Raise rollout.lease_s, or lower reward.timeout_s."
+            )
+
+    @rule
     def _check_runtime(self) -> None:
         if self.runtime.kind is RuntimeKind.LOCAL and self.rollout.num_workers > 1:
             raise ValueError(
