@@ -9,6 +9,7 @@ the model get the same.
 
 from __future__ import annotations
 
+import logging as levels
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from trl_ray.errors import ModelError
 
 _MULTIPLE = 64
 _SEED = 0
+_GROWN = "_trl_ray_new_rows"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -38,13 +40,19 @@ def missing_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> int | None:
 def add_rows(model: PreTrainedModel, rows: int) -> None:
     """Make embeddings and head, and the vocabulary that the configuration states, `rows` long."""
     level = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # it explains how rows are drawn, once per model
+    logging.set_verbosity(levels.ERROR)  # it explains how rows are drawn, once per model
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             model.resize_token_embeddings(rows)
     finally:
         logging.set_verbosity(level)
+    setattr(model, _GROWN, True)
+
+
+def has_new_rows(model: PreTrainedModel) -> bool:
+    """Whether embeddings and head got rows when the model was loaded, which nothing has trained yet."""
+    return bool(getattr(model, _GROWN, False))
 
 
 def vocabulary_warning(tokenizer: PreTrainedTokenizerBase, rows: int) -> str | None:

@@ -12,5 +12,7 @@ from trl_ray.models.vocabulary import vocabulary_warning
 def model_notes(model: ModelConfig, tokenizer: Any) -> tuple[str, ...]:
     """Of the policy and its tokenizer."""
     rows = int(load_model_config(model).get_text_config().vocab_size)
-    notes = (vocabulary_warning(tokenizer, rows),)
-    return tuple(note for note in notes if note is not None)
+    note = vocabulary_warning(tokenizer, rows)
+    if note is None:
+        return ()
+    return (f"{note} Beside the adapter they are trained in full." if model.use_peft else note,)
