@@ -450,16 +450,18 @@ def open_engine(
     *, model: ModelConfig, rollout: RolloutConfig, max_model_len: int, seed: int, max_logprobs: int | None = None
 ) -> EngineThread:
     """The engine that the options ask for, ready to generate, and to score with as many as `max_logprobs`."""
+    source = find_source(model)
     return create_engine(
         rollout.engine,
-        model=find_source(model).base,  # adapters arrive merged
+        model=source.base,  # adapters arrive merged
+        revision=source.revision,
+        tokenizer=load_tokenizer(model),
         dtype=(rollout.dtype or model.dtype).value,
         max_model_len=max_model_len,
         max_num_seqs=rollout.max_num_seqs,
         hang_deadline_s=rollout.hang_deadline_s,
         seed=seed,
         trust_remote_code=model.trust_remote_code,
-        eos_token=model.eos_token,
         kv_cache_memory_bytes=int(rollout.kv_cache_memory_gib * (1 << 30)),
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enforce_eager=rollout.enforce_eager,
