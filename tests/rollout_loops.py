@@ -208,7 +208,7 @@ class RolloutRun:
         plan = Preparation(
             config=self._config,
             prompts=prompts,
-            eval_prompts=(prompt(90),),
+            eval_sets={"": (prompt(90),)},
             rewards=(),
             max_model_len=64,
             total_steps=self._total,

@@ -60,7 +60,7 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
 
     @property
     def _default_metric(self) -> str:
-        return "reward/mean" if self.has_rewards else "loss"
+        return "reward" if self.has_rewards else "loss"
 
     @property
     def teacher_sources(self) -> tuple[TeacherSource, ...]:
