@@ -23,7 +23,15 @@ from trl_ray.types.groups import (
     RolloutGroup,
     VersionSpan,
 )
-from trl_ray.types.published_weights import PullReport, TensorEntry, WeightCheck, WeightPayload, WeightVersion
+from trl_ray.types.published_weights import (
+    PullReport,
+    ScoredSequence,
+    TensorEntry,
+    TrainingGap,
+    WeightCheck,
+    WeightPayload,
+    WeightVersion,
+)
 from trl_ray.types.reward_results import Reward, RewardErrorKind, RewardFailure, ScoredGroup
 from trl_ray.types.step_results import Evaluation, Metric, Reduce, StepResult
 from trl_ray.types.teacher_scores import TeacherContext, TeacherQuestion, TeacherRequest, TeacherScores
@@ -58,6 +66,7 @@ __all__ = [
     "SampleScores",
     "SamplingParams",
     "ScoredGroup",
+    "ScoredSequence",
     "Span",
     "StepResult",
     "TeacherContext",
@@ -66,6 +75,7 @@ __all__ = [
     "TeacherScores",
     "TensorEntry",
     "TrainBatch",
+    "TrainingGap",
     "TrainingSample",
     "VersionSpan",
     "WeightCheck",
