@@ -10,7 +10,7 @@ from trl_ray.config.trl_options.table_rows import Rows, always, by_value, never,
 
 _CONSOLE = "The console shows every logging_steps-th step, and metrics.jsonl has all of them."
 _RANKS = "Ranks are actors of the run (runtime.num_learners); set deepspeed to split weights over them."
-_READING = "Rows are read and tokenised by the driver, in an order that does not depend on it."
+_READING = "Rows are read by the driver and by dataset_num_proc, in an order that does not depend on it."
 _CHECKPOINT = "A checkpoint is whole, on the driver's machine, and SIGTERM writes one."
 _REPOSITORY = "Set hub_model_id: ORGANISATION/NAME."
 _COMPILE = "Remove it: the learner runs uncompiled."
@@ -126,12 +126,12 @@ TRAINING: Rows = {
             "dataloader_multiprocessing_context",
             "dataloader_in_order",
             "dataset_num_proc",
-            "preprocessing_num_workers",
             "split_batches",
             "dispatch_batches",
         ),
         always(_READING),
     ),
+    "preprocessing_num_workers": renamed("dataset_num_proc"),
     # Ranks.
     "accelerator_config": only(None, {}, says="Set runtime and deepspeed."),
     "parallelism_config": only(None, {}, says="Set runtime.num_learners and deepspeed."),
