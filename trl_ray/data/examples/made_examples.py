@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trl_ray.data.examples.packing import Packing
-from trl_ray.data.examples.pairs import answer_sample, mismatched_sample
+from trl_ray.data.examples.pairs import Answer, answer_sample, mismatched_sample
 from trl_ray.data.examples.supervised_texts import as_training_sample
 from trl_ray.data.examples.token_table import TokenTable
 from trl_ray.data.examples.tokenisation import TextRules
@@ -78,7 +78,7 @@ class RatedExamples(MadeExamples):
         label = rated.label
         assert label is not None, "it was rated"
         sample = answer_sample(
-            rated.prompt_ids, rated.completion_ids, self._rules, group_id=rated.group_id, desirable=label.desirable
+            rated.prompt_ids, _answer(rated), self._rules, group_id=rated.group_id, desirable=label.desirable
         )
         assert isinstance(sample, TrainingSample), "it had a token to train when it was read"
         return Example(
@@ -94,7 +94,11 @@ class RatedExamples(MadeExamples):
         if self._partners is None:
             return None
         other = self._uncut(int(self._partners[index]))
-        return mismatched_sample(rated.prompt_ids, other.completion_ids, self._rules, group_id=rated.group_id)
+        return mismatched_sample(rated.prompt_ids, _answer(other), self._rules, group_id=rated.group_id)
+
+
+def _answer(rated: TrainingSample) -> Answer:
+    return Answer(token_ids=rated.completion_ids, heard=rated.loss_mask)
 
 
 def _within(counts: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,10 +35,12 @@ from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.companions.reference_cache import default_cache_dir
 from trl_ray.models.loadable import check_loadable
-from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
+from trl_ray.models.policy_loading import load_shape, load_tokenizer, max_positions
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
+from trl_ray.pipelines.run.model_notes import model_notes
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
 from trl_ray.pipelines.supervised.example_feed import Feed, ShuffledFeed, StreamFeed, StreamPlace
+from trl_ray.pipelines.supervised.user_metrics import MetricFunctions
 from trl_ray.runtime.runtime import Role
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class DatasetInputs:
     eval_dataset: Any = None
     formatting_func: Callable[[Any], str] | None = None
     """Makes the text of a row."""
+    metrics: MetricFunctions | None = None
+    """What a user gave to measure held-out rows with."""
 
     def formatted(self, config: SupervisedRunConfig) -> DatasetInputs:
         """The same with the texts in place of the rows they are made of.
@@ -79,7 +83,8 @@ class DatasetInputs:
                 rows = load_rows(config, seed=config.seed, evaluation=evaluation, in_memory=False).rows
             return formatted_rows(rows, make, column=config.text_column)
 
-        return DatasetInputs(
+        return replace(
+            self,
             train_dataset=texts(self.train_dataset, evaluation=False),
             eval_dataset=texts(self.eval_dataset, evaluation=True),
         )
@@ -165,6 +170,7 @@ class SupervisedPlan:
             "total_updates": self.total_steps,
             "checkpoint": checkpoint,
             "threads": self.config.runtime.threads_of_learner,
+            "preprocess_logits": None if self.inputs.metrics is None else self.inputs.metrics.preprocess,
         }
 
     def actors(self) -> dict[str, ActorPlan]:
@@ -181,7 +187,8 @@ class SupervisedPlan:
         if self.head is not None:
             rows = (*(f"{note} {TOLD_ONCE}" for note in self.head.report()), *rows)
         turns = self._end_of_turn_warning()
-        return rows if turns is None else (*rows, turns)
+        model = model_notes(self.config.part(ModelConfig), self.tokenizer)
+        return (*rows, *(() if turns is None else (turns,)), *model)
 
     def describe(self) -> Mapping[str, Any]:
         """The plan in numbers, for the dry run."""
@@ -231,8 +238,11 @@ def prepare_supervised(
     head = built.needs.head
     check_loadable(model, num_labels=None if head is HeadKind.LANGUAGE else head.num_labels)
     check_reference(model, loss)
+    if inputs.metrics is not None:
+        inputs.metrics.check(config)
     inputs = inputs.formatted(config)
-    tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
+    tokenizer = load_tokenizer(model)
+    shape = load_shape(model, tokenizer)
     _check_length(config, max_positions(model))
     if getattr(loss, "precompute_ref_log_probs", False):
         _check_cache_dir(config.ref_log_probs_cache_dir)
@@ -258,6 +268,9 @@ def prepare_supervised(
         eval_cut=cut_rules(config, shape, max_examples=config.per_device_eval_batch_size),
     )
     plan.check_stream()
+    if inputs.metrics is not None and not config.batch_eval_metrics:
+        for name, found in plan.held_out.items():
+            inputs.metrics.check_size(found.examples, vocab_size=shape.vocab_size, name=name)
     return plan
 
 
