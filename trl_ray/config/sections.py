@@ -334,6 +334,10 @@ class TrainingConfig(Section):
     """Options of that schedule alone, in transformers' names: `min_lr`, `num_cycles`, `power`, `num_decay_steps`."""
     warmup_steps: StepCount = 0
     """Optimizer steps over which the rate rises, or a fraction of the run's below 1."""
+    tf32: bool | None = None
+    """Take float32 products on GPUs in TF32, which is faster and has 10 bits; None leaves it to torch."""
+    torch_empty_cache_steps: Positive | None = None
+    """Optimizer steps after which GPU memory that is not in use is given back; None never."""
     optim: Annotated[Optim, FROM_STRING, BeforeValidator(read_optim)] = Optim.ADAMW_TORCH_FUSED
     optim_args: Annotated[dict[str, Any], BeforeValidator(read_optim_args)] = Field(default_factory=dict)
     """Further options of the optimizer by its library's names: ``momentum=0.9,nesterov=true``, or a mapping."""

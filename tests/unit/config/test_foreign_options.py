@@ -65,6 +65,9 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
      {"lora_kwargs": {"target_parameters": ["experts.w"]}, "use_peft": True}),
     (DistillConfig, {"teacher_model_name_or_path": "far", "teacher_model_init_kwargs": {"torch_dtype": "bfloat16"}},
      {"teacher_model_name_or_path": "far", "teacher_dtype": "bfloat16"}),
+    (SFTConfig, {"bf16_full_eval": True, "num_processes": 2}, {"runtime": {"num_learners": 2}}),
+    (SFTConfig, {"accelerator_config": {"split_batches": False, "dispatch_batches": None, "even_batches": True}}, {}),
+    (CPOConfig, {"max_completion_length": 128}, {}),
     # The Hub, by past names.
     (SFTConfig, {"push_to_hub": True, "push_to_hub_model_id": "tuned", "push_to_hub_organization": "org"},
      {"push_to_hub": True, "hub_model_id": "org/tuned"}),
@@ -88,7 +91,7 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     (SFTConfig, {"base_model": "m", "sequence_len": 512, "micro_batch_size": 2, "num_epochs": 4},
      {"model_name_or_path": "m", "max_length": 512, "per_device_train_batch_size": 2, "num_train_epochs": 4}),
     (SFTConfig, {"adapter": "lora", "lora_target_linear": True, "sample_packing": True, "bf16": "auto", "tf32": False},
-     {"use_peft": True, "lora_target_modules": "all-linear", "packing": True}),
+     {"use_peft": True, "lora_target_modules": "all-linear", "packing": True, "tf32": False}),
     (SFTConfig, {"num_epochs": 2, "evals_per_epoch": 2, "saves_per_epoch": 4},
      {"num_train_epochs": 2, "eval_steps": 0.25, "save_steps": 0.125}),
     # alignment-handbook
@@ -137,6 +140,7 @@ REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
     (GRPOConfig, {"streaming": True}, "prompts are read before training"),
     (SFTConfig, {"rl": "dpo"}, "trl-ray dpo"),
     (SFTConfig, {"trackio_static_space_id": "me/page"}, "trackio_space_id"),
+    (SFTConfig, {"accelerator_config": {"split_batches": True}}, "not split over ranks"),
 ]
 
 

@@ -155,8 +155,8 @@ TRAINERS: Rows = {
             needs=("max_length",),
         ),
     ),
-    "max_completion_length": only(
-        None, says="As in TRL 1.16, max_length cuts prompt and answer together.", needs=("max_length",)
+    "max_completion_length": always(
+        "In TRL it cuts what encoder-decoder models write; max_length cuts prompt and answer together.", "max_length"
     ),
     "max_target_length": only(
         None, says="As in TRL 1.16, max_length cuts prompt and answer together.", needs=("max_length",)
@@ -230,7 +230,7 @@ TRAINERS: Rows = {
     ),
     "dataset_streaming": only(False, says="Remove it: prompts are read before training."),
     "gradient_checkpointing_use_reentrant": always("Recomputation gives the same numbers either way."),
-    "num_processes": never("Set runtime.num_learners: a run starts its own processes."),
+    "num_processes": renamed("runtime.num_learners"),
     "accelerate_config": never(
         "Set runtime.num_learners, and deepspeed to split weights: a run starts its own processes."
     ),
