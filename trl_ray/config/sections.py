@@ -416,10 +416,10 @@ class GenerationConfig(Section):
 
 
 class RewardConfig(Section):
-    """Reward workers; each scores one group at a time, so slow judges want several."""
+    """Reward workers; each calls the functions of one group after the other, and awaits async ones together."""
 
     timeout_s: Seconds = 60.0
-    """A reward function that takes longer for one group is killed."""
+    """A reward function that takes longer for one group is killed, counted from the group's turn."""
     num_workers: Positive = 1
     num_cpus: Annotated[float, Field(ge=0)] = 0.0
     """CPUs that Ray sets aside for each reward worker."""

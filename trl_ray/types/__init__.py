@@ -23,6 +23,7 @@ from trl_ray.types.groups import (
     RolloutGroup,
     VersionSpan,
 )
+from trl_ray.types.predictions import PredictedBatch, PredictionBatch, PredictionForm, PredictionPiece
 from trl_ray.types.published_weights import PullReport, TensorEntry, WeightCheck, WeightPayload, WeightVersion
 from trl_ray.types.reward_results import Reward, RewardErrorKind, RewardFailure, ScoredGroup
 from trl_ray.types.step_results import Evaluation, Metric, Reduce, StepResult
@@ -47,6 +48,10 @@ __all__ = [
     "IntArray",
     "Message",
     "Metric",
+    "PredictedBatch",
+    "PredictionBatch",
+    "PredictionForm",
+    "PredictionPiece",
     "Prompt",
     "PullReport",
     "Reduce",

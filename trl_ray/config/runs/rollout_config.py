@@ -60,7 +60,7 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
 
     @property
     def _default_metric(self) -> str:
-        return "reward/mean" if self.has_rewards else "loss"
+        return "reward" if self.has_rewards else "loss"
 
     @property
     def teacher_sources(self) -> tuple[TeacherSource, ...]:
@@ -197,6 +197,15 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
                 f"{len(self.reward_funcs)} functions {self.reward_funcs}. Add or remove weights."
             )
         check_reward_models(self.scoring_models, self.reward_funcs)
+
+    @rule
+    def _check_lease(self) -> None:
+        if self.reward.timeout_s > self.rollout.lease_s:
+            raise ValueError(
+                "rollout.lease_s must be at least reward.timeout_s, got "
+                f"{self.rollout.lease_s:g} and {self.reward.timeout_s:g}: a group may be with its reward function that "
+                "long. Raise rollout.lease_s, or lower reward.timeout_s."
+            )
 
     @rule
     def _check_runtime(self) -> None:

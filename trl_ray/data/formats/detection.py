@@ -83,7 +83,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "rejected": ("rejected_response", "response_rejected", "dispreferred", "worse", "loser"),
     "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
     "text": ("content", "body", "document", "article"),
-    "label": ("rating", "is_good", "is_preferred", "thumbs_up"),
+    "label": ("rating", "is_good", "is_preferred", "thumbs_up", "kto_tag", "desirable", "is_desirable"),
     "completions": ("steps",),
     "labels": ("ratings", "step_labels"),
 }

@@ -3,6 +3,7 @@
     {messages: "[{\"role\": ...}]"} ────────────► {messages: [{role, content}]}        written_messages.py
     {conversations: [{from, value}]} ───────────► {messages: [{role, content}]}
     {instruction, input, output} ───────────────► {prompt: [user], completion: [assistant]}
+    {messages: [.., user, assistant], label} ───► {prompt: [.., user], completion: [assistant], label}
     {text: "<|im_start|>user\\n..."} ────────────► {messages: [...]}
     {prompt: "[INST] ...", completion: "..."} ──► {prompt: [...], completion: [...]}
 
@@ -19,6 +20,7 @@ from typing import Any
 
 from trl_ray.config.messages import nearest
 from trl_ray.config.sections import ROLES
+from trl_ray.data.formats.conversations import split_conversation
 from trl_ray.data.formats.transcripts import TextFormat, read_transcript, recognise
 from trl_ray.data.formats.written_messages import read_list, read_messages
 from trl_ray.data.validation import show
@@ -74,6 +76,8 @@ class RowConverter:
     """What a run's own speakers stand for, before `_SPEAKERS`."""
     has_system: bool = False
     """A column was said to hold what the system says."""
+    is_rated: bool = False
+    """Of each conversation the last answer is rated; what stands before it is the prompt."""
 
     def convert(self, number: int, row: Row) -> Row:
         """One row in TRL's columns.
@@ -89,7 +93,7 @@ class RowConverter:
         row = to_messages(row, where=where, role_mapping=self.role_mapping)
         if self.has_system:
             row = with_system(row, where=where)
-        row = asked(row)
+        row = _rated(row) if self.is_rated else asked(row)
         if self.text_format is None:
             return row
         first = _first_text(row)
@@ -124,6 +128,7 @@ def converter_for(
     text_format: TextFormat | None,
     role_mapping: Mapping[str, str] | None = None,
     has_system: bool = False,
+    is_rated: bool = False,
 ) -> RowConverter:
     """How to convert a dataset, told from its columns and row `number`; a given `text_format` is taken as told.
 
@@ -146,6 +151,7 @@ def converter_for(
         is_literal=is_literal,
         role_mapping=role_mapping or {},
         has_system=has_system,
+        is_rated=is_rated,
     )
 
 
@@ -240,6 +246,16 @@ def asked(row: Row) -> Row:
     if "prompt" not in row and isinstance(row.get("messages"), list):
         return {("prompt" if column == "messages" else column): value for column, value in row.items()}
     return row
+
+
+def _rated(row: Row) -> Row:
+    """The row with its conversation as a prompt and the answer to it, where there is one."""
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages) or not messages:
+        return row
+    prompt, answer = split_conversation(messages)
+    kept = {column: value for column, value in row.items() if column != "messages"}
+    return {"prompt": prompt, "completion": answer or None, **kept}
 
 
 def _speaker(message: Any) -> Any:

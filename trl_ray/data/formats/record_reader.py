@@ -116,7 +116,14 @@ def reader_for(
     told = "text" if row is not given else None
     roles = role_mapping or {}
     converter = converter_for(
-        row, name=name, number=number, columns=known, text_format=text_format, role_mapping=roles, has_system=has_system
+        row,
+        name=name,
+        number=number,
+        columns=known,
+        text_format=text_format,
+        role_mapping=roles,
+        has_system=has_system,
+        is_rated=_is_rated(known, accept),
     )
     converted = converter.convert(number, row)
     now = [*converted, *(column for column in known if column not in row)]
@@ -133,9 +140,21 @@ def reader_for(
     )
 
 
+def _is_rated(columns: Collection[str], accept: Collection[DatasetType]) -> bool:
+    """Whether conversations come with a label that whoever asks can use for nothing but their last answers."""
+    wanted = DatasetType.UNPAIRED_PREFERENCE in accept and DatasetType.LANGUAGE_MODELING not in accept
+    whole = {"messages", "conversations"} & set(columns) and not {"prompt", "completion"} & set(columns)
+    return wanted and bool(whole) and "label" in columns
+
+
 def _source(column: str, row: Mapping[str, Any]) -> str:
     """The column of a foreign row that a converted one came from."""
-    sources = {"messages": ("conversations", "text"), "prompt": ("instruction",), "completion": ("output",)}
+    whole = ("messages", "conversations")
+    sources = {
+        "messages": ("conversations", "text"),
+        "prompt": ("instruction", *whole),
+        "completion": ("output", *whole),
+    }
     return next((source for source in sources.get(column, ()) if source in row), column)
 
 
