@@ -162,7 +162,6 @@ TRAINERS: Rows = {
         None, says="As in TRL 1.16, max_length cuts prompt and answer together.", needs=("max_length",)
     ),
     "padding_free": always(_UNPADDED + " Pieces of a row do not see each other."),
-    "pad_token": always(_UNPADDED),
     "padding_value": always(_UNPADDED),
     "label_pad_token_id": always(_UNPADDED),
     "eval_packing": only(None, False, says="Remove it: only the pipeline sft packs examples."),
@@ -214,7 +213,12 @@ TRAINERS: Rows = {
         ),
         *only("CAUSAL_LM", None, says="It follows from the pipeline. Remove it."),
     ),
-    "lora_target_parameters": renamed("lora_kwargs.target_parameters"),
+    "lora_target_parameters": only(
+        None,
+        [],
+        says="Remove it: adapters stand beside linear layers, and experts in one parameter have none. Attention and "
+        "shared layers can be named in lora_target_modules.",
+    ),
     "bnb_4bit_quant_storage": only(
         None, "uint8", says="Remove it: 4-bit weights are stored as bitsandbytes does unless told otherwise."
     ),
