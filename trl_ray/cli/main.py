@@ -27,8 +27,8 @@ from trl_ray.config.base import Section
 from trl_ray.config.load import apply_overrides, build, read_yaml
 from trl_ray.config.messages import nearest
 from trl_ray.config.object_paths import entry_point_paths, place, real_path
-from trl_ray.config.run_environment import set_environment
 from trl_ray.config.runs.config_registry import CONFIGS
+from trl_ray.config.runs.run_environment import set_environment
 from trl_ray.config.teacher_options import TeacherServeConfig
 from trl_ray.errors import ConfigError, InputError, InterruptedRun, RunError, TrlRayError
 from trl_ray.observe.run_directory import RunDirectory

@@ -29,7 +29,7 @@ import ray
 from ray.actor import ActorClass
 
 from trl_ray.config.reward_model_options import RewardModelOptions
-from trl_ray.config.run_environment import inherited
+from trl_ray.config.runs.run_environment import inherited
 from trl_ray.config.sections import RewardConfig, RolloutConfig, RuntimeConfig
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.runtime.runtime import Role, reward_model_plan, teacher_plan

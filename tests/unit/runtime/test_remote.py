@@ -3,7 +3,7 @@ import os
 import pytest
 
 from trl_ray.config.reward_model_options import RewardModelOptions
-from trl_ray.config.run_environment import set_environment
+from trl_ray.config.runs.run_environment import set_environment
 from trl_ray.config.sections import RewardConfig, RolloutConfig, RuntimeConfig
 from trl_ray.runtime.cluster import missing_resources
 from trl_ray.runtime.remote import ActorPlan, actor_environment, plan_actors
