@@ -21,7 +21,7 @@ from trl_ray.config.messages import nearest
 from trl_ray.config.sections import DataConfig, DatasetConfig, MixtureStopping
 from trl_ray.data.sources.arrow_rows import without_filled_arguments
 from trl_ray.data.sources.column_names import check_mapping, rename
-from trl_ray.data.sources.dataset_files import FILE_TYPES, Row, read_file
+from trl_ray.data.sources.dataset_files import FILE_TYPES, Row, is_data_file, read_file
 from trl_ray.data.sources.generated import PREFIX, generated_rows
 from trl_ray.data.sources.mixtures import Mixture, Share, Source, hold_out, join, mix
 from trl_ray.data.validation import show
@@ -306,12 +306,14 @@ def _from_name(source: DatasetConfig, split: str | None, *, seed: int, evaluatio
         from datasets import load_from_disk
 
         return _from_object(load_from_disk(name), split, name=name)
-    if path.suffix in FILE_TYPES:
+    if is_data_file(path):
         raise DataError(f"dataset_name must be a file that exists, got {name!r}: no such file. {_beside(path)}")
     return _from_hub(source, split, lazily=lazily)
 
 
 def _beside(path: Path) -> str:
+    if {"*", "?", "["} & set(str(path)):
+        return f"Name several files by their kind: dataset_name=json (or csv, parquet) with data_files={str(path)!r}."
     files = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     guess = nearest(path.name, files)
     return f"Did you mean {str(path.parent / guess)!r}?" if guess else "Check the path."

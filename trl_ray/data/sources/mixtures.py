@@ -137,8 +137,8 @@ def join(
     if fractions is not None:
         total = math.fsum(fractions)
         parts = [fraction / total for fraction in fractions]
-        length = min(count / share for count, share in zip(counts, parts, strict=True))
-        counts = [round(share * length) for share in parts]
+        length = min(count / part for count, part in zip(counts, parts, strict=True))
+        counts = [round(part * length) for part in parts]
         for source, count, fraction in zip(sources, counts, fractions, strict=True):
             if not count:
                 raise DataError(
