@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from trl_ray.config.base import FROM_STRING, Fraction, Natural, Positive, Seconds, Section, none_is, none_is_empty
 from trl_ray.config.callback_options import CallbackField
 from trl_ray.config.deepspeed_file import read_deepspeed
-from trl_ray.config.keyword_options import GENERATION_KWARGS, MODEL_INIT_KWARGS, spread
+from trl_ray.config.keywords.generation_fields import read_generation_kwargs
+from trl_ray.config.keywords.keyword_options import read_model_init_kwargs
 from trl_ray.config.optimizer_options import Optim, read_optim, read_optim_args
 from trl_ray.config.step_counts import PositiveStepCount, StepCount
 
@@ -124,7 +125,8 @@ class ModelConfig(Section):
     use_liger_kernel: bool = False
     """Liger's kernels in the model's layers (GPUs only)."""
     model_init_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
-    """TRL's spelling of dtype, attn_implementation, revision and trust_remote_code: read into these, and empty then."""
+    """Changes of the model's own configuration, for learner, reference and engines alike; dtype, attn_implementation,
+    revision and trust_remote_code are read into the options here."""
 
     use_peft: bool = False
     """Train an adapter (LoRA) beside frozen weights; a folder with adapter_config.json goes on with its adapter."""
@@ -148,7 +150,7 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _read_model_init_kwargs(cls, values: Any) -> Any:
-        return spread(values, "model_init_kwargs", MODEL_INIT_KWARGS)
+        return read_model_init_kwargs(values)
 
     @model_validator(mode="after")
     def _check_adapter(self) -> Self:
@@ -375,7 +377,10 @@ class GenerationConfig(Section):
     min_tokens: Natural = 0
     """Tokens of a completion before which it may not end."""
     generation_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
-    """TRL's spelling of min_tokens (min_new_tokens) and stop (stop_strings): read into these, and empty then."""
+    """Further fields of vLLM's SamplingParams or transformers' GenerationConfig, as the engine has them; what options
+    here stand for is read into these, and wins over them."""
+    vllm_structured_outputs_regex: str | None = None
+    """Completions match this regular expression (vLLM only); wins over generation_kwargs.structured_outputs."""
     num_generations_eval: Positive | None = None
     """Completions per held-out prompt; None takes `num_generations`."""
 
@@ -387,7 +392,13 @@ class GenerationConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _read_generation_kwargs(cls, values: Any) -> Any:
-        return spread(values, "generation_kwargs", GENERATION_KWARGS)
+        return read_generation_kwargs(values)
+
+    @property
+    def engine_fields(self) -> dict[str, Any]:
+        """What engines are given beside the options."""
+        regex = self.vllm_structured_outputs_regex
+        return self.generation_kwargs | ({} if regex is None else {"structured_outputs": {"regex": regex}})
 
     @model_validator(mode="after")
     def _check_min_tokens(self) -> Self:

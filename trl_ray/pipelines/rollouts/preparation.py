@@ -33,7 +33,7 @@ from trl_ray.pipelines.rollouts.reward_model_actors import (
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
 from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_teachers
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
-from trl_ray.pipelines.run.model_notes import model_notes
+from trl_ray.pipelines.run.model_notes import model_notes, sampling_notes
 from trl_ray.pipelines.run.planning import (
     GIB,
     PROCESS,
@@ -262,6 +262,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     model = config.part(ModelConfig)
     check_loadable(model)
     check_reference(model, resolve_options(objective.loss))
+    drawn = sampling_notes(config.part(GenerationConfig), config.rollout)
     tokenizer = load_tokenizer(model)
     shape = load_shape(model, tokenizer)
     max_model_len = _max_model_len(config, max_positions(model))
@@ -291,7 +292,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         config=config,
         objective=objective,
         end_of_turn=end_of_turn_warning(model, tokenizer) if talks else None,
-        model_notes=model_notes(model, tokenizer),
+        model_notes=(*model_notes(model, tokenizer), *drawn),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from trl_ray.config.sections import ModelConfig
+from trl_ray.config.keywords.generation_fields import reshaping, unknown_to
+from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
+from trl_ray.engines.factory import resolve_engine_kind
+from trl_ray.errors import ConfigError
 from trl_ray.models.policy_loading import load_model_config
 from trl_ray.models.vocabulary import vocabulary_warning
 
@@ -16,3 +19,22 @@ def model_notes(model: ModelConfig, tokenizer: Any) -> tuple[str, ...]:
     if note is None:
         return ()
     return (f"{note} Beside the adapter they are trained in full." if model.use_peft else note,)
+
+
+def sampling_notes(generation: GenerationConfig, rollout: RolloutConfig) -> tuple[str, ...]:
+    """Of what completions are drawn from.
+
+    Raises:
+        ConfigError: the engine of the run does not know a field of `generation_kwargs`.
+    """
+    fields = generation.engine_fields
+    wrong = unknown_to(resolve_engine_kind(rollout.engine).value, fields) if fields else None
+    if wrong is not None:
+        raise ConfigError(wrong)
+    names = [*reshaping(fields), *(["repetition_penalty"] if generation.repetition_penalty != 1 else [])]
+    if not names:
+        return ()
+    return (
+        f"{', '.join(names)}: completions are drawn from another distribution than the learner scores, as in TRL, so "
+        "that ratios and kl/sampler compare the two even on fresh tokens.",
+    )
