@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
 from trl_ray.pipelines.run.model_notes import model_notes
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
 from trl_ray.pipelines.supervised.example_feed import Feed, ShuffledFeed, StreamFeed, StreamPlace
+from trl_ray.pipelines.supervised.user_metrics import MetricFunctions
 from trl_ray.runtime.runtime import Role
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class DatasetInputs:
     eval_dataset: Any = None
     formatting_func: Callable[[Any], str] | None = None
     """Makes the text of a row."""
+    metrics: MetricFunctions | None = None
+    """What a user gave to measure held-out rows with."""
 
     def formatted(self, config: SupervisedRunConfig) -> DatasetInputs:
         """The same with the texts in place of the rows they are made of.
@@ -73,7 +76,8 @@ class DatasetInputs:
                 rows = load_rows(config, seed=config.seed, evaluation=evaluation)
             return formatted_rows(rows, make, column=config.text_column)
 
-        return DatasetInputs(
+        return replace(
+            self,
             train_dataset=texts(self.train_dataset, evaluation=False),
             eval_dataset=texts(self.eval_dataset, evaluation=True),
         )
@@ -148,6 +152,7 @@ class SupervisedPlan:
             "total_updates": self.total_steps,
             "checkpoint": checkpoint,
             "threads": self.config.runtime.threads_of_learner,
+            "preprocess_logits": None if self.inputs.metrics is None else self.inputs.metrics.preprocess,
         }
 
     def actors(self) -> dict[str, ActorPlan]:
@@ -211,6 +216,8 @@ def prepare_supervised(
     head = build_loss(loss).needs.head
     check_loadable(model, num_labels=None if head is HeadKind.LANGUAGE else head.num_labels)
     check_reference(model, loss)
+    if inputs.metrics is not None:
+        inputs.metrics.check(config)
     inputs = inputs.formatted(config)
     tokenizer = load_tokenizer(model)
     shape = load_shape(model, tokenizer)
@@ -237,6 +244,9 @@ def prepare_supervised(
     )
     if train is None:
         plan.check_stream()
+    if inputs.metrics is not None and not config.batch_eval_metrics:
+        for name, found in plan.held_out.items():
+            inputs.metrics.check_size(found.examples, vocab_size=shape.vocab_size, name=name)
     return plan
 
 
