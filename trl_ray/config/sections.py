@@ -346,6 +346,9 @@ class TrainingConfig(Section):
     optim: Annotated[Optim, FROM_STRING, BeforeValidator(read_optim)] = Optim.ADAMW_TORCH_FUSED
     optim_args: Annotated[dict[str, Any], BeforeValidator(read_optim_args)] = Field(default_factory=dict)
     """Further options of the optimizer by its library's names: ``momentum=0.9,nesterov=true``, or a mapping."""
+    float32_master_weights: bool = True
+    """Train weights in bfloat16 (`dtype`) through copies in float32, as small steps would be rounded away; DeepSpeed
+    has copies of its own."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Biases and norms are not decayed."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -34,7 +34,7 @@ from trl_ray.pipelines.rollouts.reward_model_actors import (
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
 from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_teachers
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
-from trl_ray.pipelines.run.model_notes import model_notes, sampling_notes
+from trl_ray.pipelines.run.model_notes import model_notes, precision_notes, sampling_notes
 from trl_ray.pipelines.run.planning import (
     GIB,
     PROCESS,
@@ -201,6 +201,7 @@ class Preparation:
             "updates per step": config.updates_per_step,
             "learner ranks": config.runtime.num_learners,
             "learner computes in": config.computes_in,
+            "engines compute in": (config.rollout.dtype or config.dtype).value,
             "prompt groups per step": config.groups_per_step,
             "completions per step": config.completions_per_step,
             "training prompts": len(self.prompts),
@@ -228,8 +229,13 @@ class Preparation:
         parameters = count_parameters(model).base
         engine = parameters * dtype_bytes(config.rollout.dtype or config.dtype)
         return {
-            Role.LEARNER: learner_memory(model, has_reference=self._has_reference, optim=self.config.optim)
-            + self._resident_memory(),
+            Role.LEARNER: self._resident_memory()
+            + learner_memory(
+                model,
+                has_reference=self._has_reference,
+                optim=config.optim,
+                float32_master_weights=config.float32_master_weights,
+            ),
             Role.QUEUE: 0.2 * GIB,
             Role.ROLLOUT: engine + config.rollout.kv_cache_memory_gib * GIB + PROCESS,
             Role.REWARD: 0.2 * GIB,
@@ -299,7 +305,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         config=config,
         objective=objective,
         end_of_turn=end_of_turn_warning(model, tokenizer) if talks else None,
-        model_notes=(*model_notes(model, tokenizer), *drawn),
+        model_notes=(*model_notes(model, tokenizer), *precision_notes(config), *drawn),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from trl_ray.config.keywords.generation_fields import reshaping, unknown_to
-from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
+from trl_ray.config.runs.rollout_config import RolloutRunConfig
+from trl_ray.config.sections import Dtype, GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.engines.factory import resolve_engine_kind
 from trl_ray.errors import ConfigError
 from trl_ray.models.policy_loading import load_model_config
@@ -37,4 +38,15 @@ def sampling_notes(generation: GenerationConfig, rollout: RolloutConfig) -> tupl
     return (
         f"{', '.join(names)}: completions are drawn from another distribution than the learner scores, as in TRL, so "
         "that ratios and kl/sampler compare the two even on fresh tokens.",
+    )
+
+
+def precision_notes(config: RolloutRunConfig) -> tuple[str, ...]:
+    """Of number formats that differ between learner and engines, as bf16 alone leaves the weights, which engines have,
+    in float32."""
+    if not config.bf16 or config.dtype is not Dtype.FLOAT32 or config.rollout.dtype is not None:
+        return ()
+    return (
+        "bf16 is of the learner's products alone: engines have the weights in float32, and compute in it. Set "
+        "rollout.dtype=bfloat16 for half the memory and more speed, or rollout.dtype=float32 to keep it.",
     )

@@ -187,6 +187,7 @@ def test_the_plan_in_numbers(model):
         "updates per step": 1,
         "learner ranks": 1,
         "learner computes in": "float32 (bf16 is the default where runtime.learner_num_gpus is above 0)",
+        "engines compute in": "float32",
         "prompt groups per step": 4,
         "completions per step": 8,
         "training prompts": 10,

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from tiny_models import build_tiny_model, build_tokenizer
+from trl_ray.config.load import build
+from trl_ray.config.runs.grpo_config import GRPOConfig
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.errors import ConfigError
 from trl_ray.models.policy_loading import load_tokenizer
-from trl_ray.pipelines.run.model_notes import model_notes, sampling_notes
+from trl_ray.pipelines.run.model_notes import model_notes, precision_notes, sampling_notes
 
 ROLLOUT = RolloutConfig(engine="transformers")
 
@@ -36,3 +38,10 @@ def test_what_moves_the_distribution_is_told_once() -> None:
 def test_a_field_that_the_engine_does_not_know_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"structured_outputs must be left out with the engine transformers"):
         sampling_notes(GenerationConfig(vllm_structured_outputs_regex="a+"), ROLLOUT)
+
+
+def test_that_bf16_leaves_engines_in_float32_is_told_unless_it_was_asked_for() -> None:
+    [note] = precision_notes(GRPOConfig(bf16=True))
+    assert note.startswith("bf16 is of the learner's products alone: engines have the weights in float32")
+    for changes in ({"bf16": False}, {"rollout": {"dtype": "float32"}}, {"dtype": "bfloat16"}):
+        assert precision_notes(build(GRPOConfig, {"bf16": True, **changes})) == ()
