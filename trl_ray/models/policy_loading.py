@@ -32,6 +32,7 @@ from trl_ray.models.adapters.adapter_config import adapter_size, base_of_adapter
 from trl_ray.models.adapters.lora import REFERENCE, attach_adapter, load_adapter
 from trl_ray.models.dropout import check_without_dropout, switch_off_dropout
 from trl_ray.models.scoring.head import check_head
+from trl_ray.models.scoring.rope_regimes import compute_by_sequence, rope_regimes
 from trl_ray.models.vocabulary import add_rows, adopt_template, missing_rows, names_tokenizer
 
 Policy: TypeAlias = PreTrainedModel
@@ -215,6 +216,7 @@ def load_base(
         raise ModelError(_why_not(name, error)) from error
     policy, info = cast("tuple[Policy, dict[str, Any]]", loaded)
     policy.config.use_cache = False
+    compute_by_sequence(policy)
     _follow_tokenizer(policy, model, source)
     return policy, set(info["missing_keys"])
 
@@ -451,6 +453,19 @@ def max_positions(model: ModelConfig) -> int | None:
     """
     value = getattr(load_model_config(model).get_text_config(), "max_position_embeddings", None)
     return int(value) if value else None
+
+
+def unscaled_positions(model: ModelConfig) -> int | None:
+    """Tokens up to which engines and learner compute a model alike, where its rotary frequencies depend on lengths.
+
+    Beyond, vLLM keeps to one set of frequencies, and keys in a cache keep those that they were computed with. One token
+    below the original context, as engines have a place to spare.
+
+    Raises:
+        ModelError: its configuration cannot be loaded.
+    """
+    regimes = rope_regimes(load_model_config(model))
+    return None if regimes is None else regimes.original - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,14 @@ from trl_ray.errors import ConfigError
 from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.loadable import check_loadable
-from trl_ray.models.policy_loading import count_parameters, load_model_config, load_shape, load_tokenizer, max_positions
+from trl_ray.models.policy_loading import (
+    count_parameters,
+    load_model_config,
+    load_shape,
+    load_tokenizer,
+    max_positions,
+    unscaled_positions,
+)
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.reward_model_actors import (
     PreparedRewardModel,
@@ -279,7 +286,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     drawn = sampling_notes(config.part(GenerationConfig), config.rollout)
     tokenizer = load_tokenizer(model)
     shape = load_shape(model, tokenizer)
-    max_model_len = _max_model_len(config, max_positions(model))
+    max_model_len = _max_model_len(config, max_positions(model), unscaled=unscaled_positions(model))
     data, limit = config.part(PromptConfig), max_model_len - config.max_completion_length
     prompts = load_prompts(
         data,
@@ -338,8 +345,14 @@ def _check_weights(config: RolloutRunConfig, functions: Sequence[str | RewardFun
         )
 
 
-def _max_model_len(config: RolloutRunConfig, positions: int | None) -> int:
-    wanted = config.rollout.max_model_len or positions
+def _max_model_len(config: RolloutRunConfig, positions: int | None, *, unscaled: int | None) -> int:
+    if unscaled is not None and (config.rollout.max_model_len or 0) > unscaled:
+        raise ConfigError(
+            f"rollout.max_model_len must be at most {unscaled} with this model, whose rotary positions are scaled by "
+            f"length beyond {unscaled + 1} tokens, where engines and learner compute differently; got "
+            f"{config.rollout.max_model_len}. Lower it."
+        )
+    wanted = config.rollout.max_model_len or unscaled or positions
     if wanted is None:
         raise ConfigError(
             "rollout.max_model_len must be set, as the model's configuration does not say how long its context is."
