@@ -32,7 +32,7 @@ from trl_ray.data.prompts.reprompts import DecodingTokenizer
 from trl_ray.engines.factory import create_engine
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError, RunError, TrlRayError
-from trl_ray.models.policy_loading import find_source, load_tokenizer
+from trl_ray.models.policy_loading import config_changes, find_source, load_tokenizer
 from trl_ray.types import (
     ActorReport,
     Completion,
@@ -431,6 +431,7 @@ def open_engine(
         model=source.base,  # adapters arrive merged
         revision=source.revision,
         tokenizer=load_tokenizer(model),
+        config_changes=config_changes(model),
         dtype=(rollout.dtype or model.dtype).value,
         max_model_len=max_model_len,
         max_num_seqs=rollout.max_num_seqs,
@@ -457,6 +458,7 @@ def sampling_params(generation: GenerationConfig) -> SamplingParams:
         repetition_penalty=generation.repetition_penalty,
         stop=tuple(generation.stop),
         min_tokens=generation.min_tokens,
+        fields=generation.engine_fields,
     )
 
 

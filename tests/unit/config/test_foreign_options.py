@@ -135,7 +135,6 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
 ]  # fmt: skip
 REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
     (GRPOConfig, {"vllm_server_host": "10.0.0.5"}, "engines are actors of the run"),
-    (GRPOConfig, {"vllm_structured_outputs_regex": "a+"}, "sampled from the whole distribution"),
     (GRPOConfig, {"fp16": True}, "bf16=true"),
     (SFTConfig, {"gradient_checkpointing_kwargs": {"preserve_rng_state": False}}, "Remove what else it holds"),
     (KTOConfig, {"sync_ref_model": True}, "does not move"),

@@ -14,7 +14,6 @@ _SERVER = (
 _TEACHER_SERVER = (
     "List the teacher under teachers with its server: teachers: [{server: {url: http://HOST:PORT, protocol: trl}}]."
 )
-_WHOLE = "Remove it: completions are sampled from the whole distribution, which ratios are taken of."
 _CONTINUOUS = "Both engines batch continuously, rollout.max_num_seqs completions at once."
 _UNPADDED = "Nothing is padded."
 _NO_SYNC = "The reference of the pipeline kto does not move. Remove it."
@@ -80,8 +79,8 @@ ENGINES: Rows = {
     "vllm_gpu_memory_utilization": renamed("rollout.gpu_memory_utilization"),
     "vllm_max_model_length": renamed("rollout.max_model_len"),
     "vllm_max_model_len": renamed("rollout.max_model_len"),
-    "vllm_structured_outputs_regex": only(None, says=_WHOLE, needs=("rollout",)),
-    "vllm_guided_decoding_regex": only(None, says=_WHOLE, needs=("rollout",)),
+    "vllm_guided_decoding_regex": renamed("vllm_structured_outputs_regex"),
+    "guided_decoding_regex": renamed("vllm_structured_outputs_regex"),
     "vllm_sync_frequency": only(
         1,
         says="Set max_staleness: weights are pulled after every step, and generation runs ahead by so many.",

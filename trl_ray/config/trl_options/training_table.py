@@ -61,7 +61,7 @@ def _repository(value: Any, given: Any) -> Reading | None:
 
 TRAINING: Rows = {
     # Precision and speed.
-    "fp16": only(False, None, says="Set bf16=true, or dtype=bfloat16 for the weights themselves."),
+    "fp16": only(False, None, says="Set bf16=true, which needs no scaling of the loss."),
     "fp16_full_eval": only(False, says="Remove it: evaluations compute as training does."),
     "bf16_full_eval": always("Evaluations compute as training does, with bf16 in bfloat16."),
     "fp16_opt_level": always("It is an option of fp16, which is not used."),

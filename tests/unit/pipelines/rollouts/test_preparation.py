@@ -48,6 +48,15 @@ def test_sequences_longer_than_the_model_are_refused(model):
         prepared(model, rollout={"max_model_len": MAX_POSITIONS + 1})
 
 
+def test_rope_that_depends_on_length_keeps_sequences_to_the_context_where_nothing_is_scaled(model):
+    scaled = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    changes = {"model_init_kwargs": {"rope_scaling": scaled}}
+    assert prepared(model, **changes).max_model_len == MAX_POSITIONS - 1
+    assert prepared(model, rollout={"max_model_len": 100}, **changes).max_model_len == 100
+    with pytest.raises(ConfigError, match=r"rollout\.max_model_len must be at most 511 with this model.*got 512"):
+        prepared(model, rollout={"max_model_len": MAX_POSITIONS}, **changes)
+
+
 def test_a_model_that_does_not_say_how_long_it_is_must_be_told(model, tmp_path, monkeypatch):
     monkeypatch.setattr("trl_ray.pipelines.rollouts.preparation.max_positions", lambda model: None)
     with pytest.raises(ConfigError, match=r"rollout\.max_model_len must be set"):
@@ -187,6 +196,7 @@ def test_the_plan_in_numbers(model):
         "updates per step": 1,
         "learner ranks": 1,
         "learner computes in": "float32 (bf16 is the default where runtime.learner_num_gpus is above 0)",
+        "engines compute in": "float32",
         "prompt groups per step": 4,
         "completions per step": 8,
         "training prompts": 10,
