@@ -23,7 +23,7 @@ from trl_ray.errors import ConfigError
 from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.loadable import check_loadable
-from trl_ray.models.policy_loading import count_parameters, load_model_config, load_tokenizer, max_positions
+from trl_ray.models.policy_loading import count_parameters, load_shape, load_tokenizer, max_positions
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.reward_model_actors import (
     PreparedRewardModel,
@@ -33,6 +33,7 @@ from trl_ray.pipelines.rollouts.reward_model_actors import (
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
 from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_teachers
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
+from trl_ray.pipelines.run.model_notes import model_notes
 from trl_ray.pipelines.run.planning import (
     GIB,
     PROCESS,
@@ -91,6 +92,7 @@ class Preparation:
     teachers: PreparedTeachers | None = None
     end_of_turn: str | None = None
     """What to know of a template whose end of turn generation does not stop at."""
+    model_notes: tuple[str, ...] = ()
 
     def restore_objective(self, checkpoint: str | None) -> None:
         """Have the objective go on from what it had remembered at a checkpoint; None: from the beginning."""
@@ -170,7 +172,7 @@ class Preparation:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the rows, a sentence each."""
         turns = () if self.end_of_turn is None else (self.end_of_turn,)
-        return (*self.prompts.notes, *turns, *self._missing_values())
+        return (*self.prompts.notes, *turns, *self.model_notes, *self._missing_values())
 
     def _missing_values(self) -> Iterator[str]:
         name, total = self.prompts.name, len(self.prompts)
@@ -261,7 +263,8 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     model = config.part(ModelConfig)
     check_loadable(model)
     check_reference(model, resolve_options(objective.loss))
-    tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
+    tokenizer = load_tokenizer(model)
+    shape = load_shape(model, tokenizer)
     max_model_len = _max_model_len(config, max_positions(model))
     data, limit = config.part(PromptConfig), max_model_len - config.max_completion_length
     prompts = load_prompts(
@@ -288,6 +291,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         config=config,
         objective=objective,
         end_of_turn=end_of_turn_warning(model, tokenizer) if talks else None,
+        model_notes=model_notes(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trl_ray.algorithms.policy.group_samples import BuiltStep
+from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.errors import StallError
 from trl_ray.models.companions.teacher_rules import FOLDER
@@ -137,7 +138,7 @@ class RolloutLoop(StepLoop[_Trained]):
 
     async def _report(self, trained: _Trained) -> None:
         await self._drain()
-        snapshot, slots = await self._actors.ask_queue("snapshot"), await self._actors.ask_queue("slots")
+        snapshot, slots = await self._balance(), await self._actors.ask_queue("slots")
         line = self._recorder.line(
             groups=trained.groups,
             built=trained.built,
@@ -153,6 +154,10 @@ class RolloutLoop(StepLoop[_Trained]):
         self._recorder.step(
             self.step, line=line, groups=trained.groups, built=trained.built, snapshot=snapshot, evaluated=evaluated
         )
+
+    async def _balance(self) -> LedgerSnapshot:
+        snapshot: LedgerSnapshot = await self._actors.ask_queue("snapshot")
+        return snapshot.with_bad_rows(self._plan.prompts.num_left_out)
 
     async def _take(self, step: int) -> list[RolloutGroup]:
         """Wait for the groups of one step; say who is waited for, and give up when nothing moves any more."""
@@ -261,7 +266,7 @@ class RolloutLoop(StepLoop[_Trained]):
 
     async def _write_checkpoint(self, path: Path) -> None:
         """Also of teachers that are averages; then let the journal forget what it no longer needs."""
-        snapshot = await self._actors.ask_queue("snapshot")
+        snapshot = await self._balance()
         kept = {
             "ledger.json": snapshot.to_json(),
             OBJECTIVE_STATE: self._plan.objective.state_dict(),

@@ -474,6 +474,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             report_to=config.report_to,
             wandb_project=config.project or config.wandb_project,
             trackio_space_id=config.trackio_space_id,
+            trackio_bucket_id=config.trackio_bucket_id,
             private=config.hub_private_repo,
             logging_first_step=config.logging_first_step,
             run_name=config.run_name,

@@ -28,8 +28,9 @@ from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.companions.reference_cache import default_cache_dir
 from trl_ray.models.loadable import check_loadable
-from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
+from trl_ray.models.policy_loading import load_shape, load_tokenizer, max_positions
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
+from trl_ray.pipelines.run.model_notes import model_notes
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
 from trl_ray.pipelines.supervised.example_feed import Feed, ShuffledFeed, StreamFeed, StreamPlace
 from trl_ray.pipelines.supervised.user_metrics import MetricFunctions
@@ -167,7 +168,8 @@ class SupervisedPlan:
             note for found in (self.train, *self.held_out.values()) if found is not None for note in found.report()
         )
         turns = self._end_of_turn_warning()
-        return rows if turns is None else (*rows, turns)
+        model = model_notes(self.config.part(ModelConfig), self.tokenizer)
+        return (*rows, *(() if turns is None else (turns,)), *model)
 
     def describe(self) -> Mapping[str, Any]:
         """The plan in numbers, for the dry run."""
@@ -217,7 +219,8 @@ def prepare_supervised(
     if inputs.metrics is not None:
         inputs.metrics.check(config)
     inputs = inputs.formatted(config)
-    tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
+    tokenizer = load_tokenizer(model)
+    shape = load_shape(model, tokenizer)
     _check_length(config, max_positions(model))
     if getattr(loss, "precompute_ref_log_probs", False):
         _check_cache_dir(config.ref_log_probs_cache_dir)

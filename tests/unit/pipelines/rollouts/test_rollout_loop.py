@@ -282,3 +282,15 @@ def test_the_least_patient_teacher_decides_how_many_groups_may_lose_theirs() -> 
     counted.count([failure(EventKind.TEACHER_FAILED)])
     with pytest.raises(TeacherError, match="fewer than 2 groups in a row may lose their teacher"):
         counted.count([failure(EventKind.TEACHER_FAILED)])
+
+
+def test_rows_that_no_prompt_could_be_made_of_are_in_the_ledger_as_dropped(tmp_path: Path) -> None:
+    plain, run = RolloutRun(tmp_path / "plain", total=2).go(), RolloutRun(tmp_path, total=2, left_out=3, save_steps=1)
+    run.go()
+    without, book = (json.loads((each.path / "ledger.json").read_text()) for each in (plain, run))
+    assert book["dropped"] == {**without["dropped"], "bad_row": 3}
+    assert book["issued"] == without["issued"] + 3 and book["balanced"] is True
+    line = run.lines("metrics.jsonl")[-1]
+    assert line["ledger/dropped"] == plain.lines("metrics.jsonl")[-1]["ledger/dropped"] + 3
+    # As many groups are admitted as without.
+    assert run.actors.admitted == plain.actors.admitted
