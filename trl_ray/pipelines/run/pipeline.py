@@ -291,7 +291,10 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         if self.config.dtype is Dtype.AUTO:
             check_model_path(self.config.model_name_or_path)
             self.config = self.config.replace(dtype=checkpoint_dtype(self.config.part(ModelConfig)))
-        return self._prepare()
+        plan = self._prepare()
+        if not self._callbacks.is_empty:
+            self._callbacks.show(**self._shown_objects(plan.steps_per_epoch))
+        return plan
 
     def _checkpoint_to_resume(self, given: str | bool) -> int | None:
         """The step of the checkpoint to go on from; None is the last one.

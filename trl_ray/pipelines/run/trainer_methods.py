@@ -8,6 +8,7 @@ metrics --log_metrics--> standard output     --save_metrics--> RUN_DIR/train_res
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.run_files import atomic_write_json, atomic_write_text
 from trl_ray.pipelines.callbacks.callback_loading import specs_with
 from trl_ray.pipelines.callbacks.hooks import CallbackList, TrainerState
+from trl_ray.pipelines.callbacks.shown_objects import ShownLoader, ShownModel
 from trl_ray.pipelines.run.given_objects import TrainerObjects
 from trl_ray.pipelines.run.hub_pushes import push_run, run_card
 
@@ -179,6 +181,25 @@ class TrainerMethods:
         """
         given = self._objects.processing_class
         return given if given is not None else load_tokenizer(self.config)
+
+    def _shown_objects(self, steps_per_epoch: float | None) -> dict[str, Any]:
+        """What callbacks are shown beside options, state and control."""
+        config, inputs = self.config, self._inputs
+        batches = None if steps_per_epoch is None else math.ceil(steps_per_epoch * config.gradient_accumulation_steps)
+        eval_size = int(getattr(config, "per_device_eval_batch_size", 1))
+        return {
+            "model": ShownModel(config),
+            "processing_class": self.processing_class,
+            "train_dataloader": ShownLoader(
+                "train_dataloader",
+                dataset=inputs.train_dataset,
+                batch_size=config.per_device_train_batch_size,
+                batches=batches,
+            ),
+            "eval_dataloader": ShownLoader(
+                "eval_dataloader", dataset=inputs.eval_dataset, batch_size=eval_size, batches=None
+            ),
+        }
 
     def add_callback(self, callback: Any) -> None:
         """As one more of `callbacks`, before `train`; an object, or a class that is made without arguments."""
