@@ -72,6 +72,7 @@ from trl_ray.types import (
     PredictionBatch,
     Reduce,
     SampleScores,
+    ScoredSequence,
     StepResult,
     TensorEntry,
     TrainBatch,
@@ -151,6 +152,7 @@ class PolicyLearner:
         self._identity: WeightVersion | None = None
         self._manifest: tuple[TensorEntry, ...] | None = None
         self._skipped_in_a_row = 0
+        self._has_moved = False  # since the version that is published
         self._busy_since: float | None = None
         self._progress = 0
         self._log = ActorLog(self.name)
@@ -226,6 +228,7 @@ class PolicyLearner:
             device=self._device,
             on_progress=self._count_progress,
             teacher=self._teacher,
+            clip_bounds=self._loss_options.clip_bounds,
         )
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
@@ -352,7 +355,7 @@ class PolicyLearner:
         assert batch.step == self._version + 1, f"step {batch.step} does not follow version {self._version}"
         started = time.perf_counter()
         with self._busy("step"):
-            every = self._ranks.gather(self._passes.train(batch))
+            every = self._ranks.gather(self._passes.train(batch, has_moved=self._has_moved))
             # One rank's problem is everybody's: all skip the update, or weights would part ways.
             problem = next((passed.problem for passed in every if passed.problem is not None), None)
             # Read here because `_finish` moves the schedule on to the next update's.
@@ -365,7 +368,7 @@ class PolicyLearner:
             self._finish(problem)
             # However many updates a step has, workers pull its weights once.
             if batch.is_last_update:
-                self._version = batch.step
+                self._version, self._has_moved = batch.step, False
                 for companion in self._companions:
                     if companion.is_due(batch.step):
                         companion.after_step(batch.step, self._backend.weights())
@@ -391,6 +394,7 @@ class PolicyLearner:
         """Move the weights, or leave them alone and say why; the schedule moves on either way."""
         if problem is None:
             self._backend.update()
+            self._has_moved = True
             # These are no longer the weights that were published.
             self._checksum = None
             self._skipped_in_a_row = 0
@@ -453,12 +457,30 @@ class PolicyLearner:
         assert self._identity is not None, "weights must be published before their identity is asked for"
         return self._identity
 
-    def weight_check(self, token_ids: IntArray) -> WeightCheck:
-        """Log-probs of a fixed sequence [T] at temperature 1, for engines to be held against."""
+    def weight_check(
+        self, token_ids: IntArray, *, further: Sequence[IntArray] = (), asks_training: bool = False
+    ) -> WeightCheck:
+        """Log-probs of a fixed sequence [T] at temperature 1, for engines to be held against.
+
+        Args:
+            token_ids: [T]
+            further: more sequences, to be compared in the same way.
+            asks_training: hold the training passes over the longest of them against evaluation, too.
+        """
         self._require_language_head("weight_check")
-        with self._busy("weight_check"):
-            logprobs = self._scorer.sequence_logprobs(token_ids)
-        return WeightCheck(token_ids=token_ids, logprobs=logprobs, version=self._version)
+        with self._busy("weight_check"), keep_random_state():
+            logprobs, *others = (self._scorer.sequence_logprobs(ids) for ids in (token_ids, *further))
+            longest = max((token_ids, *further), key=len)
+            training = self._scorer.training_gap(longest) if asks_training and len(longest) >= 4 else None
+        return WeightCheck(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            version=self._version,
+            further=tuple(
+                ScoredSequence(token_ids=ids, logprobs=values) for ids, values in zip(further, others, strict=True)
+            ),
+            training=training,
+        )
 
     def save(
         self,

@@ -92,6 +92,13 @@ class EngineChoice(enum.StrEnum):
     TRANSFORMERS = "transformers"
 
 
+class OnDisagreement(enum.StrEnum):
+    """What happens when sampler and learner are found to be different policies."""
+
+    WARN = "warn"
+    STOP = "stop"
+
+
 class Isolation(enum.StrEnum):
     """Where reward functions run."""
 
@@ -451,7 +458,11 @@ class RolloutConfig(Section):
     canary_every: Natural = 1
     """Check learner against engine log-probs at every N-th weight pull (and the first); 0 never."""
     canary_tolerance: Annotated[float, Field(gt=0)] | None = None
-    """Largest mean |difference| in nats; None takes 1e-3 where both sides are float32, else 0.2."""
+    """Largest mean |difference| in nats between learner and engine; None takes 1e-3 where both sides are float32, else
+    0.2. Later versions are held against what the pair showed at version 0 beside."""
+    on_disagreement: Annotated[OnDisagreement, FROM_STRING] | None = None
+    """``stop`` or ``warn`` when the agreement check finds sampler and learner apart; None stops where both sides are
+    float32, and there is no dropout, and warns elsewhere."""
 
 
 class RuntimeConfig(Section):

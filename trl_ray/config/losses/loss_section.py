@@ -42,6 +42,11 @@ class LossSection(Section):
         return False
 
     @property
+    def clip_bounds(self) -> tuple[float, float]:
+        """Importance ratios beyond which a token counts as far off, from below and above."""
+        return 0.8, 1.2
+
+    @property
     def precomputes_reference(self) -> bool:
         """Whether the reference is asked before training and not held."""
         return False

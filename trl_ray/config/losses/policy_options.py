@@ -158,6 +158,12 @@ class LossConfig(LossSection):
         return self.beta != 0
 
     @property
+    def clip_bounds(self) -> tuple[float, float]:
+        if self.loss_type is LossType.CISPO:
+            return 0.0, self.upper_epsilon
+        return 1 - self.epsilon, 1 + self.upper_epsilon
+
+    @property
     def reference_sync(self) -> ReferenceSync | None:
         if not self.sync_ref_model:
             return None

@@ -136,9 +136,9 @@ def join(
     counts = [len(source.rows) for source in sources]
     if fractions is not None:
         total = math.fsum(fractions)
-        shares = [fraction / total for fraction in fractions]
-        length = min(count / share for count, share in zip(counts, shares, strict=True))
-        counts = [round(share * length) for share in shares]
+        parts = [fraction / total for fraction in fractions]
+        length = min(count / part for count, part in zip(counts, parts, strict=True))
+        counts = [round(part * length) for part in parts]
         for source, count, fraction in zip(sources, counts, fractions, strict=True):
             if not count:
                 raise DataError(

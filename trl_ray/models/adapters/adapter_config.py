@@ -61,11 +61,12 @@ _BOOKKEEPING = frozenset(
 )
 _REFUSED = {
     "target_parameters": "lora_target_parameters must be left out: adapters stand beside linear layers here, and "
-    "experts that keep their weights in one parameter have none. Remove it; attention and shared layers can be named in "
-    "lora_target_modules.",
+    "experts that keep their weights in one parameter have none. Remove it; attention and shared layers can be named "
+    "in lora_target_modules.",
     "trainable_token_indices": "trainable_token_indices must be left out. Set lora_modules_to_save=[embed_tokens, "
     "lm_head], which trains these rows among all.",
-    "bias": "bias must be 'none': with other biases trained there would be no reference beneath the adapter. Remove it.",
+    "bias": "bias must be 'none': with other biases trained there would be no reference beneath the adapter. Remove "
+    "it.",
     "lora_bias": "lora_bias must be false: a bias of the adapter has no place in layers without one. Remove it.",
 }
 """Fields that recipes hold and cannot be had, and what to do."""

@@ -15,15 +15,16 @@ import numpy as np
 
 from trl_ray.algorithms.batches.micro_batches import CutRules
 from trl_ray.algorithms.loss_registry import build_loss, resolve_options
+from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
-from trl_ray.config.sections import Dtype, GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
+from trl_ray.config.sections import GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
 from trl_ray.errors import ConfigError
 from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.loadable import check_loadable
-from trl_ray.models.policy_loading import count_parameters, load_shape, load_tokenizer, max_positions
+from trl_ray.models.policy_loading import count_parameters, load_model_config, load_shape, load_tokenizer, max_positions
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.reward_model_actors import (
     PreparedRewardModel,
@@ -55,7 +56,13 @@ FROM_PYTHON = "python:"
 """Stands in config.yaml before the name of a reward function that was given as an object."""
 OBJECTIVE_STATE = "objective.json"
 """The file of a checkpoint with what the objective remembers."""
-_WEIGHT_CHECK_TOKENS = 16
+_WEIGHT_CHECK_TOKENS = 32
+_LONG_CHECK_TOKENS = 160
+"""More than one block of any engine's KV cache: those have 16 to 128 tokens."""
+_BEYOND_TOKENS = 64
+"""Beyond the context that rope was made for before it was scaled."""
+_LONGEST_CHECK_TOKENS = 8192
+"""An engine may hold log-probs [T, V] of what it scores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,9 +87,9 @@ class Preparation:
     """Tokens of prompt and completion together."""
     total_steps: int
     weight_check_ids: IntArray
-    """[T] a prompt of the training set, fixed for the whole run."""
-    weight_check_tolerance: float
-    """Nats."""
+    """[T] of the training set's first prompts, fixed for the whole run."""
+    first_check_ids: tuple[IntArray, ...]
+    """[T] each; longer ones, for what only long rows meet."""
     cut: CutRules
     """How the samples of an update become micro-batches."""
     objective: Objective[Any]
@@ -138,7 +145,7 @@ class Preparation:
                 "generation": config.part(GenerationConfig),
                 "seed": config.seed,
                 "max_model_len": self.max_model_len,
-                "weight_check_tolerance": self.weight_check_tolerance,
+                "agreement": AgreementRule.of(config),
                 "teaching": None if teachers is None else teachers.plan,
             },
             reward=self._reward_arguments() if config.has_rewards else None,
@@ -300,8 +307,8 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         reward_models=models,
         max_model_len=max_model_len,
         total_steps=total_steps(config, len(prompts), per_step=config.groups_per_step),
-        weight_check_ids=_weight_check_ids(prompts, max_model_len),
-        weight_check_tolerance=_weight_check_tolerance(config),
+        weight_check_ids=_check_text(prompts, min(_WEIGHT_CHECK_TOKENS, max_model_len)),
+        first_check_ids=tuple(_check_text(prompts, length) for length in _first_lengths(model, max_model_len)),
         cut=cut_rules(config, shape, max_samples=config.per_device_train_batch_size),
     )
 
@@ -373,15 +380,22 @@ def _first(source: PromptSource, count: int) -> tuple[Prompt, ...]:
     return tuple(source.prompt(ordinal) for ordinal in range(min(count, len(source))))
 
 
-def _weight_check_ids(prompts: PromptSource, max_model_len: int) -> IntArray:
-    """The first prompt, repeated when it is too short to say anything, cut to what an engine can score."""
-    ids = prompts.prompt(0).token_ids
-    repeats = max(1, -(-8 // max(1, len(ids))))
-    return np.tile(ids, repeats)[: min(_WEIGHT_CHECK_TOKENS, max_model_len)].astype(np.int32)
+def _check_text(prompts: PromptSource, length: int) -> IntArray:
+    """The first prompts one after the other, from the start again where there are too few; [length] int32."""
+    texts: list[IntArray] = []
+    while sum(map(len, texts)) < length:
+        texts.append(prompts.prompt(len(texts) % len(prompts)).token_ids)
+    return np.concatenate(texts)[:length].astype(np.int32)
 
 
-def _weight_check_tolerance(config: RolloutRunConfig) -> float:
-    if config.rollout.canary_tolerance is not None:
-        return config.rollout.canary_tolerance
-    exact = config.dtype is Dtype.FLOAT32 and config.rollout.dtype in (None, Dtype.FLOAT32) and not config.bf16
-    return 1e-3 if exact else 0.2
+def _first_lengths(model: ModelConfig, max_model_len: int) -> list[int]:
+    """Tokens of the texts that show what does not depend on the weights: several blocks of a KV cache, scaled rope."""
+    config = load_model_config(model).get_text_config()
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    before = getattr(config, "original_max_position_embeddings", None)
+    if isinstance(scaling, Mapping):
+        before = scaling.get("original_max_position_embeddings") or before
+    lengths = [min(_LONG_CHECK_TOKENS, max_model_len)]
+    if before and before + _BEYOND_TOKENS <= min(max_model_len, _LONGEST_CHECK_TOKENS):
+        lengths.append(int(before) + _BEYOND_TOKENS)
+    return sorted({length for length in lengths if length > _WEIGHT_CHECK_TOKENS})
