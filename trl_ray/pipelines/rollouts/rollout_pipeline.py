@@ -22,6 +22,7 @@ from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop
 from trl_ray.pipelines.run.given_objects import GivenFolders, trainer_objects
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.run.recording import Recorder
+from trl_ray.rewards.reward_registry import function_name
 from trl_ray.types import EventKind
 
 
@@ -115,7 +116,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
         if named is not None or changes:
             # Functions given as objects cannot be written to config.yaml; a run of named ones resumes by its folder.
             changes["reward_funcs"] = [
-                function if isinstance(function, str) else f"{FROM_PYTHON}{getattr(function, '__name__', 'reward')}"
+                function if isinstance(function, str) else f"{FROM_PYTHON}{function_name(function)}"
                 for function in separated.functions
             ]
         super().__init__(
