@@ -1,7 +1,6 @@
 import asyncio
 import functools
 import threading
-from dataclasses import replace
 
 import pytest
 
@@ -89,22 +88,22 @@ class Judge:
         return [3.0] * len(completions)
 
 
-def scaled(completions, scale, **columns):
-    return [scale] * len(completions)
+def scaled(completions, by=5.0, **columns):
+    return [by] * len(completions)
 
 
 def test_functions_of_every_kind_have_names_of_their_own():
     given = [
         lambda completions, **columns: [0.0] * len(completions),
         lambda completions, **columns: [1.0] * len(completions),
-        functools.partial(scaled, scale=4.0),
+        functools.partial(scaled, by=4.0),
         Judge(),
         Judge().method,
         scaled,
     ]
-    specs = make_specs(given, columns=["scale"])
+    specs = make_specs(given, columns=[])
     assert [spec.name for spec in specs] == ["<lambda>", "<lambda>_2", "scaled", "Judge", "method", "scaled_2"]
-    group = GroupInput.of(replace(prompt(0), columns={"scale": 5.0}), [completion("a"), completion("b")])
+    group = GroupInput.of(prompt(0), [completion("a"), completion("b")])
     loaded = weighted([spec.name for spec in specs], [load_function(spec) for spec in specs], None)
     [first, _] = asyncio.run(score_group(loaded, group)).rewards
     assert first.parts == {
