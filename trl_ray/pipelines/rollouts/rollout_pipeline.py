@@ -20,6 +20,7 @@ from trl_ray.pipelines.rollouts.reward_model_actors import GivenReward, name_rew
 from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop
 from trl_ray.pipelines.run.given_objects import GivenFolders, trainer_objects
+from trl_ray.pipelines.run.given_rows import given_rows
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.run.recording import Recorder
 from trl_ray.rewards.reward_registry import function_name
@@ -128,7 +129,11 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
             folders=folders,
             **changes,
         )
-        self._inputs = Inputs(train_dataset=train_dataset, eval_dataset=eval_dataset, reward_funcs=separated.given)
+        self._inputs = Inputs(
+            train_dataset=given_rows(train_dataset),
+            eval_dataset=given_rows(eval_dataset, evaluation=True),
+            reward_funcs=separated.given,
+        )
 
     def _prepare(self) -> Preparation:
         return prepare(self.config, self._inputs, objective=self.objective_class(self.config))

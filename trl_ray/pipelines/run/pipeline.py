@@ -44,6 +44,7 @@ from trl_ray.observe.sinks import Observer
 from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
 from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
+from trl_ray.pipelines.run.given_rows import given_rows
 from trl_ray.pipelines.run.hub_pushes import hub_place
 from trl_ray.pipelines.run.recording import RunRecorder
 from trl_ray.pipelines.run.signals import run_to_end
@@ -365,6 +366,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                     f"{', '.join(map(str, named)) or 'none'}; got {eval_dataset!r}."
                 )
             eval_dataset = {eval_dataset: named[eval_dataset]}
+        eval_dataset = given_rows(eval_dataset, evaluation=True)
         train = inputs.train_dataset
         if train is None and config.dataset_name is None and not config.datasets:
             train = eval_dataset

@@ -24,6 +24,7 @@ from trl_ray.errors import ConfigError, DataError
 from trl_ray.models.policy_loading import check_model_path, max_positions
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.given_objects import trainer_objects
+from trl_ray.pipelines.run.given_rows import given_rows, is_stream
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
@@ -196,10 +197,12 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
             callbacks=callbacks,
             objects=trainer_objects(ref_model=ref_model, **objects),
         )
+        if is_stream(train_dataset) and self.config.max_steps > 0:
+            self.config = self.config.replace(dataset_streaming=True)
         self._fitted = False
         self._inputs = DatasetInputs(
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=given_rows(train_dataset),
+            eval_dataset=given_rows(eval_dataset, evaluation=True),
             formatting_func=formatting_func,
             metrics=MetricFunctions(
                 form=self.prediction_form, compute=compute_metrics, preprocess=preprocess_logits_for_metrics
