@@ -398,6 +398,8 @@ class GenerationConfig(Section):
     """TRL's spelling of min_tokens (min_new_tokens) and stop (stop_strings): read into these, and empty then."""
     num_generations_eval: Positive | None = None
     """Completions per held-out prompt; None takes `num_generations`."""
+    eval_temperature: Annotated[float, Field(ge=0)] | None = None
+    """Of completions for held-out prompts; 0 takes the most probable token, None is `temperature`."""
 
     @property
     def completions_per_held_out_prompt(self) -> int:

@@ -34,7 +34,7 @@ from trl_ray.models.checkpoint import (
     verify_checkpoint,
 )
 from trl_ray.models.hub import check_hub
-from trl_ray.models.policy_loading import check_model_path, checkpoint_dtype
+from trl_ray.models.policy_loading import checkpoint_dtype, find_source
 from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report.report_page import build_report
 from trl_ray.observe.run_directory import RunDirectory
@@ -223,6 +223,11 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         self._objects = objects = objects or TrainerObjects()
         self._given = folders or GivenFolders(given.output_dir)
         model = objects.made_model(model)
+        if peft_config is not None and hasattr(model, "peft_config"):
+            raise ConfigError(
+                f"peft_config must be None with a {type(model).__name__}, whose own adapter is trained on, got a "
+                f"{type(peft_config).__name__}. Remove it, or merge_and_unload() the model first."
+            )
         changes |= objects.options(model=model or given.model_name_or_path, folders=self._given)
         if isinstance(model, str) and "model_name_or_path" not in changes:
             changes["model_name_or_path"] = model
@@ -290,7 +295,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         self._callbacks = make_callbacks(self.config, self._given_callbacks)
         self._given.write(self.config.part(ModelConfig))
         if self.config.dtype is Dtype.AUTO:
-            check_model_path(self.config.model_name_or_path)
+            find_source(self.config.part(ModelConfig))
             self.config = self.config.replace(dtype=checkpoint_dtype(self.config.part(ModelConfig)))
         plan = self._prepare()
         if not self._callbacks.is_empty:
