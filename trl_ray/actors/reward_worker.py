@@ -67,9 +67,23 @@ class RewardWorker:
         isolation: Isolation,
         name: str,
         models: Sequence[ScoringModel] = (),
+        max_steps: int | None = None,
+        steps_per_epoch: float | None = None,
     ) -> None:
+        """Load the functions, or a process that has them.
+
+        Args:
+            functions: of the run.
+            weights: one for each; None weighs all 1.
+            timeout_s: for one group.
+            isolation: where functions run.
+            name: as events name it.
+            models: reward models that are asked as well.
+            max_steps, steps_per_epoch: of the run, for functions that follow a schedule.
+        """
         self.name = name
         self._functions = tuple(functions)
+        self._length = {"max_steps": max_steps, "steps_per_epoch": steps_per_epoch}
         names = [spec.name for spec in self._functions]
         self._weights = dict(zip(names, [1.0] * len(names) if weights is None else weights, strict=True))
         self._weights |= {model.name: model.weight for model in models}
@@ -137,7 +151,7 @@ class RewardWorker:
 
     async def _score_by_functions(self, prompt: Prompt, completions: Sequence[Completion]) -> tuple[float, ScoredGroup]:
         """When the group's turn came, and what the functions say."""
-        group = GroupInput.of(prompt, completions)
+        group = GroupInput.of(prompt, completions, **self._length)
         if self._inline:
             return time.time(), await self._score_inline(group)
         call = next(self._calls)

@@ -422,6 +422,8 @@ class GenerationConfig(Section):
     """Completions match this regular expression (vLLM only); wins over generation_kwargs.structured_outputs."""
     num_generations_eval: Positive | None = None
     """Completions per held-out prompt; None takes `num_generations`."""
+    eval_temperature: Annotated[float, Field(ge=0)] | None = None
+    """Of completions for held-out prompts; 0 takes the most probable token, None is `temperature`."""
 
     @property
     def completions_per_held_out_prompt(self) -> int:

@@ -22,7 +22,9 @@ from trl_ray.rewards.functions import RewardFunction
 from trl_ray.types import Completion, Prompt, Reward, RewardErrorKind, RewardFailure, ScoredGroup
 
 # Columns that would overwrite what TRL's signature gives.
-_RESERVED = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids", "log_extra", "log_metric"})
+_RESERVED = frozenset(
+    {"prompt", "prompts", "completion", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state"}
+)
 Parts = list[float | None]
 
 
@@ -35,6 +37,17 @@ class NamedFunction:
     weight: float = 1.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardTrainerState:
+    """What functions see of the run as `trainer_state`, under TRL's names."""
+
+    global_step: int
+    """Optimizer steps behind the weights that sampled the completions."""
+    max_steps: int | None = None
+    epoch: float | None = None
+    """Passes over the prompts that were done then."""
+
+
 class GroupInput:
     """What the functions see of one group, as JSON text so that each of them gets a copy of its own."""
 
@@ -42,8 +55,28 @@ class GroupInput:
         self.text = text
 
     @classmethod
-    def of(cls, prompt: Prompt, completions: Sequence[Completion]) -> GroupInput:
-        """Standard prompts give strings; conversational ones give conversations, as in TRL."""
+    def of(
+        cls,
+        prompt: Prompt,
+        completions: Sequence[Completion],
+        *,
+        max_steps: int | None = None,
+        steps_per_epoch: float | None = None,
+    ) -> GroupInput:
+        """Standard prompts give strings; conversational ones give conversations, as in TRL.
+
+        Args:
+            prompt: of the group.
+            completions: of the group.
+            max_steps: optimizer steps of the run.
+            steps_per_epoch: optimizer steps of one pass over the prompts.
+        """
+        step = max((span.version for each in completions for span in each.versions), default=0)
+        state = {
+            "global_step": step,
+            "max_steps": max_steps,
+            "epoch": step / steps_per_epoch if steps_per_epoch else None,
+        }
         messages = None if prompt.messages is None else [dict(message) for message in prompt.messages]
         texts = [completion.text for completion in completions]
         return cls(
@@ -54,6 +87,7 @@ class GroupInput:
                     if messages is None
                     else [[{"role": "assistant", "content": t}] for t in texts],
                     "completion_ids": [completion.token_ids.tolist() for completion in completions],
+                    "state": state,
                     "columns": {key: value for key, value in prompt.columns.items() if key not in _RESERVED},
                 }
             )
@@ -69,6 +103,7 @@ class GroupInput:
             "prompts": prompts,
             "completions": group["completions"],
             "completion_ids": group["completion_ids"],
+            "trainer_state": RewardTrainerState(**group.get("state", {"global_step": 0})),
             **columns,
         }
 

@@ -152,7 +152,7 @@ def test_functions_get_columns_ids_and_completions_as_in_trl():
 
     score(look, columns={"answer": "7", "completions": "reserved"})
     assert (seen["prompts"], seen["completions"], seen["completion_ids"]) == (["q", "q"], ["c0", "c1"], [[0], [0, 1]])
-    assert (seen["answer"], sorted(seen["rest"])) == (["7", "7"], ["log_extra", "log_metric"])
+    assert (seen["answer"], sorted(seen["rest"])) == (["7", "7"], ["log_extra", "log_metric", "trainer_state"])
 
 
 def test_conversational_prompts_give_conversations():

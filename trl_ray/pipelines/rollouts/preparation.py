@@ -167,6 +167,8 @@ class Preparation:
             "weights": config.reward_weights,
             "timeout_s": config.reward.timeout_s,
             "isolation": config.reward.isolation,
+            "max_steps": self.total_steps,
+            "steps_per_epoch": self.steps_per_epoch,
         }
 
     def actors(self) -> dict[str, ActorPlan]:
