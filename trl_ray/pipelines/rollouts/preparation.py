@@ -123,6 +123,8 @@ class Preparation:
                 "max_attempts": config.max_attempts,
                 "lease_s": config.rollout.lease_s,
                 "drop_zero_variance": config.drops_zero_variance,
+                "reward_clip_range": config.clip_range,
+                "max_resampled_groups": config.resampled_limit,
                 "mask_truncated": config.masks_truncated,
                 "adaptive_slots": config.adapts_slots,
                 "resume_from_step": resume_from,

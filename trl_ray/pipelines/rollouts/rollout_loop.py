@@ -208,8 +208,6 @@ class RolloutLoop(StepLoop[_Trained]):
         await self._actors.ask_queue("skip" if result.skipped else "trained", step=step)
         if result.skipped:
             self._recorder.skipped(step, what="groups")
-        else:
-            self._failures.forget()
 
     async def _publish(self, step: int, *, wait_s: float, step_s: float) -> int:
         """Publish, and pull beside the next step; a pull must have ended before the next one begins."""
