@@ -13,6 +13,7 @@ from trl_ray.actors.calling import Patience
 from trl_ray.actors.rollout_worker import RolloutWorker
 from trl_ray.actors.teaching import TeacherErrorKind, TeacherSeat, TeachingPlan
 from trl_ray.config.losses.distillation_options import RepromptConfig
+from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.errors import ActorLostError, DataError, DeadlineError, EngineError, TeacherError, WeightError
 from trl_ray.types import (
@@ -142,7 +143,7 @@ class Stage:
             generation=GenerationConfig(**{"num_generations": G, "num_generations_eval": 1, **(generation or {})}),
             seed=seed,
             max_model_len=64,
-            weight_check_tolerance=0.01,
+            agreement=AgreementRule(ceiling=0.01, floor=0.01, is_exact=True),
             queue=self.queue,
             rewards=(self.reward,) if rewarded else (),
             teaching=teaching,

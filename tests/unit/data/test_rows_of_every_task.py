@@ -306,7 +306,7 @@ def test_ties_are_left_out_and_counted(task: ExampleTask) -> None:
 
 def test_a_conversation_with_a_label_and_no_answer_is_named() -> None:
     rows = [{"messages": [Q, *YES], "label": True}, {"messages": [Q], "label": True}]
-    with pytest.raises(DataError, match=r"Row 1 of the given list, field 'messages' must be given"):
+    with pytest.raises(DataError, match=r"Row 1 of the given list, field 'messages' must end with the answer"):
         load_examples(KTOConfig(), PLAIN, task=ExampleTask.UNPAIRED, dataset=rows)
 
 

@@ -28,6 +28,8 @@ class DatasetReader:
     records: RecordReader
     text_field: str = "text"
     """How the column of plain texts is called."""
+    is_tree: bool = False
+    """Rows of text are messages of a tree, as in OpenAssistant's files."""
 
     @property
     def format(self) -> DatasetFormat:
@@ -38,6 +40,11 @@ class DatasetReader:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of how the columns are read, a sentence each."""
         read, unread = self.format.columns, self.format.unread
+        if self.is_tree:
+            return (
+                f"The rows of {self.records.name} are messages of a tree (parent_id): each is trained as a text of its "
+                "own, whoever wrote it. Join them to conversations, in a column messages, where these are meant.",
+            )
         if not unread:
             return ()
         written = [self.records.written.get(column, column) for column in read]
@@ -137,6 +144,7 @@ def reader_for(
         converter=converter,
         records=RecordReader(name=name, format=found, written=written, roles=(*ROLES, *roles.values())),
         text_field=text_field,
+        is_tree=found.columns == ("text",) and {"parent_id", "message_id"} <= set(known),
     )
 
 

@@ -154,6 +154,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
             config=self.config,
             arguments=arguments,
             weight_check_ids=plan.weight_check_ids,
+            first_check_ids=plan.first_check_ids,
             emit=recorder.emit,
         )
         return RolloutSession(preparation=plan, actors=actors, recorder=recorder, opening=opening)
