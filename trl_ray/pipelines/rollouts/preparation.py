@@ -20,7 +20,7 @@ from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.sections import GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
-from trl_ray.errors import ConfigError
+from trl_ray.errors import ConfigError, DataError
 from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.loadable import check_loadable
@@ -56,6 +56,8 @@ FROM_PYTHON = "python:"
 """Stands in config.yaml before the name of a reward function that was given as an object."""
 OBJECTIVE_STATE = "objective.json"
 """The file of a checkpoint with what the objective remembers."""
+PROMPTS = "prompts.json"
+"""The file of a checkpoint that tells its rows from others."""
 _WEIGHT_CHECK_TOKENS = 32
 _LONG_CHECK_TOKENS = 160
 """More than one block of any engine's KV cache: those have 16 to 128 tokens."""
@@ -100,6 +102,30 @@ class Preparation:
     end_of_turn: str | None = None
     """What to know of a template whose end of turn generation does not stop at."""
     model_notes: tuple[str, ...] = ()
+
+    def check_prompts(self, checkpoint: str | None) -> None:
+        """See that the run goes on with the rows that it began with.
+
+        Raises:
+            DataError: the checkpoint was made with other rows.
+        """
+        file = None if checkpoint is None else Path(checkpoint) / PROMPTS
+        if file is None or not file.is_file():
+            return
+        before, now = json.loads(file.read_text(encoding="utf-8")), self.prompts_state()
+        differing = [what for what in now if before[what] != now[what]]
+        if differing:
+            raise DataError(
+                f"A run must go on with the rows that it began with, those of {self.prompts.name} are other ones now: "
+                f"{before['rows']} rows then and {now['rows']} now, with other {' and '.join(differing)}. Give the "
+                "same rows in the same order, or begin a new run from the checkpoint: model_name_or_path="
+                f"{checkpoint}."
+            )
+
+    def prompts_state(self) -> dict[str, Any]:
+        """What `check_prompts` compares, as JSON values."""
+        prompts = self.prompts
+        return {"rows": len(prompts), "prompts": prompts.fingerprint, "columns": prompts.columns_fingerprint}
 
     def restore_objective(self, checkpoint: str | None) -> None:
         """Have the objective go on from what it had remembered at a checkpoint; None: from the beginning."""
