@@ -33,6 +33,7 @@ from trl_ray.engines.factory import create_engine
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import ActorLostError, DataError, DeadlineError, EngineError, RunError, TrlRayError
 from trl_ray.models.policy_loading import find_source, load_tokenizer
+from trl_ray.rewards.scoring import RawTexts
 from trl_ray.types import (
     ActorReport,
     Completion,
@@ -113,6 +114,7 @@ class RolloutWorker:
         rewards: Sequence[Handle],
         teaching: TeachingPlan | None = None,
         teachers: Mapping[str, Sequence[Handle]] | None = None,
+        scores_raw_texts: bool = False,
     ) -> None:
         """Start the engine; takes as long as loading the model does.
 
@@ -128,6 +130,7 @@ class RolloutWorker:
             rewards: reward workers; without any, completions are not scored.
             teaching: what to do about teachers; None is nothing.
             teachers: the copies of each teacher, the default one first; only where actors are asked.
+            scores_raw_texts: tell reward workers what prompts and completions are with their special tokens.
 
         Raises:
             ModelError, EngineError: the policy cannot be loaded.
@@ -147,6 +150,7 @@ class RolloutWorker:
             self._engine, name=name, model=model, rule=agreement, deadline_s=rollout.hang_deadline_s
         )
         self._teaching = None if teaching is None else self._open_teaching(teaching, teachers or {})
+        self._scores_raw_texts = scores_raw_texts
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight: dict[tuple[int, int], float] = {}
         self._scoring = [0] * len(self._rewards)
@@ -399,7 +403,8 @@ class RolloutWorker:
         handle = self._rewards[index]
         self._scoring[index] += 1
         try:
-            return await ask_for_scores(handle, prompt, completions, key=uuid.uuid4().hex, patience=CALL)
+            raw = {"raw": self._raw_texts(prompt, completions)} if self._scores_raw_texts else {}
+            return await ask_for_scores(handle, prompt, completions, key=uuid.uuid4().hex, patience=CALL, **raw)
         except (ActorLostError, DeadlineError) as error:
             detail = f"{handle.name} must answer within {CALL.total_s:g} s, it did not: {error}"
             failure = RewardFailure(function=handle.name, kind=RewardErrorKind.CRASH, detail=detail)
@@ -408,6 +413,11 @@ class RolloutWorker:
             return ScoredGroup(failure=failure)
         finally:
             self._scoring[index] -= 1
+
+    def _raw_texts(self, prompt: Prompt, completions: Sequence[Completion]) -> RawTexts:
+        ids = [prompt.token_ids, *(completion.token_ids for completion in completions)]
+        first, *others = (str(self._tokenizer.decode(each.tolist(), skip_special_tokens=False)) for each in ids)
+        return RawTexts(prompt=first, completions=tuple(others))
 
     async def _ask(self, method: str, /, **kwargs: Any) -> Any:
         # A worker that cannot finish its groups must not renew its leases on them.

@@ -16,6 +16,7 @@ from trl_ray.config.losses.distillation_options import RepromptConfig
 from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.errors import ActorLostError, DataError, DeadlineError, EngineError, TeacherError, WeightError
+from trl_ray.rewards.scoring import RawTexts
 from trl_ray.types import (
     DropReason,
     EventKind,
@@ -127,6 +128,7 @@ class Stage:
         teachers=None,
         lease_s=40_000.0,
         generation=None,
+        raw=False,
         **engine,
     ):
         self.engine, self.queue = FakeEngine(**engine), FakeQueue(*tickets)
@@ -148,6 +150,7 @@ class Stage:
             rewards=(self.reward,) if rewarded else (),
             teaching=teaching,
             teachers=teachers,
+            scores_raw_texts=raw,
         )
 
     def play(self, *acts):
@@ -283,6 +286,19 @@ def test_a_reward_worker_that_is_lost_for_good_fails_the_group_and_not_the_engin
     assert stage.worker.health().problem is None
     [event] = stage.worker.drain().events
     assert (event.kind, event.detail["kind"], event.detail["prompt_id"]) == (EventKind.REWARD_FAILED, "crash", "0:3")
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_functions_that_ask_for_special_tokens_are_given_them(monkeypatch, raw):
+    stage = Stage(monkeypatch, ticket(3), raw=raw)
+    stage.play(
+        lambda: len(stage.engine.batches) == 1,
+        lambda: stage.engine.finish("3.0"),
+        lambda: bool(stage.queue.asked("commit")),
+    )
+    [call] = stage.reward.asked("score")
+    prompt_ids, completions = "\x01\x02\x03", ("\x00\x01",) * G
+    assert call.kwargs.get("raw") == (RawTexts(prompt=prompt_ids, completions=completions) if raw else None)
 
 
 def test_an_evaluation_waits_for_slow_rewards_as_well(monkeypatch):

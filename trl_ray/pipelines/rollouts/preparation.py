@@ -6,6 +6,7 @@ args, model, reward_funcs, datasets --> tokenizer, prompts, reward specs, length
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,15 @@ from trl_ray.pipelines.run.planning import (
     teacher_memory,
     total_steps,
 )
-from trl_ray.rewards.reward_registry import RewardSpec, load_function, make_specs, required_columns, row_check
+from trl_ray.rewards.reward_registry import (
+    RewardSpec,
+    load_function,
+    make_specs,
+    required_columns,
+    row_check,
+    wants_raw_texts,
+)
+from trl_ray.rewards.scoring import TrainingCourse
 from trl_ray.runtime.runtime import Role
 from trl_ray.types import IntArray, Prompt
 
@@ -175,6 +184,7 @@ class Preparation:
                 "max_model_len": self.max_model_len,
                 "agreement": AgreementRule.of(config),
                 "teaching": None if teachers is None else teachers.plan,
+                "scores_raw_texts": any(wants_raw_texts(load_function(spec)) for spec in self.rewards),
             },
             reward=self._reward_arguments() if config.has_rewards else None,
             reward_models=reward_model_arguments(config),
@@ -188,6 +198,7 @@ class Preparation:
             "weights": config.reward_weights,
             "timeout_s": config.reward.timeout_s,
             "isolation": config.reward.isolation,
+            "course": TrainingCourse(max_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch or math.inf),
         }
 
     def actors(self) -> dict[str, ActorPlan]:

@@ -11,6 +11,7 @@ from tiny_models import MAX_POSITIONS, build_tiny_model
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig
 from trl_ray.errors import ConfigError, DataError
 from trl_ray.pipelines.rollouts.preparation import PROMPTS, Inputs
+from trl_ray.rewards.scoring import TrainingCourse
 
 ROWS = [{"prompt": f"count to {number}: "} for number in range(1, 11)]
 
@@ -220,3 +221,15 @@ def test_a_run_goes_on_with_the_rows_that_it_began_with_and_no_others(model, tmp
     ):
         with pytest.raises(DataError, match=rf"go on with the rows that it began with.*10 rows then and {told}\."):
             plan(other).check_prompts(str(tmp_path))
+
+
+def test_reward_workers_know_how_long_the_run_is_and_who_asks_for_special_tokens(model):
+    def arguments(*functions, **changes):
+        made = prepared(model, inputs={"reward_funcs": list(functions)}, **changes)
+        return made.arguments(journal="j", checkpoint=None, resume_from=None, incarnation="i")
+
+    plain = arguments(score, max_steps=-1, num_train_epochs=2.0)
+    # 10 rows, 4 groups a step
+    assert plain.reward["course"] == TrainingCourse(max_steps=5, steps_per_epoch=2.5)
+    assert plain.rollout["scores_raw_texts"] is False
+    assert arguments(score, "think_format").rollout["scores_raw_texts"] is True
