@@ -358,8 +358,6 @@ def _usual_roles(value: Any, given: Mapping[str, Any]) -> Reading | None:
 
 
 _RECOGNISED = "Rows are recognised by their columns; column_mapping={COLUMN: messages} names others."
-    "Rows are recognised by their columns, and column_mapping names others: column_mapping={COLUMN: messages}."
-)
 AXOLOTL_DATASETS: Rows = {
     "datasets.type": only("chat_template", "sharegpt", "alpaca", "completion", "", None, says=_RECOGNISED),
     "datasets.conversation": only("chatml", None, says=_TEMPLATE),
