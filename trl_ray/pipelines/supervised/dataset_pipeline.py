@@ -23,9 +23,10 @@ from trl_ray.config.sections import ModelConfig
 from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.data.examples.left_out_rows import report_losses
 from trl_ray.errors import ConfigError, DataError
-from trl_ray.models.policy_loading import check_model_path, max_positions
+from trl_ray.models.policy_loading import find_source, max_positions
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.given_objects import trainer_objects
+from trl_ray.pipelines.run.given_rows import given_rows, is_stream
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
@@ -201,10 +202,12 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
             callbacks=callbacks,
             objects=trainer_objects(ref_model=ref_model, **objects),
         )
+        if is_stream(train_dataset) and self.config.max_steps > 0:
+            self.config = self.config.replace(dataset_streaming=True)
         self._fitted = False
         self._inputs = DatasetInputs(
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=given_rows(train_dataset),
+            eval_dataset=given_rows(eval_dataset, evaluation=True),
             formatting_func=formatting_func,
             metrics=MetricFunctions(
                 form=self.prediction_form, compute=compute_metrics, preprocess=preprocess_logits_for_metrics
@@ -221,7 +224,7 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
 
     def _fit_positions(self) -> None:
         """The default of `max_length` gives way to a model that holds less, and the run says so."""
-        check_model_path(self.config.model_name_or_path)
+        find_source(self.config.part(ModelConfig))
         positions, default = (
             max_positions(self.config.part(ModelConfig)),
             self.config_class.model_fields["max_length"].default,

@@ -220,7 +220,12 @@ class SupervisedPlan:
     def expected_memory(self) -> Mapping[str, float]:
         has_reference = self.built.needs.reference
         config = self.config
-        memory = learner_memory(config.part(ModelConfig), has_reference=has_reference, optim=config.optim)
+        memory = learner_memory(
+            config.part(ModelConfig),
+            has_reference=has_reference,
+            optim=config.optim,
+            float32_master_weights=config.float32_master_weights,
+        )
         return {Role.LEARNER: memory}
 
 
