@@ -256,7 +256,7 @@ def prepare_supervised(
     train = None if config.dataset_streaming else load(dataset=inputs.train_dataset)
     if train is not None:
         train.require_examples()
-    head = _head(config, tokenizer, task, inputs.train_dataset) if train is None else None
+    first = _first_window(config, tokenizer, task, inputs.train_dataset) if train is None else None
     plan = SupervisedPlan(
         config=config,
         task=task,
@@ -265,8 +265,8 @@ def prepare_supervised(
         inputs=inputs,
         tokenizer=tokenizer,
         train=train,
-        head=head,
-        told=set() if head is None else _kinds(head),
+        head=first,
+        told=set() if first is None else _kinds(first),
         held_out=_held_out(config, inputs, load),
         total_steps=_total_steps(config, train),
         cut=cut_rules(config, shape, max_examples=config.per_device_train_batch_size),
@@ -279,7 +279,7 @@ def prepare_supervised(
     return plan
 
 
-def _head(config: SupervisedRunConfig, tokenizer: Any, task: ExampleTask, dataset: object) -> ExampleSet | None:
+def _first_window(config: SupervisedRunConfig, tokenizer: Any, task: ExampleTask, dataset: object) -> ExampleSet | None:
     """The first window of a stream, so that one of another kind is refused before anything starts.
 
     Raises:
