@@ -19,7 +19,7 @@ from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import ModelConfig
 from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.errors import DataError
-from trl_ray.models.policy_loading import check_model_path, max_positions
+from trl_ray.models.policy_loading import find_source, max_positions
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.given_objects import trainer_objects
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
@@ -197,7 +197,7 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
 
     def _fit_positions(self) -> None:
         """The default of `max_length` gives way to a model that holds less, and the run says so."""
-        check_model_path(self.config.model_name_or_path)
+        find_source(self.config.part(ModelConfig))
         positions, default = (
             max_positions(self.config.part(ModelConfig)),
             self.config_class.model_fields["max_length"].default,
