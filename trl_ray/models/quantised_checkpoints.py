@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from transformers import FineGrainedFP8Config, Mxfp4Config, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import ModelError
@@ -58,7 +59,7 @@ def dequantising(name: str, revision: str | None) -> Any:
     kind = _DEQUANTISED.get(_method(stored) or "")
     if kind is None:
         return None
-    kept = {key: value for key, value in dict(stored).items() if key not in ("quant_method", "dequantize")}
+    kept = {key: value for key, value in dict(cast(Any, stored)).items() if key not in ("quant_method", "dequantize")}
     return cast(Any, kind)(**kept, dequantize=True)
 
 
