@@ -23,12 +23,14 @@ from trl_ray.config.runs.grpo_config import AsyncGRPOConfig
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import EventsFile, MetricsFile, Observer
 from trl_ray.pipelines.callbacks.hooks import CallbackList
+from trl_ray.pipelines.rollouts.agreement_check import Evidence
 from trl_ray.pipelines.rollouts.preparation import Preparation
 from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop
 from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder
 from trl_ray.rewards.scoring import ScoredGroup
 from trl_ray.runtime.local import LocalRuntime
+from trl_ray.runtime.weights import WeightTransport
 from trl_ray.types import ActorReport, Event, Metric, Reduce, RolloutGroup, StepResult, WeightVersion
 
 
@@ -49,8 +51,8 @@ def config(**changes: Any) -> AsyncGRPOConfig:
 class Prompts:
     """As many prompts as two steps take; each is written down when it is asked for."""
 
-    def __init__(self, log: list[str]) -> None:
-        self._log = log
+    def __init__(self, log: list[str], num_left_out: int = 0) -> None:
+        self._log, self.num_left_out = log, num_left_out
 
     def __len__(self) -> int:
         return 4
@@ -82,9 +84,14 @@ class Actors:
     step: int = 0
     drained: int = 0
     teachers: Any = None
+    evidence: Evidence = field(default_factory=Evidence)
+    sampled: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """What the learner finds on the tokens of age 0, by step."""
+    weights: Any = None
 
     def __post_init__(self) -> None:
         self.may_pull.set()
+        self.weights = WeightTransport(weight_check_ids=np.arange(3), weight_check_every=1, deadline_s=60)
         self.teachers = SimpleNamespace(save=self._save_average, checkpoint=None)
 
     @property
@@ -183,15 +190,18 @@ class Actors:
         self.on_step(batch.step)
         tokens = Metric(value=batch.num_valid_tokens, reduce=Reduce.SUM)
         skipped = batch.step in self.skips
-        return StepResult(
-            version=batch.step, loss=0.5, grad_norm=1.0, lr=0.1, skipped=skipped, metrics={"tokens/trained": tokens}
-        )
+        found = {f"agreement/age_0/{name}": Metric(value=v) for name, v in self.sampled.get(batch.step, {}).items()}
+        metrics = {"tokens/trained": tokens, **found}
+        return StepResult(version=batch.step, loss=0.5, grad_norm=1.0, lr=0.1, skipped=skipped, metrics=metrics)
 
 
 class RolloutRun:
     """One loop, and what it left behind."""
 
-    def __init__(self, path: Path, *, total: int = 4, callbacks: tuple[Any, ...] = (), **changes: Any) -> None:
+    def __init__(
+        self, path: Path, *, total: int = 4, callbacks: tuple[Any, ...] = (), left_out: int = 0, **changes: Any
+    ) -> None:
+        self._left_out = left_out
         self.path, self.log, self.stop = path / "run", list[str](), asyncio.Event()
         self.actors = Actors(self.log)
         self.diary = Diary(book=self.log)
@@ -201,16 +211,16 @@ class RolloutRun:
     def loop(self) -> RolloutLoop:
         directory = RunDirectory.create(self.path, overwrite=True)
         observer = Observer([MetricsFile(directory.metrics), EventsFile(directory.events)])
-        prompts: Any = Prompts(self.log)
+        prompts: Any = Prompts(self.log, self._left_out)
         plan = Preparation(
             config=self._config,
             prompts=prompts,
-            eval_prompts=(prompt(90),),
+            eval_sets={"": (prompt(90),)},
             rewards=(),
             max_model_len=64,
             total_steps=self._total,
             weight_check_ids=np.arange(3, dtype=np.int32),
-            weight_check_tolerance=1e-3,
+            first_check_ids=(),
             cut=CutRules(max_samples=4),
             objective=objective_of(self._config),
             pad_token_id=0,

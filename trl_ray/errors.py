@@ -13,6 +13,7 @@
     │   ├── StallError        work remains, yet nothing has moved
     │   ├── EngineError       an inference engine failed, hung, or holds wrong weights
     │   ├── WeightError       weights do not match their manifest, checksum or weight check
+    │   ├── AgreementError    sampler and learner are not the same policy
     │   ├── NumericsError     NaN or infinity where a finite number must be
     │   ├── CheckpointError   a checkpoint is missing, truncated, or of another run
     │   ├── JournalError      the ledger's journal cannot be read or written
@@ -76,6 +77,10 @@ class EngineError(RunError):
 
 class WeightError(RunError):
     """Weights do not match their manifest, their checksum or the weight check."""
+
+
+class AgreementError(RunError):
+    """Sampler and learner are not the same policy although they hold the same weights."""
 
 
 class NumericsError(RunError, ArithmeticError):

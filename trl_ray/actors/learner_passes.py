@@ -22,6 +22,7 @@ from trl_ray.algorithms.batches.labels import precomputed_references
 from trl_ray.algorithms.batches.sequences import trained_tokens
 from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import Loss, LossInputs, LossOutput, StepTotals, first_non_finite_sample, sample_tokens
+from trl_ray.algorithms.policy.sampler_agreement import SamplerAgreement
 from trl_ray.models.backends.ranks import Ranks
 from trl_ray.models.backends.training_backend import TrainingBackend
 from trl_ray.models.companions.companion import Companion
@@ -87,6 +88,7 @@ class Passes:
         device: of the tensors.
         on_progress: called after each pass.
         teacher: the one that the learner holds; None where samples come with what teachers said, or without.
+        clip_bounds: importance ratios beyond which a token counts as far off.
     """
 
     def __init__(
@@ -100,22 +102,30 @@ class Passes:
         device: torch.device,
         on_progress: Callable[[], None],
         teacher: Companion | None = None,
+        clip_bounds: tuple[float, float] = (0.8, 1.2),
     ) -> None:
         self._scorer, self._reference, self._loss, self._backend = scorer, reference, loss, backend
         self._ranks, self._device, self._on_progress = ranks, device, on_progress
-        self._needs = loss.needs
+        self._needs, self._clip_bounds = loss.needs, clip_bounds
         self._taught: TaughtScorer | None = None
         if self._needs.teacher is not None:
             self._taught = TaughtScorer(
                 scorer, needs=self._needs.teacher, teacher=teacher, in_step=backend.in_step, device=device
             )
 
-    def train(self, batch: TrainBatch) -> Passed:
+    def train(self, batch: TrainBatch, *, has_moved: bool = False) -> Passed:
         """Add up the gradients of all micro-batches.
 
         Where ranks exchange nothing in between, it stops at the first number that is not finite.
+
+        Args:
+            batch: what is trained on.
+            has_moved: whether another update of the same step has changed the weights already.
         """
         totals, loss = StepTotals.of(batch), 0.0
+        agreement = SamplerAgreement(
+            version=batch.step - 1, has_moved=has_moved, bounds=self._clip_bounds, device=self._device
+        )
         asks_reference = self._asks_reference(batch)
         metrics: list[Mapping[str, Metric]] = []
         problem: NonFinitePlace | None = None
@@ -127,6 +137,7 @@ class Passes:
                 if inputs is None:
                     continue
                 output = self._loss(inputs)
+                agreement.add(inputs)
                 value = float(output.loss.detach())
                 problem = problem or self._check(batch.step, number, samples, part, inputs, value)
                 if problem is not None and not self._backend.in_step:
@@ -140,6 +151,7 @@ class Passes:
                 # The same loss as theirs, because sharded weights are gathered in the order in which gradients flow.
                 idle = self._idle(totals, with_gradient=True, asks_reference=asks_reference)
                 self._backend.backward(0.0 * idle.loss, is_last=is_last)
+        metrics.append(agreement.metrics())
         return Passed(loss=loss, metrics=tuple(metrics), problem=problem)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
     TrainBatch --> Passes: score, loss, backward --> back end: sum over ranks, clip, AdamW --> StepResult
     evaluate(batch) --> Evaluation     score(batch), reference_logprobs(batch) --> what a first pass tells
+    predict(batches) --> PredictedBatch, for metrics of the user's own
     publish() --> WeightPayload        weight_check() --> WeightCheck        save() --> step-N/
 
 step:
@@ -20,7 +21,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -55,6 +56,7 @@ from trl_ray.models.companions.reference import build_reference
 from trl_ray.models.companions.resident_teacher import build_resident_teacher
 from trl_ray.models.policy_loading import load_policy, load_tokenizer
 from trl_ray.models.scoring.classifier import ClassifierModule, load_classifier, load_classifier_tokenizer
+from trl_ray.models.scoring.predictor import Predictor, Preprocess
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
 from trl_ray.models.scoring.scoring_module import PredictorModule
 from trl_ray.models.weight_payload import build_manifest, export_weights
@@ -66,8 +68,11 @@ from trl_ray.types import (
     Health,
     IntArray,
     Metric,
+    PredictedBatch,
+    PredictionBatch,
     Reduce,
     SampleScores,
+    ScoredSequence,
     StepResult,
     TensorEntry,
     TrainBatch,
@@ -97,6 +102,7 @@ class PolicyLearner:
             teachers in actors said.
         checkpoint: a ``step-N`` directory to go on from.
         threads: compute threads; None leaves torch's setting.
+        preprocess_logits: what `predict` keeps of the logits, as TRL's `preprocess_logits_for_metrics`; None: all.
         rank, num_ranks: its place among those that train together; they must `join` before anything else.
         collective_timeout_s: for one exchange between them.
 
@@ -117,6 +123,7 @@ class PolicyLearner:
         teacher: TeacherSource | None = None,
         checkpoint: str | None = None,
         threads: int | None = None,
+        preprocess_logits: Preprocess | None = None,
         rank: int = 0,
         num_ranks: int = 1,
         collective_timeout_s: float = 1800.0,
@@ -136,6 +143,7 @@ class PolicyLearner:
         self._teacher_source = teacher if self._loss.needs.teacher is not None else None
         self._teacher: Companion | None = None
         self._total_updates, self._checkpoint = total_updates, checkpoint
+        self._preprocess_logits = preprocess_logits
         self._ranks = SOLO
         self._place, self._timeout_s = Ranks(rank=rank, size=num_ranks), collective_timeout_s
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -144,6 +152,7 @@ class PolicyLearner:
         self._identity: WeightVersion | None = None
         self._manifest: tuple[TensorEntry, ...] | None = None
         self._skipped_in_a_row = 0
+        self._has_moved = False  # since the version that is published
         self._busy_since: float | None = None
         self._progress = 0
         self._log = ActorLog(self.name)
@@ -219,6 +228,7 @@ class PolicyLearner:
             device=self._device,
             on_progress=self._count_progress,
             teacher=self._teacher,
+            clip_bounds=self._loss_options.clip_bounds,
         )
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
@@ -298,6 +308,27 @@ class PolicyLearner:
             seconds=time.perf_counter() - started,
         )
 
+    def predict(self, batches: Sequence[PredictionBatch]) -> list[PredictedBatch]:
+        """What the model predicts at every token of held-out rows; nothing of the learner changes.
+
+        Args:
+            batches: of this rank; one without any makes the passes that others wait for.
+
+        Raises:
+            CallbackError: the user's `preprocess_logits` raised.
+        """
+        pad = self._tokenizer.pad_token_id
+        predictor = Predictor(
+            self._model,
+            pad_token_id=self._tokenizer.eos_token_id if pad is None else pad,
+            bf16=bool(self._model_config.bf16),
+            preprocess=self._preprocess_logits,
+        )
+        with self._busy("predict"), self._undisturbed():
+            if not batches and self._backend.in_step:
+                predictor.idle()
+            return [predictor.predict(batch) for batch in batches]
+
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
         """The model computes as it does outside of training, and the random state stays as it is."""
@@ -324,7 +355,7 @@ class PolicyLearner:
         assert batch.step == self._version + 1, f"step {batch.step} does not follow version {self._version}"
         started = time.perf_counter()
         with self._busy("step"):
-            every = self._ranks.gather(self._passes.train(batch))
+            every = self._ranks.gather(self._passes.train(batch, has_moved=self._has_moved))
             # One rank's problem is everybody's: all skip the update, or weights would part ways.
             problem = next((passed.problem for passed in every if passed.problem is not None), None)
             # Read here because `_finish` moves the schedule on to the next update's.
@@ -337,7 +368,7 @@ class PolicyLearner:
             self._finish(problem)
             # However many updates a step has, workers pull its weights once.
             if batch.is_last_update:
-                self._version = batch.step
+                self._version, self._has_moved = batch.step, False
                 for companion in self._companions:
                     if companion.is_due(batch.step):
                         companion.after_step(batch.step, self._backend.weights())
@@ -363,6 +394,7 @@ class PolicyLearner:
         """Move the weights, or leave them alone and say why; the schedule moves on either way."""
         if problem is None:
             self._backend.update()
+            self._has_moved = True
             # These are no longer the weights that were published.
             self._checksum = None
             self._skipped_in_a_row = 0
@@ -425,12 +457,30 @@ class PolicyLearner:
         assert self._identity is not None, "weights must be published before their identity is asked for"
         return self._identity
 
-    def weight_check(self, token_ids: IntArray) -> WeightCheck:
-        """Log-probs of a fixed sequence [T] at temperature 1, for engines to be held against."""
+    def weight_check(
+        self, token_ids: IntArray, *, further: Sequence[IntArray] = (), asks_training: bool = False
+    ) -> WeightCheck:
+        """Log-probs of a fixed sequence [T] at temperature 1, for engines to be held against.
+
+        Args:
+            token_ids: [T]
+            further: more sequences, to be compared in the same way.
+            asks_training: hold the training passes over the longest of them against evaluation, too.
+        """
         self._require_language_head("weight_check")
-        with self._busy("weight_check"):
-            logprobs = self._scorer.sequence_logprobs(token_ids)
-        return WeightCheck(token_ids=token_ids, logprobs=logprobs, version=self._version)
+        with self._busy("weight_check"), keep_random_state():
+            logprobs, *others = (self._scorer.sequence_logprobs(ids) for ids in (token_ids, *further))
+            longest = max((token_ids, *further), key=len)
+            training = self._scorer.training_gap(longest) if asks_training and len(longest) >= 4 else None
+        return WeightCheck(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            version=self._version,
+            further=tuple(
+                ScoredSequence(token_ids=ids, logprobs=values) for ids, values in zip(further, others, strict=True)
+            ),
+            training=training,
+        )
 
     def save(
         self,

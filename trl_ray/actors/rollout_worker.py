@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import uuid
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -19,17 +20,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from trl_ray.actors.actor_log import ActorLog
 from trl_ray.actors.calling import Patience, call_patiently
 from trl_ray.actors.dataset_completions import given_completions
+from trl_ray.actors.pending_scores import ask_for_scores
 from trl_ray.actors.teaching import Taught, TeacherFailure, TeacherSeat, Teaching, TeachingPlan
+from trl_ray.actors.weight_proof import WeightProof
+from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.data.prompts.reprompts import DecodingTokenizer
 from trl_ray.engines.factory import create_engine
 from trl_ray.engines.thread import EngineThread
-from trl_ray.errors import EngineError, RunError, TrlRayError, WeightError
+from trl_ray.errors import ActorLostError, DeadlineError, EngineError, RunError, TrlRayError
 from trl_ray.models.policy_loading import find_source, load_tokenizer
 from trl_ray.types import (
     ActorReport,
@@ -43,6 +45,8 @@ from trl_ray.types import (
     Prompt,
     PullReport,
     Reward,
+    RewardErrorKind,
+    RewardFailure,
     RolloutGroup,
     SamplingParams,
     ScoredGroup,
@@ -104,7 +108,7 @@ class RolloutWorker:
         generation: GenerationConfig,
         seed: int,
         max_model_len: int,
-        weight_check_tolerance: float,
+        agreement: AgreementRule,
         queue: Handle,
         rewards: Sequence[Handle],
         teaching: TeachingPlan | None = None,
@@ -119,7 +123,7 @@ class RolloutWorker:
             generation: how completions are sampled.
             seed: of the samples, together with the group's number.
             max_model_len: tokens of prompt and completion together.
-            weight_check_tolerance: nats.
+            agreement: how far engine and learner may be apart.
             queue: where groups come from and go to.
             rewards: reward workers; without any, completions are not scored.
             teaching: what to do about teachers; None is nothing.
@@ -130,7 +134,6 @@ class RolloutWorker:
         """
         self._name, self._model, self._queue, self._rewards = name, model, queue, tuple(rewards)
         self._rollout, self._generation, self._seed = rollout, generation, seed
-        self._weight_check_tolerance = weight_check_tolerance
         self._sampling = sampling_params(generation)
         top_k = teaching.question.top_k if teaching is not None and teaching.asks is TeacherSeat.OWN_ENGINE else None
         self._engine = open_engine(
@@ -139,6 +142,9 @@ class RolloutWorker:
             max_model_len=max_model_len,
             seed=seed,
             max_logprobs=top_k,
+        )
+        self._proof = WeightProof(
+            self._engine, name=name, model=model, rule=agreement, deadline_s=rollout.hang_deadline_s
         )
         self._teaching = None if teaching is None else self._open_teaching(teaching, teachers or {})
         self._tasks: set[asyncio.Task[None]] = set()
@@ -179,8 +185,9 @@ class RolloutWorker:
         """
         begin = time.time()
         try:
+            await asyncio.to_thread(self._proof.look_before, check)
             await asyncio.to_thread(self._load, payload)
-            report = await asyncio.to_thread(self._prove, payload, check, begin)
+            report = await asyncio.to_thread(self._proof.prove, payload, check, begin=begin)
         except RunError as error:
             self._give_up(str(error))
             raise
@@ -356,19 +363,25 @@ class RolloutWorker:
         return Taught() if self._teaching is None else await self._teaching.teach(prompt, completions, rewards)
 
     async def _score(self, prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
-        """Score on the reward worker with the least to do, waiting out its restart; without any there are no totals."""
+        """Score on the reward worker with the least to do, waiting out its queue; without any there are no totals.
+
+        A worker that does not answer any more fails the group: the engine is none the worse for it.
+        """
         if not self._rewards:
             return _unscored(len(completions))
         index = min(range(len(self._rewards)), key=self._scoring.__getitem__)
+        handle = self._rewards[index]
         self._scoring[index] += 1
         try:
-            patience = Patience(deadline_s=self._rollout.lease_s, total_s=self._rollout.lease_s)
-            scored: ScoredGroup = await call_patiently(
-                self._rewards[index], "score", patience, group_prompt=prompt, completions=tuple(completions)
-            )
+            return await ask_for_scores(handle, prompt, completions, key=uuid.uuid4().hex, patience=CALL)
+        except (ActorLostError, DeadlineError) as error:
+            detail = f"{handle.name} must answer within {CALL.total_s:g} s, it did not: {error}"
+            failure = RewardFailure(function=handle.name, kind=RewardErrorKind.CRASH, detail=detail)
+            told = {"function": failure.function, "kind": failure.kind.value, "detail": detail}
+            self._log.event(EventKind.REWARD_FAILED, **told, prompt_id=prompt.prompt_id)
+            return ScoredGroup(failure=failure)
         finally:
             self._scoring[index] -= 1
-        return scored
 
     async def _ask(self, method: str, /, **kwargs: Any) -> Any:
         # A worker that cannot finish its groups must not renew its leases on them.
@@ -407,49 +420,23 @@ class RolloutWorker:
         self._engine.load_weights(payload)
         self._engine.resume()
 
-    def _prove(self, payload: WeightPayload, check: WeightCheck | None, begin: float) -> PullReport:
-        """Compare engine and learner on the weight-check prompt."""
-        identity = self._engine.version
-        if identity != payload.identity:
-            raise WeightError(f"{self._name} must run {payload.identity} after its pull, but runs {identity}.")
-        mean = worst = None
-        if check is not None:
-            # Neighbouring versions are so much alike that a check of the wrong one might pass.
-            if check.version != identity.version:
-                raise WeightError(f"a weight check of version {check.version} cannot prove version {identity.version}.")
-            scored = self._engine.score([check.token_ids], deadline_s=self._rollout.hang_deadline_s)[0]
-            difference = np.abs(scored.astype(np.float64) - check.logprobs)
-            mean, worst = float(difference.mean()), float(difference.max())
-            # "not <=" so that NaN fails too.
-            if not mean <= self._weight_check_tolerance:
-                raise WeightError(
-                    f"after pulling version {identity.version}, {self._name} must agree with the learner on the weight "
-                    f"check within {self._weight_check_tolerance:g} nats on average, but differs by {mean:.4g} (worst "
-                    f"{worst:.4g}). Its engine does not run the weights it reports."
-                )
-        return PullReport(
-            version=identity.version,
-            checksum=identity.checksum,
-            seconds=time.time() - begin,
-            weight_check_mean=mean,
-            weight_check_max=worst,
-        )
-
 
 def open_engine(
     *, model: ModelConfig, rollout: RolloutConfig, max_model_len: int, seed: int, max_logprobs: int | None = None
 ) -> EngineThread:
     """The engine that the options ask for, ready to generate, and to score with as many as `max_logprobs`."""
+    source = find_source(model)
     return create_engine(
         rollout.engine,
-        model=find_source(model).base,  # adapters arrive merged
+        model=source.base,  # adapters arrive merged
+        revision=source.revision,
+        tokenizer=load_tokenizer(model),
         dtype=(rollout.dtype or model.dtype).value,
         max_model_len=max_model_len,
         max_num_seqs=rollout.max_num_seqs,
         hang_deadline_s=rollout.hang_deadline_s,
         seed=seed,
         trust_remote_code=model.trust_remote_code,
-        eos_token=model.eos_token,
         kv_cache_memory_bytes=int(rollout.kv_cache_memory_gib * (1 << 30)),
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enforce_eager=rollout.enforce_eager,

@@ -134,7 +134,7 @@ class ConsoleSink(Sink):
 
     def completions(self, trained: TrainedGroups) -> None:
         """Print the first completions of a shown step."""
-        if not self._print_completions or trained.step % self._every:
+        if not self._print_completions or trained.step % self._every or trained.held_out is not None:
             return
         pairs = [pair for group in trained.groups for pair in zip(group.completions, group.rewards, strict=True)]
         for completion, reward in pairs[: self._print_completions]:
@@ -172,8 +172,17 @@ def progress_line(step: int, total: int | None, metrics: Mapping[str, float], *,
             parts.append(template.format(*(metrics[key] for key in keys)))
 
     add("reward {:.3f}", "reward/mean")
-    add("loss {:.4f}", "loss")
+    # The loss of a policy is near 0 by construction, healthy or not.
+    if "kl/sampler" in metrics:
+        add("sampler kl {:.1e}", "kl/sampler")
+        add("ess {:.2f}", "importance/ess")
+        add("entropy {:.3f}", "entropy")
+        add("grad {:.3g}", "grad_norm")
+        add("cut off {:.0%}", "completion/truncated_fraction")
+    else:
+        add("loss {:.4f}", "loss")
     add("held out {:.4f}", "eval/loss")
+    add("held-out reward {:.3f}", "eval/reward")
     add("token accuracy {:.3f}", "mean_token_accuracy")
     add("accuracy {:.3f}", "accuracy")
     add("accuracy {:.3f}", "rewards/accuracies")

@@ -8,12 +8,15 @@ With actors in one process the same two calls pass the payload itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from trl_ray.errors import WeightError
 from trl_ray.runtime.runtime import ActorHandle
-from trl_ray.types import IntArray, PullReport, WeightCheck, WeightVersion
+from trl_ray.types import FloatArray, IntArray, PullReport, WeightCheck, WeightVersion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,16 +40,27 @@ class WeightTransport:
         report = await transport.pull(worker)       # raises when the worker does not run just these
     """
 
-    def __init__(self, *, weight_check_ids: IntArray, weight_check_every: int, deadline_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        weight_check_ids: IntArray,
+        weight_check_every: int,
+        deadline_s: float,
+        first_check_ids: Sequence[IntArray] = (),
+    ) -> None:
         """Set up; publishes nothing.
 
         Args:
             weight_check_ids: [T] the fixed prompt.
             weight_check_every: steps between proofs by weight check, the first set included; 0 never.
             deadline_s: for each call.
+            first_check_ids: further prompts [T] that the first set is proved with: what they show does not depend on
+                the weights.
         """
         self._weight_check_ids, self._weight_check_every = weight_check_ids, weight_check_every
-        self._deadline_s = deadline_s
+        self._deadline_s, self._first_check_ids = deadline_s, tuple(first_check_ids)
+        self._initial_logprobs: FloatArray | None = None
+        self._baseline: float | None = None
         self.newest: Published | None = None
 
     async def publish(self, learner: ActorHandle, *, step: int) -> Published:
@@ -59,9 +73,36 @@ class WeightTransport:
         identity: WeightVersion = await learner.call("identity", deadline_s=self._deadline_s)
         check: WeightCheck | None = None
         if self._weight_check_every and (self.newest is None or step % self._weight_check_every == 0):
-            check = await learner.call("weight_check", self._weight_check_ids, deadline_s=self._deadline_s)
+            is_first = self.newest is None
+            asked = {"further": self._first_check_ids, "asks_training": True} if is_first else {}
+            check = await learner.call("weight_check", self._weight_check_ids, deadline_s=self._deadline_s, **asked)
+            check = self._with_memory(check)
         self.newest = Published(identity=identity, shared=shared, check=check)
         return self.newest
+
+    def _with_memory(self, check: WeightCheck) -> WeightCheck:
+        """With what was seen at version 0."""
+        if check.version == 0:
+            self._initial_logprobs = check.logprobs
+        return replace(check, initial_logprobs=self._initial_logprobs, baseline=self._baseline)
+
+    def showed_at_first(self, mean: float) -> None:
+        """Remember by how much an engine is off at version 0; of several engines that which is off most."""
+        self._baseline = max(mean, self._baseline or 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen at version 0, for checkpoints; JSON values."""
+        initial = self._initial_logprobs
+        return {
+            "initial_logprobs": None if initial is None else [float(value) for value in initial],
+            "baseline": self._baseline,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        initial = state.get("initial_logprobs")
+        self._initial_logprobs = None if initial is None else np.asarray(initial, dtype=np.float32)
+        self._baseline = state.get("baseline")
 
     async def pull(self, worker: ActorHandle) -> PullReport:
         """Have a worker load the newest weights.

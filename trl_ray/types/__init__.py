@@ -23,7 +23,16 @@ from trl_ray.types.groups import (
     RolloutGroup,
     VersionSpan,
 )
-from trl_ray.types.published_weights import PullReport, TensorEntry, WeightCheck, WeightPayload, WeightVersion
+from trl_ray.types.predictions import PredictedBatch, PredictionBatch, PredictionForm, PredictionPiece
+from trl_ray.types.published_weights import (
+    PullReport,
+    ScoredSequence,
+    TensorEntry,
+    TrainingGap,
+    WeightCheck,
+    WeightPayload,
+    WeightVersion,
+)
 from trl_ray.types.reward_results import Reward, RewardErrorKind, RewardFailure, ScoredGroup
 from trl_ray.types.step_results import Evaluation, Metric, Reduce, StepResult
 from trl_ray.types.teacher_scores import TeacherContext, TeacherQuestion, TeacherRequest, TeacherScores
@@ -47,6 +56,10 @@ __all__ = [
     "IntArray",
     "Message",
     "Metric",
+    "PredictedBatch",
+    "PredictionBatch",
+    "PredictionForm",
+    "PredictionPiece",
     "Prompt",
     "PullReport",
     "Reduce",
@@ -58,6 +71,7 @@ __all__ = [
     "SampleScores",
     "SamplingParams",
     "ScoredGroup",
+    "ScoredSequence",
     "Span",
     "StepResult",
     "TeacherContext",
@@ -66,6 +80,7 @@ __all__ = [
     "TeacherScores",
     "TensorEntry",
     "TrainBatch",
+    "TrainingGap",
     "TrainingSample",
     "VersionSpan",
     "WeightCheck",

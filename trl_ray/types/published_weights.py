@@ -47,6 +47,26 @@ class WeightPayload:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ScoredSequence:
+    """A token sequence and the learner's log-probs of it."""
+
+    token_ids: IntArray
+    """[T]"""
+    logprobs: FloatArray
+    """[T-1] natural log-prob of token t+1 given tokens ..t, temperature 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingGap:
+    """How far the learner in training mode, in a packed row, is from itself in evaluation mode, one row a sequence."""
+
+    mean: float
+    """Mean |difference| of log-probs in nats, at the temperature of the run."""
+    between_passes: float
+    """The same between two passes in training mode: above 0 where dropout or noise is on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WeightCheck:
     """A fixed token sequence and the learner's log-probs of it under one version."""
 
@@ -55,6 +75,14 @@ class WeightCheck:
     logprobs: FloatArray
     """[T-1] natural log-prob of token t+1 given tokens ..t, temperature 1."""
     version: int
+    further: tuple[ScoredSequence, ...] = ()
+    """Shorter and longer ones, to be compared in the same way."""
+    training: TrainingGap | None = None
+    """None where the learner was not asked."""
+    initial_logprobs: FloatArray | None = None
+    """[T-1] of the weights that the run began with, which a fresh engine has, too; None: not known."""
+    baseline: float | None = None
+    """Mean |difference| in nats that engines showed after they had pulled version 0; None: not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,3 +95,7 @@ class PullReport:
     weight_check_mean: float | None = None
     """Mean |learner - engine| log-prob over the weight-check tokens, in nats; None when no weight check came along."""
     weight_check_max: float | None = None
+    own_files_mean: float | None = None
+    """The same before the first pull, both sides computing with what the run began with; None: not known."""
+    disagreement: str | None = None
+    """What is wrong where that does not stop the run; None: nothing."""

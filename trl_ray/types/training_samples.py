@@ -44,6 +44,8 @@ class TrainingSample:
     """[L] natural log, of the sampling distribution; None for what was not sampled but comes from a dataset."""
     advantage: float = 0.0
     min_version: int = 0
+    token_versions: IntArray | None = None
+    """[L] the weight version that sampled each token; None for what was not sampled."""
     old_logprobs: FloatArray | None = None
     """[L] of the learner's weights before the first update on this sample; None: those of the forward pass at hand."""
     reference_logprobs: FloatArray | None = None

@@ -39,6 +39,9 @@ from trl_ray.types import (
     TrainingSample,
 )
 
+UNKNOWN_VERSION = -1
+"""Of a token that no version is known of."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardRules:
@@ -239,11 +242,22 @@ def _sample(group: RolloutGroup, index: int, *, mask_truncated: bool) -> Trainin
         sampler_logprobs=completion.logprobs,
         advantage=0.0,
         min_version=completion.min_version if completion.versions else group.ticket.admitted_at_version,
+        token_versions=_token_versions(completion),
         teacher=teacher,
         teacher_prompt_ids=shown,
         is_distilled=is_distilled,
         is_label=not completion.is_sampled,
     )
+
+
+def _token_versions(completion: Completion) -> NDArray[np.int32] | None:
+    """[L]; None for what was not sampled."""
+    if not completion.is_sampled:
+        return None
+    versions = np.full(len(completion.token_ids), UNKNOWN_VERSION, dtype=np.int32)
+    for span in completion.versions:
+        versions[span.start : span.end] = span.version
+    return versions
 
 
 def _loss_mask(completion: Completion, *, mask_truncated: bool) -> NDArray[np.bool_]:

@@ -93,7 +93,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     ),
     "messages": ("conversation", "dialogue", "dialog", "chat", "turns", "contents", "trajectory"),
     "text": ("content", "body", "document", "article"),
-    "label": ("rating", "is_good", "is_preferred", "thumbs_up", "kto_tag"),
+    "label": ("rating", "is_good", "is_preferred", "thumbs_up", "kto_tag", "desirable", "is_desirable"),
     "completions": ("steps",),
     "labels": ("ratings", "step_labels"),
 }

@@ -4,8 +4,8 @@
     {conversations: [{from, value}]} ───────────► {messages: [{role, content}]}
     {conversations: ["question", "answer"]} ────► {messages: [user, assistant]}
     {instruction, input, output} ───────────────► {prompt: [user], completion: [assistant]}
+    {messages: [.., user, assistant], label} ───► {prompt: [.., user], completion: [assistant], label}
     {instruction, input, chosen, rejected} ─────► {prompt: [user], chosen: [assistant], rejected: [assistant]}
-    {messages, label} of rated answers ─────────► {prompt: [...], completion: [assistant], label}
     {text: "<|im_start|>user\\n..."} ────────────► {messages: [...]}
     {prompt: "[INST] ...", completion: "..."} ──► {prompt: [...], completion: [...]}
 
@@ -22,6 +22,7 @@ from typing import Any
 
 from trl_ray.config.messages import nearest
 from trl_ray.config.sections import ROLES
+from trl_ray.data.formats.conversations import split_conversation
 from trl_ray.data.formats.transcripts import TextFormat, read_transcript, recognise
 from trl_ray.data.formats.written_calls import calls_to_messages
 from trl_ray.data.formats.written_messages import read_list, read_messages
@@ -93,7 +94,7 @@ class RowConverter:
     has_text_answers: bool = False
     """Conversations are answered by texts."""
     is_rated: bool = False
-    """The last turn of each conversation is an answer with a label."""
+    """Of each conversation the last answer is rated; what stands before it is the prompt."""
 
     def convert(self, number: int, row: Row) -> Row:
         """One row in TRL's columns.
@@ -150,7 +151,7 @@ def converter_for(
     text_format: TextFormat | None,
     role_mapping: Mapping[str, str] | None = None,
     has_system: bool = False,
-    rates_answers: bool = False,
+    is_rated: bool = False,
 ) -> RowConverter:
     """How to convert a dataset, told from its columns and row `number`; a given `text_format` is taken as told.
 
@@ -176,7 +177,7 @@ def converter_for(
         role_mapping=role_mapping or {},
         has_system=has_system,
         has_text_answers=not is_literal and is_answered_in_text(unwritten(row, where=where)),
-        is_rated=rates_answers and "label" in columns and not {"prompt", "completion"} & set(columns),
+        is_rated=is_rated,
     )
 
 
@@ -280,15 +281,16 @@ def answered(row: Row, *, where: str) -> Row:
         DataError: the conversation does not end with the assistant.
     """
     messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, Mapping) for each in messages):
         return row
-    if _speaker(messages[-1]) != "assistant":
+    prompt, answer = split_conversation(messages)
+    if not answer:
         raise DataError(
             f"{where}, field 'messages' must end with the answer of the assistant that 'label' rates, got a message of "
             f"{_speaker(messages[-1])!r}. Mend or remove the row."
         )
     kept = {column: value for column, value in row.items() if column != "messages"}
-    return {"prompt": messages[:-1], "completion": messages[-1:], **kept}
+    return {"prompt": prompt, "completion": answer, **kept}
 
 
 def asked(row: Row) -> Row:

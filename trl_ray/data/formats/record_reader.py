@@ -130,7 +130,7 @@ def reader_for(
         text_format=text_format,
         role_mapping=roles,
         has_system=has_system,
-        rates_answers=DatasetType.UNPAIRED_PREFERENCE in accept and DatasetType.LANGUAGE_MODELING not in accept,
+        is_rated=_is_rated(known, accept),
     )
     converted = converter.convert(number, row)
     now = [*converted, *(column for column in known if column not in row)]
@@ -148,12 +148,20 @@ def reader_for(
     )
 
 
+def _is_rated(columns: Collection[str], accept: Collection[DatasetType]) -> bool:
+    """Whether conversations come with a label that whoever asks can use for nothing but their last answers."""
+    wanted = DatasetType.UNPAIRED_PREFERENCE in accept and DatasetType.LANGUAGE_MODELING not in accept
+    whole = {"messages", "conversations"} & set(columns) and not {"prompt", "completion"} & set(columns)
+    return wanted and bool(whole) and "label" in columns
+
+
 def _source(column: str, row: Mapping[str, Any]) -> str:
     """The column of a foreign row that a converted one came from."""
+    whole = ("messages", "conversations")
     sources = {
         "messages": ("conversations", "text"),
-        "prompt": ("instruction", "messages", "conversations"),
-        "completion": ("output", "messages", "conversations"),
+        "prompt": ("instruction", *whole),
+        "completion": ("output", *whole),
     }
     return next((source for source in sources.get(column, ()) if source in row), column)
 

@@ -32,7 +32,7 @@ from trl_ray.data.validation import check_no_media, check_unicode, show
 from trl_ray.errors import DataError
 from trl_ray.types import Message
 
-_WORDS = {"true": True, "false": False, "1": True, "0": False}
+_WORDS = {"true": True, "false": False, "1": True, "0": False, "+": True, "-": False}
 Said: TypeAlias = str | tuple[Message, ...]
 
 
@@ -286,7 +286,7 @@ def _is_message(item: Any) -> bool:
 
 
 def _label(value: object, *, where: str) -> bool:
-    if isinstance(value, (bool, np.bool_)) or (isinstance(value, (int, np.integer)) and value in (0, 1)):
+    if isinstance(value, (bool, np.bool_, int, float, np.number)) and value in (0, 1):  # a table with gaps holds 1.0
         return bool(value)
     if isinstance(value, str) and value.strip().lower() in _WORDS:  # all that a table of text can hold
         return _WORDS[value.strip().lower()]

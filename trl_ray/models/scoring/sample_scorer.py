@@ -24,7 +24,7 @@ from trl_ray.models.scoring.embedding_noise import noise_bounds
 from trl_ray.models.scoring.head import head_weight
 from trl_ray.models.scoring.scoring_module import HeadQuestion, PredictorModule, ScoringModule, token_scores
 from trl_ray.models.scoring.segment_attention import SEGMENT_ATTENTION, attention_kind
-from trl_ray.types import FloatArray, IntArray, TrainingSample
+from trl_ray.types import FloatArray, IntArray, TrainingGap, TrainingSample
 
 __all__ = ["ClassScores", "SampleScorer", "ScoringModule"]
 
@@ -147,6 +147,33 @@ class SampleScorer:
         with self._evaluation():
             values: FloatArray = self._run(layout, temperature=1.0)[0].cpu().numpy()
         return values
+
+    @torch.no_grad()
+    def training_gap(self, token_ids: IntArray) -> TrainingGap:
+        """How far training passes over a sequence [T], T >= 4, are from an evaluation; only for language heads.
+
+        The evaluation has one row for each of three samples. In training they share one where they ever do: the
+        sequence, with another completion of its first half, and a short one.
+        """
+        half, quarter = len(token_ids) // 2, max(1, len(token_ids) // 4)
+        samples = [
+            _probe_sample(token_ids[:half], token_ids[half:]),
+            _probe_sample(token_ids[:half], token_ids[:quarter]),
+            replace(_probe_sample(token_ids[:1], token_ids[1 : quarter + 1]), group_id=1),
+        ]
+        plain = self._lay_out(samples, share=SharePrompt.NEVER, attention=AttentionKind.CAUSAL)
+        packed = self._lay_out(samples, share=self._share, attention=self._attention)
+        assert plain is not None and packed is not None, "the samples have trained tokens"
+        with self._evaluation():
+            expected = self._run(plain, temperature=self._temperature)[0].double()
+        training = self._model.training
+        self._model.train(True)
+        # No noise on embeddings: that is asked for.
+        first, second = (self._run(packed, temperature=self._temperature)[0].double() for _ in range(2))
+        self._model.train(training)
+        return TrainingGap(
+            mean=float((first - expected).abs().mean()), between_passes=float((first - second).abs().mean())
+        )
 
     def _lay_out(
         self, samples: Sequence[TrainingSample], *, share: SharePrompt, attention: AttentionKind

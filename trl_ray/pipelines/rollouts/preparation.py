@@ -15,15 +15,16 @@ import numpy as np
 
 from trl_ray.algorithms.batches.micro_batches import CutRules
 from trl_ray.algorithms.loss_registry import build_loss, resolve_options
+from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
-from trl_ray.config.sections import Dtype, GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
+from trl_ray.config.sections import GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
 from trl_ray.errors import ConfigError
 from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.loadable import check_loadable
-from trl_ray.models.policy_loading import count_parameters, load_model_config, load_tokenizer, max_positions
+from trl_ray.models.policy_loading import count_parameters, load_model_config, load_shape, load_tokenizer, max_positions
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.reward_model_actors import (
     PreparedRewardModel,
@@ -33,6 +34,7 @@ from trl_ray.pipelines.rollouts.reward_model_actors import (
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
 from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_teachers
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
+from trl_ray.pipelines.run.model_notes import model_notes
 from trl_ray.pipelines.run.planning import (
     GIB,
     PROCESS,
@@ -54,7 +56,13 @@ FROM_PYTHON = "python:"
 """Stands in config.yaml before the name of a reward function that was given as an object."""
 OBJECTIVE_STATE = "objective.json"
 """The file of a checkpoint with what the objective remembers."""
-_WEIGHT_CHECK_TOKENS = 16
+_WEIGHT_CHECK_TOKENS = 32
+_LONG_CHECK_TOKENS = 160
+"""More than one block of any engine's KV cache: those have 16 to 128 tokens."""
+_BEYOND_TOKENS = 64
+"""Beyond the context that rope was made for before it was scaled."""
+_LONGEST_CHECK_TOKENS = 8192
+"""An engine may hold log-probs [T, V] of what it scores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,15 +80,16 @@ class Preparation:
 
     config: RolloutRunConfig
     prompts: PromptSource
-    eval_prompts: tuple[Prompt, ...]
+    eval_sets: Mapping[str, tuple[Prompt, ...]]
+    """Held-out prompts by the names of their sets; one alone has the empty name."""
     rewards: tuple[RewardSpec, ...]
     max_model_len: int
     """Tokens of prompt and completion together."""
     total_steps: int
     weight_check_ids: IntArray
-    """[T] a prompt of the training set, fixed for the whole run."""
-    weight_check_tolerance: float
-    """Nats."""
+    """[T] of the training set's first prompts, fixed for the whole run."""
+    first_check_ids: tuple[IntArray, ...]
+    """[T] each; longer ones, for what only long rows meet."""
     cut: CutRules
     """How the samples of an update become micro-batches."""
     objective: Objective[Any]
@@ -90,6 +99,7 @@ class Preparation:
     teachers: PreparedTeachers | None = None
     end_of_turn: str | None = None
     """What to know of a template whose end of turn generation does not stop at."""
+    model_notes: tuple[str, ...] = ()
 
     def restore_objective(self, checkpoint: str | None) -> None:
         """Have the objective go on from what it had remembered at a checkpoint; None: from the beginning."""
@@ -135,7 +145,7 @@ class Preparation:
                 "generation": config.part(GenerationConfig),
                 "seed": config.seed,
                 "max_model_len": self.max_model_len,
-                "weight_check_tolerance": self.weight_check_tolerance,
+                "agreement": AgreementRule.of(config),
                 "teaching": None if teachers is None else teachers.plan,
             },
             reward=self._reward_arguments() if config.has_rewards else None,
@@ -169,7 +179,7 @@ class Preparation:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the rows, a sentence each."""
         turns = () if self.end_of_turn is None else (self.end_of_turn,)
-        return (*self.prompts.notes, *turns, *self._missing_values())
+        return (*self.prompts.notes, *turns, *self.model_notes, *self._missing_values())
 
     def _missing_values(self) -> Iterator[str]:
         name, total = self.prompts.name, len(self.prompts)
@@ -260,7 +270,8 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     model = config.part(ModelConfig)
     check_loadable(model)
     check_reference(model, resolve_options(objective.loss))
-    tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
+    tokenizer = load_tokenizer(model)
+    shape = load_shape(model, tokenizer)
     max_model_len = _max_model_len(config, max_positions(model))
     data, limit = config.part(PromptConfig), max_model_len - config.max_completion_length
     prompts = load_prompts(
@@ -273,31 +284,31 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         max_prompt_length=objective.max_prompt_length,
         check_columns=row_check(functions),
     )
-    held_out = _held_out(objective, inputs, tokenizer, limit, functions) if config.evaluates else None
+    held_out = _held_out(objective, inputs, tokenizer, limit, functions) if config.evaluates else {}
     rewarded = config.has_rewards and (functions or not config.scoring_models)
     specs = make_specs(functions, columns=prompts.columns) if rewarded else ()
     models = prepare_reward_models(config, functions=[spec.name for spec in specs], prompt=prompts.prompt(0))
     teachers = prepare_teachers(
         objective, tokenizer=tokenizer, vocab_size=shape.vocab_size, max_model_len=max_model_len
     )
-    for source in (prompts, held_out):
-        if source is not None:
-            objective.check_prompts(source)
+    for source in (prompts, *held_out.values()):
+        objective.check_prompts(source)
     talks = prompts.prompt(0).messages is not None
     return Preparation(
         config=config,
         objective=objective,
         end_of_turn=end_of_turn_warning(model, tokenizer) if talks else None,
+        model_notes=model_notes(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,
-        eval_prompts=() if held_out is None else _first(held_out, config.eval_num_prompts),
+        eval_sets={name: _first(source, config.eval_num_prompts) for name, source in held_out.items()},
         rewards=specs,
         reward_models=models,
         max_model_len=max_model_len,
         total_steps=total_steps(config, len(prompts), per_step=config.groups_per_step),
-        weight_check_ids=_weight_check_ids(prompts, max_model_len),
-        weight_check_tolerance=_weight_check_tolerance(config),
+        weight_check_ids=_check_text(prompts, min(_WEIGHT_CHECK_TOKENS, max_model_len)),
+        first_check_ids=tuple(_check_text(prompts, length) for length in _first_lengths(model, max_model_len)),
         cut=cut_rules(config, shape, max_samples=config.per_device_train_batch_size),
     )
 
@@ -340,43 +351,51 @@ def _max_model_len(config: RolloutRunConfig, positions: int | None) -> int:
 
 def _held_out(
     objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: int, functions: Sequence[str | RewardFunction]
-) -> PromptSource:
-    config = objective.config
-    if isinstance(inputs.eval_dataset, Mapping) and config.dataset_test_split not in inputs.eval_dataset:
-        raise ConfigError(
-            f"eval_dataset must be one set of prompts here, got {len(inputs.eval_dataset)} by name: "
-            f"{', '.join(map(str, inputs.eval_dataset))}. Give one, or name it as dataset_test_split."
-        )
+) -> dict[str, PromptSource]:
+    config, given = objective.config, inputs.eval_dataset
     if inputs.eval_dataset is None and config.dataset_name is None and not config.datasets:
         raise ConfigError(
             f"{config.evaluation_asked_by} needs held-out prompts, but there are none. Pass eval_dataset, name a "
             "dataset with dataset_test_split, or set eval_steps=0."
         )
-    return load_prompts(
-        config.part(PromptConfig),
-        tokenizer,
-        seed=config.seed,
-        max_prompt_tokens=limit,
-        dataset=inputs.eval_dataset,
-        evaluation=True,
-        max_prompt_length=objective.max_prompt_length,
-        check_columns=row_check(functions),
-    )
+    if isinstance(given, Mapping) and not given:
+        raise ConfigError("eval_dataset must have at least one set, got an empty mapping. Give one, or None.")
+    named = isinstance(given, Mapping) and config.dataset_test_split not in given
+    return {
+        str(name): load_prompts(
+            config.part(PromptConfig),
+            tokenizer,
+            seed=config.seed,
+            max_prompt_tokens=limit,
+            dataset=rows,
+            evaluation=True,
+            max_prompt_length=objective.max_prompt_length,
+            check_columns=row_check(functions),
+        )
+        for name, rows in (given if named else {"": given}).items()
+    }
 
 
 def _first(source: PromptSource, count: int) -> tuple[Prompt, ...]:
     return tuple(source.prompt(ordinal) for ordinal in range(min(count, len(source))))
 
 
-def _weight_check_ids(prompts: PromptSource, max_model_len: int) -> IntArray:
-    """The first prompt, repeated when it is too short to say anything, cut to what an engine can score."""
-    ids = prompts.prompt(0).token_ids
-    repeats = max(1, -(-8 // max(1, len(ids))))
-    return np.tile(ids, repeats)[: min(_WEIGHT_CHECK_TOKENS, max_model_len)].astype(np.int32)
+def _check_text(prompts: PromptSource, length: int) -> IntArray:
+    """The first prompts one after the other, from the start again where there are too few; [length] int32."""
+    texts: list[IntArray] = []
+    while sum(map(len, texts)) < length:
+        texts.append(prompts.prompt(len(texts) % len(prompts)).token_ids)
+    return np.concatenate(texts)[:length].astype(np.int32)
 
 
-def _weight_check_tolerance(config: RolloutRunConfig) -> float:
-    if config.rollout.canary_tolerance is not None:
-        return config.rollout.canary_tolerance
-    exact = config.dtype is Dtype.FLOAT32 and config.rollout.dtype in (None, Dtype.FLOAT32) and not config.bf16
-    return 1e-3 if exact else 0.2
+def _first_lengths(model: ModelConfig, max_model_len: int) -> list[int]:
+    """Tokens of the texts that show what does not depend on the weights: several blocks of a KV cache, scaled rope."""
+    config = load_model_config(model).get_text_config()
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    before = getattr(config, "original_max_position_embeddings", None)
+    if isinstance(scaling, Mapping):
+        before = scaling.get("original_max_position_embeddings") or before
+    lengths = [min(_LONG_CHECK_TOKENS, max_model_len)]
+    if before and before + _BEYOND_TOKENS <= min(max_model_len, _LONGEST_CHECK_TOKENS):
+        lengths.append(int(before) + _BEYOND_TOKENS)
+    return sorted({length for length in lengths if length > _WEIGHT_CHECK_TOKENS})

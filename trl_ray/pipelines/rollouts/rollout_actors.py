@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,13 +20,14 @@ from trl_ray.actors.rollout_queue import RolloutQueue
 from trl_ray.actors.rollout_worker import RolloutWorker
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError, RunError, WeightError
+from trl_ray.pipelines.rollouts.agreement_check import Evidence
 from trl_ray.pipelines.rollouts.reward_model_actors import spawn_reward_models
 from trl_ray.pipelines.rollouts.teacher_actors import TeacherActors, TeacherArguments
 from trl_ray.pipelines.run.learner_actors import Emit, LearnerActors, drained, learner_lost
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime
 from trl_ray.runtime.supervision import Supervisor, Watched
 from trl_ray.runtime.weights import Published, WeightTransport
-from trl_ray.types import ActorReport, Event, EventKind, Health, IntArray, WeightVersion
+from trl_ray.types import ActorReport, Event, EventKind, Health, IntArray, PullReport, TrainingGap, WeightVersion
 
 _CONTROL_S = 60.0
 _PAUSE_S = 0.25
@@ -63,6 +64,7 @@ class RolloutActors:
         arguments: ActorArguments,
         weight_check_ids: IntArray,
         emit: Emit,
+        first_check_ids: Sequence[IntArray] = (),
     ) -> None:
         self._runtime, self._config, self._arguments = runtime, config, arguments
         self._emit_event = emit
@@ -70,7 +72,10 @@ class RolloutActors:
             weight_check_ids=weight_check_ids,
             weight_check_every=config.rollout.canary_every,
             deadline_s=config.runtime.pull_deadline_s,
+            first_check_ids=first_check_ids,
         )
+        self._checked: dict[str, PullReport] = {}
+        self._training: TrainingGap | None = None
         self.teachers = TeacherActors(
             runtime=runtime,
             arguments=arguments.teachers,
@@ -103,6 +108,19 @@ class RolloutActors:
     def working(self) -> tuple[ActorHandle, ...]:
         """Rollout workers that hold current weights."""
         return tuple(self._working.values())
+
+    @property
+    def weights(self) -> WeightTransport:
+        """How weights reach the engines; its state goes into checkpoints."""
+        return self._weights
+
+    @property
+    def evidence(self) -> Evidence:
+        """What the newest weight checks of working engines, and of the learner, have shown."""
+        reports = [report for name, report in self._checked.items() if name in self._working]
+        means = [report.weight_check_mean for report in reports if report.weight_check_mean is not None]
+        own = [report.own_files_mean for report in reports if report.own_files_mean is not None]
+        return Evidence(weights=max(means, default=None), own_files=max(own, default=None), training=self._training)
 
     async def start(self) -> None:
         """Start every actor side by side, publish the learner's weights, and let the workers begin."""
@@ -144,7 +162,10 @@ class RolloutActors:
         """
         begin = time.time()
         with learner_lost():
-            identity = (await self._weights.publish(self.learner.handle, step=step)).identity
+            published = await self._weights.publish(self.learner.handle, step=step)
+        identity = published.identity
+        if published.check is not None and published.check.training is not None:
+            self._training = published.check.training
         seconds = round(time.time() - begin, 4)
         self._emit(EventKind.WEIGHTS_PUBLISHED, "learner", **asdict(identity), seconds=seconds)
         return identity
@@ -198,9 +219,16 @@ class RolloutActors:
         report = await self._weights.pull(handle)
         version, seconds = report.version, round(report.seconds, 4)
         self._emit(EventKind.WEIGHTS_PULLED, handle.name, version=version, checksum=report.checksum, seconds=seconds)
-        if report.weight_check_mean is not None:
-            proof = {"mean": report.weight_check_mean, "max": report.weight_check_max, "agrees": True}
-            self._emit(EventKind.WEIGHT_CHECK, handle.name, version=version, **proof)
+        if report.weight_check_mean is None:
+            return
+        agrees = report.disagreement is None
+        proof = {"mean": report.weight_check_mean, "max": report.weight_check_max, "agrees": agrees}
+        self._emit(EventKind.WEIGHT_CHECK, handle.name, version=version, **proof)
+        if report.disagreement is not None:
+            self._emit(EventKind.WARNING, handle.name, detail=report.disagreement)
+        self._checked[handle.name] = report
+        if version == 0:
+            self._weights.showed_at_first(report.weight_check_mean)
 
     async def _pull_or_replace(self, handle: ActorHandle) -> None:
         pull = self.teachers.follow if handle.role is Role.TEACHER else self._pull_one

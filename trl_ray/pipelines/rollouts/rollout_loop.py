@@ -23,9 +23,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trl_ray.algorithms.policy.group_samples import BuiltStep
+from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
-from trl_ray.errors import StallError
+from trl_ray.errors import AgreementError, StallError
 from trl_ray.models.companions.teacher_rules import FOLDER
+from trl_ray.pipelines.rollouts.agreement_check import AgreementCheck
 from trl_ray.pipelines.rollouts.evaluation import evaluate, held_out_loss
 from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
 from trl_ray.pipelines.rollouts.objective import with_metrics
@@ -37,8 +39,10 @@ from trl_ray.pipelines.run.learner_actors import under_watch
 from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
-from trl_ray.types import EventKind, Metric, RolloutGroup, StepResult
+from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult
 
+AGREEMENT = "agreement.json"
+"""In checkpoints: what sampler and learner showed at version 0."""
 BEST = "best.json"
 """In checkpoints: the best evaluation so far."""
 _POLL_S = 2.0
@@ -55,7 +59,10 @@ class _Trained(TrainedStep):
 
 
 class RolloutLoop(StepLoop[_Trained]):
-    """Trains on rollouts; evaluates after a step's line.  Its `actors` are started; for the rest see `StepLoop`."""
+    """Trains on rollouts; evaluates before a step's line, which has the numbers in it.
+
+    Its `actors` are started; for the rest see `StepLoop`.
+    """
 
     _plan: Preparation
     _config: RolloutRunConfig
@@ -76,7 +83,19 @@ class RolloutLoop(StepLoop[_Trained]):
             stop=stop,
         )
         self._actors, self._failures = actors, FailuresInARow(plan.config)
+        # Groups that a resumed run found may be of versions that it makes anew, with other weights.
+        found = self.step > 0 and plan.config.slot_bounds.max_staleness > 0
+        first_judged = self.step + 1 + (plan.config.max_age_at_use + 1 if found else 0)
+        self._agreement = AgreementCheck(plan.config, first_step=first_judged)
+        self._restore_agreement(opening.checkpoint)
         self._pulling: asyncio.Task[None] | None = None
+
+    def _restore_agreement(self, checkpoint: str | None) -> None:
+        file = None if checkpoint is None else Path(checkpoint) / AGREEMENT
+        if file is not None and file.is_file():
+            state = json.loads(file.read_text(encoding="utf-8"))
+            self._agreement.load_state_dict(state["sampled"])
+            self._actors.weights.load_state_dict(state["weights"])
 
     def _epoch_after(self, step: int) -> float:
         """Passes over the prompts once so many steps are trained."""
@@ -118,7 +137,7 @@ class RolloutLoop(StepLoop[_Trained]):
         groups = await self._take(step)
         taken = time.time()
         staleness = self._recorder.check_staleness(step, groups)
-        updated = await self._optimize(step, groups)
+        updated = self._agree(step, await self._optimize(step, groups))
         trained = time.time()
         await self._settle(step, updated.result)
         version = await self._publish(step, wait_s=taken - begin, step_s=trained - begin)
@@ -134,9 +153,8 @@ class RolloutLoop(StepLoop[_Trained]):
 
     async def _report(self, trained: _Trained) -> None:
         await self._drain()
-        snapshot, slots = await self._actors.ask_queue("snapshot"), await self._actors.ask_queue("slots")
-        self._recorder.step(
-            self.step,
+        snapshot, slots = await self._balance(), await self._actors.ask_queue("slots")
+        line = self._recorder.line(
             groups=trained.groups,
             built=trained.built,
             result=trained.result,
@@ -146,9 +164,15 @@ class RolloutLoop(StepLoop[_Trained]):
             slots=slots,
             staleness=trained.staleness,
         )
-        await self._callbacks.logged(self._recorder.last)
-        if self._evaluation_is_due:
-            await self._evaluate()
+        await self._callbacks.logged(line)
+        evaluated = await self._evaluate() if self._evaluation_is_due else {}
+        self._recorder.step(
+            self.step, line=line, groups=trained.groups, built=trained.built, snapshot=snapshot, evaluated=evaluated
+        )
+
+    async def _balance(self) -> LedgerSnapshot:
+        snapshot: LedgerSnapshot = await self._actors.ask_queue("snapshot")
+        return snapshot.with_bad_rows(self._plan.prompts.num_left_out)
 
     async def _take(self, step: int) -> list[RolloutGroup]:
         """Wait for the groups of one step; say who is waited for, and give up when nothing moves any more."""
@@ -198,6 +222,21 @@ class RolloutLoop(StepLoop[_Trained]):
             prepared, step=step, config=self._config, objective=plan.objective, cut=plan.cut, ask_learner=ask_learner
         )
 
+    def _agree(self, step: int, updated: Updated) -> Updated:
+        """See whether sampler and learner are one policy, before anything of the step is published.
+
+        Raises:
+            AgreementError: they are not, and the run stops for it.
+        """
+        agreement = self._agreement.observe(step, updated.result, self._actors.evidence)
+        for breach in agreement.breaches:
+            if breach.stops:
+                raise AgreementError(
+                    f"step {step}: {breach.detail} (cause: {breach.cause}; rollout.on_disagreement=warn goes on.)"
+                )
+            self._recorder.say(EventKind.WARNING, "learner", step=step, cause=breach.cause.value, detail=breach.detail)
+        return replace(updated, result=replace(updated.result, metrics=agreement.metrics))
+
     async def _settle(self, step: int, result: StepResult) -> None:
         """Tell the ledger what became of the groups of this step."""
         await self._actors.ask_queue("skip" if result.skipped else "trained", step=step)
@@ -233,9 +272,16 @@ class RolloutLoop(StepLoop[_Trained]):
 
     async def _evaluate(self) -> Mapping[str, float]:
         await self._pulled()
+        numbers: dict[str, float] = {}
+        for name, prompts in self._plan.eval_sets.items():
+            numbers |= await self._evaluate_set(name, prompts)
+        await self._judge(numbers)
+        return numbers
+
+    async def _evaluate_set(self, name: str, prompts: Sequence[Prompt]) -> dict[str, float]:
         begin, plan, config = time.time(), self._plan, self._config
         evaluation = await evaluate(
-            self._actors.working, plan.eval_prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s
+            self._actors.working, prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s
         )
         for reason in evaluation.lost:
             self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of the evaluation was lost: {reason}")
@@ -246,16 +292,15 @@ class RolloutLoop(StepLoop[_Trained]):
             cut=plan.cut,
             ask_learner=self._actors.learner.ask,
         )
-        numbers = self._recorder.evaluated(self.step, evaluation.answers, held_out, time.time() - begin)
-        await self._judge(numbers)
-        return numbers
+        return self._recorder.evaluated(self.step, evaluation.answers, held_out, time.time() - begin, name=name)
 
     async def _write_checkpoint(self, path: Path) -> None:
         """Also of teachers that are averages; then let the journal forget what it no longer needs."""
-        snapshot = await self._actors.ask_queue("snapshot")
+        snapshot = await self._balance()
         kept = {
             "ledger.json": snapshot.to_json(),
             OBJECTIVE_STATE: self._plan.objective.state_dict(),
+            AGREEMENT: {"sampled": self._agreement.state_dict(), "weights": self._actors.weights.state_dict()},
         }
         if self._can_evaluate:
             kept[BEST] = self._stopping.state_dict()

@@ -46,6 +46,7 @@ class RolloutSession(Session):
         await actors.ask_queue("finish")
         recorder.report(await actors.drain())
         snapshot: LedgerSnapshot = await actors.ask_queue("snapshot")
+        snapshot = snapshot.with_bad_rows(self._preparation.prompts.num_left_out)
         recorder.directory.write_ledger(snapshot.to_json())
         return TrainOutput(
             steps=loop.step,
@@ -153,6 +154,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
             config=self.config,
             arguments=arguments,
             weight_check_ids=plan.weight_check_ids,
+            first_check_ids=plan.first_check_ids,
             emit=recorder.emit,
         )
         return RolloutSession(preparation=plan, actors=actors, recorder=recorder, opening=opening)

@@ -1,6 +1,7 @@
 """What a run resolves before anything starts: lengths, steps, the weight check and its tolerance."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -79,21 +80,39 @@ def test_steps_are_given_or_follow_from_the_epochs(model):
         prepared(model, max_steps=0)
 
 
-def test_the_weight_check_is_the_first_prompt_cut_or_repeated_and_the_same_every_time(model):
-    long = prepared(model, rows=[{"prompt": "abcdefghijklmnopqrstuvwxyz"}]).weight_check_ids
-    assert (len(long), long.dtype) == (16, np.int32)
-    short = prepared(model, rows=[{"prompt": "abc"}]).weight_check_ids
-    assert list(short) == [*short[:3]] * 3
+def test_the_weight_check_is_the_first_prompts_cut_or_repeated_and_the_same_every_time(model):
+    ids = prepared(model, rows=[{"prompt": "abcdefghijklmnopqrstuvwxyz"}, {"prompt": "0123456789"}]).weight_check_ids
+    assert (len(ids), ids.dtype) == (32, np.int32)
+    plan = prepared(model, rows=[{"prompt": "abc"}, {"prompt": "12"}])
+    first = [*plan.prompts.prompt(0).token_ids, *plan.prompts.prompt(1).token_ids]
+    assert list(plan.weight_check_ids) == (first * 7)[:32]
     assert np.array_equal(prepared(model).weight_check_ids, prepared(model).weight_check_ids)
 
 
-def test_the_weight_check_tolerance_is_tight_only_where_both_sides_compute_in_float32(model):
-    assert prepared(model).weight_check_tolerance == 1e-3
-    assert prepared(model, rollout={"dtype": "float32"}).weight_check_tolerance == 1e-3
-    assert prepared(model, rollout={"dtype": "bfloat16"}).weight_check_tolerance == 0.2
-    assert prepared(model, dtype="bfloat16").weight_check_tolerance == 0.2
-    assert prepared(model, bf16=True).weight_check_tolerance == 0.2
-    assert prepared(model, rollout={"canary_tolerance": 0.5}).weight_check_tolerance == 0.5
+def test_the_first_weight_check_has_a_text_of_several_blocks_and_one_beyond_the_context_of_scaled_rope(model, tmp_path):
+    assert [len(ids) for ids in prepared(model).first_check_ids] == [160]
+    limits = {"rollout": {"max_model_len": 100}, "max_completion_length": 16}
+    assert [len(ids) for ids in prepared(model, **limits).first_check_ids] == [100]
+    scaled = tmp_path / "scaled"
+    shutil.copytree(model, scaled)
+    config = json.loads((scaled / "config.json").read_text())
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
+    (scaled / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    assert [len(ids) for ids in prepared(str(scaled)).first_check_ids] == [160, 320]
+
+
+def test_the_agreement_rule_is_tight_only_where_both_sides_compute_in_float32(model):
+    def ceiling(**changes):
+        plan = prepared(model, **changes)
+        rule = plan.arguments(journal="j", checkpoint=None, resume_from=None, incarnation="i").rollout["agreement"]
+        return rule.ceiling
+
+    assert ceiling() == 1e-3
+    assert ceiling(rollout={"dtype": "float32"}) == 1e-3
+    assert ceiling(rollout={"dtype": "bfloat16"}) == 0.2
+    assert ceiling(dtype="bfloat16") == 0.2
+    assert ceiling(bf16=True) == 0.2
+    assert ceiling(rollout={"canary_tolerance": 0.5}) == 0.5
 
 
 def test_reward_functions_of_the_caller_need_as_many_weights(model):
@@ -106,8 +125,16 @@ def test_evaluation_needs_prompts_of_its_own_and_takes_as_many_as_asked(model):
         prepared(model, eval_steps=2)
     held_out = {"eval_dataset": ROWS[:5]}
     made = prepared(model, eval_steps=2, eval_num_prompts=3, inputs=held_out)
-    assert [prompt.text for prompt in made.eval_prompts] == [row["prompt"] for row in ROWS[:3]]
-    assert prepared(model, inputs=held_out).eval_prompts == ()
+    assert [prompt.text for prompt in made.eval_sets[""]] == [row["prompt"] for row in ROWS[:3]]
+    assert prepared(model, inputs=held_out).eval_sets == {}
+    named = {"eval_dataset": {"near": ROWS[:2], "far": ROWS[2:5]}}
+    made = prepared(model, eval_steps=2, eval_num_prompts=2, inputs=named)
+    assert {name: [prompt.text for prompt in found] for name, found in made.eval_sets.items()} == {
+        "near": [row["prompt"] for row in ROWS[:2]],
+        "far": [row["prompt"] for row in ROWS[2:4]],
+    }
+    with pytest.raises(ConfigError, match="at least one set"):
+        prepared(model, eval_steps=2, inputs={"eval_dataset": {}})
 
 
 ANSWERED = [{"prompt": f"q{number}", "answer": f"so\\n#### {number}"} for number in range(4)]

@@ -45,7 +45,9 @@ class FakeRuntime:
             return {
                 "publish": lambda: version(self.published),
                 "identity": lambda: version(self.published),
-                "weight_check": lambda ids: WeightCheck(token_ids=ids, logprobs=np.zeros(2), version=self.published),
+                "weight_check": lambda ids, **further: WeightCheck(
+                    token_ids=ids, logprobs=np.zeros(2, np.float32), version=self.published
+                ),
             }
         if role is Role.ROLLOUT:
             return {"pull": lambda shared, check: report(shared, check)}

@@ -1,0 +1,156 @@
+"""Faults that make sampler and learner two policies, planted one by one: each is told in words of its own."""
+
+import pytest
+import torch
+
+from runs import PROMPTS, async_grpo, events, grpo, lines
+from tiny_models import build_tiny_model
+from trl_ray.engines import sampling
+from trl_ray.engines.transformers import TransformersBackend
+from trl_ray.errors import AgreementError, RunError, WeightError
+from trl_ray.models.scoring.scoring_module import ScoringModule
+from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
+from trl_ray.pipelines.grpo import GRPOPipeline
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def train(model, run, *, asynchronous=False, **changes):
+    options = {"max_steps": 3, "runtime": {"max_restarts": 0}, **changes}
+    make, pipeline = (async_grpo, AsyncGRPOPipeline) if asynchronous else (grpo, GRPOPipeline)
+    return pipeline(args=make(model, run, **options), train_dataset=PROMPTS).train()
+
+
+def plant_in_load(monkeypatch, spoil):
+    """Have `spoil(backend, state before)` follow every load of the engine."""
+    original = TransformersBackend.load
+
+    def load(self, payload):
+        before = {name: value.clone() for name, value in self._model.state_dict().items()}
+        original(self, payload)
+        spoil(self, before)
+
+    monkeypatch.setattr(TransformersBackend, "load", load)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["waits", "ahead"])
+def test_a_sound_run_agrees_to_rounding(model, tmp_path, asynchronous):
+    train(model, tmp_path / "run", asynchronous=asynchronous)
+    found = lines(tmp_path / "run" / "metrics.jsonl")
+    assert found[0]["agreement/age_0/abs_diff"] < 1e-5
+    assert all(line.get("agreement/age_0/abs_diff", 0.0) < 1e-5 for line in found)
+    assert found[0]["agreement/age_0/ess"] == pytest.approx(1.0, abs=1e-6)
+    assert not [event for event in events(tmp_path / "run", "warning") if "cause" in event["detail"]]
+
+
+def test_a_sound_run_in_bfloat16_gives_no_alarm(model, tmp_path):
+    train(model, tmp_path / "run", dtype="bfloat16", learning_rate=1e-2)
+    assert not [event for event in events(tmp_path / "run", "warning") if "cause" in event["detail"]]
+    assert all(event["detail"]["agrees"] for event in events(tmp_path / "run", "canary"))
+
+
+def test_pinned_weights(model, tmp_path, monkeypatch):
+    plant_in_load(monkeypatch, lambda backend, before: backend._model.load_state_dict(before))
+    with pytest.raises(RunError, match="are not computed with: the engine says what it said before the pull"):
+        train(model, tmp_path / "run")
+
+
+def test_stale_parts(model, tmp_path, monkeypatch):
+    def spoil(backend, before):
+        stale = {name: value for name, value in before.items() if ".mlp." in name}
+        backend._model.load_state_dict(stale, strict=False)
+
+    plant_in_load(monkeypatch, spoil)
+    with pytest.raises(RunError, match="are not all computed with"):
+        train(model, tmp_path / "run")
+
+
+def test_pinned_weights_in_bfloat16_are_found_against_version_0_although_they_are_within_the_ceiling(
+    model, tmp_path, monkeypatch
+):
+    plant_in_load(monkeypatch, lambda backend, before: backend._model.load_state_dict(before))
+    train(model, tmp_path / "run", dtype="bfloat16", learning_rate=1e-4, max_steps=8)
+    told = [event["detail"]["detail"] for event in events(tmp_path / "run", "warning")]
+    assert any("the engine says what it said before the pull" in detail for detail in told)
+
+
+def test_wrong_rope(model, tmp_path, monkeypatch):
+    original = TransformersBackend.build
+
+    def build(self):
+        limits = original(self)
+        for module in self._model.modules():
+            if hasattr(module, "inv_freq"):
+                module.inv_freq *= 0.9
+        return limits
+
+    monkeypatch.setattr(TransformersBackend, "build", build)
+    with pytest.raises(WeightError, match="The numerics differ: with the files"):
+        train(model, tmp_path / "run")
+
+
+def test_rope_that_is_wrong_beyond_some_length_alone(model, tmp_path, monkeypatch):
+    original = TransformersBackend._score
+
+    def score(self, ids):
+        scores = original(self, ids)
+        return scores + (0.5 if len(ids) > 100 else 0.0)
+
+    monkeypatch.setattr(TransformersBackend, "_score", score)
+    with pytest.raises(WeightError, match="text of 32 tokens agrees, one of 160 does not"):
+        train(model, tmp_path / "run")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["waits", "ahead"])
+def test_dropout_left_on(model, tmp_path, monkeypatch, asynchronous):
+    original = ScoringModule.__init__
+
+    def drops(self, policy, **options):
+        original(self, policy, **options)
+        norm = policy.base_model.norm
+        norm.register_forward_hook(lambda module, given, out: torch.dropout(out, 0.1, policy.training))
+
+    monkeypatch.setattr(ScoringModule, "__init__", drops)
+    with pytest.raises(AgreementError, match=r"two passes in training differ by .*: dropout is on"):
+        train(model, tmp_path / "run", asynchronous=asynchronous)
+
+
+def test_a_packed_row_that_is_not_what_its_sequences_are(model, tmp_path, monkeypatch):
+    original = ScoringModule.forward
+
+    def shifted(self, input_ids, position_ids, *others, **named):
+        if self.policy.training and position_ids is not None:
+            position_ids = position_ids * 2
+        return original(self, input_ids, position_ids, *others, **named)
+
+    monkeypatch.setattr(ScoringModule, "forward", shifted)
+    with pytest.raises(AgreementError, match="numerics differ where sequences share a row"):
+        train(model, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("reshape", "words"),
+    [
+        (lambda logits: logits.masked_fill(logits < logits.topk(5).values[:, -1:], -torch.inf), "tokens were left out"),
+        (lambda logits: logits / 1.3, "sampling was reshaped: what was sampled came from another distribution"),
+    ],
+    ids=["top-k", "temperature"],
+)
+def test_sampling_that_is_reshaped_behind_the_runs_back(model, tmp_path, monkeypatch, reshape, words):
+    def reshaped(logits, *given, **named):
+        return sampling.processed_logprobs(reshape(logits.float()), *given, **named)
+
+    monkeypatch.setattr("trl_ray.engines.transformers.processed_logprobs", reshaped)
+    with pytest.raises(AgreementError, match=words):
+        train(model, tmp_path / "run")
+
+
+def test_sampling_that_the_run_asked_to_reshape_is_told_and_goes_on(model, tmp_path):
+    train(model, tmp_path / "run", top_k=5)
+    told = [event["detail"]["detail"] for event in events(tmp_path / "run", "warning") if "cause" in event["detail"]]
+    assert len(told) == 1 and "top_k=5" in told[0]
