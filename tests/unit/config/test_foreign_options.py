@@ -61,10 +61,12 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     (SFTConfig, {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "dataset_num_proc": 8}, {}),
     (SFTConfig, {"lora_task_type": "CAUSAL_LM"}, {}),
     (RewardModelConfig, {"lora_task_type": "SEQ_CLS"}, {}),
-    (SFTConfig, {"lora_target_parameters": ["experts.w"], "use_peft": True},
-     {"lora_kwargs": {"target_parameters": ["experts.w"]}, "use_peft": True}),
+    (SFTConfig, {"lora_target_parameters": None}, {}),
     (DistillConfig, {"teacher_model_name_or_path": "far", "teacher_model_init_kwargs": {"torch_dtype": "bfloat16"}},
      {"teacher_model_name_or_path": "far", "teacher_dtype": "bfloat16"}),
+    (SFTConfig, {"bf16_full_eval": True, "num_processes": 2}, {"runtime": {"num_learners": 2}}),
+    (SFTConfig, {"accelerator_config": {"split_batches": False, "dispatch_batches": None, "even_batches": True}}, {}),
+    (CPOConfig, {"max_completion_length": 128}, {}),
     # The Hub, by past names.
     (SFTConfig, {"push_to_hub": True, "push_to_hub_model_id": "tuned", "push_to_hub_organization": "org"},
      {"push_to_hub": True, "hub_model_id": "org/tuned"}),
@@ -88,7 +90,7 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     (SFTConfig, {"base_model": "m", "sequence_len": 512, "micro_batch_size": 2, "num_epochs": 4},
      {"model_name_or_path": "m", "max_length": 512, "per_device_train_batch_size": 2, "num_train_epochs": 4}),
     (SFTConfig, {"adapter": "lora", "lora_target_linear": True, "sample_packing": True, "bf16": "auto", "tf32": False},
-     {"use_peft": True, "lora_target_modules": "all-linear", "packing": True}),
+     {"use_peft": True, "lora_target_modules": "all-linear", "packing": True, "tf32": False}),
     (SFTConfig, {"num_epochs": 2, "evals_per_epoch": 2, "saves_per_epoch": 4},
      {"num_train_epochs": 2, "eval_steps": 0.25, "save_steps": 0.125}),
     # alignment-handbook
@@ -116,7 +118,8 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     (SFTConfig, {"val_set_size": 0.05}, {"test_split_size": 0.05}),
     (DPOConfig, {"val_size": 100}, {"test_split_size": 100}),
     (SFTConfig, {"val_set_size": 0.0}, {}),
-    (SFTConfig, {"special_tokens": {"pad_token": "<pad>", "eos_token": "<end>"}}, {"eos_token": "<end>"}),
+    (SFTConfig, {"special_tokens": {"pad_token": "<pad>", "eos_token": "<end>"}},
+     {"pad_token": "<pad>", "eos_token": "<end>"}),
     (CPOConfig, {"use_flash_attention_2": True}, {"attn_implementation": "flash_attention_2"}),
 ]  # fmt: skip
 REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
@@ -137,6 +140,8 @@ REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
     (GRPOConfig, {"streaming": True}, "prompts are read before training"),
     (SFTConfig, {"rl": "dpo"}, "trl-ray dpo"),
     (SFTConfig, {"trackio_static_space_id": "me/page"}, "trackio_space_id"),
+    (SFTConfig, {"lora_target_parameters": ["experts.w"]}, "beside linear layers"),
+    (SFTConfig, {"accelerator_config": {"split_batches": True}}, "not split over ranks"),
 ]
 
 

@@ -84,12 +84,12 @@ def _held_out(value: Any, given: Mapping[str, Any]) -> Reading | None:
 
 
 def _special_tokens(value: Any, given: Mapping[str, Any]) -> Reading | None:
-    """{pad_token, eos_token}; nothing is padded here."""
+    """{pad_token, eos_token}."""
     if not value:
         return {}
     if not isinstance(value, Mapping) or set(value) - {"pad_token", "eos_token"}:
         return None
-    return {name: token for name, token in value.items() if name == "eos_token" and token is not None}
+    return {name: token for name, token in value.items() if token is not None}
 
 
 def _targets(value: Any, given: Mapping[str, Any]) -> Reading | None:
@@ -303,7 +303,7 @@ AXOLOTL: Rows = {
     "wandb_run_id": only(None, "", says="Remove it: a resumed run goes on with its own."),
     "special_tokens": read_by(
         _special_tokens,
-        says="Set eos_token, leave pad_token out (nothing is padded), or set them in the tokenizer's files.",
+        says="Set eos_token and pad_token, and others in the tokenizer's files.",
     ),
     "tokens": only(None, [], says="Add them to the tokenizer's files, and rows to the model's embedding."),
     "rl": never("Choose the pipeline: trl-ray dpo, kto, orpo, cpo (SimPO) or grpo."),

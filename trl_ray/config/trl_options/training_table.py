@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ def _warmup(value: Any, given: Any) -> Reading | None:
     return {} if value in (None, 0, 0.0) or given.get("warmup_steps") else {"warmup_steps": value}
 
 
+def _accelerator(value: Any, given: Any) -> Reading | None:
+    """What accelerate does unless it is told otherwise, or how it hands rows to ranks."""
+    usual = {"split_batches": (False, None), "dispatch_batches": (True, False, None), "even_batches": (True, False),
+             "use_seedable_sampler": (True, None), "non_blocking": (True, False)}  # fmt: skip
+    held = value or {}
+    if not isinstance(held, Mapping) or any(held[name] not in usual.get(name, ()) for name in held):
+        return None
+    return {}
+
+
 def _repository(value: Any, given: Any) -> Reading | None:
     """Of an organisation and a name, whichever of the two this is; the name is the folder's where there is none."""
     if value is None:
@@ -45,10 +56,9 @@ TRAINING: Rows = {
     # Precision and speed.
     "fp16": only(False, None, says="Set bf16=true, or dtype=bfloat16 for the weights themselves."),
     "fp16_full_eval": only(False, says="Remove it: evaluations compute as training does."),
-    "bf16_full_eval": only(False, says="Remove it: evaluations compute as training does."),
+    "bf16_full_eval": always("Evaluations compute as training does, with bf16 in bfloat16."),
     "fp16_opt_level": always("It is an option of fp16, which is not used."),
     "half_precision_backend": always("Mixed precision is torch's own."),
-    "tf32": always("With bf16 products are taken in bfloat16; float32 ones are left to torch's own setting."),
     "torch_dtype": renamed("dtype"),
     "torch_compile": only(False, None, says=_COMPILE),
     "torch_compile_backend": only(None, says=_COMPILE),
@@ -64,7 +74,6 @@ TRAINING: Rows = {
         None, {}, says="Liger's own choice of kernels is what use_liger_kernel=true takes. Remove it."
     ),
     "auto_find_batch_size": only(False, says="Set max_tokens_per_micro_batch: it bounds the memory of a pass."),
-    "torch_empty_cache_steps": always("Memory is bounded by max_tokens_per_micro_batch, not by emptying caches."),
     "use_cache": always("The learner computes without a cache, engines with one."),
     "use_cpu": by_value(
         {True: {"runtime.learner_num_gpus": 0.0}}, nothing=(False,), says="Set runtime.learner_num_gpus."
@@ -133,7 +142,10 @@ TRAINING: Rows = {
         always(_READING),
     ),
     # Ranks.
-    "accelerator_config": only(None, {}, says="Set runtime and deepspeed."),
+    "accelerator_config": read_by(
+        _accelerator,
+        says="Set runtime and deepspeed: batches are not split over ranks, and rows are seeded by data_seed.",
+    ),
     "parallelism_config": only(None, {}, says="Set runtime.num_learners and deepspeed."),
     "local_rank": always(_RANKS),
     "ddp_timeout": renamed("runtime.collective_timeout_s"),
