@@ -117,8 +117,8 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {**_EXPERTS, **_LINEAR, "num_experts": 4, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
     ),
     "qwen3_5": ("qwen3_5_text", _LINEAR),
-    "mamba": ("mamba", {"state_size": 16, "num_hidden_layers": 2}),
-    "mamba2": ("mamba2", {**_MAMBA, "num_hidden_layers": 2}),
+    "mamba": ("mamba", {"state_size": 16, "intermediate_size": 256}),
+    "mamba2": ("mamba2", {**_MAMBA, "intermediate_size": 256}),
     "falcon_h1": (
         "falcon_h1",
         {"mamba_d_ssm": 256, "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16},

@@ -419,6 +419,7 @@ def reload_worker(worker: Any, payload: WeightPayload, layout: CheckpointLayout)
     weights = in_checkpoint_layout(worker.trl_ray_empty_model, named_tensors(payload))
     worker.reload_weights(weights_iterator=iter(weights))
     model = worker.model_runner.get_model()
+    reload_written_past(model, weights)
     repack_tied_heads(model)
     repack_experts(model)
 
@@ -434,6 +435,22 @@ def repack_tied_heads(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
             module.quant_method.process_weights_after_loading(module)
+
+
+def reload_written_past(model: torch.nn.Module, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Load once more what vLLM's loader of gpt-oss writes into parameters by itself: experts and attention sinks.
+
+    A reload gathers what is given to loaders of parameters; what is written past them gets lost, and old values stay.
+    """
+    if type(model).__name__ != "GptOssForCausalLM":
+        return
+    # Copies, as the loader of some ranks writes zeros into biases.
+    past = [(name, tensor.clone()) for name, tensor in weights if ".experts." in name or name.endswith(".sinks")]
+    model.load_weights(iter(past))  # type: ignore[operator]
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.process_weights_after_loading(module)
 
 
 def repack_experts(model: torch.nn.Module) -> None:
