@@ -179,7 +179,7 @@ def measure(settings: Settings) -> Curve:
     return Curve(
         steps=[int(event["detail"]["step"]) for event in evaluations],
         seconds=[event["time"] - ready for event in evaluations],
-        rewards=[event["detail"]["reward/mean"] for event in evaluations],
+        rewards=[event["detail"]["eval/reward"] for event in evaluations],
         train_rewards=[record["reward/mean"] for record in records],
         wait_share=sum(r["time/wait_s"] for r in records) / sum(r["time/step_s"] for r in records),
         worst_age=output.worst_age or 0,

@@ -51,8 +51,8 @@ def config(**changes: Any) -> AsyncGRPOConfig:
 class Prompts:
     """As many prompts as two steps take; each is written down when it is asked for."""
 
-    def __init__(self, log: list[str]) -> None:
-        self._log = log
+    def __init__(self, log: list[str], num_left_out: int = 0) -> None:
+        self._log, self.num_left_out = log, num_left_out
 
     def __len__(self) -> int:
         return 4
@@ -198,7 +198,10 @@ class Actors:
 class RolloutRun:
     """One loop, and what it left behind."""
 
-    def __init__(self, path: Path, *, total: int = 4, callbacks: tuple[Any, ...] = (), **changes: Any) -> None:
+    def __init__(
+        self, path: Path, *, total: int = 4, callbacks: tuple[Any, ...] = (), left_out: int = 0, **changes: Any
+    ) -> None:
+        self._left_out = left_out
         self.path, self.log, self.stop = path / "run", list[str](), asyncio.Event()
         self.actors = Actors(self.log)
         self.diary = Diary(book=self.log)
@@ -208,11 +211,11 @@ class RolloutRun:
     def loop(self) -> RolloutLoop:
         directory = RunDirectory.create(self.path, overwrite=True)
         observer = Observer([MetricsFile(directory.metrics), EventsFile(directory.events)])
-        prompts: Any = Prompts(self.log)
+        prompts: Any = Prompts(self.log, self._left_out)
         plan = Preparation(
             config=self._config,
             prompts=prompts,
-            eval_prompts=(prompt(90),),
+            eval_sets={"": (prompt(90),)},
             rewards=(),
             max_model_len=64,
             total_steps=self._total,

@@ -55,15 +55,16 @@ CLASSES: Mapping[str, tuple[type[Any], type[Section]]] = {
     "distill (IWOPDConfig)": (TRLIWOPDConfig, DistillConfig),
 }
 """Of each pipeline TRL's class and ours; TRL 1.16 has no PRMConfig, so that `prm` is held to transformers' options."""
-EVERYWHERE = (trl.ModelConfig, trl.ScriptArguments)
+EVERYWHERE = (trl.ModelConfig, trl.ScriptArguments, trl.DatasetMixtureConfig)
 """TRL's scripts read them beside each of these."""
 
 
 INTRODUCTION = (
-    "Written by `tools/list_trl_options.py` from TRL 1.16's classes (with ModelConfig and ScriptArguments) and the",
-    "tables in `trl_ray/config/trl_options/`. *honoured*: it does here what it does there, or is read into an option",
-    "that does. *accepted*: whatever it says asks for what happens anyway, or for nothing that is trained.",
-    "*accepted in part*: with the values listed; others are refused with what to do instead. *refused*: with none.",
+    "Written by `tools/list_trl_options.py` from TRL 1.16's classes (with ModelConfig, ScriptArguments and",
+    "DatasetMixtureConfig) and the tables in `trl_ray/config/trl_options/`. *honoured*: it does here what it does",
+    "there, or is read into an option that does. *accepted*: whatever it says asks for what happens anyway, or for",
+    "nothing that is trained. *accepted in part*: with the values listed; others are refused with what to do instead.",
+    "*refused*: with none.",
 )
 
 

@@ -167,3 +167,34 @@ def test_a_killed_rank_takes_the_group_back_to_the_last_checkpoint(ray_local: An
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, 21))
     # 28 rows are three steps of 8 and one of 4.
     assert_balanced(run, trained=5 * 28)
+
+
+@pytest.mark.parametrize("runtime", [RAY, TWO], ids=["one rank", "two ranks"])
+def test_metrics_of_the_users_own_are_the_same_numbers_on_every_number_of_ranks(
+    ray_local: Any, model: str, tmp_path: Path, runtime: dict[str, Any]
+) -> None:
+    """5 rows in batches of 2: three batches, so that of two ranks one has nothing to do at the end."""
+    seen: list[Any] = []
+
+    def share_right(prediction: Any) -> dict[str, float]:
+        seen.append(prediction.predictions)  # in the process of who wrote it
+        wanted, found = prediction.label_ids[:, 1:], prediction.predictions[:, :-1]
+        asked = wanted != -100
+        return {"share_right": float((found == wanted)[asked].mean()), "rows": len(wanted)}
+
+    def most_probable(logits: Any, labels: Any) -> Any:
+        return logits.argmax(-1)
+
+    run = tmp_path / "run"
+    inputs = {
+        "compute_metrics": share_right,
+        "preprocess_logits_for_metrics": most_probable,
+        "eval_dataset": rows("sft", 5, start=100),
+    }
+    train("sft", model, run, inputs=inputs, max_steps=2, eval_steps=1, per_device_eval_batch_size=2, runtime=runtime)
+    assert len(seen) == 3 and all(each.shape == seen[0].shape and each.shape[0] == 5 for each in seen)
+    written = lines(run / "metrics.jsonl")
+    assert [line["eval/share_right"] for line in written] == pytest.approx(
+        [line["eval/mean_token_accuracy"] for line in written]
+    )
+    assert written[-1]["eval/rows"] == 5

@@ -46,11 +46,13 @@ def test_a_recipe_of_trls_users_is_planned_with_only_model_and_data_replaced(
 @pytest.mark.parametrize("recipe", NEIGHBOURS, ids=lambda recipe: recipe.stem)
 def test_a_recipe_of_the_neighbours_is_answered_once_and_then_planned(recipe: Path, model: str, tmp_path: Path) -> None:
     options = replaced(recipe, model=model, data=tmp_path, output_dir=tmp_path / "runs")
-    with pytest.raises(ConfigError) as caught:
-        prepared(recipe, options)
-    told = [line.split("'")[1] for line in str(caught.value).split("\n")]
+    told: list[str] = []
+    if answered(recipe):
+        with pytest.raises(ConfigError) as caught:
+            prepared(recipe, options)
+        told = [line.split("'")[1] for line in str(caught.value).split("\n")]
+        assert "Did you mean" not in str(caught.value) and "--help" not in str(caught.value)
     assert sorted(told) == sorted(answered(recipe))
-    assert "Did you mean" not in str(caught.value) and "--help" not in str(caught.value)
     kept = {name: value for name, value in options.items() if name not in told}
     if not {"datasets", "dataset_mixture"} & set(kept):
         kept["dataset_name"] = str(tmp_path / recipe.stem)

@@ -2,6 +2,7 @@
 
     TrainBatch --> Passes: score, loss, backward --> back end: sum over ranks, clip, AdamW --> StepResult
     evaluate(batch) --> Evaluation     score(batch), reference_logprobs(batch) --> what a first pass tells
+    predict(batches) --> PredictedBatch, for metrics of the user's own
     publish() --> WeightPayload        weight_check() --> WeightCheck        save() --> step-N/
 
 step:
@@ -55,6 +56,7 @@ from trl_ray.models.companions.reference import build_reference
 from trl_ray.models.companions.resident_teacher import build_resident_teacher
 from trl_ray.models.policy_loading import load_policy, load_tokenizer
 from trl_ray.models.scoring.classifier import ClassifierModule, load_classifier, load_classifier_tokenizer
+from trl_ray.models.scoring.predictor import Predictor, Preprocess
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
 from trl_ray.models.scoring.scoring_module import PredictorModule
 from trl_ray.models.weight_payload import build_manifest, export_weights
@@ -66,6 +68,8 @@ from trl_ray.types import (
     Health,
     IntArray,
     Metric,
+    PredictedBatch,
+    PredictionBatch,
     Reduce,
     SampleScores,
     ScoredSequence,
@@ -98,6 +102,7 @@ class PolicyLearner:
             teachers in actors said.
         checkpoint: a ``step-N`` directory to go on from.
         threads: compute threads; None leaves torch's setting.
+        preprocess_logits: what `predict` keeps of the logits, as TRL's `preprocess_logits_for_metrics`; None: all.
         rank, num_ranks: its place among those that train together; they must `join` before anything else.
         collective_timeout_s: for one exchange between them.
 
@@ -118,6 +123,7 @@ class PolicyLearner:
         teacher: TeacherSource | None = None,
         checkpoint: str | None = None,
         threads: int | None = None,
+        preprocess_logits: Preprocess | None = None,
         rank: int = 0,
         num_ranks: int = 1,
         collective_timeout_s: float = 1800.0,
@@ -137,6 +143,7 @@ class PolicyLearner:
         self._teacher_source = teacher if self._loss.needs.teacher is not None else None
         self._teacher: Companion | None = None
         self._total_updates, self._checkpoint = total_updates, checkpoint
+        self._preprocess_logits = preprocess_logits
         self._ranks = SOLO
         self._place, self._timeout_s = Ranks(rank=rank, size=num_ranks), collective_timeout_s
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -300,6 +307,27 @@ class PolicyLearner:
             metrics={**metrics, **self._loss.joined(metrics)},
             seconds=time.perf_counter() - started,
         )
+
+    def predict(self, batches: Sequence[PredictionBatch]) -> list[PredictedBatch]:
+        """What the model predicts at every token of held-out rows; nothing of the learner changes.
+
+        Args:
+            batches: of this rank; one without any makes the passes that others wait for.
+
+        Raises:
+            CallbackError: the user's `preprocess_logits` raised.
+        """
+        pad = self._tokenizer.pad_token_id
+        predictor = Predictor(
+            self._model,
+            pad_token_id=self._tokenizer.eos_token_id if pad is None else pad,
+            bf16=bool(self._model_config.bf16),
+            preprocess=self._preprocess_logits,
+        )
+        with self._busy("predict"), self._undisturbed():
+            if not batches and self._backend.in_step:
+                predictor.idle()
+            return [predictor.predict(batch) for batch in batches]
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from trl_ray.actors.actor_log import ActorLog
+from trl_ray.actors.pending_scores import PendingScores
 from trl_ray.config.reward_model_options import RewardModelKind, RewardModelOptions
 from trl_ray.data.prompts.reward_inputs import RatedText, ReadingRules, RewardReader
 from trl_ray.errors import ModelError
@@ -111,6 +112,7 @@ class RewardModelWorker:
         self._busy_since: float | None = None
         self._problem: str | None = None
         self._told_of_cuts = False
+        self._pending = PendingScores()
         self._log = ActorLog(name)
 
     def _load(self, facts: RewardModelFacts) -> RewardModel:
@@ -122,14 +124,22 @@ class RewardModelWorker:
             )
         return load_reward_model(self._options, facts, device="cuda" if on_gpu else "cpu")
 
-    async def score(self, group_prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
+    async def score(
+        self, group_prompt: Prompt, completions: Sequence[Completion], *, key: str | None = None, wait_s: float = 0.0
+    ) -> ScoredGroup | None:
         """Rewards of the G completions of one prompt, or the failure that explains why there are none.
 
-        The one part of each reward is named as the model; it is None for a solution without steps.
+        The one part of each reward is named as the model; it is None for a solution without steps. With a `key` it
+        answers None after `wait_s`, to be asked again.
 
         consumes: one group; produces: one ScoredGroup; waits for: passes under way; unblocked by: their end, or their
         deadline.
         """
+        if key is None:
+            return await self._score(group_prompt, completions)
+        return await self._pending.get(key, lambda: self._score(group_prompt, completions), wait_s=wait_s)
+
+    async def _score(self, group_prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
         loop = asyncio.get_running_loop()
         group = _Group(prompt=group_prompt, completions=tuple(completions), answer=loop.create_future())
         self._waiting.append(group)

@@ -1,6 +1,6 @@
-"""Scores groups in a sandbox, one after the other, has reward models score them too, and answers probes meanwhile.
+"""Scores groups in a sandbox, has reward models score them too, and answers probes meanwhile.
 
-    score(prompt, completions) -┬-> queue of one thread --> Sandbox (child process) -┬-> joined --> ScoredGroup
+    score(prompt, completions) -┬-> Sandbox: its turn, then a child process ---------┬-> joined --> ScoredGroup
                                 |   isolation=inline: in the caller's own event loop |
                                 └-> the copy of each reward model with least to do --┘
 
@@ -13,12 +13,13 @@ import asyncio
 import itertools
 import os
 import time
+import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from trl_ray.actors.actor_log import ActorLog
-from trl_ray.actors.calling import Patience, call_patiently
+from trl_ray.actors.calling import Patience
+from trl_ray.actors.pending_scores import PendingScores, ask_for_scores
 from trl_ray.config.sections import Isolation
 from trl_ray.errors import ActorLostError, DeadlineError
 from trl_ray.rewards.reward_registry import RewardSpec, load_function
@@ -47,13 +48,14 @@ class ScoringModel:
     handles: tuple[Handle, ...]
     """Its copies."""
     deadline_s: float
-    """For one group: waiting for others, and for a copy that is being restarted, included."""
+    """For a copy that answers nothing, as one that is being restarted; not for waiting behind other groups."""
 
 
 class RewardWorker:
     """Rewards of whole groups by the functions and reward models of a run.
 
-    Calls to `score` may overlap: they queue, and each has its own `timeout_s` from when its turn comes.
+    Calls to `score` may overlap: each has its own `timeout_s` from when its turn comes, and while the async functions
+    of some groups are awaited, others begin.
     """
 
     def __init__(
@@ -75,25 +77,39 @@ class RewardWorker:
         self._progress = 0
         self._busy: dict[int, float] = {}
         self._calls = itertools.count()
+        self._pending = PendingScores()
         self._log = ActorLog(name)
         self._inline = isolation is Isolation.INLINE
         self._sandbox = Sandbox(
             functions=functions, weights=weights, timeout_s=timeout_s, may_abstain=bool(self._models)
         )
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         if self._inline:
             loaded = [load_function(spec) for spec in self._functions]
             self._loaded = weighted(names, loaded, weights)
         elif self._functions:
             # The first group finds the child up; should it fail, that group says why.
-            self._thread.submit(self._sandbox.start)
+            self._sandbox.begin()
 
-    async def score(self, group_prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
+    async def score(
+        self,
+        group_prompt: Prompt,
+        completions: Sequence[Completion],
+        *,
+        key: str | None = None,
+        wait_s: float = 0.0,
+    ) -> ScoredGroup | None:
         """Rewards of the G completions of one prompt, or the failure that explains why there are none.
+
+        With a `key` it answers None after `wait_s`, to be asked again; without, it answers when the group is scored.
 
         consumes: one group; produces: one ScoredGroup; waits for: the groups before it, the functions and the reward
         models; unblocked by: their return, or their deadline.
         """
+        if key is None:
+            return await self._score(group_prompt, completions)
+        return await self._pending.get(key, lambda: self._score(group_prompt, completions), wait_s=wait_s)
+
+    async def _score(self, group_prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
         start = time.time()
         rated = asyncio.gather(*(model.score(group_prompt, completions) for model in self._models))
         scores = []
@@ -118,22 +134,23 @@ class RewardWorker:
     def close(self) -> None:
         """Kill the sandbox; groups under way or queued are answered with CRASH. May be called twice."""
         self._sandbox.close()
-        self._thread.shutdown(wait=False)
 
     async def _score_by_functions(self, prompt: Prompt, completions: Sequence[Completion]) -> tuple[float, ScoredGroup]:
         """When the group's turn came, and what the functions say."""
         group = GroupInput.of(prompt, completions)
         if self._inline:
             return time.time(), await self._score_inline(group)
-        return await asyncio.wrap_future(self._thread.submit(self._score_in_sandbox, group, len(completions)))
+        call = next(self._calls)
 
-    def _score_in_sandbox(self, group: GroupInput, size: int) -> tuple[float, ScoredGroup]:
-        call, start = next(self._calls), time.time()
-        self._busy[call] = start
+        def on_start() -> None:
+            self._busy[call] = time.time()
+
+        future = self._sandbox.submit(group, size=len(completions), on_start=on_start)
         try:
-            return start, self._sandbox.score(group, size=size)
+            scored = await asyncio.wrap_future(future)
         finally:
-            del self._busy[call]
+            began = self._busy.pop(call, time.time())
+        return began, scored
 
     async def _score_inline(self, group: GroupInput) -> ScoredGroup:
         call = next(self._calls)
@@ -164,7 +181,7 @@ class _ModelCalls:
         """Rewards by the copy with the least to do, waiting out its restart if need be.
 
         consumes: one group; produces: its rewards or a failure; waits for: the copy; unblocked by: its answer, or the
-        deadline.
+        deadline of a copy that answers nothing.
         """
         model = self._model
         index = min(range(len(model.handles)), key=self._scoring.__getitem__)
@@ -172,11 +189,9 @@ class _ModelCalls:
         self._scoring[index] += 1
         patience = Patience(deadline_s=model.deadline_s, total_s=model.deadline_s)
         try:
-            scored: ScoredGroup = await call_patiently(
-                handle, "score", patience, group_prompt=prompt, completions=tuple(completions)
-            )
+            scored = await ask_for_scores(handle, prompt, completions, key=uuid.uuid4().hex, patience=patience)
         except DeadlineError:
-            detail = f"{model.name} must rate a group within {model.deadline_s:g} s, {handle.name} did not."
+            detail = f"{model.name} must answer within {model.deadline_s:g} s, {handle.name} did not."
             scored = self._failed(RewardErrorKind.TIMEOUT, detail)
         except ActorLostError as error:
             detail = f"{model.name} must come back within {model.deadline_s:g} s, it did not: {error}"

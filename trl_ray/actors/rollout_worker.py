@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import uuid
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -22,6 +23,7 @@ from typing import Any
 from trl_ray.actors.actor_log import ActorLog
 from trl_ray.actors.calling import Patience, call_patiently
 from trl_ray.actors.dataset_completions import given_completions
+from trl_ray.actors.pending_scores import ask_for_scores
 from trl_ray.actors.teaching import Taught, TeacherFailure, TeacherSeat, Teaching, TeachingPlan
 from trl_ray.actors.weight_proof import WeightProof
 from trl_ray.config.runs.agreement_rule import AgreementRule
@@ -29,7 +31,7 @@ from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.data.prompts.reprompts import DecodingTokenizer
 from trl_ray.engines.factory import create_engine
 from trl_ray.engines.thread import EngineThread
-from trl_ray.errors import EngineError, RunError, TrlRayError
+from trl_ray.errors import ActorLostError, DeadlineError, EngineError, RunError, TrlRayError
 from trl_ray.models.policy_loading import find_source, load_tokenizer
 from trl_ray.types import (
     ActorReport,
@@ -43,6 +45,8 @@ from trl_ray.types import (
     Prompt,
     PullReport,
     Reward,
+    RewardErrorKind,
+    RewardFailure,
     RolloutGroup,
     SamplingParams,
     ScoredGroup,
@@ -359,19 +363,25 @@ class RolloutWorker:
         return Taught() if self._teaching is None else await self._teaching.teach(prompt, completions, rewards)
 
     async def _score(self, prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
-        """Score on the reward worker with the least to do, waiting out its restart; without any there are no totals."""
+        """Score on the reward worker with the least to do, waiting out its queue; without any there are no totals.
+
+        A worker that does not answer any more fails the group: the engine is none the worse for it.
+        """
         if not self._rewards:
             return _unscored(len(completions))
         index = min(range(len(self._rewards)), key=self._scoring.__getitem__)
+        handle = self._rewards[index]
         self._scoring[index] += 1
         try:
-            patience = Patience(deadline_s=self._rollout.lease_s, total_s=self._rollout.lease_s)
-            scored: ScoredGroup = await call_patiently(
-                self._rewards[index], "score", patience, group_prompt=prompt, completions=tuple(completions)
-            )
+            return await ask_for_scores(handle, prompt, completions, key=uuid.uuid4().hex, patience=CALL)
+        except (ActorLostError, DeadlineError) as error:
+            detail = f"{handle.name} must answer within {CALL.total_s:g} s, it did not: {error}"
+            failure = RewardFailure(function=handle.name, kind=RewardErrorKind.CRASH, detail=detail)
+            told = {"function": failure.function, "kind": failure.kind.value, "detail": detail}
+            self._log.event(EventKind.REWARD_FAILED, **told, prompt_id=prompt.prompt_id)
+            return ScoredGroup(failure=failure)
         finally:
             self._scoring[index] -= 1
-        return scored
 
     async def _ask(self, method: str, /, **kwargs: Any) -> Any:
         # A worker that cannot finish its groups must not renew its leases on them.
@@ -415,16 +425,18 @@ def open_engine(
     *, model: ModelConfig, rollout: RolloutConfig, max_model_len: int, seed: int, max_logprobs: int | None = None
 ) -> EngineThread:
     """The engine that the options ask for, ready to generate, and to score with as many as `max_logprobs`."""
+    source = find_source(model)
     return create_engine(
         rollout.engine,
-        model=find_source(model).base,  # adapters arrive merged
+        model=source.base,  # adapters arrive merged
+        revision=source.revision,
+        tokenizer=load_tokenizer(model),
         dtype=(rollout.dtype or model.dtype).value,
         max_model_len=max_model_len,
         max_num_seqs=rollout.max_num_seqs,
         hang_deadline_s=rollout.hang_deadline_s,
         seed=seed,
         trust_remote_code=model.trust_remote_code,
-        eos_token=model.eos_token,
         kv_cache_memory_bytes=int(rollout.kv_cache_memory_gib * (1 << 30)),
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enforce_eager=rollout.enforce_eager,

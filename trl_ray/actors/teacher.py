@@ -327,11 +327,10 @@ def open_teacher_engine(options: TeacherOptions) -> EngineThread:
     model = options.model
     source = find_source(model)
     overrides: dict[str, Any] = {"max_logprobs": -1}  # as many as a question asks for
-    if source.revision is not None and source.revision != "main":
-        overrides |= {"revision": source.revision}
     return create_engine(
         EngineChoice.VLLM,
         model=source.base,
+        revision=source.revision,
         dtype=model.dtype.value,
         max_model_len=options.max_model_len or max_positions(model) or _MAX_MODEL_LEN,
         max_num_seqs=_MAX_SEQUENCES,

@@ -219,6 +219,14 @@ class LedgerSnapshot:
         """Whether ``issued == trained + dropped + live`` holds."""
         return self.issued == self.trained + self.dropped_total + self.live_total
 
+    def with_bad_rows(self, count: int) -> LedgerSnapshot:
+        """The same with so many rows of the dataset that no prompt could be made of, as groups issued and dropped."""
+        if not count:
+            return self
+        return dataclasses.replace(
+            self, issued=self.issued + count, dropped={**self.dropped, DropReason.BAD_ROW.value: count}
+        )
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values, in a fixed order of keys."""
         return {**dataclasses.asdict(self), "balanced": self.balanced}

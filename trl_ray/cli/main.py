@@ -19,19 +19,22 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from trl_ray.cli.option_arguments import read_options
 from trl_ray.cli.option_help import describe_options
 from trl_ray.config.base import Section
 from trl_ray.config.load import apply_overrides, build, read_yaml
 from trl_ray.config.messages import nearest
-from trl_ray.config.object_paths import entry_point_paths, real_path
+from trl_ray.config.object_paths import entry_point_paths, place, real_path
+from trl_ray.config.runs.config_registry import CONFIGS
 from trl_ray.config.teacher_options import TeacherServeConfig
 from trl_ray.errors import ConfigError, InputError, InterruptedRun, RunError, TrlRayError
 from trl_ray.observe.run_directory import RunDirectory
-from trl_ray.pipelines.pipeline_registry import ENTRY_POINTS, PIPELINES, find_pipeline
-from trl_ray.pipelines.run.pipeline import Pipeline, TrainOutput
+from trl_ray.pipelines.pipeline_registry import ENTRY_POINTS, find_pipeline
+
+if TYPE_CHECKING:
+    from trl_ray.pipelines.run.pipeline import Pipeline, TrainOutput
 
 
 class ExitCode(enum.IntEnum):
@@ -45,7 +48,7 @@ class ExitCode(enum.IntEnum):
 
 _SERVE = "teacher-serve"
 _SERVES = "answer for a teacher over HTTP"
-_BUILT_IN = frozenset({*PIPELINES, _SERVE, "resume", "report", "env"})
+_BUILT_IN = frozenset({*CONFIGS, _SERVE, "resume", "report", "env"})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,10 +62,8 @@ def build_parser(*, outside: str | None = None) -> argparse.ArgumentParser:
     """All commands; `outside` is a pipeline that is none of the package's."""
     parser = _Parser(prog="trl-ray", description=(__doc__ or "").split("\n", 1)[0])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
-    pipelines = PIPELINES if outside is None else {**PIPELINES, outside: find_pipeline(outside)}
-    for name, pipeline in pipelines.items():
-        sub = commands.add_parser(name, help=_summary(pipeline), add_help=False)
-        _add_options(sub)
+    for name in (*CONFIGS, *([] if outside is None else [outside])):
+        _add_options(commands.add_parser(name, help=_summary(name), add_help=False))
     resume = commands.add_parser("resume", help="go on with a run from its last checkpoint")
     resume.add_argument("run_dir")
     report = commands.add_parser("report", help="draw RUN_DIR/report.html again")
@@ -79,12 +80,38 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("-h", "--help", dest="help", action="store_true")
 
 
-def _summary(pipeline: type[Any]) -> str:
-    return (pipeline.__doc__ or "").split("\n", 1)[0]
+def _summary(command: str) -> str:
+    """What a command does; of what is built in, no pipeline is imported for it, because that takes seconds."""
+    if command == _SERVE:
+        return _SERVES
+    described: Any = CONFIGS[command] if command in CONFIGS else find_pipeline(command)
+    return (described.__doc__ or "").partition("\n\n")[0].partition("; names and defaults")[0].replace("\n    ", " ")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    try:
+        return _run(argv)
+    finally:
+        # What the console left unwritten would otherwise end Python with an error of its own.
+        for stream in (sys.stdout, sys.stderr):
+            _write("", stream)
+
+
+def _write(text: str, stream: TextIO) -> None:
+    """Write all at once, and nothing any more where who reads has seen enough, as `head` has."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _print(text: object) -> None:
+    _write(f"{text}\n", sys.stdout)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     # A console script begins without it, `python -m` with it: reward functions and callbacks are named by module.
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -105,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    known = [*PIPELINES, *entry_point_paths(ENTRY_POINTS), _SERVE, "resume", "report", "env"]
+    known = [*CONFIGS, *entry_point_paths(ENTRY_POINTS), _SERVE, "resume", "report", "env"]
     is_outside = bool(argv) and (":" in argv[0] or (argv[0] in known and argv[0] not in _BUILT_IN))
     parser = build_parser(outside=argv[0] if is_outside else None)
     if argv and not argv[0].startswith("-") and argv[0] not in known and not is_outside:
@@ -114,7 +141,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             f"{argv[0]!r} is not a command. "
             + (f"Did you mean {guess!r}?" if guess else f"Commands: {', '.join(known)}.")
         )
-    takes_options = is_outside or (argv and argv[0] in {*PIPELINES, _SERVE})
+    takes_options = is_outside or (argv and argv[0] in {*CONFIGS, _SERVE})
     return _parse_options(parser, argv) if takes_options else parser.parse_args(argv)
 
 
@@ -127,6 +154,8 @@ def _parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse
 def _config_class(command: str) -> type[Section]:
     if command == _SERVE:
         return TeacherServeConfig
+    if command in CONFIGS:
+        return CONFIGS[command]
     found: type[Section] = find_pipeline(command).config_class
     return found
 
@@ -143,25 +172,25 @@ def _set_environment(values: dict[str, Any]) -> None:
 
 def _dispatch(args: argparse.Namespace) -> int:
     if getattr(args, "help", False):
-        what = _SERVES if args.command == _SERVE else _summary(find_pipeline(args.command))
-        print(describe_options(args.command, _config_class(args.command), what=what))
+        _print(describe_options(args.command, _config_class(args.command), what=_summary(args.command)))
         return ExitCode.DONE
     if args.command == "env":
         from trl_ray.observe.environment import describe_environment, format_environment
 
-        print(format_environment(describe_environment()))
+        _print(format_environment(describe_environment()))
         return ExitCode.DONE
     if args.command == "report":
         from trl_ray.observe.report.report_page import build_report
 
-        print(build_report(RunDirectory.open_existing(args.run_dir).path))
+        _print(build_report(RunDirectory.open_existing(args.run_dir).path))
         return ExitCode.DONE
     if args.command == _SERVE:
         return _serve(args)
     if args.command == "resume":
         return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir).train())
     pipeline_class: Any = find_pipeline(args.command)
-    values = apply_overrides({} if args.config is None else read_yaml(args.config), args.overrides)
+    written = {} if args.config is None else place(read_yaml(args.config), Path(args.config).parent)
+    values = apply_overrides(written, args.overrides)
     _set_environment(values)
     config = build(pipeline_class.config_class, values)
     if config.pipeline != real_path(args.command):
@@ -171,7 +200,7 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.dry_run:
         from trl_ray.cli.dry_run import describe_run
 
-        print(describe_run(pipeline))
+        _print(describe_run(pipeline))
         return ExitCode.DONE
     return _finish(pipeline.train())
 
@@ -181,7 +210,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     config = load_serve_config(args.config, args.overrides)
     if args.dry_run:
-        print(describe_server(config))
+        _print(describe_server(config))
         return ExitCode.DONE
     try:
         serve_teacher(config)
@@ -207,15 +236,15 @@ def _finish(output: TrainOutput) -> int:
         f"issued {ledger.issued} = trained {ledger.trained} + dropped {ledger.dropped_total} + live {ledger.live_total}"
     )
     age = "" if output.worst_age is None else f"; oldest token trained on: {output.worst_age} steps"
-    print(f"{output.steps} steps; ledger: {balance}{age}")
-    print(f"report: {output.run_dir / 'report.html'}")
+    _print(f"{output.steps} steps; ledger: {balance}{age}")
+    _print(f"report: {output.run_dir / 'report.html'}")
     if not ledger.balanced or ledger.live_total:
         return _say(ExitCode.FAILED, f"trl-ray: the run ended with work unaccounted for: {balance}")
     return ExitCode.DONE
 
 
 def _say(code: ExitCode, message: str) -> int:
-    print(message, file=sys.stderr)
+    _write(f"{message}\n", sys.stderr)
     return code
 
 

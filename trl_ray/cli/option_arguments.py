@@ -16,16 +16,19 @@ from pydantic import BaseModel
 
 from trl_ray.config.load import parse_yaml
 from trl_ray.config.messages import nearest
+from trl_ray.config.trl_options.reading import is_known
 from trl_ray.errors import ConfigError
 
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.-]*=")
+_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 def read_options(arguments: Sequence[str], config_class: type[BaseModel]) -> list[str]:
     """Overrides ``a.b=c`` in the order in which they were written.
 
     Args:
-        arguments: ``key=value``, ``--key=value``, ``--key value [value ...]``, ``--key`` and ``--no_key`` for switches.
+        arguments: ``key=value``, ``--key=value``, ``--key value [value ...]``, ``--key`` and ``--no_key`` for switches;
+            dashes stand for underscores.
         config_class: whose options say what takes a list and what is a switch.
 
     Raises:
@@ -45,9 +48,10 @@ def read_options(arguments: Sequence[str], config_class: type[BaseModel]) -> lis
             continue
         name, equals, value = argument.removeprefix("--").partition("=")
         _check_flag(name)
-        values = [value] if equals else _values(arguments[position:])
+        name = name.replace("-", "_")
+        values = [value] if equals else _values(name, arguments[position:], config_class)
         position += 0 if equals else len(values)
-        overrides.append(_override(name.replace("-", "_"), values, config_class))
+        overrides.append(_override(name, values, config_class))
     return overrides
 
 
@@ -58,20 +62,33 @@ def _check_flag(name: str) -> None:
         raise ConfigError(f"--{name} is not an option. Did you mean --{meant}?")
 
 
-def _values(rest: Sequence[str]) -> list[str]:
+def _values(name: str, rest: Sequence[str], config_class: type[BaseModel]) -> list[str]:
     """What follows an option up to the next one."""
     found: list[str] = []
     for each in rest:
-        if each.startswith("--") or _ASSIGNMENT.match(each):
+        is_assignment = _ASSIGNMENT.match(each) and (found or not _is_awaited(each, name, config_class))
+        if each.startswith("--") or is_assignment:
             break
         found.append(each)
     return found
+
+
+def _is_awaited(text: str, name: str, config_class: type[BaseModel]) -> bool:
+    """Whether what has a = in it is an option's value all the same: ``--run_name lr=1e-5``."""
+    annotation = _annotation_of(name, config_class)
+    if annotation is not None:
+        return not _takes(annotation, bool)
+    key = text.partition("=")[0].partition(".")[0]
+    known = key in config_class.model_fields or key == "env" or is_known(key)
+    return not known and nearest(key, config_class.model_fields) is None
 
 
 def _override(name: str, values: list[str], config_class: type[BaseModel]) -> str:
     annotation = _annotation_of(name, config_class)
     if not values:
         return _switch(name, annotation, config_class)
+    if len(values) == 1 and _takes(annotation, bool) and not _takes(annotation, str):
+        return f"{name}={_as_switch(values[0])}"
     if len(values) > 1 or (_takes(annotation, list, tuple) and not values[0].startswith(("[", "{"))):
         if len(values) > 1 and annotation is not None and not _takes(annotation, list, tuple):
             raise ConfigError(f"--{name} takes one value, got {' '.join(values)}. Remove all but one.")
@@ -80,13 +97,19 @@ def _override(name: str, values: list[str], config_class: type[BaseModel]) -> st
 
 
 def _switch(name: str, annotation: Any, config_class: type[BaseModel]) -> str:
-    if annotation is None and name.startswith("no_"):
+    if annotation is None and name.startswith("no_") and not is_known(name):
         positive = name.removeprefix("no_")
-        if _takes(_annotation_of(positive, config_class), bool):
+        if _takes(_annotation_of(positive, config_class), bool) or is_known(positive):
             return f"{positive}=false"
     if annotation is not None and not _takes(annotation, bool):
         raise ConfigError(f"--{name} needs a value. Write --{name} VALUE, or {name}=VALUE.")
     return f"{name}=true"
+
+
+def _as_switch(text: str) -> str:
+    """True and false in all the words that transformers' command line takes; other values as they are."""
+    word = text.lower()
+    return "true" if word in _TRUE else "false" if word in _FALSE else text
 
 
 def _word(text: str, annotation: Any) -> Any:

@@ -5,14 +5,39 @@ And the types of single options that several sections share.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from trl_ray.config.messages import explain
+from trl_ray.config.messages import Contradictions, beside, explain, without
 from trl_ray.errors import ConfigError
 
 PartT = TypeVar("PartT", bound="Section")
+RuleT = TypeVar("RuleT", bound=Callable[[Any], None])
+_RULES: set[Callable[[Any], None]] = set()
+
+
+def rule(method: RuleT) -> RuleT:
+    """Mark what several options must keep together: a method that raises ValueError where they do not.
+
+    All rules of a section are asked, and what they find is told at once.
+    """
+    _RULES.add(method)
+    return method
+
+
+@cache
+def _rules_of(section: type) -> tuple[str, ...]:
+    """Names of its rules, those of its bases first; what a class overrides without the mark is none."""
+    names = dict.fromkeys(name for each in reversed(section.__mro__) for name, held in vars(each).items() if _is(held))
+    return tuple(name for name in names if _is(getattr(section, name)))
+
+
+def _is(held: Any) -> bool:
+    return inspect.isfunction(held) and held in _RULES
 
 
 class Section(BaseModel):
@@ -37,11 +62,35 @@ class Section(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(explain(error, type(self))) from None
+            told = explain(error, type(self), values)
+            raise ConfigError("\n".join([*told, *self._further(error, told, values)])) from None
 
     # Without this mark pydantic would build nested sections through __init__, and their mistakes would lose
     # the dotted name of the option.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @model_validator(mode="after")
+    def _keep_rules(self) -> Self:
+        found = []
+        for name in _rules_of(type(self)):
+            try:
+                getattr(self, name)()
+            except ValueError as error:
+                found.append(str(error))
+        if found:
+            raise Contradictions(found)
+        return self
+
+    @classmethod
+    def _further(cls, error: ValidationError, told: list[str], values: dict[str, Any]) -> list[str]:
+        """What is found when all that was wrong is left out; rules are asked only where every option is right."""
+        wrong = [item["loc"] for item in error.errors() if item["loc"]]
+        left, gone = without(values, wrong)
+        try:
+            cls.__pydantic_validator__.validate_python(left)
+        except ValidationError as second:
+            return beside(explain(second, cls, values), told, gone) if gone else []
+        return []
 
     def part(self, section: type[PartT]) -> PartT:
         """The subset of options that one owner reads, e.g. ``config.part(LossConfig)``."""

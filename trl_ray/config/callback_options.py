@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from trl_ray.config.base import Section
+from trl_ray.config.object_paths import real_path
 
 FROM_PYTHON = "python:"
 """Stands in config.yaml before the class of a callback that was given as an object."""
@@ -15,7 +16,7 @@ FROM_PYTHON = "python:"
 class CallbackSpec(Section):
     """One callback."""
 
-    path: str
+    path: Annotated[str, AfterValidator(real_path)]
     """``package.module:Class`` or ``file.py:Class``."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of its constructor."""

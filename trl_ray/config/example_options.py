@@ -8,7 +8,7 @@ SteppedExampleConfig     PRM: separators, which steps
 from __future__ import annotations
 
 import enum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -48,6 +48,12 @@ class ExampleConfig(Section):
     """Rows that are tokenised, packed and shuffled together when streaming."""
     per_device_eval_batch_size: Positive = 8
     """Examples in one micro-batch of one rank in evaluations."""
+    include_for_metrics: list[Literal["inputs", "loss"]] = Field(default_factory=list)
+    """What `compute_metrics` is given beside predictions and labels."""
+    batch_eval_metrics: bool = False
+    """Call `compute_metrics` after every batch, with `compute_result` true after the last, and keep no predictions."""
+    eval_do_concat_batches: bool = True
+    """Join the predictions of all batches into one array; false: a list of one for each."""
 
     @property
     def text_column(self) -> str:

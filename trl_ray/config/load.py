@@ -33,13 +33,40 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
+    def construct_scalar(self, node: Any) -> Any:
+        text = super().construct_scalar(node)
+        if not isinstance(text, str) or _SURROGATE.search(text) is None:
+            return text
+        try:
+            # JSON writes what is beyond 16 bits as two halves.
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise ConfigError(
+                f"line {node.start_mark.line + 1}: a text must hold whole characters, got {text!a}, which has half a "
+                "surrogate pair. Write the character itself."
+            ) from None
 
-# YAML 1.1 wants a dot in floats ("1.0e-5"); people write 1e-5.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+([eE][-+]?[0-9]+)?)$"),
-    list("-+0123456789."),
-)
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that the loader above reads as it was, whatever stands in a text."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # Within single quotes some line breaks of Unicode are folded away; within double ones they are escaped.
+        is_plain = all(each.isprintable() or each in "\n\t" for each in text)
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_Dumper.add_representer(str, _Dumper.represent_text)
+for _each in (_Loader, _Dumper):
+    # YAML 1.1 wants a dot in floats ("1.0e-5"); people write 1e-5. So a text that looks like this is quoted.
+    _each.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"^[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+([eE][-+]?[0-9]+)?)$"
+        ),
+        list("-+0123456789."),
+    )
 
 
 def parse_yaml(text: str, *, source: str) -> Any:
@@ -124,7 +151,7 @@ def load_config(section: type[SectionT], path: str | Path, overrides: Sequence[s
 
 def dump_yaml(config: Section) -> str:
     """The resolved configuration as YAML that loads again to an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _deep_copy(value: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -35,19 +36,66 @@ def _is_mistyped(key: str, known: str) -> bool:
     )
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """One line per mistake, the option's dotted name first."""
-    return "\n".join(_explain_one(dict(item), model) for item in error.errors())
+class Contradictions(ValueError):
+    """All that the rules of one section found."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__("\n".join(found))
+        self.found = found
 
 
-def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
+def explain(error: ValidationError, model: type[BaseModel], given: Mapping[str, Any]) -> list[str]:
+    """One line per mistake, the option's dotted name first.
+
+    Args:
+        error: what validation found.
+        model: that was validated.
+        given: what was written.
+    """
+    return [line for item in error.errors() for line in _explain_one(dict(item), model, given)]
+
+
+def without(values: Mapping[str, Any], wrong: Iterable[tuple[Any, ...]]) -> tuple[dict[str, Any], set[str]]:
+    """What was written without the options at some places, and the names of what went.
+
+    Of a list, and of an object, all of it goes.
+    """
+    left, gone = dict(values), set()
+    for name, *rest in wrong:
+        inner = left.get(name)
+        if rest and isinstance(inner, Mapping):
+            left[name], names = without(inner, [tuple(rest)])
+            gone |= names
+        else:
+            left.pop(name, None)
+            gone.add(str(name))
+    return left, gone
+
+
+def beside(lines: Iterable[str], told: Iterable[str], gone: Iterable[str]) -> list[str]:
+    """Lines that were not told, and speak of no option that was left out: its default may be what they complain of."""
+    left_out = re.compile(rf"\b({'|'.join(map(re.escape, gone))})\b")
+    known = set(told)
+    return [line for line in lines if line not in known and not left_out.search(line)]
+
+
+def _explain_one(item: dict[str, Any], model: type[BaseModel], given: Mapping[str, Any]) -> list[str]:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return unknown_key(path, _fields_at(model, item["loc"][:-1]), item["input"])
+        return [unknown_key(path, _fields_at(model, item["loc"][:-1]), item["input"], given)]
     if item["type"] == "value_error":
-        text = str(item["ctx"]["error"])
-        # A sentence about one option begins after its name; one about several names them itself.
-        return f"{path} {text}" if text.startswith("must ") else f"{path}: {text}" if path else text
+        error = item["ctx"]["error"]
+        found = error.found if isinstance(error, Contradictions) else [str(error)]
+        return [_of_option(path, text) for text in found]
+    return [_wrong_value(path, item)]
+
+
+def _of_option(path: str, text: str) -> str:
+    # A sentence about one option begins after its name; one about several names them itself.
+    return f"{path} {text}" if text.startswith("must ") else f"{path}: {text}" if path else text
+
+
+def _wrong_value(path: str, item: dict[str, Any]) -> str:
     if item["type"] == "string_pattern_mismatch":
         allowed = str(item["ctx"]["pattern"]).strip("^()$").replace("|", ", ")
         return f"{path} must be one of {allowed}, got {item['input']!r}."
@@ -57,16 +105,19 @@ def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
     return f"{path} must be {rule}, got {item['input']!r}."
 
 
-def unknown_key(path: str, known: Iterable[str], value: Any = ABSENT) -> str:
+def unknown_key(
+    path: str, known: Iterable[str], value: Any = ABSENT, given: Mapping[str, Any] = MappingProxyType({})
+) -> str:
     """The message for a key that no owner reads.
 
     Args:
         path: its dotted name.
         known: keys that its owner reads.
         value: that it was given; some options of TRL's are accepted with other values.
+        given: what was written beside it.
     """
     known = list(known)
-    entry, instead = entry_of(path, known), why_not(path, value, known)
+    entry, instead = entry_of(path, known), why_not(path, value, known, given)
     if entry is not None and instead is not None:
         is_wrong_value = value is not ABSENT and entry.standing is not Standing.REFUSED
         return f"{path!r} cannot be {value!r} here. {instead}" if is_wrong_value else _not_here(path, instead)

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -77,9 +77,48 @@ def find_plug_in(name: str, *, group: str, what: str, built_in: Sequence[str] = 
 
 
 def real_path(path: str) -> str:
-    """The same object's path for every folder: that of a file becomes absolute, without links; others stay."""
+    """The same object's path for every folder: that of a file becomes absolute, without links; others stay.
+
+    What is uploaded with a Ray job lies in another folder each time, so that paths in it stay relative to that.
+    """
     file, _, attribute = path.rpartition(":")
-    return f"{Path(file).resolve()}:{attribute}" if file.endswith(".py") else path
+    if not file.endswith(".py"):
+        return path
+    found, here = Path(file).resolve(), Path.cwd().resolve()
+    is_uploaded = here.parent.name == "working_dir_files" and here in found.parents
+    return f"{found.relative_to(here) if is_uploaded else found}:{attribute}"
+
+
+OBJECT_OPTIONS = ("loss", "reward_funcs", "callbacks", "teacher_model_kind")
+"""Options that may name an object in a file."""
+
+
+def place(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a configuration file says, with the files of objects where they are: beside it, or else in this folder.
+
+    Raises:
+        ConfigError: a file is in neither.
+    """
+    return {
+        option: _place(value, folder, option) if option in OBJECT_OPTIONS else value for option, value in values.items()
+    }
+
+
+def _place(value: Any, folder: Path, option: str) -> Any:
+    if isinstance(value, list):
+        return [_place(each, folder, option) for each in value]
+    if isinstance(value, Mapping):
+        return {key: _place(each, folder, option) if key == "path" else each for key, each in value.items()}
+    file, _, name = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    if not file.endswith(".py") or Path(file).is_absolute():
+        return value
+    for each in (folder, Path.cwd()):
+        if (each / file).is_file():
+            return real_path(f"{each / file}:{name}")
+    raise ConfigError(
+        f"{option} must name a file that exists, got {value!r}: there is no {file} in {folder.resolve()}, where the "
+        f"configuration is, nor in {Path.cwd()}. Correct the path."
+    )
 
 
 def is_same_object(written: str, used: str) -> bool:
@@ -102,7 +141,7 @@ def _module(name: str, path: str, what: str) -> ModuleType:
     try:
         return _module_of_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
     except FileNotFoundError as error:
-        raise ConfigError(f"{what} {path!r} must name a file that exists, got {name!r}.") from error
+        raise ConfigError(f"{what} {path!r} must name a file that exists, got {name!r} in {Path.cwd()}.") from error
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{what} {path!r} must be importable: {error}. Install the package, start in the folder "

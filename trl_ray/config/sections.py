@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from trl_ray.config.base import FROM_STRING, Fraction, Natural, Positive, Seconds, Section, none_is, none_is_empty
+from trl_ray.config.base import FROM_STRING, Fraction, Natural, Positive, Seconds, Section, none_is, none_is_empty, rule
 from trl_ray.config.callback_options import CallbackField
 from trl_ray.config.deepspeed_file import read_deepspeed
 from trl_ray.config.keyword_options import GENERATION_KWARGS, MODEL_INIT_KWARGS, spread
@@ -157,8 +157,8 @@ class ModelConfig(Section):
     def _read_model_init_kwargs(cls, values: Any) -> Any:
         return spread(values, "model_init_kwargs", MODEL_INIT_KWARGS)
 
-    @model_validator(mode="after")
-    def _check_adapter(self) -> Self:
+    @rule
+    def _check_adapter(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit must not both be true. Choose one.")
         asked = {
@@ -172,7 +172,6 @@ class ModelConfig(Section):
         names = [name for name, wanted in asked.items() if wanted]
         if names and not self.use_peft:
             raise ValueError(f"use_peft must be true with {' and '.join(names)}, got false. Set use_peft=true.")
-        return self
 
 
 class MixtureStopping(enum.StrEnum):
@@ -220,8 +219,22 @@ class DatasetConfig(Section):
     weight: Annotated[float, Field(gt=0)] | None = None
     """Probability with which the next row is drawn from this dataset, relative to the others' (1 where they have none);
     None everywhere joins the datasets one after the other, whole."""
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of this dataset's own rows that is trained on: the first ones. Held-out rows are all taken."""
+    share_seed: Natural | None = None
+    """Draw the rows of `share` at random, by this seed."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """As `dataset_kwargs`."""
+
+    @rule
+    def _check_share(self) -> None:
+        if self.share is not None and (self.fraction is not None or self.weight is not None):
+            raise ValueError(
+                f"share must be left out with fraction or weight, got {self.share}: it is a part of the dataset's own "
+                "rows, they are parts of the mixture. Remove one."
+            )
+        if self.share_seed is not None and self.share is None:
+            raise ValueError(f"share must be set with share_seed={self.share_seed}, got None. Set it, or remove both.")
 
 
 class DataConfig(Section):
@@ -253,27 +266,25 @@ class DataConfig(Section):
     shuffle_dataset: bool = True
     chat_template_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _check_roles(self) -> Self:
+    @rule
+    def _check_roles(self) -> None:
         unknown = {name: role for name, role in self.role_mapping.items() if role not in ROLES and role != name}
         if unknown:
             raise ValueError(
                 f"role_mapping must map speakers to {', '.join(ROLES)}, or to themselves where the chat template knows "
                 f"them, got {unknown}. Change the roles."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_data_files(self) -> Self:
+    @rule
+    def _check_data_files(self) -> None:
         if self.data_files is not None and self.dataset_name is None:
             raise ValueError(
                 f"dataset_name must be set with data_files={self.data_files!r}, got None: say what reads them, such as "
                 "dataset_name=json, csv or parquet. In datasets, set it for each entry."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_shares(self) -> Self:
+    @rule
+    def _check_shares(self) -> None:
         given = [source.fraction is not None for source in self.datasets]
         if any(given) and not all(given):
             raise ValueError(
@@ -286,10 +297,13 @@ class DataConfig(Section):
                 "fraction and weight (or mixture_stopping) say in two ways how datasets are mixed, got both. Remove "
                 "one: fraction keeps the first rows of each, weight draws rows at random."
             )
-        return self
+        if weighed and any(source.share is not None for source in self.datasets):
+            raise ValueError(
+                "share must be left out in datasets that are mixed by weight or mixture_stopping, got both. Remove one."
+            )
 
-    @model_validator(mode="after")
-    def _check_test_split_size(self) -> Self:
+    @rule
+    def _check_test_split_size(self) -> None:
         size = self.test_split_size
         if size is not None and size >= 1 and size != int(size):
             raise ValueError(f"test_split_size must be below 1 or a whole number of rows, got {size}. Change it.")
@@ -298,7 +312,6 @@ class DataConfig(Section):
                 f"dataset_test_split must be left out with test_split_size={size}, got {self.dataset_test_split!r}: "
                 "both say which rows are held out. Remove one of the two."
             )
-        return self
 
 
 class PromptConfig(DataConfig):
@@ -396,21 +409,20 @@ class GenerationConfig(Section):
     def _read_generation_kwargs(cls, values: Any) -> Any:
         return spread(values, "generation_kwargs", GENERATION_KWARGS)
 
-    @model_validator(mode="after")
-    def _check_min_tokens(self) -> Self:
+    @rule
+    def _check_min_tokens(self) -> None:
         if self.min_tokens > self.max_completion_length:
             raise ValueError(
                 f"min_tokens must be at most max_completion_length, got {self.min_tokens} and "
                 f"{self.max_completion_length}. Lower it."
             )
-        return self
 
 
 class RewardConfig(Section):
-    """Reward workers; each scores one group at a time, so slow judges want several."""
+    """Reward workers; each calls the functions of one group after the other, and awaits async ones together."""
 
     timeout_s: Seconds = 60.0
-    """A reward function that takes longer for one group is killed."""
+    """A reward function that takes longer for one group is killed, counted from the group's turn."""
     num_workers: Positive = 1
     num_cpus: Annotated[float, Field(ge=0)] = 0.0
     """CPUs that Ray sets aside for each reward worker."""
@@ -528,6 +540,8 @@ class ReportConfig(Section):
     """Name of the project in these services; None takes `wandb_project`."""
     trackio_space_id: str | None = None
     """Space that Trackio writes to; None writes on this machine."""
+    trackio_bucket_id: str | None = None
+    """Bucket where that Space keeps its numbers; None leaves it to Trackio."""
     wandb_project: str = "trl_ray"
     html_report: bool = True
     callbacks: list[CallbackField] = Field(default_factory=list)

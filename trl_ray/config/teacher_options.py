@@ -13,11 +13,12 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from trl_ray.config.base import FROM_STRING, Positive, Seconds, Section
+from trl_ray.config.base import FROM_STRING, Positive, Seconds, Section, rule
+from trl_ray.config.object_paths import real_path
 from trl_ray.config.sections import Dtype, ModelConfig, StatedDtype
 
 
@@ -41,7 +42,7 @@ def _known_kind(value: Any) -> Any:
     if not isinstance(value, str) or ":" not in value:
         known = ", ".join(repr(kind.value) for kind in TeacherKind)
         raise ValueError(f"must be {known}, package.module:Class or file.py:Class, got {value!r}. Choose one.")
-    return value
+    return real_path(value)
 
 
 class AdapterAverage(enum.StrEnum):
@@ -159,14 +160,13 @@ class TeacherServerConfig(Section):
     retry_delay_s: Seconds = 0.5
     """Before the second attempt; doubled before each further one, up to 10 s."""
 
-    @model_validator(mode="after")
-    def _check_model(self) -> Self:
+    @rule
+    def _check_model(self) -> None:
         if (self.protocol is TeacherProtocol.VLLM) != (self.model is not None):
             raise ValueError(
                 f"model must be set with protocol=vllm and left out otherwise, got {self.model} and "
                 f"{self.protocol.value}. Change one of the two."
             )
-        return self
 
 
 class TeacherEngine(enum.StrEnum):
@@ -211,8 +211,8 @@ class TeacherOptions(TeacherConfig):
             bf16=False,
         )
 
-    @model_validator(mode="after")
-    def _check_source(self) -> Self:
+    @rule
+    def _check_source(self) -> None:
         if (self.server is None) == (self.model_name_or_path is None):
             raise ValueError(
                 f"teacher {self.name} must have either model_name_or_path or server, got {self.model_name_or_path!r} "
@@ -224,7 +224,6 @@ class TeacherOptions(TeacherConfig):
                 f"{'server' if self.server else 'engine=vllm'}: the learner computes with transformers. Remove one of "
                 "the two."
             )
-        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,8 +330,8 @@ class TeacherServeConfig(TeacherOptions):
         """The teacher, as the one who holds it is told."""
         return TeacherSource(name=self.name, kind=TeacherKind.EXTERNAL, model=self.model, options=self)
 
-    @model_validator(mode="after")
-    def _check_askers_options(self) -> Self:
+    @rule
+    def _check_askers_options(self) -> None:
         fields = type(self).model_fields
         changed = [name for name in (*_ASKERS_OPTIONS, "num_cpus") if getattr(self, name) != fields[name].default]
         if changed:
@@ -340,13 +339,11 @@ class TeacherServeConfig(TeacherOptions):
                 f"{', '.join(changed)} must be left out, because a server does not use them: payload and patience are "
                 "options of the run that asks, and threads are set by OMP_NUM_THREADS. Remove them."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_token(self) -> Self:
+    @rule
+    def _check_token(self) -> None:
         if self.token_variable is None and not self.is_local:
             raise ValueError(
                 f"token_variable must be set where others can reach the server, got none with host {self.host}. Name "
                 "an environment variable that holds a token, or set host=127.0.0.1."
             )
-        return self

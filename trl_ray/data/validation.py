@@ -1,6 +1,6 @@
 """Checks every row before anything starts, and names the row, the field, the value and the remedy.
 
-columns -- require_column --> check_prompt per row --> text or messages;  plain_columns --> JSON values
+columns -- require_column --> check_prompt, check_message per row --> text, messages;  plain_columns --> JSON values
 """
 
 from __future__ import annotations
@@ -32,22 +32,17 @@ def require_column(columns: Sequence[str], column: str, *, name: str, aliases: S
     raise DataError(f"{name} must have the prompt column {column!r}; its columns are {', '.join(columns)}. {fix}")
 
 
-def check_prompt(value: object, *, where: str, roles: Collection[str] = ()) -> str | tuple[Message, ...]:
-    """A prompt as it may be used: text, or a conversation of the usual roles and of `roles`.
+def check_prompt(value: object, *, where: str) -> str:
+    """A prompt that is no list of messages.
 
     Raises:
-        DataError: None, empty, of another type, or with a message that is not one.
+        DataError: None, empty, or of another type.
     """
-    if isinstance(value, str):
-        if not value.strip():
-            raise DataError(f"{where} must not be empty, got {value!r}. Fill it or remove the row.")
-        return check_unicode(value, where)
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, str):
         raise DataError(f"{where} must be text or a list of messages, got {show(value)}. Mend or remove the row.")
-    if not value:
-        raise DataError(f"{where} must have at least one message, got []. Fill it or remove the row.")
-    known = (*ROLES, *roles)
-    return tuple(check_message(message, f"{where}, message {i}", roles=known) for i, message in enumerate(value))
+    if not value.strip():
+        raise DataError(f"{where} must not be empty, got {value!r}. Fill it or remove the row.")
+    return check_unicode(value, where)
 
 
 def check_message(message: object, where: str, *, roles: Collection[str] = ROLES) -> Message:

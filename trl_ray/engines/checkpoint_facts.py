@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from trl_ray.engines.checkpoint_layout import empty_model
 from trl_ray.errors import ModelError
+from trl_ray.models.vocabulary import missing_rows
 from trl_ray.models.weight_payload import build_manifest
 from trl_ray.types import TensorEntry
 
@@ -31,6 +32,8 @@ class CheckpointFacts:
     """Sorted end-of-sequence ids of tokenizer and generation config."""
     vocab_size: int
     """Rows of the embedding, which may exceed the tokenizer's."""
+    grown: bool
+    """Whether these are more than the checkpoint has, as the tokenizer needs them."""
     max_positions: int | None
     """Tokens of the longest sequence; None: its configuration does not say, as of state-space models."""
     manifest: tuple[TensorEntry, ...]
@@ -55,10 +58,10 @@ def stop_ids_of(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig
     return tuple(sorted(set(ids)))
 
 
-def read_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def read_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, *, revision: str | None = None) -> tuple[int, ...]:
     """The same of a path or name, whose generation config is read."""
     try:
-        generation = GenerationConfig.from_pretrained(model)
+        generation = GenerationConfig.from_pretrained(model, **at_revision(revision))
     except OSError:  # Many checkpoints have none.
         generation = None
     return stop_ids_of(tokenizer, generation)
@@ -68,6 +71,11 @@ def positions_of(text: Any) -> int | None:
     """Positions that a text configuration allows; None where there is no limit."""
     value = getattr(text, "max_position_embeddings", None)
     return int(value) if value else None
+
+
+def at_revision(revision: str | None) -> dict[str, Any]:
+    """The keyword by which transformers takes a revision; none for the default."""
+    return {} if revision is None else {"revision": revision}
 
 
 def kv_bytes_per_token(config: Any, dtype: str) -> int:
@@ -82,22 +90,37 @@ def kv_bytes_per_token(config: Any, dtype: str) -> int:
     return int(2 * text.num_hidden_layers * kv_heads * head_size * element)
 
 
-def read_facts(model: str, *, dtype: str, trust_remote_code: bool, eos_token: str | None = None) -> CheckpointFacts:
+def read_facts(
+    model: str,
+    *,
+    dtype: str,
+    trust_remote_code: bool,
+    revision: str | None = None,
+    eos_token: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> CheckpointFacts:
     """Read config and tokenizer; the parameters are laid out on the meta device, so no weight is read.
 
     Args:
         model: path or name.
         dtype: of the KV cache.
         trust_remote_code: run code that comes with the model.
+        revision: of a name; None is the main one.
         eos_token: ends a completion as well; None adds no token.
+        tokenizer: takes the place of the model's own, and may be longer.
 
     Raises:
         ModelError: the path or name cannot be read, or the tokenizer has no such token.
     """
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        skeleton = empty_model(model, trust_remote_code=trust_remote_code, config=config)
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **at_revision(revision)}
+        config = AutoConfig.from_pretrained(model, **options)
+        if tokenizer is None:
+            tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model, **options))
+        rows = missing_rows(tokenizer, config.get_text_config().vocab_size)
+        if rows is not None:
+            config.get_text_config().vocab_size = rows
+        skeleton = empty_model(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model must be a directory or hub name with config and tokenizer, but {model!r} cannot be read: {error}"
@@ -111,8 +134,9 @@ def read_facts(model: str, *, dtype: str, trust_remote_code: bool, eos_token: st
     text = config.get_text_config()
     return CheckpointFacts(
         tokenizer=tokenizer,
-        stop_ids=read_stop_ids(model, tokenizer),
+        stop_ids=read_stop_ids(model, tokenizer, revision=revision),
         vocab_size=text.vocab_size,
+        grown=rows is not None,
         max_positions=positions_of(text),
         manifest=build_manifest((name, parameter) for name, parameter in skeleton.named_parameters()),
         kv_bytes_per_token=kv_bytes_per_token(config, dtype),

@@ -18,13 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 
-def empty_model(model: str, *, trust_remote_code: bool, config: Any = None) -> Any:
+def empty_model(config: Any, *, trust_remote_code: bool) -> Any:
     """A model without memory (torch's meta device).
 
     Raises:
-        OSError, ValueError: it cannot be read, or transformers has no such model.
+        ValueError: transformers has no such model.
     """
-    config = config or AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
         return auto.from_config(config, trust_remote_code=trust_remote_code)
@@ -37,10 +36,14 @@ class CheckpointLayout:
     model: str
     """Path or hub name."""
     trust_remote_code: bool = False
+    revision: str | None = None
+    """Of a hub name; None: the default."""
 
     def empty(self) -> Any:
         """The model that knows how it is saved."""
-        return empty_model(self.model, trust_remote_code=self.trust_remote_code)
+        options = {} if self.revision is None else {"revision": self.revision}
+        config = AutoConfig.from_pretrained(self.model, trust_remote_code=self.trust_remote_code, **options)
+        return empty_model(config, trust_remote_code=self.trust_remote_code)
 
 
 @torch.no_grad()

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl_ray.config.sections import EngineChoice
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def resolve_engine_kind(kind: EngineChoice | str) -> EngineChoice:
@@ -44,7 +47,9 @@ def create_engine(
     hang_deadline_s: float = 300.0,
     seed: int = 0,
     trust_remote_code: bool = False,
+    revision: str | None = None,
     eos_token: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     kv_cache_memory_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
     enforce_eager: bool = False,
@@ -70,7 +75,9 @@ def create_engine(
         "hang_deadline_s": hang_deadline_s,
         "seed": seed,
         "trust_remote_code": trust_remote_code,
+        "revision": revision,
         "eos_token": eos_token,
+        "tokenizer": tokenizer,
         "engine_kwargs": engine_kwargs,
     }
     if resolve_engine_kind(kind) is EngineChoice.VLLM:

@@ -25,11 +25,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizer
 from transformers.utils import logging
 
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
-from trl_ray.engines.checkpoint_facts import is_recurrent, positions_of, read_facts, stop_ids_of
+from trl_ray.engines.checkpoint_facts import at_revision, is_recurrent, positions_of, read_facts, stop_ids_of
 from trl_ray.engines.sampling import BatchSampling, draw, processed_logprobs, sample_seed
 from trl_ray.engines.thread import EngineThread
 from trl_ray.models.companions.teacher_model import TeacherModel
 from trl_ray.models.scoring.head import check_head
+from trl_ray.models.vocabulary import add_rows
 from trl_ray.models.weight_payload import build_manifest, named_tensors
 from trl_ray.types import (
     Completion,
@@ -53,13 +54,14 @@ class TransformersEngine(EngineThread):
 
     Args:
         model: path or hub name, or a causal language model that already exists (it is used in place, and updated).
-        tokenizer: needed with a model object, ignored with a path.
+        tokenizer: needed with a model object; with a path it takes the place of the model's own, and may be longer.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; ignored with a model object.
         max_model_len: prompt and completion tokens of one sequence.
         max_num_seqs: rows of one batch.
         hang_deadline_s: seconds without a finished step after which the engine counts as hung.
         seed: accepted for symmetry; every sample draws from the generator of its request.
         trust_remote_code: run model code from the hub.
+        revision: of a hub name.
         eos_token: ends a completion beside the tokens that tokenizer and generation config name.
         engine_kwargs: further arguments of `from_pretrained`, e.g. ``{"attn_implementation": "eager"}``.
 
@@ -78,6 +80,7 @@ class TransformersEngine(EngineThread):
         hang_deadline_s: float = 300.0,
         seed: int = 0,
         trust_remote_code: bool = False,
+        revision: str | None = None,
         eos_token: str | None = None,
         engine_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -89,6 +92,7 @@ class TransformersEngine(EngineThread):
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             trust_remote_code=trust_remote_code,
+            revision=revision,
             eos_token=eos_token,
             engine_kwargs=dict(engine_kwargs or {}),
         )
@@ -163,6 +167,7 @@ class TransformersBackend:
         max_model_len: int,
         max_num_seqs: int,
         trust_remote_code: bool,
+        revision: str | None,
         eos_token: str | None,
         engine_kwargs: dict[str, Any],
     ) -> None:
@@ -171,7 +176,7 @@ class TransformersBackend:
         self._dtype = dtype
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
-        self._trust_remote_code = trust_remote_code
+        self._trust_remote_code, self._revision = trust_remote_code, revision
         self._eos_token = eos_token
         self._engine_kwargs = engine_kwargs
         self._version = CHECKPOINT_VERSION.version
@@ -197,13 +202,17 @@ class TransformersBackend:
                 self._source,
                 dtype=self._dtype,
                 trust_remote_code=self._trust_remote_code,
+                revision=self._revision,
                 eos_token=self._eos_token,
+                tokenizer=self._tokenizer,
             )
             disable_progress_bar: Any = logging.disable_progress_bar
             disable_progress_bar()
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                self._source, dtype=self._dtype, trust_remote_code=self._trust_remote_code, **self._engine_kwargs
-            )
+            options: dict[str, Any] = {"dtype": self._dtype, "trust_remote_code": self._trust_remote_code}
+            options |= at_revision(self._revision) | self._engine_kwargs
+            model: Any = AutoModelForCausalLM.from_pretrained(self._source, **options)
+            if facts.grown:
+                add_rows(model, facts.vocab_size)
             self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
             self._tokenizer, self._stop_ids = facts.tokenizer, facts.stop_ids
         else:

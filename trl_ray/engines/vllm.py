@@ -14,12 +14,14 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
 from trl_ray.engines.checkpoint_facts import CheckpointFacts, default_kv_bytes, read_facts
@@ -67,7 +69,9 @@ class VLLMEngine(EngineThread):
         hang_deadline_s: seconds without a finished step after which the engine counts as hung.
         seed: of vLLM's global generator; every sample draws from its own.
         trust_remote_code: run model code from the hub.
+        revision: of a hub name.
         eos_token: ends a completion beside the tokens that tokenizer and generation config name.
+        tokenizer: takes the place of the model's own, and may be longer.
         engine_kwargs: further `EngineArgs` of vLLM; they win over everything above.
 
     Raises:
@@ -91,7 +95,9 @@ class VLLMEngine(EngineThread):
         hang_deadline_s: float = 300.0,
         seed: int = 0,
         trust_remote_code: bool = False,
+        revision: str | None = None,
         eos_token: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         engine_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         common = {
@@ -106,10 +112,16 @@ class VLLMEngine(EngineThread):
             "seed": seed,
             "trust_remote_code": trust_remote_code,
         }
+        if revision is not None:
+            common |= {"revision": revision, "tokenizer_revision": revision}
         if max_logprobs is not None:
             common["max_logprobs"] = max_logprobs + _SPARE_TOKENS
         backend = VLLMBackend(
-            common, max_model_len=max_model_len, overrides=dict(engine_kwargs or {}), eos_token=eos_token
+            common,
+            max_model_len=max_model_len,
+            overrides=dict(engine_kwargs or {}),
+            eos_token=eos_token,
+            tokenizer=tokenizer,
         )
         super().__init__(backend, name="vllm", max_num_seqs=max_num_seqs, hang_deadline_s=hang_deadline_s)
 
@@ -137,17 +149,28 @@ class VLLMBackend:
     """vLLM's scheduler and worker behind the calls of the engine thread."""
 
     def __init__(
-        self, common: dict[str, Any], *, max_model_len: int, overrides: dict[str, Any], eos_token: str | None = None
+        self,
+        common: dict[str, Any],
+        *,
+        max_model_len: int,
+        overrides: dict[str, Any],
+        eos_token: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self._common = common
-        self._eos_token = eos_token
+        self._eos_token, self._tokenizer = eos_token, tokenizer
+        self._tokenizer_folder: tempfile.TemporaryDirectory[str] | None = None
         self._max_model_len = max_model_len
         self._overrides = overrides
         self._groups: dict[str, _Group] = {}
         self._scores: set[str] = set()
         self._questions: dict[str, _Question] = {}
         self._version = CHECKPOINT_VERSION.version
-        self._layout = CheckpointLayout(model=common["model"], trust_remote_code=common["trust_remote_code"])
+        self._layout = CheckpointLayout(
+            model=common["model"],
+            trust_remote_code=common["trust_remote_code"],
+            revision=common.get("revision"),
+        )
         self._max_logprobs = 0
         self._llm: Any = None
         self._facts: CheckpointFacts | None = None
@@ -162,7 +185,9 @@ class VLLMBackend:
             self._common["model"],
             dtype=self._common["dtype"],
             trust_remote_code=self._common["trust_remote_code"],
+            revision=self._common.get("revision"),
             eos_token=self._eos_token,
+            tokenizer=self._tokenizer,
         )
         self._facts = facts
         self._max_model_len = min(self._max_model_len, facts.max_positions or self._max_model_len)
@@ -274,6 +299,8 @@ class VLLMBackend:
         if self._llm is not None:
             self._llm.engine_core.shutdown()
             self._llm = None
+        if self._tokenizer_folder is not None:
+            self._tokenizer_folder.cleanup()
 
     # Arguments --------------------------------------------------------------------------------------------------
 
@@ -292,7 +319,20 @@ class VLLMBackend:
             arguments["distributed_executor_backend"] = "uni"
         if not torch.cuda.is_available():
             arguments |= self._cpu_arguments(facts, length)
+        if facts.grown:
+            arguments |= self._grown_arguments(facts)
         return arguments | self._overrides
+
+    def _grown_arguments(self, facts: CheckpointFacts) -> dict[str, Any]:
+        """vLLM cannot load fewer rows than the model has; the learner's weights come before the first request."""
+        self._tokenizer_folder = tempfile.TemporaryDirectory(prefix="trl_ray_tokenizer_")
+        facts.tokenizer.save_pretrained(self._tokenizer_folder.name)
+        return {
+            "hf_overrides": {"vocab_size": facts.vocab_size},
+            "load_format": "dummy",
+            "tokenizer": self._tokenizer_folder.name,
+            "tokenizer_revision": None,
+        }
 
     def _cpu_arguments(self, facts: CheckpointFacts, length: int) -> dict[str, Any]:
         kv_bytes = self._common["kv_cache_memory_bytes"] or default_kv_bytes(

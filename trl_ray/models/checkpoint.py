@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_ray.errors import CheckpointError
 from trl_ray.models.adapters.lora import has_adapter, save_adapter
+from trl_ray.models.dropout import stated_dropout
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.pt"
@@ -146,7 +147,8 @@ def _write_model(model: PreTrainedModel, directory: Path, weights: Mapping[str, 
     if has_adapter(model):
         save_adapter(model, directory, weights)
     else:
-        model.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
+        with stated_dropout(model):
+            model.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
 
 
 def _unwritable(directory: str | Path, step: int, error: BaseException) -> CheckpointError:

@@ -29,7 +29,9 @@ from trl_ray.config.sections import Dtype, ModelConfig
 from trl_ray.errors import ModelError
 from trl_ray.models.adapters.adapter_config import adapter_size, base_of_adapter, is_adapter_folder
 from trl_ray.models.adapters.lora import REFERENCE, attach_adapter, load_adapter
+from trl_ray.models.dropout import check_without_dropout, switch_off_dropout
 from trl_ray.models.scoring.head import check_head
+from trl_ray.models.vocabulary import add_rows, adopt_template, missing_rows, names_tokenizer
 
 Policy: TypeAlias = PreTrainedModel
 _DTYPES = {Dtype.FLOAT32: torch.float32, Dtype.BFLOAT16: torch.bfloat16}
@@ -167,6 +169,8 @@ def load_policy(
         with_reference=with_reference,
     )
     check_head(policy)
+    if disable_dropout and trainable:
+        check_without_dropout(policy)
     return policy
 
 
@@ -209,10 +213,26 @@ def load_base(
         raise ModelError(_why_not(name, error)) from error
     policy, info = cast("tuple[Policy, dict[str, Any]]", loaded)
     policy.config.use_cache = False
-    if model.eos_token is not None:
-        path = source.base if model.model_name_or_path is None else None
-        set_end_token(policy, int(cast(Any, load_tokenizer(model, path=path).eos_token_id)))
+    _follow_tokenizer(policy, model, source)
     return policy, set(info["missing_keys"])
+
+
+def _follow_tokenizer(policy: Policy, model: ModelConfig, source: ModelSource) -> None:
+    """A row for each token, and the end token that the options ask for."""
+    path = source.adapter or (source.base if model.model_name_or_path is None else None)
+    asked = model.eos_token is not None or (model.chat_template is not None and names_tokenizer(model.chat_template))
+    try:
+        tokenizer = load_tokenizer(model, path=path)
+    except ModelError:
+        if asked:
+            raise
+        return  # teachers and references are given token ids, and may come without a tokenizer
+    embeddings: Any = policy.get_input_embeddings()
+    rows = missing_rows(tokenizer, int(embeddings.weight.shape[0]))
+    if rows is not None:
+        add_rows(policy, rows)
+    if asked:
+        set_end_token(policy, int(cast(Any, tokenizer.eos_token_id)))
 
 
 def set_end_token(policy: Policy, token_id: int) -> None:
@@ -351,15 +371,6 @@ def _why_not(name: str, error: BaseException) -> str:
     )
 
 
-def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, in modules and where attention keeps its own."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010  (modules declare no such attribute)
-
-
 def load_model_config(model: ModelConfig, *, path: str | None = None) -> PretrainedConfig:
     """The model's own configuration, or that of a checkpoint of it, without the weights.
 
@@ -376,6 +387,17 @@ def load_model_config(model: ModelConfig, *, path: str | None = None) -> Pretrai
     except LOAD_ERRORS as error:
         raise ModelError(f"the configuration of {name} must load, but: {_why_not(name, error)}") from error
     return config
+
+
+def load_shape(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The configuration of the text model with the vocabulary that it is loaded with, a row for each token.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    shape = load_model_config(model).get_text_config()
+    shape.vocab_size = missing_rows(tokenizer, int(shape.vocab_size)) or shape.vocab_size
+    return shape
 
 
 def checkpoint_dtype(model: ModelConfig) -> Dtype:
@@ -440,7 +462,8 @@ def count_parameters(
 
 
 def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer, with a padding token and, where configured, another chat template.
+    """Load the model's tokenizer, with a padding token and, where configured, another chat template or that of another
+    tokenizer, whose added tokens come along.
 
     Raises:
         ModelError: it cannot be loaded, has no end-of-sequence token or not the one that `eos_token` names, or the
@@ -457,6 +480,9 @@ def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrained
         )
     except LOAD_ERRORS as error:
         raise ModelError(f"the tokenizer of {name} must load, but: {str(error).strip().split(chr(10))[0]}") from error
+    clones = model.chat_template is not None and names_tokenizer(model.chat_template)
+    if clones:
+        adopt_template(tokenizer, cast(str, model.chat_template))
     if model.eos_token is not None:
         if model.eos_token not in tokenizer.get_vocab():
             raise ModelError(
@@ -468,7 +494,7 @@ def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrained
         raise ModelError(f"the tokenizer of {name} must have an end-of-sequence token: completions could not end.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if model.chat_template is not None:
+    if model.chat_template is not None and not clones:
         try:
             tokenizer.chat_template = Path(model.chat_template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

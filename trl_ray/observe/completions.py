@@ -1,6 +1,7 @@
 """Writes the completions of each step to parquet: what was asked, answered, rewarded, and how old it was.
 
     TrainedGroups -> completion_rows -> completions/step-000012.parquet   (one row per completion)
+                                        completions/eval-000012.parquet   (of held-out prompts, without advantages)
 
 Columns: step, group_id, attempt, prompt, completion, finish_reason, reward, ``reward/<function>`` for every function,
 extras (JSON), advantage, versions (JSON ``[[version, start, end], ...]``), age (optimizer steps), worker.
@@ -8,6 +9,8 @@ extras (JSON), advantage, versions (JSON ``[[version, start, end], ...]``), age 
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ PART_PREFIX = "reward/"
 
 
 class CompletionsFiles(Sink):
-    """One parquet file per step in `folder`."""
+    """One parquet file per step in `folder`, and one per evaluation of a held-out set."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -47,7 +50,14 @@ class CompletionsFiles(Sink):
         Raises:
             RunError: the file cannot be written.
         """
-        write_completions(self._folder / f"step-{trained.step:06d}.parquet", trained)
+        write_completions(self._folder / f"{_begin(trained)}-{trained.step:06d}.parquet", trained)
+
+
+def _begin(trained: TrainedGroups) -> str:
+    if trained.held_out is None:
+        return "step"
+    name = re.sub(r"[^\w.-]", "_", trained.held_out)
+    return f"eval-{name}" if name else "eval"
 
 
 def write_completions(path: Path, trained: TrainedGroups) -> Path:
@@ -89,7 +99,7 @@ def _row(
         "reward": reward.total,
         **{PART_PREFIX + clean_text(name): value for name, value in reward.parts.items()},
         "extras": to_json(reward.extra),
-        "advantage": advantage,
+        "advantage": None if math.isnan(advantage) else advantage,
         "versions": to_json(versions),
         "age": max(0, trained.learner_version - completion.min_version) if versions else None,
         "worker": group.worker,

@@ -134,7 +134,7 @@ class ConsoleSink(Sink):
 
     def completions(self, trained: TrainedGroups) -> None:
         """Print the first completions of a shown step."""
-        if not self._print_completions or trained.step % self._every:
+        if not self._print_completions or trained.step % self._every or trained.held_out is not None:
             return
         pairs = [pair for group in trained.groups for pair in zip(group.completions, group.rewards, strict=True)]
         for completion, reward in pairs[: self._print_completions]:
@@ -182,6 +182,7 @@ def progress_line(step: int, total: int | None, metrics: Mapping[str, float], *,
     else:
         add("loss {:.4f}", "loss")
     add("held out {:.4f}", "eval/loss")
+    add("held-out reward {:.3f}", "eval/reward")
     add("token accuracy {:.3f}", "mean_token_accuracy")
     add("accuracy {:.3f}", "accuracy")
     add("accuracy {:.3f}", "rewards/accuracies")

@@ -29,6 +29,7 @@ def open_observer(
     report_to: Sequence[str] = (),
     wandb_project: str = "trl_ray",
     trackio_space_id: str | None = None,
+    trackio_bucket_id: str | None = None,
     private: bool | None = None,
     run_name: str | None = None,
     console_stream: IO[str] | None = None,
@@ -46,6 +47,7 @@ def open_observer(
         report_to: services, see `SERVICES`.
         wandb_project: project there.
         trackio_space_id: where Trackio writes; None is this machine.
+        trackio_bucket_id: where that Space keeps its numbers.
         private: whether a Space that is made for it is.
         run_name: name there.
         console_stream: where the console writes; standard output by default.
@@ -74,6 +76,7 @@ def open_observer(
                         run_name=name,
                         config=config,
                         space_id=trackio_space_id,
+                        bucket_id=trackio_bucket_id,
                         private=private,
                         **points,
                     )

@@ -154,8 +154,8 @@ class RunDirectory:
         """
         kept = [record for record in read_json_lines(self.metrics) if int(record.get("step", 0)) <= step]
         atomic_write_text(self.metrics, "".join(to_json(record) + "\n" for record in kept))
-        for file in self.completions.glob("step-*.parquet"):
-            match = re.fullmatch(r"step-(\d+)", file.stem)
+        for file in self.completions.glob("*.parquet"):
+            match = re.fullmatch(r"(?:step|eval(?:-.+)?)-(\d+)", file.stem)
             if match and int(match[1]) > step:
                 with writing(file):
                     file.unlink()

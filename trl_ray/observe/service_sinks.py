@@ -191,6 +191,7 @@ class TrackioSink(ServiceSink):
         run_name: str,
         config: Mapping[str, Any],
         space_id: str | None = None,
+        bucket_id: str | None = None,
         private: bool | None = None,
         every: int = 1,
         first: bool = False,
@@ -198,6 +199,8 @@ class TrackioSink(ServiceSink):
         super().__init__("trackio", every=every, first=first, failures=(OSError, RuntimeError, ValueError))
         self._trackio = importlib.import_module("trackio")
         options = {} if space_id is None else {"space_id": space_id, "private": private}
+        if bucket_id is not None:
+            options["bucket_id"] = bucket_id
         try:
             self._trackio.init(
                 project=project, name=run_name, resume="allow", config=jsonable(redact(config)), **options

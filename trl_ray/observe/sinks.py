@@ -32,6 +32,8 @@ class TrainedGroups:
     """[groups][G] in the order of the groups and their completions."""
     learner_version: int
     """Version of the learner's weights before the step."""
+    held_out: str | None = None
+    """The name of the held-out set that was answered after the step, "" where there is one alone; None: trained on."""
 
 
 class Sink(Protocol):
@@ -50,7 +52,7 @@ class Sink(Protocol):
         return
 
     def completions(self, trained: TrainedGroups) -> None:
-        """Take the groups of one step."""
+        """Take the groups of one step, or of an evaluation after it."""
         return
 
     def close(self) -> None:

@@ -5,35 +5,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from trl_ray.config.object_paths import find_plug_in, is_same_object
 from trl_ray.errors import ConfigError
-from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
-from trl_ray.pipelines.distill import DistillPipeline
-from trl_ray.pipelines.grpo import GRPOPipeline
-from trl_ray.pipelines.preference import CPOPipeline, DPOPipeline, KTOPipeline, ORPOPipeline
-from trl_ray.pipelines.reward_modelling import PRMPipeline, RewardPipeline
-from trl_ray.pipelines.rloo import RLOOPipeline
-from trl_ray.pipelines.run.pipeline import Pipeline
-from trl_ray.pipelines.sdpo import SDPOPipeline
-from trl_ray.pipelines.sft import SFTPipeline
 
-_ALL: tuple[type[Pipeline[Any, Any]], ...] = (
-    SFTPipeline,
-    DPOPipeline,
-    KTOPipeline,
-    CPOPipeline,
-    ORPOPipeline,
-    RewardPipeline,
-    PRMPipeline,
-    AsyncGRPOPipeline,
-    GRPOPipeline,
-    RLOOPipeline,
-    SDPOPipeline,
-    DistillPipeline,
-)
-PIPELINES: dict[str, type[Pipeline[Any, Any]]] = {pipeline.name: pipeline for pipeline in _ALL}
+if TYPE_CHECKING:
+    from trl_ray.pipelines.run.pipeline import Pipeline
+
+_PATHS = {
+    "sft": "sft:SFTPipeline",
+    "dpo": "preference:DPOPipeline",
+    "kto": "preference:KTOPipeline",
+    "cpo": "preference:CPOPipeline",
+    "orpo": "preference:ORPOPipeline",
+    "reward": "reward_modelling:RewardPipeline",
+    "prm": "reward_modelling:PRMPipeline",
+    "async-grpo": "async_grpo:AsyncGRPOPipeline",
+    "grpo": "grpo:GRPOPipeline",
+    "rloo": "rloo:RLOOPipeline",
+    "sdpo": "sdpo:SDPOPipeline",
+    "distill": "distill:DistillPipeline",
+}
+
+
+class _Pipelines(Mapping[str, "type[Pipeline[Any, Any]]"]):
+    """The built-in ones; one is imported when it is asked for, as all of torch comes with it."""
+
+    def __getitem__(self, name: str) -> type[Pipeline[Any, Any]]:
+        module, _, attribute = _PATHS[name].partition(":")
+        found: type[Pipeline[Any, Any]] = getattr(importlib.import_module(f"trl_ray.pipelines.{module}"), attribute)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_PATHS)
+
+    def __len__(self) -> int:
+        return len(_PATHS)
+
+
+PIPELINES: Mapping[str, type[Pipeline[Any, Any]]] = _Pipelines()
 ENTRY_POINTS = "trl_ray.pipelines"
 """Group of installed packages' entry points: ``name = package.module:Class``."""
 
@@ -45,6 +58,8 @@ def find_pipeline(name: str) -> type[Pipeline[Any, Any]]:
         ConfigError: there is none, what is there is no pipeline, or its configuration bears another name: a run of it
             could not be resumed by its folder.
     """
+    from trl_ray.pipelines.run.pipeline import Pipeline
+
     if name in PIPELINES:
         return PIPELINES[name]
     found = find_plug_in(name, group=ENTRY_POINTS, what="Pipeline", built_in=tuple(PIPELINES))

@@ -15,6 +15,7 @@ from trl_ray.config.runs.dataset_config import CPOConfig, DPOConfig, KTOConfig, 
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.pipelines.supervised.dataset_pipeline import SupervisedPipeline
+from trl_ray.types import PredictionForm
 
 
 class DPOPipeline(SupervisedPipeline):
@@ -23,6 +24,7 @@ class DPOPipeline(SupervisedPipeline):
     config_class: ClassVar[type[RunConfig]] = DPOConfig
     loss_class: ClassVar[type[LossSection]] = PreferenceLossConfig
     task: ClassVar[ExampleTask] = ExampleTask.PAIRS
+    prediction_form: ClassVar[PredictionForm] = PredictionForm.COMPARED
     name: ClassVar[str] = "dpo"
 
 
@@ -32,6 +34,7 @@ class KTOPipeline(SupervisedPipeline):
     config_class: ClassVar[type[RunConfig]] = KTOConfig
     loss_class: ClassVar[type[LossSection]] = UnpairedLossConfig
     task: ClassVar[ExampleTask] = ExampleTask.UNPAIRED
+    prediction_form: ClassVar[PredictionForm] = PredictionForm.RATED
     name: ClassVar[str] = "kto"
 
     def _task(self) -> ExampleTask:
@@ -45,6 +48,7 @@ class CPOPipeline(SupervisedPipeline):
     config_class: ClassVar[type[RunConfig]] = CPOConfig
     loss_class: ClassVar[type[LossSection]] = CPOLossConfig
     task: ClassVar[ExampleTask] = ExampleTask.PAIRS
+    prediction_form: ClassVar[PredictionForm] = PredictionForm.MEANS
     name: ClassVar[str] = "cpo"
 
 
@@ -54,4 +58,5 @@ class ORPOPipeline(SupervisedPipeline):
     config_class: ClassVar[type[RunConfig]] = ORPOConfig
     loss_class: ClassVar[type[LossSection]] = ORPOLossConfig
     task: ClassVar[ExampleTask] = ExampleTask.LIKELIHOOD_PAIRS
+    prediction_form: ClassVar[PredictionForm] = PredictionForm.SHIFTED_MEANS
     name: ClassVar[str] = "orpo"

@@ -10,6 +10,7 @@ from trl_ray.config.runs.dataset_config import PRMConfig, RewardModelConfig
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.pipelines.supervised.dataset_pipeline import SupervisedPipeline
+from trl_ray.types import PredictionForm
 
 
 class RewardPipeline(SupervisedPipeline):
@@ -18,6 +19,7 @@ class RewardPipeline(SupervisedPipeline):
     config_class: ClassVar[type[RunConfig]] = RewardModelConfig
     loss_class: ClassVar[type[LossSection]] = RewardLossConfig
     task: ClassVar[ExampleTask] = ExampleTask.REWARD_PAIRS
+    prediction_form: ClassVar[PredictionForm] = PredictionForm.SCORED
     name: ClassVar[str] = "reward"
 
 
@@ -27,4 +29,5 @@ class PRMPipeline(SupervisedPipeline):
     config_class: ClassVar[type[RunConfig]] = PRMConfig
     loss_class: ClassVar[type[LossSection]] = StepLossConfig
     task: ClassVar[ExampleTask] = ExampleTask.STEPS
+    prediction_form: ClassVar[PredictionForm] = PredictionForm.STEPPED
     name: ClassVar[str] = "prm"

@@ -1,12 +1,13 @@
-"""Runs reward functions in a child process that can be killed whenever it hangs, crashes or talks nonsense.
+"""Runs reward functions in a child process that is replaced whenever it hangs, crashes or talks nonsense.
 
-    score(group) -- request frame, fresh nonce --> child        stdout, stderr of the child --> bounded log
-                 <-- frames with that nonce ------              deadline, end of file, bad frame --> kill, fail
+    submit(group) --> waiting --> one thread: request frame, fresh nonce --> child --> frames with that nonce --> future
+                                  deadline, end of file, bad frame --> kill; the culprit fails, the others begin anew
 
-The child leads a session of its own, gets an environment without secrets, and answers over a pipe that only it
-knows; what a function prints is never read as an answer. One child serves many groups, so that functions may keep
-models and caches; after any failure that is not the function's plain exception the next group gets a new child.
-This guards a run against its own reward functions. It is no jail for hostile programs: files stay readable.
+One child serves many groups, so that functions may keep models and caches; after any failure that is not the
+function's plain exception the next group gets a new child. Functions are called one group after the other, each group
+within `timeout_s` from its turn; while async functions of some groups are awaited, others begin, and the time in which
+another group's functions hold the child is not counted. This guards a run against its own reward functions. It is no
+jail for hostile programs: files stay readable.
 """
 
 from __future__ import annotations
@@ -14,200 +15,61 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import select
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
 from typing import Any
 
 from trl_ray.rewards import sandbox_messages as wire
 from trl_ray.rewards.reward_registry import RewardSpec
+from trl_ray.rewards.sandbox_process import Died, Late, SandboxProcess
 from trl_ray.rewards.scoring import GroupInput
 from trl_ray.types import RewardErrorKind, RewardFailure, ScoredGroup
 
-LOG_BYTES = 64 * 1024
 START_TIMEOUT_S = 120.0
-# Of the log in a failure's detail: the interpreter's own report of a segmentation fault fits.
-_TAIL_CHARACTERS = 4000
-_MARK = "TRL_RAY_SANDBOX"
-_ENVIRONMENT = frozenset(
-    {
-        "PATH",
-        "HOME",
-        "USER",
-        "LOGNAME",
-        "LANG",
-        "LANGUAGE",
-        "TZ",
-        "TMPDIR",
-        "VIRTUAL_ENV",
-        "CONDA_PREFIX",
-        "LD_LIBRARY_PATH",
-        "CUDA_VISIBLE_DEVICES",
-        "OMP_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "OPENBLAS_NUM_THREADS",
-        "SSL_CERT_FILE",
-        "SSL_CERT_DIR",
-    }
-)
+GROUPS_AT_ONCE = 32
+"""Groups whose async functions are awaited together."""
+_CLOSED = "The sandbox must be open, it is closed."
 
 
-def child_environment(parent: Mapping[str, str], mark: str) -> dict[str, str]:
-    """What the child may know of the parent's environment: an allow-list, hence no tokens and no keys."""
-    kept = {key: value for key, value in parent.items() if key in _ENVIRONMENT or key.startswith("LC_")}
-    # The child must find the modules that the parent finds, however the parent came to its path.
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return {**kept, "PYTHONPATH": path, _MARK: mark}
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Job:
+    """One group on its way; mutable, of the serving thread alone."""
 
+    group: GroupInput | None
+    """None only starts the child."""
+    size: int
+    on_start: Callable[[], None]
+    future: Future[ScoredGroup | None] = field(default_factory=Future)
+    nonce: str = ""
+    running: str = ""
+    """The function that was called last."""
+    began: float = 0.0
+    deadline: float = 0.0
+    """Monotonic seconds."""
+    is_calling: bool = False
+    """Its functions hold the child; else they are awaited."""
+    is_suspect: bool = False
+    """It was among several when a child died, and is run alone."""
 
-class _Died(Exception):
-    """The child closed its end, or sent what no child of ours sends."""
-
-
-class _Late(Exception):
-    """The deadline passed."""
-
-
-class _Child:
-    """One process with its pipes."""
-
-    def __init__(self) -> None:
-        self.mark = secrets.token_hex(16)
-        child_reads, self._request = os.pipe()
-        self._reply, child_writes = os.pipe()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "trl_ray.rewards.sandbox_child", str(child_reads), str(child_writes)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            bufsize=0,
-            pass_fds=(child_reads, child_writes),
-            start_new_session=True,
-            env=child_environment(os.environ, self.mark),
-        )
-        os.close(child_reads)
-        os.close(child_writes)
-        os.set_blocking(self._request, False)
-        # Tells of the child's death even where a process it forked still holds the reply pipe open.
-        self._death = os.pidfd_open(self.process.pid) if hasattr(os, "pidfd_open") else None
-        self._killing = threading.Lock()
-        self._killed = False
-        self._log = bytearray()
-        self.drainer = threading.Thread(target=self._drain, name="reward-log", daemon=True)
-        self.drainer.start()
-
-    def _drain(self) -> None:
-        """Keep the newest `LOG_BYTES` of what the child prints, so that it never blocks on a full pipe.
-
-        consumes: output; produces: the log; waits for: output; unblocked by: output, or the child's end.
-        """
-        assert self.process.stdout is not None
-        fd = self.process.stdout.fileno()
-        while data := os.read(fd, 2**20):
-            self._log += data
-            del self._log[:-LOG_BYTES]
-
-    def log(self) -> str:
-        """The end of what the child printed."""
-        return bytes(self._log).decode(errors="replace").rstrip()
-
-    def send(self, frame: Mapping[str, Any], deadline: float) -> None:
-        """Write a frame before `deadline` (monotonic seconds)."""
-        data = memoryview(wire.encode(frame))
-        while data:
-            self._wait(self._request, select.POLLOUT, deadline)
-            try:
-                data = data[os.write(self._request, data) :]
-            except BrokenPipeError as error:
-                raise _Died("closed its request pipe") from error
-
-    def answers(self, nonce: str, deadline: float) -> Iterator[dict[str, Any]]:
-        """Frames of one request until `deadline`.
-
-        consumes: bytes of the reply pipe; produces: frames; waits for: the child; unblocked by: data, its death,
-        or the deadline.
-        """
-        while True:
-            size = int.from_bytes(self._read(wire.HEADER_BYTES, deadline), "big")
-            if size > wire.MAX_FRAME_BYTES:
-                raise _Died(f"announced a reply of {size} bytes; {wire.MAX_FRAME_BYTES} are allowed")
-            try:
-                frame = wire.decode(self._read(size, deadline))
-            except ValueError as error:
-                raise _Died(f"sent a reply that is not JSON: {error}") from error
-            if not secrets.compare_digest(str(frame.get("nonce")).encode(), nonce.encode()):
-                raise _Died("sent a reply without the nonce of the request: it was forged and is refused")
-            yield frame
-
-    def _read(self, size: int, deadline: float) -> bytes:
-        data = bytearray()
-        while len(data) < size:
-            self._wait(self._reply, select.POLLIN, deadline)
-            piece = os.read(self._reply, min(size - len(data), 2**20))
-            if not piece:
-                raise _Died("closed its reply pipe")
-            data += piece
-        return bytes(data)
-
-    def _wait(self, fd: int, event: int, deadline: float) -> None:
-        poller = select.poll()
-        poller.register(fd, event)
-        if self._death is not None:
-            poller.register(self._death, select.POLLIN)
-        ready = [found for found, _ in poller.poll(max(0.0, deadline - time.monotonic()) * 1000)]
-        if not ready:
-            raise _Late
-        if fd not in ready:
-            raise _Died("closed its pipes")
-
-    def kill(self) -> int:
-        """Kill the child, its group and whatever it left elsewhere; answer its exit code, negative for a signal."""
-        with self._killing:
-            if not self._killed:
-                # Only once: after that the number may belong to somebody else's group.
-                self._killed = True
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
-                _kill_marked(self.mark)
-                self.drainer.join(timeout=1.0)
-        return self.process.wait()
-
-    def close(self) -> None:
-        """Close the pipes of a killed child."""
-        for fd in (self._request, self._reply, self._death):
-            if fd is not None:
-                os.close(fd)
-        if self.process.stdout is not None and not self.drainer.is_alive():
-            self.process.stdout.close()
-
-
-def _kill_marked(mark: str) -> None:
-    """Kill processes that left the child's group but still carry its mark in their environment."""
-    needle = f"{_MARK}={mark}".encode()
-    for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
-        if not entry.isdigit():
-            continue
-        # Processes come and go while we look, and those of other users are not ours to read.
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{entry}/environ", "rb") as file:
-                marked = needle in file.read()
-            if marked:
-                os.kill(int(entry), signal.SIGKILL)
+    def finish(self, answer: ScoredGroup | None) -> None:
+        with contextlib.suppress(InvalidStateError):  # whoever waited may have gone
+            self.future.set_result(answer)
 
 
 class Sandbox:
-    """Scores groups one at a time in a child process that is started when needed::
+    """Scores groups in a child process that is started when needed::
 
         sandbox = Sandbox(functions=specs, weights=None, timeout_s=60.0)
         scored = sandbox.score(group, size=8)       # never raises for what a function does
         sandbox.close()
 
-    `score` blocks and belongs to one thread; `close` and `pid` may be used from any.
+    All methods may be called from any thread.
     """
 
     def __init__(
@@ -226,12 +88,15 @@ class Sandbox:
         self._memory_bytes = memory_bytes
         self._start_timeout_s = start_timeout_s
         self._may_abstain = may_abstain
-        self._child: _Child | None = None
+        self._child: SandboxProcess | None = None
+        self._waiting: deque[_Job] = deque()
+        self._under_way: dict[str, _Job] = {}
+        """By nonce."""
         self._closed = False
         self._lock = threading.Lock()
-        """Guards `_child` and `_closed`."""
-        self._turn = threading.RLock()
-        """Held while a request is under way."""
+        """Guards `_child`, `_waiting`, `_closed` and the wake pipe."""
+        self._wakes, self._wake = os.pipe()
+        self._thread: threading.Thread | None = None
 
     @property
     def pid(self) -> int | None:
@@ -245,79 +110,229 @@ class Sandbox:
         child = self._child
         return "" if child is None else child.log()
 
+    def begin(self) -> Future[ScoredGroup | None]:
+        """Start the child unless it runs, without waiting; the answer is why the functions cannot be loaded."""
+        return self._enqueue(_Job(group=None, size=0, on_start=lambda: None))
+
     def start(self) -> ScoredGroup | None:
-        """Start the child unless it runs; answers why the functions cannot be loaded, else None."""
-        with self._turn:
-            if self._child is not None and self._child.process.poll() is None:
-                return None
-            self._discard()
-            with self._lock:
-                if self._closed:
-                    return _failure("reward worker", RewardErrorKind.CRASH, "The sandbox must be open, it is closed.")
-                child = self._child = _Child()
-            frame = {
-                "functions": [wire.spec_to_json(spec) for spec in self._functions],
-                "weights": self._weights,
-                "memory_bytes": self._memory_bytes,
-                "may_abstain": self._may_abstain,
-            }
-            return self._exchange(child, frame, timeout_s=self._start_timeout_s, size=0)
+        """The same, waited for."""
+        return self.begin().result()
+
+    def submit(
+        self, group: GroupInput, *, size: int, on_start: Callable[[], None] = lambda: None
+    ) -> Future[ScoredGroup]:
+        """Rewards of one group of `size` completions, or the failure, within `timeout_s` from when its turn comes.
+
+        `on_start` is called then, from another thread. A future that is cancelled before is forgotten.
+        """
+        future: Any = self._enqueue(_Job(group=group, size=size, on_start=on_start))
+        return future  # type: ignore[no-any-return]
 
     def score(self, group: GroupInput, *, size: int) -> ScoredGroup:
-        """Rewards of one group of `size` completions, or the failure, within `timeout_s` once the child is up."""
-        with self._turn:
-            failed = self.start()
-            if failed is not None:
-                return failed
-            assert self._child is not None
-            scored = self._exchange(self._child, {"group": group.text}, timeout_s=self._timeout_s, size=size)
-            assert scored is not None
-            return scored
+        """The same, waited for."""
+        return self.submit(group, size=size).result()
 
-    def _exchange(self, child: _Child, frame: Mapping[str, Any], *, timeout_s: float, size: int) -> ScoredGroup | None:
-        """Send one request and wait for its answer; None is the answer "ready"."""
-        nonce = secrets.token_hex(16)
-        deadline = time.monotonic() + timeout_s
-        running = self._functions[0].name
-        try:
-            child.send({**frame, "nonce": nonce}, deadline)
-            for answer in child.answers(nonce, deadline):
-                if "running" in answer:
-                    running = str(answer["running"])
-                elif "ready" in answer:
-                    return None
-                else:
-                    return self._accept(child, answer, size)
-        except _Late:
+    def close(self) -> None:
+        """Kill the child; what is under way or waits answers CRASH. May be called twice."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+            child, thread = self._child, self._thread
+            if not closed:
+                os.write(self._wake, b"x")
+        if child is not None:
             child.kill()
-            detail = f"{running} must return within {timeout_s:g} s, it did not and was killed. {_advice(child)}"
-            return self._end(_failure(running, RewardErrorKind.TIMEOUT, detail))
-        except _Died as error:
-            return self._crashed(child, running, str(error))
-        except ValueError as error:
-            return self._crashed(child, running, f"sent {error}")
-        raise AssertionError("answers() ends only by raising")
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        with self._lock:
+            if self._wakes >= 0:
+                os.close(self._wakes)
+                os.close(self._wake)
+                self._wakes = self._wake = -1
 
-    def _accept(self, child: _Child, answer: Mapping[str, Any], size: int) -> ScoredGroup:
-        scored = wire.scored_from_json(answer.get("scored"), size)
+    # ---- the serving thread ------------------------------------------------------------------------------
+
+    def _enqueue(self, job: _Job) -> Future[ScoredGroup | None]:
+        with self._lock:
+            if self._closed:
+                job.finish(_failure("reward worker", RewardErrorKind.CRASH, _CLOSED))
+                return job.future
+            self._waiting.append(job)
+            os.write(self._wake, b"x")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="reward-sandbox", daemon=True)
+                self._thread.start()
+        return job.future
+
+    def _serve(self) -> None:
+        """consumes: jobs, frames; produces: answers; waits for: either; unblocked by: submit, the child, close."""
+        while not self._closed:
+            job = self._next()
+            if job is not None:
+                self._begin(job)
+            elif self._under_way:
+                self._listen()
+            else:
+                os.read(self._wakes, 4096)
+        self._discard()
+        with self._lock:
+            left = [*self._under_way.values(), *self._waiting]
+            self._waiting.clear()
+        for job in left:
+            job.finish(_failure(job.running or "reward worker", RewardErrorKind.CRASH, _CLOSED))
+
+    def _next(self) -> _Job | None:
+        """The next job that may begin now."""
+        at_work = list(self._under_way.values())
+        if len(at_work) >= GROUPS_AT_ONCE or any(job.is_calling or job.is_suspect for job in at_work):
+            return None
+        with self._lock:
+            if not self._waiting or (self._waiting[0].is_suspect and at_work):
+                return None
+            return self._waiting.popleft()
+
+    def _begin(self, job: _Job) -> None:
+        if not job.future.running() and not job.future.set_running_or_notify_cancel():
+            return
+        failed = self._open()
+        child = self._child
+        if failed is not None or child is None or job.group is None:
+            job.finish(failed)
+            return
+        job.nonce, job.running, job.is_calling = secrets.token_hex(16), self._functions[0].name, True
+        job.began = time.monotonic()
+        job.deadline = job.began + self._timeout_s
+        self._under_way[job.nonce] = job
+        job.on_start()
+        with self._blaming(child):
+            child.send({"group": job.group.text, "nonce": job.nonce}, job.deadline)
+
+    def _listen(self) -> None:
+        """Take one frame of the child, or see who is late."""
+        child = self._child
+        assert child is not None, "jobs are under way"
+        with self._blaming(child):
+            # While functions of one group hold the child, nobody else's time runs.
+            calling = [job for job in self._under_way.values() if job.is_calling]
+            deadline = min(job.deadline for job in calling or self._under_way.values())
+            if child.has_frame(deadline, wake=self._wakes):
+                self._take(child, child.receive(deadline))
+            elif not self._closed:
+                os.read(self._wakes, 4096)
+
+    def _take(self, child: SandboxProcess, frame: Mapping[str, Any]) -> None:
+        job = self._under_way.get(str(frame.get("nonce")))
+        if job is None:
+            raise Died("sent a reply without the nonce of the request: it was forged and is refused")
+        if "running" in frame:
+            job.running = str(frame["running"])
+        elif "waiting" in frame:
+            self._let_go(job)
+        else:
+            self._let_go(job)
+            self._accept(child, job, frame)
+
+    def _let_go(self, job: _Job) -> None:
+        """Its functions do not hold the child any more: the time that they took is given back to the others."""
+        if not job.is_calling:
+            return
+        job.is_calling = False
+        taken = time.monotonic() - job.began
+        for other in self._under_way.values():
+            if other is not job:
+                other.deadline += taken
+
+    def _accept(self, child: SandboxProcess, job: _Job, frame: Mapping[str, Any]) -> None:
+        try:
+            scored = wire.scored_from_json(frame.get("scored"), job.size)
+        except ValueError as error:
+            self._lose(child, [job], f"sent {error}")
+            return
+        del self._under_way[job.nonce]
+        job.finish(scored)
         # Code that calls sys.exit may have left threads and half-done work: begin anew.
         if scored.failure is not None and scored.failure.kind is RewardErrorKind.CRASH:
-            child.kill()
-            return self._end(scored)
-        return scored
+            self._begin_anew()
 
-    def _crashed(self, child: _Child, running: str, what: str) -> ScoredGroup:
+    @contextlib.contextmanager
+    def _blaming(self, child: SandboxProcess) -> Iterator[None]:
+        """Have whoever is to blame for a late or lost child fail, and the others begin anew."""
+        at_work = list(self._under_way.values())
+        suspects = [job for job in at_work if job.is_calling] or at_work
+        try:
+            yield
+        except Late:
+            late = min(suspects, key=lambda job: job.deadline)
+            child.kill()
+            detail = f"{late.running} must return within {self._timeout_s:g} s, it did not and was killed."
+            del self._under_way[late.nonce]
+            late.finish(_failure(late.running, RewardErrorKind.TIMEOUT, f"{detail} {child.advice}"))
+            self._begin_anew()
+        except Died as error:
+            self._lose(child, suspects, str(error))
+
+    def _lose(self, child: SandboxProcess, suspects: Sequence[_Job], what: str) -> None:
+        """The child is of no use any more: fail the one who did it; where it may have been several, try each alone."""
         # The pipe closes a moment before the process can be waited for.
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.process.wait(timeout=1.0 if "closed" in what else 0.0)
         code = child.kill()
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        detail = f"The process running {running} must live, it {what} ({ended}). {_advice(child)}"
-        return self._end(_failure(running, RewardErrorKind.CRASH, detail))
+        if len(suspects) == 1:
+            (job,) = suspects
+            del self._under_way[job.nonce]
+            detail = f"The process running {job.running} must live, it {what} ({ended}). {child.advice}"
+            job.finish(_failure(job.running, RewardErrorKind.CRASH, detail))
+        else:
+            for job in suspects:
+                job.is_suspect = True
+        self._begin_anew()
 
-    def _end(self, scored: ScoredGroup) -> ScoredGroup:
+    def _begin_anew(self) -> None:
+        """Discard the child; what was under way waits for the next one."""
         self._discard()
-        return scored
+        again = sorted(self._under_way.values(), key=lambda job: job.began)
+        self._under_way.clear()
+        with self._lock:
+            self._waiting.extendleft(reversed(again))
+
+    # ---- the child ---------------------------------------------------------------------------------------
+
+    def _open(self) -> ScoredGroup | None:
+        """Start the child unless it runs."""
+        if self._child is not None and self._child.process.poll() is None:
+            return None
+        self._begin_anew()
+        with self._lock:
+            if self._closed:
+                return _failure("reward worker", RewardErrorKind.CRASH, _CLOSED)
+            child = self._child = SandboxProcess()
+        nonce, running = secrets.token_hex(16), self._functions[0].name
+        frame = {
+            "nonce": nonce,
+            "functions": [wire.spec_to_json(spec) for spec in self._functions],
+            "weights": self._weights,
+            "memory_bytes": self._memory_bytes,
+            "may_abstain": self._may_abstain,
+        }
+        deadline = time.monotonic() + self._start_timeout_s
+        try:
+            child.send(frame, deadline)
+            while "ready" not in (answer := child.receive(deadline)):
+                if "scored" in answer:
+                    self._discard()
+                    return wire.scored_from_json(answer["scored"], 0)
+                running = str(answer.get("running", running))
+        except Late:
+            child.kill()
+            detail = f"{running} must load within {self._start_timeout_s:g} s, it did not. {child.advice}"
+            self._discard()
+            return _failure(running, RewardErrorKind.TIMEOUT, detail)
+        except (Died, ValueError) as error:
+            child.kill()
+            detail = f"The process loading {running} must live, it {error}. {child.advice}"
+            self._discard()
+            return _failure(running, RewardErrorKind.CRASH, detail)
+        return None
 
     def _discard(self) -> None:
         with self._lock:
@@ -326,22 +341,6 @@ class Sandbox:
             child.kill()
             child.close()
 
-    def close(self) -> None:
-        """Kill the child; a `score` under way answers CRASH. May be called twice."""
-        with self._lock:
-            self._closed = True
-            child = self._child
-        if child is not None:
-            child.kill()
-        # A score under way meets the end of the pipe and gives up its turn.
-        with self._turn:
-            self._discard()
-
 
 def _failure(function: str, kind: RewardErrorKind, detail: str) -> ScoredGroup:
     return ScoredGroup(failure=RewardFailure(function=function, kind=kind, detail=detail))
-
-
-def _advice(child: _Child) -> str:
-    tail = child.log()[-_TAIL_CHARACTERS:]
-    return f"It last printed:\n{tail}" if tail else "It printed nothing."

@@ -1,7 +1,7 @@
 """The process that runs reward functions: ``python -m trl_ray.rewards.sandbox_child REQUEST_FD REPLY_FD``.
 
-    reader thread: request pipe --> queue      (end of file: the worker is gone --> the whole process group dies)
-    main thread:   queue --> score_group --> reply pipe
+    reader thread: request pipe --> inbox      (end of file: the worker is gone --> the whole process group dies)
+    main thread:   inbox --> a task per group: score_group --> reply pipe
 
 The main thread runs the functions because only there does SIGALRM work, with which some libraries cut themselves
 short. What functions print goes to the worker's bounded log; only frames with the request's nonce are answers.
@@ -30,6 +30,8 @@ from trl_ray.types import RewardErrorKind, RewardFailure, ScoredGroup
 def main(request_fd: int, reply_fd: int) -> None:
     """Load the functions that the first frame names, then score the group of every further frame.
 
+    Functions are called one group after the other; while those of one are awaited, the next group begins.
+
     consumes: frames of the request pipe; produces: one answer per frame; waits for: the next frame;
     unblocked by: the worker sending it, or closing the pipe, which ends the process.
     """
@@ -39,26 +41,66 @@ def main(request_fd: int, reply_fd: int) -> None:
     # Whole lines reach the log even when the process is killed.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
-    frames: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=_read_frames, args=(request_fd, frames), name="requests", daemon=True).start()
-    reply = _Reply(reply_fd)
+    inbox = _Inbox()
+    threading.Thread(target=_read_frames, args=(request_fd, inbox), name="requests", daemon=True).start()
+    reply, first = _Reply(reply_fd), inbox.first()
+    functions, may_abstain = _load(first, reply), bool(first["may_abstain"])
     # One event loop for all groups: clients that async functions keep are bound to theirs.
     with asyncio.Runner() as runner:
-        first = frames.get()
-        functions, may_abstain = _load(first, reply), bool(first["may_abstain"])
-        while True:
-            frame = frames.get()
-            scored = runner.run(_score(functions, frame, reply, may_abstain=may_abstain))
-            reply.send({"nonce": frame["nonce"], "scored": wire.scored_to_json(scored)})
+        runner.run(_serve(functions, inbox, reply, may_abstain=may_abstain))
+
+
+async def _serve(functions: tuple[NamedFunction, ...], inbox: _Inbox, reply: _Reply, *, may_abstain: bool) -> None:
+    """consumes: frames; produces: a task for each; waits for: the next frame; unblocked by: the reader."""
+    tasks: set[asyncio.Task[None]] = set()
+    while True:
+        frame = await inbox.next()
+        task = asyncio.create_task(_score(functions, frame, reply, may_abstain=may_abstain))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
 
 async def _score(
     functions: tuple[NamedFunction, ...], frame: dict[str, Any], reply: _Reply, *, may_abstain: bool
-) -> ScoredGroup:
-    def announce(name: str) -> None:
-        reply.send({"nonce": frame["nonce"], "running": name})
+) -> None:
+    nonce = frame["nonce"]
+    scored = await score_group(
+        functions,
+        GroupInput(frame["group"]),
+        on_call=lambda name: reply.send({"nonce": nonce, "running": name}),
+        on_wait=lambda: reply.send({"nonce": nonce, "waiting": True}),
+        may_abstain=may_abstain,
+    )
+    reply.send({"nonce": nonce, "scored": wire.scored_to_json(scored)})
 
-    return await score_group(functions, GroupInput(frame["group"]), on_call=announce, may_abstain=may_abstain)
+
+class _Inbox:
+    """Frames on their way from the reader's thread to the event loop, which begins after the first."""
+
+    def __init__(self) -> None:
+        self._frames: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._arrived = asyncio.Event()
+
+    def put(self, frame: dict[str, Any]) -> None:
+        """Of the reader's thread."""
+        self._frames.put(frame)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._arrived.set)
+
+    def first(self) -> dict[str, Any]:
+        """The first frame; blocks."""
+        return self._frames.get()
+
+    async def next(self) -> dict[str, Any]:
+        """The next frame, in the event loop's thread."""
+        self._loop = asyncio.get_running_loop()
+        # Cleared before looking, so that a frame that comes after the look is seen.
+        self._arrived.clear()
+        while self._frames.empty():
+            await self._arrived.wait()
+            self._arrived.clear()
+        return self._frames.get_nowait()
 
 
 def _load(frame: dict[str, Any], reply: _Reply) -> tuple[NamedFunction, ...]:
@@ -101,11 +143,11 @@ class _Reply:
             data = data[os.write(self._fd, data) :]
 
 
-def _read_frames(fd: int, frames: queue.SimpleQueue[dict[str, Any]]) -> None:
+def _read_frames(fd: int, inbox: _Inbox) -> None:
     """consumes: bytes of the request pipe; produces: frames; waits for: the worker; unblocked by: data or its end."""
     with os.fdopen(fd, "rb") as pipe:
         while header := pipe.read(wire.HEADER_BYTES):
-            frames.put(wire.decode(pipe.read(int.from_bytes(header, "big"))))
+            inbox.put(wire.decode(pipe.read(int.from_bytes(header, "big"))))
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

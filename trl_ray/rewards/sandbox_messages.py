@@ -3,6 +3,7 @@
 {"nonce", "functions", "weights", ...}             worker -> child    once, after the start
 {"nonce", "group"}                                 worker -> child    per group
 {"nonce", "running": name}                         child -> worker    before each function
+{"nonce", "waiting": true}                         child -> worker    once all are called, if some are awaited
 {"nonce", "scored": ...} or {"nonce", "ready"}     child -> worker    the answer
 """
 

@@ -112,6 +112,7 @@ async def score_group(
     group: GroupInput,
     *,
     on_call: Callable[[str], None] = lambda name: None,
+    on_wait: Callable[[], None] = lambda: None,
     may_abstain: bool = False,
 ) -> ScoredGroup:
     """Rewards of one group, or the first failure.
@@ -120,12 +121,15 @@ async def score_group(
         functions: called in this order; those that return an awaitable are awaited together afterwards.
         group: prompts, completions and columns.
         on_call: told the name of each function just before it is called.
+        on_wait: told that all were called and some are awaited, so that other groups may begin.
         may_abstain: let all of them abstain on all completions, because others score them too (`join_scores`).
     """
     size = len(json.loads(group.text)["completions"])
     log = Log(size=size)
     try:
         returned = [_call(named, group, log, on_call) for named in functions]
+        if any(inspect.isawaitable(value) for value in returned):
+            on_wait()
         # A task of its own each: the first failure cancels none of the others half-way through a request.
         settled = await asyncio.gather(
             *(_settle(named, value) for named, value in zip(functions, returned, strict=True)), return_exceptions=True

@@ -23,6 +23,7 @@ from trl_ray.types.groups import (
     RolloutGroup,
     VersionSpan,
 )
+from trl_ray.types.predictions import PredictedBatch, PredictionBatch, PredictionForm, PredictionPiece
 from trl_ray.types.published_weights import (
     PullReport,
     ScoredSequence,
@@ -55,6 +56,10 @@ __all__ = [
     "IntArray",
     "Message",
     "Metric",
+    "PredictedBatch",
+    "PredictionBatch",
+    "PredictionForm",
+    "PredictionPiece",
     "Prompt",
     "PullReport",
     "Reduce",

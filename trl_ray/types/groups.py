@@ -49,6 +49,8 @@ class DropReason(enum.StrEnum):
     """The run reached its last step while the group was still on its way."""
     NUMERICS = "numerics"
     """The learner met NaN or infinity in the step that held the group and skipped the step."""
+    BAD_ROW = "bad_row"
+    """No prompt could be made of the row, and the run drops such rows; it was never a group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

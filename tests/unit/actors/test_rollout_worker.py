@@ -9,12 +9,13 @@ import pytest
 
 from fakes import FakeHandle, completion, prompt, reward, ticket, until
 from trl_ray.actors import rollout_worker
+from trl_ray.actors.calling import Patience
 from trl_ray.actors.rollout_worker import RolloutWorker
 from trl_ray.actors.teaching import TeacherErrorKind, TeacherSeat, TeachingPlan
 from trl_ray.config.losses.distillation_options import RepromptConfig
 from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
-from trl_ray.errors import DataError, EngineError, TeacherError, WeightError
+from trl_ray.errors import ActorLostError, DataError, DeadlineError, EngineError, TeacherError, WeightError
 from trl_ray.types import (
     DropReason,
     EventKind,
@@ -105,8 +106,8 @@ class Letters:
     chat_template = None
     pad_token_id = None
 
-    def __call__(self, text, **options):
-        return {"input_ids": [ord(letter) for letter in text]}
+    def __call__(self, texts, **options):
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
     def decode(self, token_ids, *, skip_special_tokens):
         return "".join(chr(token) for token in token_ids)
@@ -246,6 +247,49 @@ def test_a_failed_reward_gives_the_group_back_and_never_commits(monkeypatch):
     assert "drop" not in told
     assert all(word in told["detail"] for word in ("judge", "timeout", "took 60 s"))
     assert stage.worker.health().problem is None
+
+
+def test_waiting_longer_than_a_lease_for_rewards_is_no_failure(monkeypatch):
+    answers = [None, None, None, ScoredGroup(rewards=(reward(0.0), reward(1.0)))]
+
+    async def slow(**arguments):
+        await asyncio.sleep(0.1)
+        return answers.pop(0)
+
+    stage = Stage(monkeypatch, ticket(3), scored=slow, lease_s=0.04)
+    stage.play(
+        lambda: len(stage.engine.batches) == 1,
+        lambda: stage.engine.finish("3.0"),
+        lambda: bool(stage.queue.asked("commit")),
+    )
+    assert stage.queue.asked("renew") and not stage.queue.asked("fail") and stage.worker.health().problem is None
+    calls = stage.reward.asked("score")
+    assert len(calls) == 4 and len({call.kwargs["key"] for call in calls}) == 1
+
+
+@pytest.mark.parametrize("error", [ActorLostError("gone"), DeadlineError("late")])
+def test_a_reward_worker_that_is_lost_for_good_fails_the_group_and_not_the_engine(monkeypatch, error):
+    monkeypatch.setattr(rollout_worker, "CALL", Patience(deadline_s=0.01, total_s=0.02))
+    stage = Stage(monkeypatch, ticket(3), scored=error)
+    stage.play(
+        lambda: len(stage.engine.batches) == 1,
+        lambda: stage.engine.finish("3.0"),
+        lambda: bool(stage.queue.asked("fail")),
+    )
+    [call] = stage.queue.asked("fail")
+    assert (
+        call.kwargs["exhausted"] is DropReason.REWARD_FAILED and "reward-0 must answer within" in call.kwargs["detail"]
+    )
+    assert stage.worker.health().problem is None
+    [event] = stage.worker.drain().events
+    assert (event.kind, event.detail["kind"], event.detail["prompt_id"]) == (EventKind.REWARD_FAILED, "crash", "0:3")
+
+
+def test_an_evaluation_waits_for_slow_rewards_as_well(monkeypatch):
+    answers = [None, None, ScoredGroup(rewards=(reward(0.5),))]
+    stage = Stage(monkeypatch, scored=lambda **arguments: answers.pop(0), lease_s=0.01)
+    [answer] = evaluated(stage, prompt(1))
+    assert answer.scored.rewards[0].total == 0.5
 
 
 def test_a_failed_engine_is_a_problem_and_the_ledger_hears_nothing_more(monkeypatch):

@@ -163,6 +163,25 @@ def test_a_resumed_run_keeps_every_option(pipeline, options, monkeypatch, tmp_pa
     assert seen[1] == seen[0]
 
 
+def test_a_run_whose_functions_lie_beside_its_file_is_started_and_resumed_from_any_folder(monkeypatch, tmp_path):
+    seen = ends_with(monkeypatch, output())
+    mine, run, elsewhere = tmp_path / "mine", tmp_path / "run", tmp_path / "elsewhere"
+    for folder in (mine, run, elsewhere):
+        folder.mkdir()
+    (mine / "beside.py").write_text("def short(completions, **columns):\n    return [0.0 for _ in completions]\n")
+    (elsewhere / "here.py").write_text("def long(completions, **columns):\n    return [1.0 for _ in completions]\n")
+    file = write_config(mine / "c.yaml", model_name_or_path="none", reward_funcs=["beside.py:short"])
+    monkeypatch.chdir(elsewhere)
+    assert main(["grpo", "--config", file, "callbacks=[here.py:Tells]"]) == 0
+    assert seen[0].reward_funcs == [f"{mine.resolve()}/beside.py:short"]
+    assert seen[0].callbacks[0].path == f"{elsewhere.resolve()}/here.py:Tells"
+    (run / "metrics.jsonl").touch()
+    (run / "config.yaml").write_text(dump_yaml(seen[0]))
+    monkeypatch.chdir(tmp_path)
+    assert main(["resume", str(run)]) == 0
+    assert seen[1].reward_funcs == seen[0].reward_funcs and seen[1].callbacks == seen[0].callbacks
+
+
 def test_a_run_of_an_unknown_pipeline_is_not_resumed(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "config.yaml").write_text("pipeline: ppo\n")

@@ -10,7 +10,15 @@ import pytest
 from trl_ray.config.base import Section
 from trl_ray.config.load import build, dump_yaml, parse_yaml
 from trl_ray.config.messages import nearest
-from trl_ray.config.runs.dataset_config import CPOConfig, DPOConfig, KTOConfig, RewardModelConfig, SFTConfig
+from trl_ray.config.runs.dataset_config import (
+    CPOConfig,
+    DPOConfig,
+    KTOConfig,
+    ORPOConfig,
+    PRMConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
 from trl_ray.config.runs.distill_config import DistillConfig
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig, RLOOConfig
 from trl_ray.config.runs.sdpo_config import SDPOConfig
@@ -19,6 +27,16 @@ from trl_ray.config.trl_options.reading import entry_of, names
 from trl_ray.errors import ConfigError
 
 ROLLOUTS: list[type[Section]] = [GRPOConfig, AsyncGRPOConfig, RLOOConfig, SDPOConfig, DistillConfig]
+RUNS: list[type[Section]] = [
+    *ROLLOUTS,
+    SFTConfig,
+    DPOConfig,
+    KTOConfig,
+    CPOConfig,
+    ORPOConfig,
+    RewardModelConfig,
+    PRMConfig,
+]
 # Written by users of TRL and transformers, and what it is here.
 READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     (GRPOConfig, {"use_vllm": True, "vllm_mode": "colocate"}, {}),
@@ -47,6 +65,16 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
      {"lora_kwargs": {"target_parameters": ["experts.w"]}, "use_peft": True}),
     (DistillConfig, {"teacher_model_name_or_path": "far", "teacher_model_init_kwargs": {"torch_dtype": "bfloat16"}},
      {"teacher_model_name_or_path": "far", "teacher_dtype": "bfloat16"}),
+    # The Hub, by past names.
+    (SFTConfig, {"push_to_hub": True, "push_to_hub_model_id": "tuned", "push_to_hub_organization": "org"},
+     {"push_to_hub": True, "hub_model_id": "org/tuned"}),
+    (SFTConfig, {"output_dir": "runs/small", "push_to_hub_organization": "org"},
+     {"output_dir": "runs/small", "hub_model_id": "org/small"}),
+    (DPOConfig, {"push_to_hub_model_id": "me/tuned"}, {"hub_model_id": "me/tuned"}),
+    (GRPOConfig, {"hub_model_revision": "v2", "push_to_hub_revision": True},
+     {"hub_revision": "v2", "push_to_hub": True}),
+    (GRPOConfig, {"push_to_hub_revision": False, "push_to_hub_organization": None}, {}),
+    (GRPOConfig, {"trackio_static_space_id": False}, {}),
     # LLaMA-Factory
     (SFTConfig, {"stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all"},
      {"use_peft": True, "lora_r": 8, "lora_target_modules": "all-linear"}),
@@ -66,6 +94,29 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     # alignment-handbook
     (SFTConfig, {"dataset_mixer": {"org/chats": 1.0}, "dataset_splits": ["train_sft", "test_sft"]},
      {"dataset_name": "org/chats", "dataset_train_split": "train_sft", "dataset_test_split": "test_sft"}),
+    (SFTConfig, {"dataset_mixer": {"a": 0.5, "b": 1.0, "c": 0.0}, "dataset_configs": [None, "main", "x"]},
+     {"datasets": [{"path": "a", "share": 0.5}, {"path": "b", "name": "main"}]}),
+    (DPOConfig, {"dataset_mixer": {"a": 1}, "dataset_configs": ["main"]},
+     {"dataset_name": "a", "dataset_config": "main"}),
+    (SFTConfig, {"dataset_splits": ["test_sft", "train_sft"]},
+     {"dataset_train_split": "train_sft", "dataset_test_split": "test_sft"}),
+    # open-r1
+    (SFTConfig, {"dataset_mixture": {"seed": 7, "test_split_size": 0.1, "datasets": [
+        {"id": "a", "config": "main", "split": "train", "columns": ["messages"], "weight": 0.5},
+        {"id": "b", "weight": 1.0}]}},
+     {"test_split_size": 0.1, "datasets": [
+         {"path": "a", "name": "main", "split": "train", "columns": ["messages"], "share": 0.5, "share_seed": 7},
+         {"path": "b"}]}),
+    # TRL's own mixture
+    (SFTConfig, {"datasets": [{"path": "a", "data_dir": "d", "split": "train"}], "streaming": False}, {
+        "datasets": [{"path": "a", "data_dir": "d", "split": "train"}]}),
+    (SFTConfig, {"dataset_name": "a", "streaming": True, "max_steps": 1}, {
+        "dataset_name": "a", "dataset_streaming": True, "max_steps": 1}),
+    # Held-out rows, a share or a number.
+    (SFTConfig, {"val_set_size": 0.05}, {"test_split_size": 0.05}),
+    (DPOConfig, {"val_size": 100}, {"test_split_size": 100}),
+    (SFTConfig, {"val_set_size": 0.0}, {}),
+    (SFTConfig, {"special_tokens": {"pad_token": "<pad>", "eos_token": "<end>"}}, {"eos_token": "<end>"}),
     (CPOConfig, {"use_flash_attention_2": True}, {"attn_implementation": "flash_attention_2"}),
 ]  # fmt: skip
 REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
@@ -76,8 +127,16 @@ REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
     (KTOConfig, {"sync_ref_model": True}, "does not move"),
     (SFTConfig, {"template": "llama3"}, "chat template"),
     (SFTConfig, {"stage": "dpo"}, "Choose the pipeline"),
-    (SFTConfig, {"dataset_mixer": {"a": 0.5}}, "train[:10%]"),
+    (SFTConfig, {"dataset_mixer": {"a": 1.5}}, "share: 0.1"),
+    (SFTConfig, {"dataset_mixer": {"a": True}}, "share: 0.1"),
+    (SFTConfig, {"dataset_configs": ["main"]}, "Set dataset_config"),
+    (SFTConfig, {"dataset_splits": ["train_a", "train_b"]}, "one split to train on"),
+    (SFTConfig, {"dataset_mixture": {"datasets": [{"id": "a", "weight": 2.0}]}}, "from 0 to 1"),
+    (SFTConfig, {"val_set_size": "5%"}, "test_split_size"),
+    (SFTConfig, {"special_tokens": {"bos_token": "<s>"}}, "Set eos_token"),
+    (GRPOConfig, {"streaming": True}, "prompts are read before training"),
     (SFTConfig, {"rl": "dpo"}, "trl-ray dpo"),
+    (SFTConfig, {"trackio_static_space_id": "me/page"}, "trackio_space_id"),
 ]
 
 
@@ -175,6 +234,30 @@ def test_no_option_of_the_tables_is_answered_with_a_guess() -> None:
                 config(**{name: "nonsense"})
             except ConfigError as error:
                 assert "Did you mean" not in str(error), name
+
+
+def test_a_past_token_of_the_hub_is_the_token_and_is_written_to_no_file() -> None:
+    config = SFTConfig(push_to_hub_token="secret")
+    assert config.hub_token == "secret" and "secret" not in dump_yaml(config)
+
+
+def test_an_organisation_beside_a_whole_name_is_a_contradiction() -> None:
+    message = refusal(SFTConfig, push_to_hub_model_id="me/tuned", push_to_hub_organization="org")
+    assert "hub_model_id: ORGANISATION/NAME" in message
+
+
+def test_no_row_of_the_tables_stands_for_an_option_of_every_run() -> None:
+    # Such a row is dead: a field wins over it.
+    assert sorted(name for name in names() if all(name in config.model_fields for config in RUNS)) == []
+
+
+def test_no_option_of_the_tables_speaks_of_options_that_no_run_has() -> None:
+    options = {name for config in RUNS for name in config.model_fields}
+    for name in names():
+        for config in RUNS:
+            entry = entry_of(name, config.model_fields)
+            becomes = None if entry is None else entry.becomes
+            assert becomes is None or becomes.partition(".")[0] in options, name
 
 
 def test_what_stands_for_it_is_not_named_where_a_pipeline_has_no_such_thing() -> None:

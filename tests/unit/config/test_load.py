@@ -224,6 +224,49 @@ def test_an_override_cannot_descend_into_a_value() -> None:
         apply_overrides({"seed": 1}, ["seed.x=2"])
 
 
+# Line breaks of every standard, what YAML marks things with, what looks like another type, characters beyond 16 bits.
+_PIECES = [
+    *"\x85\u2028\u2029\ufeff\r\n\t \x00\x0b\x0c\x1c\x7f\xa0\ufffe\U0001f600\U0010ffffaé'\"\\:#-?|>&%@{],",
+    *[
+        "1e5",
+        "+1E2",
+        ".5",
+        "1_0",
+        "0x1f",
+        "0o7",
+        "12:30",
+        "2001-01-01",
+        "null",
+        "~",
+        "no",
+        "=",
+        "<<",
+        "!!str",
+        "---",
+        "...",
+    ],
+]
+
+
+@pytest.mark.parametrize("end", ["", "x"], ids=ascii)
+@pytest.mark.parametrize("start", _PIECES, ids=ascii)
+def test_every_text_is_read_as_it_was_written(start: str, end: str) -> None:
+    texts = [f"{start}{middle}{end}" for middle in ("", *_PIECES)]
+    config = build(AsyncGRPOConfig, {"stop": texts, "dataset_kwargs": {text: text for text in texts}})
+    assert build(AsyncGRPOConfig, parse_yaml(dump_yaml(config), source="resolved")) == config
+
+
+def test_half_a_character_is_refused_and_two_halves_are_one() -> None:
+    assert parse_yaml('a: "\\ud83d\\ude00"', source="job.yaml") == {"a": "\U0001f600"}
+    message = yaml_refusal('a: 1\nb: "x\\ud83d"')
+    assert message.startswith("job.yaml, line 2: a text must hold whole characters, got 'x\\ud83d'")
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "marked.yaml").write_bytes(b"\xef\xbb\xbfseed: 3\n")
+    assert load_config(AsyncGRPOConfig, tmp_path / "marked.yaml").seed == 3
+
+
 @given(
     st.fixed_dictionaries(
         {},

@@ -4,8 +4,11 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from pydantic.fields import FieldInfo
 
-from trl_ray.config.object_paths import find_plug_in, is_same_object, real_path
+from trl_ray.config.object_paths import OBJECT_OPTIONS, find_plug_in, is_same_object, place, real_path
+from trl_ray.config.runs.config_registry import CONFIGS
+from trl_ray.config.runs.sdpo_config import SDPOConfig
 from trl_ray.errors import ConfigError
 
 
@@ -51,6 +54,67 @@ def test_only_the_path_of_a_file_is_made_to_hold_in_every_folder(folder: Path) -
     assert real_path("../here/mine.py:A.b") == f"{folder}/mine.py:A.b"
     assert real_path("link.py:A") == f"{folder.parent}/other/mine.py:A"
     assert [real_path(same) for same in ("grpo", "package.module:A")] == ["grpo", "package.module:A"]
+
+
+def test_what_is_uploaded_with_a_job_keeps_its_path_in_the_upload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = tmp_path / "working_dir_files" / "_ray_pkg_0123"
+    (upload / "configs").mkdir(parents=True)
+    for name in ("mine.py", "configs/near.py"):
+        (upload / name).touch()
+    monkeypatch.chdir(upload)
+    assert [real_path("mine.py:A"), real_path(f"{upload}/mine.py:A")] == ["mine.py:A", "mine.py:A"]
+    placed = place({"loss": "near.py:A", "reward_funcs": ["mine.py:f"]}, Path("configs"))
+    assert placed == {"loss": "configs/near.py:A", "reward_funcs": ["mine.py:f"]}
+    # What lies outside of it is where it is.
+    assert real_path(f"{tmp_path}/else.py:A") == f"{tmp_path.resolve()}/else.py:A"
+
+
+def test_files_of_objects_are_looked_for_beside_the_configuration_and_then_here(folder: Path) -> None:
+    other, here = folder.parent / "other", folder
+    (here / "only_here.py").touch()
+    written = {
+        "loss": "mine.py:Loss",
+        "reward_funcs": ["mine.py:f", "only_here.py:g", "exact_answer", "package.module:h", f"{here}/mine.py:i"],
+        "callbacks": ["only_here.py:A", {"path": "mine.py:B", "kwargs": {"file": "mine.py:C"}}],
+        "teacher_model_kind": "mine.py:Kind",
+        "system_prompt": "mine.py:no",
+        "beta": 0.1,
+    }
+    assert place(written, Path("../other")) == {
+        "loss": f"{other}/mine.py:Loss",
+        "reward_funcs": [
+            f"{other}/mine.py:f",
+            f"{here}/only_here.py:g",
+            "exact_answer",
+            "package.module:h",
+            f"{here}/mine.py:i",
+        ],
+        "callbacks": [f"{here}/only_here.py:A", {"path": f"{other}/mine.py:B", "kwargs": {"file": "mine.py:C"}}],
+        "teacher_model_kind": f"{other}/mine.py:Kind",
+        "system_prompt": "mine.py:no",
+        "beta": 0.1,
+    }
+    with pytest.raises(ConfigError, match=f"no none.py in {other}, where the configuration is, nor in {here}"):
+        place({"reward_funcs": ["none.py:f"]}, Path("../other"))
+
+
+def test_options_that_name_objects_hold_paths_that_hold_everywhere(folder: Path) -> None:
+    config = SDPOConfig(
+        loss="mine.py:L", reward_funcs=["mine.py:f"], callbacks=["mine.py:C"], teacher_model_kind="mine.py:K"
+    )
+    assert config.loss == f"{folder}/mine.py:L" and config.reward_funcs == [f"{folder}/mine.py:f"]
+    assert config.callbacks[0].path == f"{folder}/mine.py:C" and config.teacher_model_kind == f"{folder}/mine.py:K"
+    # Whatever else names objects is told here: it must be looked for beside the configuration, too.
+    named = {
+        name for each in CONFIGS.values() for name, field in each.model_fields.items() if "file.py:" in _doc(field)
+    }
+    assert named <= set(OBJECT_OPTIONS)
+
+
+def _doc(field: FieldInfo) -> str:
+    return field.description or ""
 
 
 def test_an_entry_point_gives_a_name_to_an_object(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,9 @@ def test_runs_are_named_and_no_secret_leaves(tmp_path: Path, libraries: Calls) -
     assert started == {"run_id": None, "run_name": "r"}
     [begun] = [call[-1] for call in libraries if call[0] == "init"]
     assert (begun["project"], begun["name"], begun["space_id"], begun["private"]) == ("p", "r", "me/space", True)
+    assert "bucket_id" not in begun  # older Trackios have none
+    TrackioSink(project="p", run_name="r", config=CONFIG, bucket_id="me/bucket")
+    assert [call[-1] for call in libraries if call[0] == "init"][1]["bucket_id"] == "me/bucket"
     MLflowSink(tmp_path, project="p", run_name="r", config=CONFIG)  # a run that is resumed
     assert [call[-1] for call in libraries if call[0] == "start_run"][1] == {"run_id": "abc", "run_name": None}
 

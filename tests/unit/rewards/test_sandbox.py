@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import pytest
 
 from trl_ray.rewards.reward_registry import make_spec
-from trl_ray.rewards.sandbox import LOG_BYTES, Sandbox, child_environment
+from trl_ray.rewards.sandbox import Sandbox
+from trl_ray.rewards.sandbox_process import LOG_BYTES, child_environment
 from trl_ray.rewards.scoring import GroupInput
 from trl_ray.types import RewardErrorKind
 

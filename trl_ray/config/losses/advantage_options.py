@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from trl_ray.config.base import FROM_STRING, Natural, Section
+from trl_ray.config.base import FROM_STRING, Natural, Section, rule
 
 
 class ScaleRewards(enum.StrEnum):
@@ -88,29 +88,27 @@ class AdvantageConfig(Section):
         """Whether long completions lose reward."""
         return self.overlong_buffer_len > 0 and self.overlong_penalty_factor > 0
 
-    @model_validator(mode="after")
-    def _check_clip_range(self) -> Self:
+    @rule
+    def _check_clip_range(self) -> None:
         bounds = self.reward_clip_range
         if bounds is not None and bounds[0] >= bounds[1]:
             raise ValueError(
                 f"reward_clip_range must go from the smaller to the larger reward, got {list(bounds)}. Swap the two."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_scale(self) -> Self:
+    @rule
+    def _check_scale(self) -> None:
         if self.advantage_baseline is AdvantageBaseline.NONE and self.scale_rewards is not ScaleRewards.NONE:
             raise ValueError(
                 f"scale_rewards must be none with advantage_baseline=none, got {self.scale_rewards.value}: rewards "
                 "that are not centred would explode where they hardly differ. Set scale_rewards=none (REINFORCE++: and "
                 "normalize_advantages=true)."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_objectives(self) -> Self:
+    @rule
+    def _check_objectives(self) -> None:
         if self.multi_objective_aggregation is not Aggregation.NORMALIZE_THEN_SUM:
-            return self
+            return
         fixed: list[tuple[str, Any, Any]] = [
             ("advantage_baseline", self.advantage_baseline.value, AdvantageBaseline.GROUP_MEAN.value),
             ("scale_rewards", self.scale_rewards.value, ScaleRewards.GROUP.value),
@@ -126,12 +124,11 @@ class AdvantageConfig(Section):
                     "deviation, summed and normalised over the step, and there is no total before that. Set "
                     f"{name}={_shown(needed)}."
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _check_zero_variance(self) -> Self:
+    @rule
+    def _check_zero_variance(self) -> None:
         if self.zero_variance_groups is not ZeroVariance.DROP:
-            return self
+            return
         telling = {
             "advantage_baseline=none": self.advantage_baseline is AdvantageBaseline.NONE,
             "multi_objective_aggregation=normalize_then_sum": (
@@ -142,7 +139,6 @@ class AdvantageConfig(Section):
         for option, applies in telling.items():
             if applies:
                 raise ValueError(explain_zero_variance(option))
-        return self
 
 
 def explain_zero_variance(option: str) -> str:

@@ -10,11 +10,11 @@ RepromptConfig           what the self-teacher is shown
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from trl_ray.config.base import FROM_STRING, Fraction, Natural, Positive, Section
+from trl_ray.config.base import FROM_STRING, Fraction, Natural, Positive, Section, rule
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.policy_options import LossConfig
 
@@ -68,8 +68,8 @@ class DivergenceConfig(Section):
         """How many of the student's most probable tokens the teacher must score; 0: none."""
         return self.loss_top_k if self.loss_support in (Support.STUDENT, Support.UNION) else 0
 
-    @model_validator(mode="after")
-    def _check_width(self) -> Self:
+    @rule
+    def _check_width(self) -> None:
         lone = self.loss_top_k == 1 and self.loss_support in (Support.TEACHER, Support.STUDENT)
         lone = lone or (self.loss_support is Support.REALISED and self.beta == 1)
         if lone and not self.loss_add_tail:
@@ -78,16 +78,14 @@ class DivergenceConfig(Section):
                 f"and beta={self.beta}, got false: normalised over one token, student and teacher never differ. Set "
                 "loss_add_tail=true, or a larger support."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_sampled(self) -> Self:
+    @rule
+    def _check_sampled(self) -> None:
         if self.loss_support is Support.SAMPLED and self.beta != 1:
             raise ValueError(
                 f"beta must be 1 with loss_support=sampled, got {self.beta}: one sampled token estimates the reverse "
                 "KL only. Set beta=1, or another support."
             )
-        return self
 
 
 class DistillationObjective(enum.StrEnum):
@@ -129,14 +127,13 @@ class DistillationLossConfig(DivergenceConfig, LossSection):
         """As without the objective; iw_opd asks for the completions' own tokens alone."""
         return 0 if self.distillation_objective is DistillationObjective.IW_OPD else super().student_top_k
 
-    @model_validator(mode="after")
-    def _check_objective(self) -> Self:
+    @rule
+    def _check_objective(self) -> None:
         if self.distillation_objective is DistillationObjective.IW_OPD and self.beta != 1:
             raise ValueError(
                 f"beta must be 1 with distillation_objective=iw_opd, got {self.beta}: it estimates the reverse KL "
                 "only. Remove one of the two."
             )
-        return self
 
 
 class RepromptConfig(Section):
@@ -159,8 +156,8 @@ class RepromptConfig(Section):
     remove_thinking_from_demonstration: bool = False
     """Take ``<think>...</think>`` out of demonstrations."""
 
-    @model_validator(mode="after")
-    def _check_templates(self) -> Self:
+    @rule
+    def _check_templates(self) -> None:
         wanted = {
             "reprompt_template": {"prompt": "", "solution": "", "feedback": ""},
             "solution_template": {"successful_previous_attempt": ""},
@@ -174,7 +171,6 @@ class RepromptConfig(Section):
                     f"{name} must have no other fields than {', '.join('{' + key + '}' for key in values)}, got "
                     f"{getattr(self, name)!r} ({error}). Write braces of the text twice."
                 ) from error
-        return self
 
 
 class DistillationMode(enum.StrEnum):
@@ -201,8 +197,8 @@ class SDPOLossConfig(Section):
     """Degenerate steps in a row between two warnings; 0 never warns."""
     diagnostics_flat_tolerance: Annotated[float, Field(ge=0)] = 1e-8
 
-    @model_validator(mode="after")
-    def _check_mode(self) -> Self:
+    @rule
+    def _check_mode(self) -> None:
         mode = self.distillation_mode
         if mode is DistillationMode.SAMPLED_TOKEN and self.distillation_alpha != 1:
             raise ValueError(
@@ -224,7 +220,6 @@ class SDPOLossConfig(Section):
                 f"distillation_add_tail must be false with distillation_mode={mode.value}, got true: only topk_logits "
                 "leaves mass out. Remove it."
             )
-        return self
 
 
 class SDPOObjective(LossConfig, SDPOLossConfig):
@@ -232,11 +227,10 @@ class SDPOObjective(LossConfig, SDPOLossConfig):
 
     built_in: ClassVar[str] = "trl_ray.algorithms.distillation.sdpo_loss:SDPOLoss"
 
-    @model_validator(mode="after")
-    def _check_policy_part(self) -> Self:
+    @rule
+    def _check_policy_part(self) -> None:
         if self.beta > 0 and self.distillation_weight == 1:
             raise ValueError(
                 f"beta must be 0 with distillation_weight=1, got {self.beta}: the KL belongs to the policy loss, which "
                 "weighs nothing. Lower distillation_weight, or remove beta."
             )
-        return self

@@ -6,11 +6,12 @@ section.built_in, or `loss: package.module:Class` with `loss_kwargs` --algorithm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from trl_ray.config.base import Section
+from trl_ray.config.object_paths import real_path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,7 @@ class LossSection(Section):
     built_in: ClassVar[str]
     """The loss that reads them, as ``package.module:Class``; named, not imported: configuration loads without torch."""
 
-    loss: str | None = None
+    loss: Annotated[str | None, AfterValidator(lambda path: path and real_path(path))] = None
     """A loss from outside in the place of the pipeline's own: ``package.module:Class``, ``file.py:Class``, or a name of
     the entry-point group ``trl_ray.losses``."""
     loss_kwargs: dict[str, Any] = Field(default_factory=dict)

@@ -7,11 +7,11 @@ options, like `entropy_target` without `use_adaptive_entropy`, is left alone unl
 from __future__ import annotations
 
 import enum
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from trl_ray.config.base import FROM_STRING, Fraction, Positive
+from trl_ray.config.base import FROM_STRING, Fraction, Positive, rule
 from trl_ray.config.losses.loss_section import LossSection, ReferenceSync
 
 NonNegative = Annotated[float, Field(ge=0)]
@@ -210,8 +210,8 @@ class LossConfig(LossSection):
         """`epsilon_high`, or `epsilon` where it is left out."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
-    @model_validator(mode="after")
-    def _check_upper_clip(self) -> Self:
+    @rule
+    def _check_upper_clip(self) -> None:
         if self.loss_type in {LossType.SAPO, LossType.VESPO} and self.epsilon_high is not None:
             raise ValueError(
                 f"epsilon_high must be left out with loss_type={self.loss_type.value}, got {self.epsilon_high}: "
@@ -222,22 +222,20 @@ class LossConfig(LossSection):
                 f"epsilon_high must be at least epsilon, got epsilon_high={self.epsilon_high} and "
                 f"epsilon={self.epsilon}. Raise epsilon_high or leave it out."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_cispo_cap(self) -> Self:
+    @rule
+    def _check_cispo_cap(self) -> None:
         if self.loss_type is LossType.CISPO and (self.epsilon_high is None or self.epsilon_high < 1):
             given = "null" if self.epsilon_high is None else self.epsilon_high
             raise ValueError(
                 f"epsilon_high must be at least 1 with loss_type=cispo, got {given}: there it is the largest ratio "
                 "itself, not the distance from 1. Set epsilon_high=5.0, as ScaleRL does."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_delta(self) -> Self:
+    @rule
+    def _check_delta(self) -> None:
         if self.delta is None:
-            return self
+            return
         if self.loss_type not in CLIPPED:
             raise ValueError(
                 f"delta must be left out with loss_type={self.loss_type.value}, got {self.delta}: it bounds the ratio "
@@ -249,12 +247,11 @@ class LossConfig(LossSection):
                 f"{1 + self.upper_epsilon:g}: below it would clip positive advantages and leave negative ones alone. "
                 "Raise delta."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_vespo(self) -> Self:
+    @rule
+    def _check_vespo(self) -> None:
         if self.loss_type is not LossType.VESPO:
-            return self
+            return
         if self.importance_sampling_level is ImportanceLevel.SEQUENCE:
             raise ValueError(
                 "importance_sampling_level must be token with loss_type=vespo, got sequence: vespo weighs completions "
@@ -266,10 +263,9 @@ class LossConfig(LossSection):
                 f"{self.vllm_importance_sampling_mode.value}: vespo multiplies the tokens' ratios itself. Choose one "
                 "of the two."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_correction_bounds(self) -> Self:
+    @rule
+    def _check_correction_bounds(self) -> None:
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high:
             raise ValueError(
@@ -282,10 +278,9 @@ class LossConfig(LossSection):
                 "vllm_importance_sampling_clip_max must be set unless vllm_importance_sampling_clip_min is, got null: "
                 f"{mode.value} would truncate nothing. Set one of the two."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_correction_of_nothing(self) -> Self:
+    @rule
+    def _check_correction_of_nothing(self) -> None:
         if (
             self.old_logprobs is OldLogprobs.SAMPLER
             and self.vllm_importance_sampling_mode is not ImportanceMode.TOKEN_TRUNCATE
@@ -296,10 +291,9 @@ class LossConfig(LossSection):
                 f"{self.vllm_importance_sampling_mode.value}: that ratio already is policy / sampler, so there is "
                 "nothing left to correct. Remove one of the two."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_reference(self) -> Self:
+    @rule
+    def _check_reference(self) -> None:
         if self.sync_ref_model and self.beta == 0:
             raise ValueError(
                 "sync_ref_model must be false with beta=0, got true: without a KL there is no reference. Set beta, or "
@@ -312,12 +306,11 @@ class LossConfig(LossSection):
                 "of that estimate's gradient is 0, so it would add noise and hold nothing. Set it to true, choose k2 "
                 "or k3, or set kl_placement=reward."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_adaptive_entropy(self) -> Self:
+    @rule
+    def _check_adaptive_entropy(self) -> None:
         if not self.use_adaptive_entropy:
-            return self
+            return
         low, high = self.entropy_coef_min, self.entropy_coef_max
         if low >= high:
             raise ValueError(
@@ -334,4 +327,3 @@ class LossConfig(LossSection):
                 "entropy_coef_delta must be above 0 with use_adaptive_entropy=true, got 0.0: the coefficient would "
                 "never change. Raise it, or set use_adaptive_entropy=false."
             )
-        return self

@@ -10,11 +10,11 @@ Options that contradict each other are refused here, from their values alone.
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from trl_ray.config.base import FROM_STRING, Fraction, Positive
+from trl_ray.config.base import FROM_STRING, Fraction, Positive, rule
 from trl_ray.config.losses.loss_section import LossSection, ReferenceSync
 
 NonNegative = Annotated[float, Field(ge=0)]
@@ -159,15 +159,15 @@ class PreferenceLossConfig(LossSection):
     def _names(self) -> str:
         return ", ".join(kind.value for kind in self.loss_type)
 
-    @model_validator(mode="after")
-    def _check_weights(self) -> Self:
+    @rule
+    def _check_weights(self) -> None:
         if len(set(self.loss_type)) != len(self.loss_type):
             raise ValueError(
                 f"loss_type must name each loss once, got {self._names()}. Name it once and add up its weights in "
                 "loss_weights."
             )
         if self.loss_weights is None:
-            return self
+            return
         if len(self.loss_weights) != len(self.loss_type):
             raise ValueError(
                 f"loss_weights must hold one weight per loss_type, got {len(self.loss_weights)} for "
@@ -178,10 +178,9 @@ class PreferenceLossConfig(LossSection):
                 f"loss_weights must hold a weight above 0, got {list(self.loss_weights)}: nothing would be trained. "
                 "Raise one."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_f_divergence(self) -> Self:
+    @rule
+    def _check_f_divergence(self) -> None:
         supported = DIFFERENCE_OF_SCORES | {PreferenceLossType.SFT}
         others = [kind.value for kind in self.loss_type if kind not in supported]
         if self.f_divergence_type is not FDivergence.REVERSE_KL and others:
@@ -190,10 +189,9 @@ class PreferenceLossConfig(LossSection):
                 f"{self.f_divergence_type.value}: only in a difference of scores does the divergence's unknown term "
                 f"cancel. Choose among {', '.join(sorted(supported))}, or remove f_divergence_type."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_label_smoothing(self) -> Self:
+    @rule
+    def _check_label_smoothing(self) -> None:
         if PreferenceLossType.EXO_PAIR in self.loss_type and self.label_smoothing == 0:
             raise ValueError(
                 "label_smoothing must be above 0 with loss_type=exo_pair, got 0.0: the loss takes its logarithm. Set "
@@ -204,20 +202,18 @@ class PreferenceLossConfig(LossSection):
                 f"label_smoothing must be 0 with loss_type={self._names()}, got {self.label_smoothing}: only "
                 f"{', '.join(sorted(SMOOTHED))} read it. Choose robust, or remove label_smoothing."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_weighting(self) -> Self:
+    @rule
+    def _check_weighting(self) -> None:
         sorting = [kind.value for kind in self.loss_type if kind in SORTING]
         if self.use_weighting and sorting:
             raise ValueError(
                 f"use_weighting must be false with loss_type={', '.join(sorting)}, got true: sorting takes pairs "
                 "apart, so that weights of pairs mean nothing. Remove one of the two."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_reference(self) -> Self:
+    @rule
+    def _check_reference(self) -> None:
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError(
                 "sync_ref_model must be false with precompute_ref_log_probs=true, got true: what was asked of the "
@@ -229,7 +225,6 @@ class PreferenceLossConfig(LossSection):
                     f"{name} must be false with loss_type=sft, got true: sft has no reference. Remove {name}, or add a "
                     "loss that compares with one."
                 )
-        return self
 
 
 class UnpairedLossConfig(LossSection):
@@ -259,14 +254,13 @@ class UnpairedLossConfig(LossSection):
         """Whether the update needs an estimate of the KL, from mismatched completions."""
         return self.loss_type is UnpairedLossType.KTO
 
-    @model_validator(mode="after")
-    def _check_weights(self) -> Self:
+    @rule
+    def _check_weights(self) -> None:
         if self.desirable_weight == self.undesirable_weight == 0:
             raise ValueError(
                 "desirable_weight or undesirable_weight must be above 0, got 0.0 and 0.0: nothing would be trained. "
                 "Raise one."
             )
-        return self
 
 
 class CPOLossConfig(LossSection):
@@ -295,14 +289,13 @@ class CPOLossConfig(LossSection):
         """Whether a completion's log-prob is the mean over its tokens, not the sum."""
         return self.loss_type in {CPOLossType.IPO, CPOLossType.SIMPO, CPOLossType.ALPHAPO}
 
-    @model_validator(mode="after")
-    def _check_label_smoothing(self) -> Self:
+    @rule
+    def _check_label_smoothing(self) -> None:
         if self.label_smoothing > 0 and self.loss_type in {CPOLossType.HINGE, CPOLossType.IPO}:
             raise ValueError(
                 f"label_smoothing must be 0 with loss_type={self.loss_type.value}, got {self.label_smoothing}: that "
                 "loss does not read it. Choose sigmoid, simpo or alphapo, or remove label_smoothing."
             )
-        return self
 
 
 class ORPOLossConfig(LossSection):

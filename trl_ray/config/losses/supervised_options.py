@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from trl_ray.config.base import FROM_STRING
+from trl_ray.config.base import FROM_STRING, rule
 from trl_ray.config.losses.loss_section import LossSection
 
 
@@ -36,11 +36,10 @@ class SupervisedLossConfig(LossSection):
         """Whether the loss asks for the mean log-prob over the vocabulary at each token."""
         return self.label_smoothing_factor > 0
 
-    @model_validator(mode="after")
-    def _check_label_smoothing(self) -> Self:
+    @rule
+    def _check_label_smoothing(self) -> None:
         if self.label_smoothing_factor > 0 and self.loss_type is SupervisedLossType.DFT:
             raise ValueError(
                 f"label_smoothing_factor must be 0 with loss_type=dft, got {self.label_smoothing_factor}: dft weighs "
                 "labels by their probability and has no use for smoothed ones. Remove one of the two."
             )
-        return self

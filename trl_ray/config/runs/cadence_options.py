@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from trl_ray.config.base import FROM_STRING, Positive, Section
+from trl_ray.config.base import FROM_STRING, Positive, Section, rule
 
 
 class Strategy(enum.StrEnum):
@@ -151,8 +151,8 @@ class CadenceConfig(Section):
         """Whether there is one before the first step."""
         return self.evaluates and (self.eval_on_start if self.eval_on_start is not None else self.eval_delay == 0)
 
-    @model_validator(mode="after")
-    def _check_best(self) -> Self:
+    @rule
+    def _check_best(self) -> None:
         asks = {
             f"early_stopping_patience={self.early_stopping_patience}": self.early_stopping_patience is not None,
             "load_best_model_at_end=true": self.load_best_model_at_end,
@@ -165,12 +165,11 @@ class CadenceConfig(Section):
                     f"eval_steps must be at least 1 with {name}, or eval_strategy be epoch, got 0 and "
                     f"{self.evaluation.value}: nothing would be evaluated. Set one of the two."
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _check_best_is_saved(self) -> Self:
+    @rule
+    def _check_best_is_saved(self) -> None:
         if not self.load_best_model_at_end or self.save_strategy is SaveStrategy.BEST:
-            return self
+            return
         if self.save_strategy.value != self.evaluation.value:
             raise ValueError(
                 "save_strategy must be eval_strategy, or best, with load_best_model_at_end=true, got "
@@ -184,13 +183,11 @@ class CadenceConfig(Section):
                 f"save_steps must be a multiple of eval_steps with load_best_model_at_end=true, got {saves} and "
                 f"{every}. Change one, or set save_strategy=best."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_going_on(self) -> Self:
+    @rule
+    def _check_going_on(self) -> None:
         if self.save_only_model and self.resume_from_checkpoint:
             raise ValueError(
                 "save_only_model must be false with resume_from_checkpoint, got true: checkpoints without the "
                 "optimizer cannot be gone on from. Remove one of the two."
             )
-        return self

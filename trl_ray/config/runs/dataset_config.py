@@ -5,10 +5,11 @@ flat, TRL's names: SupervisedRunConfig (RunConfig + ExampleConfig) + the options
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from trl_ray.config.base import rule
 from trl_ray.config.example_options import ExampleConfig, PackingStrategy, SteppedExampleConfig, SupervisedExampleConfig
 from trl_ray.config.losses.preference_options import (
     CPOLossConfig,
@@ -40,8 +41,8 @@ class SupervisedRunConfig(RunConfig, ExampleConfig):
         """Whether steps take rows in the order of the dataset."""
         return not self.shuffle_dataset
 
-    @model_validator(mode="after")
-    def _check_streaming(self) -> Self:
+    @rule
+    def _check_streaming(self) -> None:
         if self.dataset_streaming and self.max_steps < 1:
             raise ValueError(
                 f"max_steps must be at least 1 with dataset_streaming=true, got {self.max_steps}: a stream does not "
@@ -52,16 +53,14 @@ class SupervisedRunConfig(RunConfig, ExampleConfig):
                 "precompute_ref_log_probs must be false with dataset_streaming=true, got true: what comes is not known "
                 "before training. Remove one of the two."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_epochs_of_a_stream(self) -> Self:
+    @rule
+    def _check_epochs_of_a_stream(self) -> None:
         if self.dataset_streaming and self.logging_strategy is Strategy.EPOCH:
             raise ValueError(
                 "logging_strategy must be steps or no with dataset_streaming=true, got epoch: a stream does not say "
                 "how long it is. Set logging_strategy=steps."
             )
-        return self
 
 
 class SFTConfig(SupervisedRunConfig, SupervisedExampleConfig, SupervisedLossConfig):
@@ -71,8 +70,8 @@ class SFTConfig(SupervisedRunConfig, SupervisedExampleConfig, SupervisedLossConf
     disable_dropout: bool = False
     learning_rate: LearningRate = 2e-5
 
-    @model_validator(mode="after")
-    def _check_packing(self) -> Self:
+    @rule
+    def _check_packing(self) -> None:
         if (self.packing or self.eval_packing) and self.max_length is None:
             raise ValueError("max_length must be set with packing=true, got None: it is the length of a row. Set it.")
         if self.packing_strategy is not PackingStrategy.BFD and not (self.packing or self.eval_packing):
@@ -80,7 +79,6 @@ class SFTConfig(SupervisedRunConfig, SupervisedExampleConfig, SupervisedLossConf
                 f"packing must be true with packing_strategy={self.packing_strategy.value}, got false: nothing would "
                 "be packed. Set packing=true or remove packing_strategy."
             )
-        return self
 
 
 class DPOConfig(SupervisedRunConfig, PreferenceLossConfig):
@@ -88,14 +86,13 @@ class DPOConfig(SupervisedRunConfig, PreferenceLossConfig):
 
     pipeline: Literal["dpo"] = "dpo"
 
-    @model_validator(mode="after")
-    def _check_adapter_reference(self) -> Self:
+    @rule
+    def _check_adapter_reference(self) -> None:
         if self.sync_ref_model and self.use_peft:
             raise ValueError(
                 "sync_ref_model must be false with use_peft=true, got true: the reference of an adapter is the frozen "
                 "model beneath it, of which there is no copy to move. Set sync_ref_model=false, or train all weights."
             )
-        return self
 
 
 class KTOConfig(SupervisedRunConfig, UnpairedLossConfig):
@@ -103,14 +100,13 @@ class KTOConfig(SupervisedRunConfig, UnpairedLossConfig):
 
     pipeline: Literal["kto"] = "kto"
 
-    @model_validator(mode="after")
-    def _check_batch(self) -> Self:
+    @rule
+    def _check_batch(self) -> None:
         if self.needs_kl and self.examples_per_step < 2:
             raise ValueError(
                 "per_device_train_batch_size * gradient_accumulation_steps * runtime.num_learners must be at least 2 "
                 f"with loss_type=kto, got {self.examples_per_step}: the KL is an average over an update. Raise one."
             )
-        return self
 
 
 class CPOConfig(SupervisedRunConfig, CPOLossConfig):

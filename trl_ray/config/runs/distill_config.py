@@ -5,11 +5,9 @@ AheadConfig + DistillationLossConfig + where completions come from + teachers: [
 
 from __future__ import annotations
 
-from typing import Self
+from pydantic import Field
 
-from pydantic import Field, model_validator
-
-from trl_ray.config.base import Fraction, Positive
+from trl_ray.config.base import Fraction, Positive, rule
 from trl_ray.config.losses.distillation_options import DistillationLossConfig, DistillationObjective, Support
 from trl_ray.config.runs.rollout_config import AheadConfig
 from trl_ray.config.sections import Dtype, StatedDtype
@@ -70,17 +68,16 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
         """Whether completions are rewarded, which nothing but metrics and evaluations looks at."""
         return bool(self.reward_funcs or self.scoring_models)
 
-    @model_validator(mode="after")
-    def _check_default_teacher(self) -> Self:
+    @rule
+    def _check_default_teacher(self) -> None:
         if self.teacher_model_revision is not None and self.teacher_model_name_or_path is None:
             raise ValueError(
                 "teacher_model_name_or_path must be set with teacher_model_revision="
                 f"{self.teacher_model_revision}, got None. Set it, or model_revision in teachers."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_teachers(self) -> Self:
+    @rule
+    def _check_teachers(self) -> None:
         names = [each.name for each in self.all_teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers must have different names, got {names}. Set name for each of them.")
@@ -89,10 +86,9 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
                 f"teacher_column must be set with several teachers, got {names} and no column that says which row is "
                 "whose. Set it, or remove all teachers but one."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_placement(self) -> Self:
+    @rule
+    def _check_placement(self) -> None:
         if self.teacher_in_learner:
             names = [each.name for each in self.all_teachers]
             if len(names) > 1 and any(each.placement is TeacherPlacement.LEARNER for each in self.all_teachers):
@@ -111,10 +107,9 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
                 f"placement must be learner with loss_support={self.loss_support.value}, got actor: only who holds "
                 "both models knows both sides. Remove placement, or set loss_support=teacher."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_source(self) -> Self:
+    @rule
+    def _check_source(self) -> None:
         if self.lmbda < 1 and self.distillation_objective is DistillationObjective.IW_OPD:
             raise ValueError(
                 f"lmbda must be 1 with distillation_objective=iw_opd, got {self.lmbda}: the dataset's completions were "
@@ -130,4 +125,3 @@ class DistillConfig(AheadConfig, DistillationLossConfig):
                 f"lmbda must be below 1 with cross_entropy_weight={self.cross_entropy_weight}, got 1.0: only the "
                 "dataset's completions are examples to follow. Lower lmbda, or remove cross_entropy_weight."
             )
-        return self

@@ -5,11 +5,11 @@ RolloutRunConfig + LossConfig + AdvantageConfig, and AheadConfig where generatio
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from trl_ray.config.base import FROM_STRING, Natural, Positive
+from trl_ray.config.base import FROM_STRING, Natural, Positive, rule
 from trl_ray.config.losses.advantage_options import (
     AdvantageBaseline,
     AdvantageConfig,
@@ -55,8 +55,8 @@ class GRPOConfig(RolloutRunConfig, LossConfig, AdvantageConfig):
         """Whether completions that were cut off are left out of the loss."""
         return self.mask_truncated_completions
 
-    @model_validator(mode="after")
-    def _check_shaping(self) -> Self:
+    @rule
+    def _check_shaping(self) -> None:
         if self.overlong_buffer_len >= self.max_completion_length:
             raise ValueError(
                 "overlong_buffer_len must be less than max_completion_length, got "
@@ -71,10 +71,9 @@ class GRPOConfig(RolloutRunConfig, LossConfig, AdvantageConfig):
                     "kl_placement must be loss with multi_objective_aggregation=normalize_then_sum, got reward and "
                     f"beta={self.beta}: there is no total reward to take the KL from. Set kl_placement=loss, or beta=0."
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _check_sampler_distribution(self) -> Self:
+    @rule
+    def _check_sampler_distribution(self) -> None:
         # An engine's log-probs are those of the distribution it sampled from: with tokens left out, each is too high by
         # the log of the mass that was kept, and policy / sampler too small by that mass (huggingface/trl#6789). One
         # token's ratio is off by a bounded factor, which is accepted; over a completion these factors multiply.
@@ -89,16 +88,14 @@ class GRPOConfig(RolloutRunConfig, LossConfig, AdvantageConfig):
                 "by the mass it keeps, which adds up over a completion. Remove the option, correct token by token, or "
                 "sample from the whole distribution."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_adapter_reference(self) -> Self:
+    @rule
+    def _check_adapter_reference(self) -> None:
         if self.sync_ref_model and self.use_peft:
             raise ValueError(
                 "sync_ref_model must be false with use_peft=true, got true: the reference of an adapter is the frozen "
                 "model beneath it, of which there is no copy to move. Set sync_ref_model=false, or train all weights."
             )
-        return self
 
 
 class RLOOConfig(GRPOConfig):

@@ -9,11 +9,11 @@ AheadConfig        generation may run ahead of training, at most `max_staleness`
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from trl_ray.config.base import Natural, Positive
+from trl_ray.config.base import Natural, Positive, rule
 from trl_ray.config.reward_model_options import RewardModelOptions, check_reward_models
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import (
@@ -26,6 +26,7 @@ from trl_ray.config.sections import (
 )
 from trl_ray.config.slot_bounds import SlotBounds
 from trl_ray.config.teacher_options import TeacherSource
+from trl_ray.config.trl_options.reward_names import read_reward_names
 
 
 class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
@@ -33,8 +34,8 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
 
     disable_dropout: bool = False
     """Set every dropout probability of the model and its adapter to 0."""
-    reward_funcs: list[str] = Field(default_factory=list)
-    """Registered names or dotted paths ``package.module:function``."""
+    reward_funcs: Annotated[list[str], BeforeValidator(read_reward_names)] = Field(default_factory=list)
+    """Registered names (TRL's too) or dotted paths ``package.module:function``."""
     reward_weights: list[float] | None = None
     """One per reward function; None weighs all 1."""
     reward_model_name_or_path: str | None = None
@@ -59,7 +60,7 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
 
     @property
     def _default_metric(self) -> str:
-        return "reward/mean" if self.has_rewards else "loss"
+        return "reward" if self.has_rewards else "loss"
 
     @property
     def teacher_sources(self) -> tuple[TeacherSource, ...]:
@@ -158,8 +159,8 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
         """Prompt groups P of one generation batch."""
         return self.completions_per_step // self.num_generations
 
-    @model_validator(mode="after")
-    def _check_generation_batch(self) -> Self:
+    @rule
+    def _check_generation_batch(self) -> None:
         size, unit = self.generation_batch_size, self.per_device_train_batch_size * self.runtime.num_learners
         if size is not None and self.steps_per_generation is not None:
             raise ValueError(
@@ -171,10 +172,9 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
                 "generation_batch_size must be a multiple of per_device_train_batch_size * runtime.num_learners, got "
                 f"{size} and {unit}. Change one of them."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_batch(self) -> Self:
+    @rule
+    def _check_batch(self) -> None:
         if self.completions_per_step % self.num_generations:
             raise ValueError(
                 "per_device_train_batch_size * gradient_accumulation_steps (or steps_per_generation) * "
@@ -187,10 +187,9 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
                 "steps_per_generation must be a multiple of gradient_accumulation_steps, got "
                 f"{self.micro_batches_per_rank} and {self.gradient_accumulation_steps}. Change one of the two."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_rewards(self) -> Self:
+    @rule
+    def _check_rewards(self) -> None:
         weights = self.reward_weights
         if weights is not None and self.reward_funcs and len(weights) != len(self.reward_funcs):
             raise ValueError(
@@ -198,10 +197,18 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
                 f"{len(self.reward_funcs)} functions {self.reward_funcs}. Add or remove weights."
             )
         check_reward_models(self.scoring_models, self.reward_funcs)
-        return self
 
-    @model_validator(mode="after")
-    def _check_runtime(self) -> Self:
+    @rule
+    def _check_lease(self) -> None:
+        if self.reward.timeout_s > self.rollout.lease_s:
+            raise ValueError(
+                "rollout.lease_s must be at least reward.timeout_s, got "
+                f"{self.rollout.lease_s:g} and {self.reward.timeout_s:g}: a group may be with its reward function that "
+                "long. Raise rollout.lease_s, or lower reward.timeout_s."
+            )
+
+    @rule
+    def _check_runtime(self) -> None:
         if self.runtime.kind is RuntimeKind.LOCAL and self.rollout.num_workers > 1:
             raise ValueError(
                 f"rollout.num_workers must be 1 with runtime.kind=local, got {self.rollout.num_workers}: one process "
@@ -212,7 +219,6 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
                 "reward.isolation must be process with runtime.kind=ray, got inline: a hanging function would hold "
                 "its actor. inline is for runtime.kind=local and a debugger."
             )
-        return self
 
 
 class AheadConfig(RolloutRunConfig):
@@ -239,20 +245,18 @@ class AheadConfig(RolloutRunConfig):
         """Whether the number of admission slots in use follows the learner's waiting."""
         return self.adaptive_slots and self.max_staleness > 0
 
-    @model_validator(mode="after")
-    def _check_determinism(self) -> Self:
+    @rule
+    def _check_determinism(self) -> None:
         if self.full_determinism and self.max_staleness > 0:
             raise ValueError(
                 f"full_determinism must be false with max_staleness={self.max_staleness}, got true: what a step is "
                 "trained on depends on who is done first. Set max_staleness=0, or leave it out."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_look_ahead(self) -> Self:
+    @rule
+    def _check_look_ahead(self) -> None:
         if self.max_look_ahead > 1 and self.max_staleness == 0:
             raise ValueError(
                 f"max_look_ahead must be 1 with max_staleness=0, got {self.max_look_ahead}: a synchronous step waits "
                 "for all its groups. Raise max_staleness or remove max_look_ahead."
             )
-        return self

@@ -7,10 +7,11 @@ nested, ours:      runtime: RuntimeConfig
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from pydantic import Field, model_validator
 
+from trl_ray.config.base import rule
 from trl_ray.config.deepspeed import resolve_deepspeed
 from trl_ray.config.object_paths import is_same_object
 from trl_ray.config.runs.cadence_options import CadenceConfig, HubConfig
@@ -69,26 +70,23 @@ class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig, CadenceCo
         on_cpu = self.runtime.learner_num_gpus == 0
         return "float32" + (" (bf16 is the default where runtime.learner_num_gpus is above 0)" if on_cpu else "")
 
-    @model_validator(mode="after")
-    def _check_kernels(self) -> Self:
+    @rule
+    def _check_kernels(self) -> None:
         if self.use_liger_kernel and self.chunk_lm_head_size is not None:
             raise ValueError(
                 "chunk_lm_head_size must be left out with use_liger_kernel=true, got "
                 f"{self.chunk_lm_head_size}: both replace the forward pass of the language-model head. Remove one."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_deepspeed(self) -> Self:
+    @rule
+    def _check_deepspeed(self) -> None:
         if self.deepspeed is not None and self.dtype is not Dtype.AUTO:
             resolve_deepspeed(self, num_ranks=self.runtime.num_learners, dtype=self.dtype)
-        return self
 
-    @model_validator(mode="after")
-    def _check_learners(self) -> Self:
+    @rule
+    def _check_learners(self) -> None:
         if self.runtime.kind is RuntimeKind.LOCAL and self.runtime.num_learners > 1:
             raise ValueError(
                 f"runtime.num_learners must be 1 with runtime.kind=local, got {self.runtime.num_learners}: each rank "
                 "needs a process of its own. Use runtime.kind=ray for more."
             )
-        return self

@@ -5,11 +5,11 @@ AsyncGRPOConfig + SDPOObjective + TeacherWeights + RepromptConfig + teacher: Tea
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from trl_ray.config.base import FROM_STRING, Natural, Positive
+from trl_ray.config.base import FROM_STRING, Natural, Positive, rule
 from trl_ray.config.losses.distillation_options import DistillationMode, RepromptConfig, SDPOObjective
 from trl_ray.config.losses.policy_options import OldLogprobs
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig
@@ -101,8 +101,8 @@ class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig)
         is_average = self.use_peft and self.teacher_model_kind == TeacherKind.EMA
         return is_average and self.teacher_adapter_average is AdapterAverage.FACTORS
 
-    @model_validator(mode="after")
-    def _check_teacher(self) -> Self:
+    @rule
+    def _check_teacher(self) -> None:
         if self.teacher_model_kind == TeacherKind.EXTERNAL:
             raise ValueError(
                 "teacher_model_kind must be ema, live or base, got external: the policy is its own teacher. For "
@@ -120,7 +120,7 @@ class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig)
                 f"{sorted(self.teacher_kind_kwargs)}: they are options of a rule from outside. Remove them."
             )
         if self.teacher.placement is not TeacherPlacement.ACTOR or not self.distils:
-            return self
+            return
         if self.distillation_mode is not DistillationMode.SAMPLED_TOKEN:
             raise ValueError(
                 f"teacher.placement must not be actor with distillation_mode={self.distillation_mode.value}, got "
@@ -132,12 +132,11 @@ class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig)
                 "teacher_adapter_average must be product with teacher.placement=actor, got factors: weights are "
                 "published with the adapter merged. Set product, or remove placement."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_lone_completions(self) -> Self:
+    @rule
+    def _check_lone_completions(self) -> None:
         if self.num_generations > 1:
-            return self
+            return
         if self.distillation_weight < 1:
             raise ValueError(
                 f"num_generations must be at least 2 with distillation_weight={self.distillation_weight}, got 1: the "
@@ -148,12 +147,11 @@ class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig)
                 "num_generations must be at least 2 with include_environment_feedback=false, got 1: a lone completion "
                 "has no sibling to learn from. Raise it, or set include_environment_feedback=true."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_liger(self) -> Self:
+    @rule
+    def _check_liger(self) -> None:
         if not self.use_liger_kernel:
-            return self
+            return
         wanted: list[tuple[str, object, object]] = [
             ("use_teacher_server", self.use_teacher_server, False),
             ("distillation_weight", self.distillation_weight, 1.0),
@@ -167,12 +165,11 @@ class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig)
                     f"{name} must be {asked} with use_liger_kernel=true, got {given}: TRL's kernel computes nothing "
                     f"else. Set use_liger_kernel=false, which saves memory in every mode, or {name}={asked}."
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _check_teacher_server(self) -> Self:
+    @rule
+    def _check_teacher_server(self) -> None:
         if not self.use_teacher_server:
-            return self
+            return
         wanted: list[tuple[str, object, object, str]] = [
             ("teacher_model_kind", str(self.teacher_model_kind), "live", "the engines hold the policy's weights"),
             ("distillation_weight", self.distillation_weight, 1.0, "a blend has its passes in the learner anyway"),
@@ -189,4 +186,3 @@ class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig)
                 "distillation_mode must be sampled_token or topk_logits with use_teacher_server=true, got "
                 "full_logits: engines name their most probable tokens, not the vocabulary. Choose one of the two."
             )
-        return self

@@ -13,42 +13,83 @@ from trl_ray.config.trl_options.table_rows import Rows, always, by_value, never,
 
 _READING = "Rows are read and tokenised by the driver; nothing of them is kept."
 _TEMPLATE = "Remove it: rows are rendered by the tokenizer's own chat template, or by chat_template, a jinja file."
+_HELD_OUT = "Set test_split_size to a share below 1 or a number of rows, or dataset_test_split to a split."
 _KERNEL = "Kernels are chosen by attn_implementation and use_liger_kernel."
 _NO_QUANTISING = "Set load_in_4bit or load_in_8bit, with use_peft."
 
 
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 def _mixer(value: Any, given: Mapping[str, Any]) -> Reading | None:
-    """{name: share of its rows}: whole datasets are joined."""
-    if not isinstance(value, Mapping) or any(
-        not isinstance(share, (int, float)) or share != 1 for share in value.values()
-    ):
+    """{name: share of its rows}, the first ones; a share of 0 leaves the dataset out."""
+    configs = given.get("dataset_configs") or [None] * len(value or ())
+    if not isinstance(value, Mapping) or not all(map(_is_share, value.values())):
         return None
-    names = list(value)
-    return {"dataset_name": names[0]} if len(names) == 1 else {"datasets": [{"path": name} for name in names]}
+    if not isinstance(configs, list) or len(configs) != len(value) or not any(value.values()):
+        return None
+    named = [
+        {"path": path, **({} if name is None else {"name": name}), **({} if share == 1 else {"share": float(share)})}
+        for (path, share), name in zip(value.items(), configs, strict=True)
+        if share
+    ]
+    if len(named) > 1 or "share" in named[0]:
+        return {"datasets": named}
+    return {"dataset_name": named[0]["path"], **({"dataset_config": named[0]["name"]} if "name" in named[0] else {})}
+
+
+def _mixer_configs(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """One for each dataset of the mixer, which reads them."""
+    mixer = given.get("dataset_mixer")
+    return {} if not value or (isinstance(mixer, Mapping) and _mixer(mixer, given) is not None) else None
 
 
 def _splits(value: Any, given: Mapping[str, Any]) -> Reading | None:
-    """[train, test] in this order."""
-    if not isinstance(value, list) or not 1 <= len(value) <= 2:
+    """One to train on and one held out; which is which, their names say."""
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         return None
-    evaluates = {"dataset_test_split": value[1]} if len(value) == 2 else {}
-    return {"dataset_train_split": value[0], **evaluates}
+    held_out = [each for each in value if "train" not in each and "test" in each]
+    trained = [each for each in value if "train" in each]
+    if len(trained) != 1 or len(held_out) > 1 or len(value) > len(trained) + len(held_out):
+        return None
+    return {"dataset_train_split": trained[0], **({"dataset_test_split": held_out[0]} if held_out else {})}
 
 
 def _mixture(value: Any, given: Mapping[str, Any]) -> Reading | None:
-    """{datasets: [{id, config, split, columns, weight}], test_split_size}; `weight` keeps a share of the rows there."""
+    """{datasets: [{id, config, split, columns, weight}], seed, test_split_size}; a weight is a share of those rows."""
     if not isinstance(value, Mapping) or not isinstance(value.get("datasets"), list):
         return None
-    names = {"id": "path", "config": "name", "split": "split", "columns": "columns", "path": "path", "name": "name"}
+    if set(value) - {"datasets", "seed", "test_split_size"}:
+        return None
+    names, seed = {"id": "path", "config": "name"}, value.get("seed", 0)
     sources = []
     for each in value["datasets"]:
-        if not isinstance(each, Mapping) or each.get("weight", 1.0) not in (None, 1, 1.0):
+        if not isinstance(each, Mapping) or not _is_share(each.get("weight") or 1):
             return None
-        if unknown := set(each) - {*names, "weight"}:
-            return {f"datasets.{sorted(unknown)[0]}": None}
-        sources.append({names[key]: item for key, item in each.items() if key in names and item is not None})
+        named = {names.get(key, key): item for key, item in each.items() if item is not None and key != "weight"}
+        share = each.get("weight") or 1
+        sources.append(named if share == 1 else {**named, "share": float(share), "share_seed": seed})
     size = value.get("test_split_size")
     return {"datasets": sources, **({} if size is None else {"test_split_size": size})}
+
+
+def _held_out(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """A share below 1, or a number of rows."""
+    if value is None:
+        return {}
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return {"test_split_size": value} if value > 0 else {}
+
+
+def _special_tokens(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """{pad_token, eos_token}; nothing is padded here."""
+    if not value:
+        return {}
+    if not isinstance(value, Mapping) or set(value) - {"pad_token", "eos_token"}:
+        return None
+    return {name: token for name, token in value.items() if name == "eos_token" and token is not None}
 
 
 def _targets(value: Any, given: Mapping[str, Any]) -> Reading | None:
@@ -84,14 +125,15 @@ def _per_epoch(option: str) -> tuple[ForeignOption, ...]:
 HANDBOOK: Rows = {
     "dataset_mixer": read_by(
         _mixer,
-        says="Name a part of a dataset by its split: datasets: [{path: NAME, split: 'train[:10%]'}].",
+        says="Shares must be from 0 to 1. List them under datasets: [{path: NAME, share: 0.1}].",
     ),
-    "dataset_splits": read_by(_splits, says="Set dataset_train_split and dataset_test_split."),
-    "dataset_configs": only(None, [], says="Set dataset_config, or name in datasets."),
+    "dataset_splits": read_by(
+        _splits, says="Set dataset_train_split and dataset_test_split: one split to train on, and one that is held out."
+    ),
+    "dataset_configs": read_by(_mixer_configs, says="Set dataset_config, or name in datasets."),
     "dataset_mixture": read_by(
         _mixture,
-        says="List them under datasets: [{path, name, split, columns}]; a share of the rows is part of the split: "
-        "split: 'train[:10%]'.",
+        says="List them under datasets: [{path, name, split, columns, share}]; a share of the rows is from 0 to 1.",
     ),
     "columns_to_keep": never("Set datasets: [{path: NAME, columns: [...]}]."),
     "use_flash_attention_2": by_value(
@@ -136,7 +178,7 @@ FACTORY: Rows = {
     "eval_dataset": never("Set dataset_test_split, or pass eval_dataset in Python."),
     "media_dir": only(None, says="Remove it: rows are text."),
     "max_samples": only(None, says="Name a part of the dataset by its split: dataset_train_split: 'train[:1000]'."),
-    "val_size": (*only(0, 0.0, None, says="Set dataset_test_split to a split of held-out rows."),),
+    "val_size": read_by(_held_out, says=_HELD_OUT),
     "overwrite_cache": always(_READING),
     "tokenized_path": only(None, says=_READING + " Remove it."),
     "plot_loss": always("report.html has the curves."),
@@ -250,7 +292,7 @@ AXOLOTL: Rows = {
     "shuffle_merged_datasets": by_value(
         {True: {"shuffle_dataset": True}, False: {"shuffle_dataset": False}}, says="Set shuffle_dataset."
     ),
-    "val_set_size": only(0, 0.0, None, says="Set dataset_test_split to a split of held-out rows."),
+    "val_set_size": read_by(_held_out, says=_HELD_OUT),
     "test_datasets": only(None, [], says="Set dataset_test_split."),
     "evals_per_epoch": _per_epoch("eval_steps"),
     "saves_per_epoch": _per_epoch("save_steps"),
@@ -259,7 +301,10 @@ AXOLOTL: Rows = {
     "wandb_log_model": only(None, "", False, says="Remove it: checkpoints stay in output_dir."),
     "wandb_mode": only(None, "", "offline", says="Set the environment variable WANDB_MODE."),
     "wandb_run_id": only(None, "", says="Remove it: a resumed run goes on with its own."),
-    "special_tokens": only(None, {}, says="Set them in the tokenizer's files."),
+    "special_tokens": read_by(
+        _special_tokens,
+        says="Set eos_token, leave pad_token out (nothing is padded), or set them in the tokenizer's files.",
+    ),
     "tokens": only(None, [], says="Add them to the tokenizer's files, and rows to the model's embedding."),
     "rl": never("Choose the pipeline: trl-ray dpo, kto, orpo, cpo (SimPO) or grpo."),
     "rl_beta": renamed("beta"),

@@ -25,6 +25,11 @@ def names() -> frozenset[str]:
     return frozenset(name for table in _TABLES for name in table)
 
 
+def is_known(name: str) -> bool:
+    """Whether some table has an option of this name."""
+    return any(name in table for table in _TABLES)
+
+
 def entry_of(name: str, known: Container[str]) -> ForeignOption | None:
     """What holds for an option that is none of a configuration's; None where no table knows it.
 
@@ -64,19 +69,20 @@ def read_foreign(values: Mapping[str, Any], known: Container[str]) -> dict[str, 
     return read
 
 
-def why_not(name: str, value: Any, known: Container[str]) -> str | None:
+def why_not(name: str, value: Any, known: Container[str], given: Mapping[str, Any]) -> str | None:
     """What to do instead, as a sentence; None where no table knows the option.
 
     Args:
         name: of an option that validation found unknown.
         value: that it was given, or `ABSENT`.
         known: options of the configuration.
+        given: all that was written beside it.
     """
     entry = entry_of(name, known)
     if entry is None:
         return None
-    reading = None if value is ABSENT else entry.read(value, {})
-    if reading:
+    reading = None if value is ABSENT else entry.read(value, given)
+    if reading and all(path.partition(".")[0] in known for path in reading):
         # It could have been read, so another option was in the way.
         return f"Another option says it otherwise: {', '.join(reading)}. Remove one of the two."
     return entry.says

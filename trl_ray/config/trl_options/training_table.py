@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from trl_ray.config.trl_options.foreign_option import Reading
@@ -11,8 +12,7 @@ _CONSOLE = "The console shows every logging_steps-th step, and metrics.jsonl has
 _RANKS = "Ranks are actors of the run (runtime.num_learners); set deepspeed to split weights over them."
 _READING = "Rows are read and tokenised by the driver, in an order that does not depend on it."
 _CHECKPOINT = "A checkpoint is whole, on the driver's machine, and SIGTERM writes one."
-_HUB = "Runs write to output_dir only. Upload a checkpoint's folder with: hf upload NAME FOLDER"
-_NO_PUSH = "Without push_to_hub nothing is pushed. " + _HUB
+_REPOSITORY = "Set hub_model_id: ORGANISATION/NAME."
 _COMPILE = "Remove it: the learner runs uncompiled."
 _MEASURED = "What evaluations measure is fixed."
 _UNPADDED = "Micro-batches are packed without padding."
@@ -28,6 +28,17 @@ def _sampling(value: Any, given: Any) -> Reading | None:
 def _warmup(value: Any, given: Any) -> Reading | None:
     # transformers: the steps win where both are given.
     return {} if value in (None, 0, 0.0) or given.get("warmup_steps") else {"warmup_steps": value}
+
+
+def _repository(value: Any, given: Any) -> Reading | None:
+    """Of an organisation and a name, whichever of the two this is; the name is the folder's where there is none."""
+    if value is None:
+        return {}
+    name, organisation = given.get("push_to_hub_model_id"), given.get("push_to_hub_organization")
+    if organisation is None:
+        return {"hub_model_id": name}
+    name = name or Path(str(given.get("output_dir", "runs/run"))).name
+    return None if "/" in str(name) else {"hub_model_id": f"{organisation}/{name}"}
 
 
 TRAINING: Rows = {
@@ -150,19 +161,19 @@ TRAINING: Rows = {
         ),
         always(_CONSOLE),
     ),
-    **dict.fromkeys(
-        ("trackio_bucket_id", "trackio_static_space_id"),
-        only(None, says="Remove it: report_to does not know trackio; report.html is always drawn."),
+    "trackio_static_space_id": only(
+        None,
+        False,
+        says="Remove it: the Space that trackio_space_id names is not frozen when the run ends; report.html is a page "
+        "that stays.",
     ),
-    **dict.fromkeys(
-        (
-            "hub_model_revision",
-            "push_to_hub_revision",
-            "push_to_hub_model_id",
-            "push_to_hub_organization",
-            "push_to_hub_token",
-        ),
-        always(_NO_PUSH),
+    # The Hub, by names of the past: transformers joined an organisation and a name.
+    "hub_model_revision": renamed("hub_revision"),
+    "push_to_hub_token": renamed("hub_token"),
+    "push_to_hub_model_id": read_by(_repository, says=_REPOSITORY),
+    "push_to_hub_organization": read_by(_repository, says=_REPOSITORY),
+    "push_to_hub_revision": by_value(
+        {True: {"push_to_hub": True}}, nothing=(False, None), says="Set hub_revision, the name of a branch."
     ),
     "tpu_num_cores": only(None, says="Remove it: the learner computes on CPUs or NVIDIA GPUs."),
     "past_index": only(-1, says="Remove it."),

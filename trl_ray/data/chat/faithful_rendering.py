@@ -26,8 +26,9 @@ from trl_ray.errors import ModelError
 from trl_ray.types import Message
 
 _IN_CONTENT = re.compile(r"\s*(?:<think>)?(?P<thoughts>.*?)</think>(?P<rest>.*)", re.DOTALL)
-_UNREAD = ("weight", "train")
+_FOR_THE_LOSS = ("weight", "train")
 """Keys of a message that are meant for the loss and not for a template."""
+_TOLD_ELSEWHERE = ("role", "content", "tool_calls", "tool_call_id", *THOUGHT_KEYS)
 
 
 class Unrendered(enum.StrEnum):
@@ -46,6 +47,8 @@ class Unrendered(enum.StrEnum):
     ARGUMENTS = "arguments"
     CHANGED = "changed"
     """A content is written otherwise than it is in the row."""
+    UNREAD = "unread"
+    """A key of a message is not looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,22 +99,32 @@ def render_faithfully(
     chat: ChatFormat,
     *,
     add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
     locate: bool = False,
     where: str = "a conversation",
 ) -> FaithfulChat:
     """Render a conversation with all that it holds; `locate` finds the assistant's turns without markers.
 
+    The text ends with the header of a new turn, or where the last one stops, as in `render_chat`.
+
     Raises:
         ModelError: the template refuses it, or its turns cannot be told apart; names `where`.
     """
-    given = tuple({key: value for key, value in message.items() if key not in _UNREAD} for message in messages)
+    given = tuple({key: value for key, value in message.items() if key not in _FOR_THE_LOSS} for message in messages)
     spelling = _spelling(tokenizer, given, chat, every_turn=locate)
     verbatim: dict[str, str] = {}
     spelled = [_spelled(given[i], change, i, verbatim) for i, change in enumerate(spelling.changes)]
-    if locate and not add_generation_prompt:
+    if locate and not (add_generation_prompt or continue_final_message):
         rendered = locate_turns(tokenizer, spelled, chat, where=where)
     else:
-        rendered = render_chat(tokenizer, spelled, chat, add_generation_prompt=add_generation_prompt, where=where)
+        rendered = render_chat(
+            tokenizer,
+            spelled,
+            chat,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            where=where,
+        )
     rendered = _with_texts(rendered, verbatim)
     changed = tuple(_changed(given, spelling, rendered.text))
     return FaithfulChat(rendered=rendered, findings=(*spelling.findings, *changed))
@@ -335,7 +348,7 @@ def _spelling_of_shape(shape: str, reader: TemplateReader, every_turn: bool) -> 
     text = reader.text(spelled) or whole
     for mark, content in marks.items():
         text = text.replace(mark, content)
-    findings += _missing(messages, text)
+    findings += [*_missing(messages, text), *_unread(messages, spelled, text, marks, reader)]
     return _Spelling(changes=tuple(changes), findings=tuple(findings))
 
 
@@ -348,6 +361,26 @@ def _missing(messages: Sequence[Message], text: str) -> Iterator[Finding]:
             if probe not in text:
                 yield Finding(kind=Unrendered.ARGUMENTS, message=place, field="tool_calls")
                 break
+
+
+def _unread(
+    messages: Sequence[Message], spelled: Sequence[Message], text: str, marks: Mapping[str, str], reader: TemplateReader
+) -> Iterator[Finding]:
+    """Keys without which the template writes the same; those of all messages of a role are looked at together."""
+    first: dict[tuple[str, str], int] = {}
+    for place, message in enumerate(messages):
+        for key, value in message.items():
+            # A tool's result is told apart by its place: few templates write the name beside it.
+            names_tool = key == "name" and message["role"] == "tool"
+            if key not in _TOLD_ELSEWHERE and value not in (None, "", [], {}) and not names_tool:
+                first.setdefault((message["role"], key), place)
+    for (role, key), place in first.items():
+        without = [{k: v for k, v in m.items() if k != key or m["role"] != role} for m in spelled]
+        found = reader.text(without)
+        for mark, content in marks.items():
+            found = found and found.replace(mark, content)
+        if found == text:
+            yield Finding(kind=Unrendered.UNREAD, message=place, field=key)
 
 
 def _arguments(message: Message, place: int) -> list[str]:

@@ -362,7 +362,7 @@ class RatedMaking:
                 rated.append(_Rated(row=row, found=found, sample=sample))
         if not rated:
             return reason
-        lengths = [len(each.found.prompt_ids) + len(each.found.answers[0]) for each in rated]
+        lengths = [len(each.found.prompt_ids) + len(each.found.answers[0].token_ids) for each in rated]
         return ExampleDraft(
             row=row,
             content=tuple(rated),

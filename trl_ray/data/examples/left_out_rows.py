@@ -57,6 +57,8 @@ _UNRENDERED = {
     "set another chat_template, or move its text",
     Unrendered.CHANGED: "have a message that the chat template writes in other words ({rows}): look at it, or set "
     "another chat_template",
+    Unrendered.UNREAD: "have a message with a field that the chat template does not read, so that it is not trained "
+    "({rows}): set another chat_template, or move it to the content",
 }
 
 

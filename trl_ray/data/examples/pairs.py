@@ -22,12 +22,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from trl_ray.data.examples.left_out_rows import Untrained
-from trl_ray.data.examples.record_writer import Writer
+from trl_ray.data.examples.record_writer import Writer, is_muted
 from trl_ray.data.examples.tokenisation import Encoded, ExampleTokenizer, Text, TextRules, common_prefix_length
 from trl_ray.data.formats.records import PreferencePair, Record, UnpairedPreference
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
-from trl_ray.types import IntArray, SampleLabel, TrainingSample
+from trl_ray.types import BoolArray, IntArray, SampleLabel, TrainingSample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Answer:
+    """What follows a prompt, not cut."""
+
+    token_ids: IntArray
+    """``[L]``"""
+    heard: BoolArray
+    """``[L]``, False where a message has the weight 0: the model reads such tokens and does not learn them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,8 +47,9 @@ class Comparison:
     row: int
     prompt_ids: IntArray
     """``[P]``"""
-    answers: tuple[IntArray, ...]
-    """Each ``[L]``."""
+    prompt_heard: BoolArray
+    """``[P]``, False where a message has the weight 0: for who trains prompts as well."""
+    answers: tuple[Answer, ...]
     prompt_diverges: bool
     """The prompt alone is tokenised differently from the prompt before its answers."""
 
@@ -80,7 +91,18 @@ def write_rated(
 def write_scored(
     pair: PreferencePair, tokenizer: ExampleTokenizer, rules: TextRules, *, where: str
 ) -> tuple[Text, ...]:
-    """Prompt + chosen, prompt + rejected, or nothing; see `write_pair`."""
+    """Prompt + chosen, prompt + rejected, or nothing; see `write_pair`.
+
+    Raises:
+        DataError: a message of an answer has the weight 0: an answer is scored as a whole.
+    """
+    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        for place, message in enumerate(() if isinstance(answer, str) else answer):
+            if is_muted(message, f"{where}, field {name!r}, message {place} of the answer"):
+                raise DataError(
+                    f"{where}, field {name!r}, message {place} of the answer, must not have the weight 0: a reward "
+                    "model scores an answer as a whole. Remove weight and train, or the message."
+                )
     return write_pair(pair, tokenizer, rules, where=where)[1:]
 
 
@@ -91,9 +113,16 @@ def compare(encoded: Sequence[Encoded], *, row: int) -> Comparison:
     return Comparison(
         row=row,
         prompt_ids=encoded[1].token_ids[:shared],
-        answers=tuple(whole.token_ids[shared:] for whole in encoded[1:]),
+        prompt_heard=_heard(encoded[1])[:shared],
+        answers=tuple(
+            Answer(token_ids=whole.token_ids[shared:], heard=_heard(whole)[shared:]) for whole in encoded[1:]
+        ),
         prompt_diverges=shared < len(prompt_ids),
     )
+
+
+def _heard(whole: Encoded) -> BoolArray:
+    return np.ones(len(whole.token_ids), np.bool_) if whole.muted_mask is None else ~whole.muted_mask
 
 
 def read_pair(encoded: Sequence[Encoded], rules: TextRules, *, row: int, likelihood: bool) -> PairSamples | Untrained:
@@ -111,9 +140,11 @@ def read_pair(encoded: Sequence[Encoded], rules: TextRules, *, row: int, likelih
             return sample
         samples.append(sample)
     prompt_ids = samples[0].prompt_ids
-    if likelihood and len(prompt_ids) > 1:
-        samples.append(_trained(prompt_ids[:1], prompt_ids[1:], group_id=row, label=None))
-    lengths = [len(found.prompt_ids) + len(answer) for answer in found.answers]
+    start = rules.kept(len(found.prompt_ids) + len(found.answers[0].token_ids)).start
+    heard = found.prompt_heard[start:][1 : len(prompt_ids)]
+    if likelihood and heard.any():
+        samples.append(_sample(prompt_ids[:1], prompt_ids[1:], heard, group_id=row, label=None))
+    lengths = [len(found.prompt_ids) + len(answer.token_ids) for answer in found.answers]
     return PairSamples(
         row=row,
         samples=tuple(samples),
@@ -131,45 +162,45 @@ def same_tokens(first: TrainingSample, second: TrainingSample) -> bool:
 
 
 def answer_sample(
-    prompt_ids: IntArray, answer_ids: IntArray, rules: TextRules, *, group_id: int, desirable: bool | None = None
+    prompt_ids: IntArray, answer: Answer, rules: TextRules, *, group_id: int, desirable: bool | None = None
 ) -> TrainingSample | Untrained:
-    """A prompt ``[P]`` and an answer ``[L]``, cut, all of the answer trained; or why nothing of it is.
+    """A prompt ``[P]`` and an answer, cut, what is heard of the answer trained; or why nothing of it is.
 
     Where no token of the prompt is kept, the answer's first one stands in for it: nothing predicts it, but it counts
     in `label.length`.
     """
-    if len(prompt_ids) + len(answer_ids) < 2 or not len(answer_ids):
+    length = len(prompt_ids) + len(answer.token_ids)
+    if length < 2 or not answer.heard.any():
         return Untrained.NO_TARGET
-    kept = rules.kept(len(prompt_ids) + len(answer_ids))
+    kept = rules.kept(length)
     context = prompt_ids[kept.start : kept.stop]
-    answer = answer_ids[max(0, kept.start - len(prompt_ids)) : max(0, kept.stop - len(prompt_ids))]
-    length = None
+    part = slice(max(0, kept.start - len(prompt_ids)), max(0, kept.stop - len(prompt_ids)))
+    ids, heard = answer.token_ids[part], answer.heard[part]
+    counted = None
     if not len(context):
-        context, answer, length = answer[:1], answer[1:], len(answer)
-    if not len(answer):
+        context, counted = ids[:1], int(heard.sum())
+        ids, heard = ids[1:], heard[1:]
+    if not heard.any():
         return Untrained.TRUNCATED
-    label = None if desirable is None and length is None else SampleLabel(desirable=desirable, length=length)
-    return _trained(context, answer, group_id=group_id, label=label)
+    label = None if desirable is None and counted is None else SampleLabel(desirable=desirable, length=counted)
+    return _sample(context, ids, heard, group_id=group_id, label=label)
 
 
-def mismatched_sample(prompt_ids: IntArray, answer_ids: IntArray, rules: TextRules, *, group_id: int) -> TrainingSample:
+def mismatched_sample(prompt_ids: IntArray, answer: Answer, rules: TextRules, *, group_id: int) -> TrainingSample:
     """A prompt with the answer to another one; where nothing of the answer is trained, its mask says so."""
-    sample = answer_sample(prompt_ids, answer_ids, rules, group_id=group_id)
+    sample = answer_sample(prompt_ids, answer, rules, group_id=group_id)
     if not isinstance(sample, Untrained):
         return sample
-    ids = np.concatenate([prompt_ids, answer_ids])[rules.kept(len(prompt_ids) + len(answer_ids))]
-    return TrainingSample(
-        group_id=group_id, prompt_ids=ids[:1], completion_ids=ids[1:], loss_mask=np.zeros(len(ids) - 1, np.bool_)
-    )
+    length = len(prompt_ids) + len(answer.token_ids)
+    ids = np.concatenate([prompt_ids, answer.token_ids])[rules.kept(length)]
+    return _sample(ids[:1], ids[1:], np.zeros(len(ids) - 1, np.bool_), group_id=group_id, label=None)
 
 
-def _trained(prompt_ids: IntArray, answer_ids: IntArray, *, group_id: int, label: SampleLabel | None) -> TrainingSample:
+def _sample(
+    prompt_ids: IntArray, answer_ids: IntArray, heard: BoolArray, *, group_id: int, label: SampleLabel | None
+) -> TrainingSample:
     return TrainingSample(
-        group_id=group_id,
-        prompt_ids=prompt_ids,
-        completion_ids=answer_ids,
-        loss_mask=np.ones(len(answer_ids), np.bool_),
-        label=label,
+        group_id=group_id, prompt_ids=prompt_ids, completion_ids=answer_ids, loss_mask=heard, label=label
     )
 
 

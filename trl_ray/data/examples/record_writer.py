@@ -25,6 +25,7 @@ from trl_ray.data.chat.faithful_rendering import (
     require_trained,
     template_reader,
 )
+from trl_ray.data.chat.row_format import row_format
 from trl_ray.data.examples.tokenisation import ExampleTokenizer, Text, TextRules
 from trl_ray.data.formats.records import Record, Said
 from trl_ray.data.formats.transcripts import TextFormat, assistant_places, recognise
@@ -50,6 +51,13 @@ class Writer:
         if isinstance(prompt, str):
             return self.text(prompt)
         return self._prompt_as_written(prompt) or self.chat(prompt, add_generation_prompt=True)
+
+    def opened(self, prompt: Said) -> Text:
+        """A prompt that is gone on from: by a new turn, or where the assistant's last one stops (TRL's rule)."""
+        if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
+            return self.prompt(prompt)
+        found = render_faithfully(self.tokenizer, prompt, self._chat(), continue_final_message=True, where=self.where)
+        return self._checked(prompt, found)
 
     def answered(self, prompt: Said, answer: Said) -> Text:
         """A prompt and what follows it; a plain answer ends with the end-of-sequence token."""
@@ -82,24 +90,28 @@ class Writer:
             ModelError: there is no template, it refuses the conversation, or it leaves out what is trained.
             DataError: a weight is none.
         """
-        muted = [n for n, message in enumerate(messages) if _is_muted(message, f"{self.where}, message {n}")]
-        if add_generation_prompt:  # of a prompt by itself nothing is trained
-            muted = []
+        muted: list[int] = []
+        if not add_generation_prompt:  # of a prompt by itself nothing is trained
+            muted = [n for n, message in enumerate(messages) if is_muted(message, f"{self.where}, message {n}")]
         found = self._rendered(messages, add_generation_prompt, locate=self.rules.locate_turns)
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         if muted and len(found.rendered.spans) != len(answers):
             found = self._rendered(messages, add_generation_prompt, locate=True)
+        rendered, text = found.rendered, self._checked(messages, found)
+        spans = dict(zip(answers, rendered.spans, strict=False))
+        silent = tuple(spans[n] if n in spans else self._context(messages, n, rendered.text) for n in muted)
+        heard = tuple(span for span in rendered.spans if span not in silent) if muted else rendered.spans
+        text = replace(text, spans=heard, muted=silent)
+        if written is None or muted or not self._is_own_markup():
+            return text
+        return self._as_written(text, written, messages)
+
+    def _checked(self, messages: Sequence[Message], found: FaithfulChat) -> Text:
         rendered = found.rendered
         self._require_unicode(rendered.text)
         self._require_functions(messages, rendered.text)
         require_trained(messages, found.findings, where=self.where)
-        spans = dict(zip(answers, rendered.spans, strict=False))
-        silent = tuple(spans[n] if n in spans else self._context(messages, n, rendered.text) for n in muted)
-        heard = tuple(span for span in rendered.spans if span not in silent) if muted else rendered.spans
-        text = Text(text=rendered.text, spans=heard, special_tokens=False, muted=silent, findings=found.findings)
-        if written is None or muted or not self._is_own_markup():
-            return text
-        return self._as_written(text, written, messages)
+        return Text(text=rendered.text, spans=rendered.spans, special_tokens=False, findings=found.findings)
 
     def _rendered(self, messages: Sequence[Message], header: bool, *, locate: bool) -> FaithfulChat:
         return render_faithfully(
@@ -107,11 +119,11 @@ class Writer:
         )
 
     def _chat(self) -> ChatFormat:
-        return ChatFormat(
+        chat = ChatFormat(
             template=self.rules.chat_template or own_template(self.tokenizer),
-            tools=list(self.record.tools) or None,
-            template_kwargs={**self.rules.template_kwargs, **self._template_values()},
+            template_kwargs=self.rules.template_kwargs,
         )
+        return row_format(chat, self.record.columns, where=self.where, tools=self.record.tools)
 
     def _context(self, messages: Sequence[Message], place: int, text: str) -> tuple[int, int]:
         """Where a message of another role than the assistant's stands in the text."""
@@ -123,17 +135,6 @@ class Writer:
                 "and it does not. Set assistant_only_loss, or give weights to the assistant's messages alone."
             )
         return len(before), len(until)
-
-    def _template_values(self) -> Mapping[str, Any]:
-        values = self.record.columns.get("chat_template_kwargs")
-        if values is None:
-            return {}
-        if not isinstance(values, Mapping):
-            raise DataError(
-                f"{self.where}, field 'chat_template_kwargs', must be an object with values for the chat template, got "
-                f"{show(values)}. Mend or remove the column."
-            )
-        return {key: value for key, value in values.items() if value is not None}
 
     def _require_functions(self, messages: Sequence[Message], text: str) -> None:
         calls = [call for message in messages for call in message.get("tool_calls") or ()]
@@ -229,7 +230,7 @@ def _ended(written: str, rendered: str, messages: Sequence[Message]) -> str:
     return written.rstrip() + rendered.rpartition(content)[2]
 
 
-def _is_muted(message: Message, where: str) -> bool:
+def is_muted(message: Message, where: str) -> bool:
     """Whether `weight` or `train` say that a message is not to be trained."""
     for field_name in ("weight", "train"):
         value = message.get(field_name)

@@ -58,12 +58,13 @@ def write_steps(
 ) -> tuple[Text, ...]:
     """The prompt and each step; steps are tokenised one by one, so that a separator is always the same tokens.
 
+    After a prompt that ends with the assistant's words the steps go on from them, as where a model rates completions.
     A prompt of text begins with the beginning-of-sequence token where the tokenizer adds one, and with no other
     special token; see `Writer` for what is raised.
     """
     writer = Writer(record=solution, tokenizer=tokenizer, rules=rules, where=where)
     prompt = solution.prompt
-    written = writer.text(prompt, special_tokens=False) if isinstance(prompt, str) else writer.prompt(prompt)
+    written = writer.text(prompt, special_tokens=False) if isinstance(prompt, str) else writer.opened(prompt)
     return (written, *(writer.text(step, special_tokens=False) for step in solution.steps))
 
 

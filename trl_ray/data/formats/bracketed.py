@@ -21,7 +21,7 @@ _EXCHANGE = re.compile(
 _BRACKETS = re.compile(r"\[/?(?:INST|SYSTEM_PROMPT|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CONTENT)\]|<</?SYS>>")
 _VICUNA_SYSTEM = re.compile(r"(?P<system>.*?)(?=(?<!\S)USER:)", re.DOTALL)
 _VICUNA_EXCHANGE = re.compile(
-    r"USER:(?P<user>.*?)(?:\sASSISTANT:(?P<assistant>.*?)(?P<end></s>|(?=\sUSER:)|\Z)|\Z)", re.DOTALL
+    r"USER:(?P<user>.*?)(?:\sASSISTANT:(?P<assistant>.*?)(?P<end></s>|<\|endoftext\|>|(?=\sUSER:)|\Z)|\Z)", re.DOTALL
 )
 _VICUNA_ROLES = re.compile(r"(?:\s|^)(?:USER|ASSISTANT):")
 
@@ -69,7 +69,7 @@ def _place(match: re.Match[str]) -> tuple[int, int] | None:
 def read_vicuna(text: str, start: int, *, where: str) -> list[Turn]:
     """The turns of Vicuna; what stands before the first `USER:` is the system's.
 
-    An answer ends with `</s>`, before the next `USER:`, or with the text.
+    An answer ends with `</s>` or `<|endoftext|>`, before the next `USER:`, or with the text.
 
     Raises:
         DataError: the roles do not alternate, or text follows an answer's end.

@@ -2,11 +2,13 @@
 
 list of objects ─ check_messages ─► Message...   role, content as text, tool calls that name their functions
 answer ─ check_completion ─► something of the assistant to train
+conversation ─ split_conversation ─► what is asked, what is answered at last
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from trl_ray.config.sections import ROLES
 from trl_ray.data.chat.tool_schemas import read_call
@@ -74,3 +76,12 @@ def check_completion(prompt: Sequence[Message], completion: Sequence[Message], *
             "Leave the prompt's column out: column_mapping={prompt: null}, and completion: messages where there is one "
             "answer; or cut the prompt off here."
         )
+
+
+def split_conversation(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """What stands before the assistant's last turn, and the rest; all of it where that turn is answered already."""
+    last = messages[-1]
+    answers = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
+    if not answers or last.get("role") in ("user", "system", "developer"):
+        return list(messages), []
+    return list(messages[: answers[-1]]), list(messages[answers[-1] :])

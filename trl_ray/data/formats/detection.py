@@ -77,13 +77,23 @@ FORMAT_COLUMNS = _KNOWN | {"conversations"}
 _LEARNT = (("prompt", "completion"), ("messages",), ("text",))
 _INSTRUCTIONS = ("instruction", "output")
 _ALIASES: Mapping[str, tuple[str, ...]] = {
-    "prompt": ("question", "instruction", "query", "problem", "input", "user", "human", "context"),
-    "completion": ("answer", "response", "output", "solution", "target", "assistant", "reply"),
-    "chosen": ("chosen_response", "response_chosen", "accepted", "preferred", "better", "winner"),
-    "rejected": ("rejected_response", "response_rejected", "dispreferred", "worse", "loser"),
-    "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
+    "prompt": (
+        *("question", "instruction", "query", "problem", "input", "user", "human", "context", "input_text"),
+        *("trajectory", "problem_statement", "original_question"),
+    ),
+    "completion": (
+        *("answer", "response", "output", "solution", "target", "assistant", "reply", "answers", "long_answer"),
+        *("output_text", "generation"),
+    ),
+    "chosen": (
+        *("chosen_response", "response_chosen", "accepted", "preferred", "better", "winner", "preferred_output"),
+    ),
+    "rejected": (
+        *("rejected_response", "response_rejected", "dispreferred", "worse", "loser", "non_preferred_output"),
+    ),
+    "messages": ("conversation", "dialogue", "dialog", "chat", "turns", "contents", "trajectory"),
     "text": ("content", "body", "document", "article"),
-    "label": ("rating", "is_good", "is_preferred", "thumbs_up"),
+    "label": ("rating", "is_good", "is_preferred", "thumbs_up", "kto_tag", "desirable", "is_desirable"),
     "completions": ("steps",),
     "labels": ("ratings", "step_labels"),
 }
@@ -228,10 +238,22 @@ def _lack(columns: tuple[str, ...], accept: Collection[DatasetType]) -> _Lack:
     guesses = {field: guess for field in missing if (guess := _guess(field, others)) is not None}
     hint = " ".join(f"Is {guess!r} meant to be {field!r}?" for field, guess in guesses.items())
     if hint:
-        mapping = ", ".join(f"{guess}: {field}" for field, guess in guesses.items())
-        hint += f" Set column_mapping={{{mapping}}}."
+        hint += f" Set column_mapping={{{_mapping(guesses, columns)}}}."
     begun = missing and (len(missing) < len(closest) or hint)
     return _Lack(text=f"; {', '.join(closest)} lacks {', '.join(map(repr, missing))}" if begun else "", hint=hint)
+
+
+def _mapping(guesses: Mapping[str, str], columns: tuple[str, ...]) -> str:
+    """What to map, with what else the columns say: of the system, or beside an instruction as Alpaca's input."""
+    found = {guess: field for field, guess in guesses.items()}
+    inputs = next((column for column in ("input", "context") if column in columns and column not in found), None)
+    if found.get("instruction") == "prompt" and inputs is not None and "completion" in found.values():
+        # Alpaca's columns join the two.
+        answer = next(column for column, field in found.items() if field == "completion")
+        found = {inputs: "input", answer: "output"}
+    elif {"prompt", "completion"} & {*found.values(), *columns}:
+        found |= {column: "system" for column in SYSTEM_TEXTS if column in columns}
+    return ", ".join(f"{column}: {field}" for column, field in found.items())
 
 
 def _guess(field: str, others: Collection[str]) -> str | None:

@@ -2,7 +2,10 @@
 
     {messages: "[{\"role\": ...}]"} ────────────► {messages: [{role, content}]}        written_messages.py
     {conversations: [{from, value}]} ───────────► {messages: [{role, content}]}
+    {conversations: ["question", "answer"]} ────► {messages: [user, assistant]}
     {instruction, input, output} ───────────────► {prompt: [user], completion: [assistant]}
+    {messages: [.., user, assistant], label} ───► {prompt: [.., user], completion: [assistant], label}
+    {instruction, input, chosen, rejected} ─────► {prompt: [user], chosen: [assistant], rejected: [assistant]}
     {text: "<|im_start|>user\\n..."} ────────────► {messages: [...]}
     {prompt: "[INST] ...", completion: "..."} ──► {prompt: [...], completion: [...]}
 
@@ -19,7 +22,9 @@ from typing import Any
 
 from trl_ray.config.messages import nearest
 from trl_ray.config.sections import ROLES
+from trl_ray.data.formats.conversations import split_conversation
 from trl_ray.data.formats.transcripts import TextFormat, read_transcript, recognise
+from trl_ray.data.formats.written_calls import calls_to_messages
 from trl_ray.data.formats.written_messages import read_list, read_messages
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
@@ -28,6 +33,8 @@ from trl_ray.types import Message
 Row = Mapping[str, Any]
 
 MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
+_CONVERSATIONS = ("messages", "conversations")
+"""Of these, those that hold both sides."""
 _ANSWERS = ("completion", "chosen", "rejected")
 _WHOLE = ("text", "prompt", "chosen")
 """A row's conversation starts in the first of these that it has."""
@@ -49,6 +56,16 @@ _SPEAKERS = {
 }
 """What speakers are called elsewhere, in small letters: their roles here."""
 _CALLER = "function_call"
+_EXCHANGES = (
+    ("input", "output"),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("instruction", "output"),
+    ("human", "assistant"),
+    ("user", "assistant"),
+)
+"""How the two sides are called where an entry of a conversation is a question with its answer."""
 
 
 class RowConvention(enum.StrEnum):
@@ -74,6 +91,10 @@ class RowConverter:
     """What a run's own speakers stand for, before `_SPEAKERS`."""
     has_system: bool = False
     """A column was said to hold what the system says."""
+    has_text_answers: bool = False
+    """Conversations are answered by texts."""
+    is_rated: bool = False
+    """Of each conversation the last answer is rated; what stands before it is the prompt."""
 
     def convert(self, number: int, row: Row) -> Row:
         """One row in TRL's columns.
@@ -90,6 +111,12 @@ class RowConverter:
         if self.has_system:
             row = with_system(row, where=where)
         row = asked(row)
+        if self.has_text_answers and is_answered_in_text(row):
+            row = said_by_assistant(row)
+        if self.is_rated:
+            row = answered(row, where=where)
+        if self.text_format in (None, TextFormat.PLAIN) and not self.is_literal:
+            row = calls_to_messages(row)
         if self.text_format is None:
             return row
         first = _first_text(row)
@@ -124,19 +151,22 @@ def converter_for(
     text_format: TextFormat | None,
     role_mapping: Mapping[str, str] | None = None,
     has_system: bool = False,
+    is_rated: bool = False,
 ) -> RowConverter:
     """How to convert a dataset, told from its columns and row `number`; a given `text_format` is taken as told.
+
+    With `rates_answers`, conversations beside a label are answers that it rates.
 
     Raises:
         DataError: the columns are those of two conventions, or a text looks like an unknown chat template.
     """
     is_literal = text_format is TextFormat.PLAIN
+    where = f"Row {number} of {name}"
     convention = _convention_of(name=name, columns=columns)
     if text_format is not None or convention is RowConvention.ALPACA:
         # What was told is not asked again, and plain texts are not looked into.
         found = None if is_literal else text_format
     else:
-        where = f"Row {number} of {name}"
         first = _first_text(unwritten(row, where=where))
         found = recognise(row[first], where=f"{where}, field {first!r}") if first is not None else None
     return RowConverter(
@@ -146,6 +176,8 @@ def converter_for(
         is_literal=is_literal,
         role_mapping=role_mapping or {},
         has_system=has_system,
+        has_text_answers=not is_literal and is_answered_in_text(unwritten(row, where=where)),
+        is_rated=is_rated,
     )
 
 
@@ -171,7 +203,10 @@ def _first_text(row: Row) -> str | None:
 
 
 def _convention_of(*, name: str, columns: Collection[str]) -> RowConvention:
-    if {"instruction", "output"} <= set(columns) and not {*_WHOLE, *MESSAGE_COLUMNS} & set(columns):
+    whole = {*_WHOLE, *MESSAGE_COLUMNS} & set(columns)
+    if {"instruction", "output"} <= set(columns) and not whole:
+        return RowConvention.ALPACA
+    if "instruction" in columns and whole == {"chosen", "rejected"}:
         return RowConvention.ALPACA
     if "conversations" in columns and "messages" in columns:
         raise DataError(
@@ -195,7 +230,7 @@ def to_messages(row: Row, *, where: str, role_mapping: Mapping[str, str] | None 
     mapping = role_mapping or {}
     converted = dict(row)
     for column in MESSAGE_COLUMNS:
-        value = _listed(row.get(column))
+        value = _listed(row.get(column), is_whole=column in _CONVERSATIONS)
         if isinstance(value, (list, tuple)):
             at = f"{where}, field {column!r}"
             converted[column] = [_message(item, f"{at}, message {index}", mapping) for index, item in enumerate(value)]
@@ -213,8 +248,18 @@ def to_messages(row: Row, *, where: str, role_mapping: Mapping[str, str] | None 
     return converted
 
 
-def _listed(value: Any) -> Any:
-    """A single message as a list of one, and lists of roles and contents as a list of messages; others as they are."""
+def _listed(value: Any, *, is_whole: bool) -> Any:
+    """What is written in another way as a list of messages; others as they are.
+
+    A single message, lists of roles and contents, and texts or exchanges in turn (LIMA's, Capybara's conversations).
+    """
+    if is_whole and isinstance(value, (list, tuple)) and value:
+        if all(isinstance(item, str) for item in value):
+            return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(value)]
+        pair = next((pair for pair in _EXCHANGES if all(_is_exchange(item, pair) for item in value)), None)
+        if pair is not None:
+            sides = tuple(zip(("user", "assistant"), pair, strict=True))
+            return [{"role": role, "content": item[side]} for item in value for role, side in sides]
     if not isinstance(value, Mapping) or not {"role", "from"} & set(value):
         return value
     columns = [item for item in value.values() if item is not None]
@@ -223,6 +268,29 @@ def _listed(value: Any) -> Any:
     return [
         {key: None if item is None else item[place] for key, item in value.items()} for place in range(len(columns[0]))
     ]
+
+
+def _is_exchange(item: Any, pair: tuple[str, str]) -> bool:
+    return isinstance(item, Mapping) and set(item) == set(pair)
+
+
+def answered(row: Row, *, where: str) -> Row:
+    """A conversation beside a label as the last answer that it rates, and what it answers.
+
+    Raises:
+        DataError: the conversation does not end with the assistant.
+    """
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, Mapping) for each in messages):
+        return row
+    prompt, answer = split_conversation(messages)
+    if not answer:
+        raise DataError(
+            f"{where}, field 'messages' must end with the answer of the assistant that 'label' rates, got a message of "
+            f"{_speaker(messages[-1])!r}. Mend or remove the row."
+        )
+    kept = {column: value for column, value in row.items() if column != "messages"}
+    return {"prompt": prompt, "completion": answer, **kept}
 
 
 def asked(row: Row) -> Row:
@@ -240,6 +308,18 @@ def asked(row: Row) -> Row:
     if "prompt" not in row and isinstance(row.get("messages"), list):
         return {("prompt" if column == "messages" else column): value for column, value in row.items()}
     return row
+
+
+def is_answered_in_text(row: Row) -> bool:
+    """Whether the prompt is a conversation, and all that answers it text."""
+    prompt, answers = row.get("prompt"), [row[column] for column in _ANSWERS if row.get(column) is not None]
+    return isinstance(prompt, list) and bool(prompt and answers) and all(isinstance(each, str) for each in answers)
+
+
+def said_by_assistant(row: Row) -> Row:
+    """The row with its answers of text as messages."""
+    said = {column: [{"role": "assistant", "content": row[column]}] for column in _ANSWERS if column in row}
+    return {**row, **said}
 
 
 def _speaker(message: Any) -> Any:
@@ -320,16 +400,19 @@ def _call(value: object, where: str) -> dict[str, Any]:
 
 
 def alpaca_to_messages(row: Row, *, where: str) -> dict[str, Any]:
-    """An Alpaca row as conversational prompt and completion.
+    """An Alpaca row as conversational prompt and completion, or as prompt, chosen and rejected.
 
     The user says `instruction`, and `input` after an empty line if there is one; `system` and `history` (pairs of
-    question and answer) come before, where the row has them.
+    question and answer) come before, where the row has them. The assistant says `output`; in a ranking `chosen` and
+    `rejected`.
 
     Raises:
-        DataError: a field is not text, or instruction or output are None.
+        DataError: a field is not text, or instruction or an answer are None.
     """
-    texts = {key: _alpaca_text(row, key, where) for key in ("system", "instruction", "input", "output")}
-    for key in ("instruction", "output"):
+    ranked = [column for column in ("chosen", "rejected") if column in row]
+    answers = {column: column for column in ranked} or {"output": "completion"}
+    texts = {key: _alpaca_text(row, key, where) for key in ("system", "instruction", "input", *answers)}
+    for key in ("instruction", *answers):
         if row.get(key) is None:
             raise DataError(
                 f"{where}, field {key!r} must not be empty, got {row.get(key)!r}. Fill it or remove the row."
@@ -346,7 +429,7 @@ def alpaca_to_messages(row: Row, *, where: str) -> dict[str, Any]:
     kept = {key: value for key, value in row.items() if key not in (*texts, "history")}
     return {
         "prompt": [*before, {"role": "user", "content": question}],
-        "completion": [{"role": "assistant", "content": texts["output"]}],
+        **{column: [{"role": "assistant", "content": texts[key]}] for key, column in answers.items()},
         **kept,
     }
 

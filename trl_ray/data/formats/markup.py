@@ -13,6 +13,7 @@ SEQUENCE_TOKENS = (
     r"<s>|</s>|<bos>|<eos>|<BOS_TOKEN>|<\|begin_of_text\|>|<\|end_of_text\|>|<\|endoftext\|>|\[gMASK\]<sop>"
 )
 """Regular expression: what tokenizers put at the ends of a sequence."""
+_LITERAL = "set dataset_text_format=plain to train such texts as they stand"
 _BETWEEN = re.compile(rf"(?:\s|{SEQUENCE_TOKENS})*")
 
 
@@ -54,7 +55,7 @@ def as_messages(turns: Sequence[Turn], *, where: str, closed: bool = True) -> tu
     elif kept and not kept[-1].closed and closed:
         raise DataError(
             f"{where} must end every turn, the last one stops after {kept[-1].content[-40:]!r}. Complete or remove the "
-            "row."
+            f"row, or {_LITERAL}."
         )
     return tuple({"role": turn.role, "content": turn.content} for turn in kept)
 
@@ -62,5 +63,6 @@ def as_messages(turns: Sequence[Turn], *, where: str, closed: bool = True) -> tu
 def refuse(text: str, place: int, expected: str, *, where: str) -> DataError:
     """The error for text that the format does not have at this place."""
     return DataError(
-        f"{where} must have {expected} at character {place}, got {text[place : place + 40]!r}. Mend or remove the row."
+        f"{where} must have {expected} at character {place}, got {text[place : place + 40]!r}. Mend or remove the row, "
+        f"or {_LITERAL}."
     )

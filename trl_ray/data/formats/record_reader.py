@@ -28,6 +28,8 @@ class DatasetReader:
     records: RecordReader
     text_field: str = "text"
     """How the column of plain texts is called."""
+    is_tree: bool = False
+    """Rows of text are messages of a tree, as in OpenAssistant's files."""
 
     @property
     def format(self) -> DatasetFormat:
@@ -38,6 +40,11 @@ class DatasetReader:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of how the columns are read, a sentence each."""
         read, unread = self.format.columns, self.format.unread
+        if self.is_tree:
+            return (
+                f"The rows of {self.records.name} are messages of a tree (parent_id): each is trained as a text of its "
+                "own, whoever wrote it. Join them to conversations, in a column messages, where these are meant.",
+            )
         if not unread:
             return ()
         written = [self.records.written.get(column, column) for column in read]
@@ -116,7 +123,14 @@ def reader_for(
     told = "text" if row is not given else None
     roles = role_mapping or {}
     converter = converter_for(
-        row, name=name, number=number, columns=known, text_format=text_format, role_mapping=roles, has_system=has_system
+        row,
+        name=name,
+        number=number,
+        columns=known,
+        text_format=text_format,
+        role_mapping=roles,
+        has_system=has_system,
+        is_rated=_is_rated(known, accept),
     )
     converted = converter.convert(number, row)
     now = [*converted, *(column for column in known if column not in row)]
@@ -130,12 +144,25 @@ def reader_for(
         converter=converter,
         records=RecordReader(name=name, format=found, written=written, roles=(*ROLES, *roles.values())),
         text_field=text_field,
+        is_tree=found.columns == ("text",) and {"parent_id", "message_id"} <= set(known),
     )
+
+
+def _is_rated(columns: Collection[str], accept: Collection[DatasetType]) -> bool:
+    """Whether conversations come with a label that whoever asks can use for nothing but their last answers."""
+    wanted = DatasetType.UNPAIRED_PREFERENCE in accept and DatasetType.LANGUAGE_MODELING not in accept
+    whole = {"messages", "conversations"} & set(columns) and not {"prompt", "completion"} & set(columns)
+    return wanted and bool(whole) and "label" in columns
 
 
 def _source(column: str, row: Mapping[str, Any]) -> str:
     """The column of a foreign row that a converted one came from."""
-    sources = {"messages": ("conversations", "text"), "prompt": ("instruction",), "completion": ("output",)}
+    whole = ("messages", "conversations")
+    sources = {
+        "messages": ("conversations", "text"),
+        "prompt": ("instruction", *whole),
+        "completion": ("output", *whole),
+    }
     return next((source for source in sources.get(column, ()) if source in row), column)
 
 

@@ -17,14 +17,22 @@ import numpy as np
 from trl_ray.config.sections import ROLES
 from trl_ray.data.chat.tool_schemas import Tool, check_tools
 from trl_ray.data.formats.conversations import check_completion, check_messages
-from trl_ray.data.formats.detection import QUESTIONS, DatasetFormat, DatasetType, Form, check_form
+from trl_ray.data.formats.detection import (
+    FORMAT_COLUMNS,
+    QUESTIONS,
+    SYSTEM_TEXTS,
+    DatasetFormat,
+    DatasetType,
+    Form,
+    check_form,
+)
 from trl_ray.data.formats.shared_prompts import shared_prompt
 from trl_ray.data.formats.transcripts import Written
 from trl_ray.data.validation import check_no_media, check_unicode, show
 from trl_ray.errors import DataError
 from trl_ray.types import Message
 
-_WORDS = {"true": True, "false": False, "1": True, "0": False}
+_WORDS = {"true": True, "false": False, "1": True, "0": False, "+": True, "-": False}
 Said: TypeAlias = str | tuple[Message, ...]
 
 
@@ -177,13 +185,15 @@ class RecordReader:
         if "prompt" in self.format.columns:
             return
         said = prompt if isinstance(prompt, str) else "\n".join(message["content"] or "" for message in prompt)
-        for column in QUESTIONS:
+        for column in (*(_spoken_columns(row) if isinstance(prompt, str) else ()), *QUESTIONS):
             value = row.get(column)
-            if isinstance(value, str) and value.strip() and value.strip() not in said:
+            is_said = isinstance(value, str) and (not value.strip() or value.strip() in said)
+            if not is_said and isinstance(value, (str, list, tuple)) and value:
+                system = next((f", {name}: system" for name in SYSTEM_TEXTS if isinstance(row.get(name), str)), "")
                 raise DataError(
                     f"{self._at(number, column)} must stand in what 'chosen' and 'rejected' begin with, or be the "
-                    f"prompt, got {show(value)}. Set column_mapping={{{column}: prompt}}, or {column}: null there to "
-                    "leave it out."
+                    f"prompt, got {show(value)}. Set column_mapping={{{column}: prompt{system}}}, or {column}: null "
+                    "there to leave it out."
                 )
 
     def _check_repeated_prompt(self, number: int, row: Mapping[str, Any], prompt: tuple[Message, ...]) -> None:
@@ -262,8 +272,21 @@ def _text(value: object, *, where: str) -> str:
     return check_unicode(value, where)
 
 
+def _spoken_columns(row: Mapping[str, Any]) -> list[str]:
+    """Columns of messages that no format reads."""
+    return [
+        column
+        for column, value in row.items()
+        if column not in FORMAT_COLUMNS and isinstance(value, (list, tuple)) and value and all(map(_is_message, value))
+    ]
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, Mapping) and bool({"role", "from"} & set(item))
+
+
 def _label(value: object, *, where: str) -> bool:
-    if isinstance(value, (bool, np.bool_)) or (isinstance(value, (int, np.integer)) and value in (0, 1)):
+    if isinstance(value, (bool, np.bool_, int, float, np.number)) and value in (0, 1):  # a table with gaps holds 1.0
         return bool(value)
     if isinstance(value, str) and value.strip().lower() in _WORDS:  # all that a table of text can hold
         return _WORDS[value.strip().lower()]

@@ -7,14 +7,15 @@ prompt, completion --RecordReader--> record --as SFT--> texts --> tokens of the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from trl_ray.config.messages import nearest
 from trl_ray.config.sections import ROLES, PromptConfig
+from trl_ray.data.chat.row_format import TOLD_COLUMNS
 from trl_ray.data.examples.supervised_texts import SupervisedRules, write_supervised
 from trl_ray.data.examples.tokenisation import Encoded, ExampleTokenizer, Text, common_prefix_length
 from trl_ray.data.formats.detection import DatasetFormat, DatasetType, Form
@@ -69,6 +70,8 @@ class GivenAnswer:
     """The system prompt inserted."""
     completion: Any
     origin: Origin
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """The row's other ones, of which a chat template is told some."""
 
     @property
     def where(self) -> str:
@@ -95,7 +98,8 @@ def write_given(
     rules = SupervisedRules(template_kwargs=config.chat_template_kwargs)
     reader = _reader(answer.origin.name, form, config, completions)
     completion = _spoken(answer, completions, config)
-    record = reader.read(answer.origin.number, {"prompt": answer.prompt, "completion": completion})
+    told = {} if isinstance(answer.prompt, str) else {key: answer.columns.get(key) for key in TOLD_COLUMNS}
+    record = reader.read(answer.origin.number, {**told, "prompt": answer.prompt, "completion": completion})
     assert isinstance(record, PromptCompletion)
     return write_supervised(record, tokenizer, rules, where=answer.where)
 

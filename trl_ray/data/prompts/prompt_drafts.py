@@ -7,18 +7,22 @@ row ─ PromptReader ─► prompt, columns ─ chat template ─► PromptDraft
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl_ray.config.sections import PromptConfig
 from trl_ray.data.bad_rows import BadRows
-from trl_ray.data.chat.chat_rendering import ChatFormat, own_template, render_chat
-from trl_ray.data.examples.tokenisation import ExampleTokenizer, Text, encode
-from trl_ray.data.formats.detection import SYSTEM_TEXTS, Form
+from trl_ray.data.chat.faithful_rendering import Finding
+from trl_ray.data.chat.row_format import TOOLS
+from trl_ray.data.chat.tool_schemas import check_tools
+from trl_ray.data.examples.record_writer import Writer
+from trl_ray.data.examples.tokenisation import ExampleTokenizer, Text, TextRules, encode
+from trl_ray.data.formats.detection import Form
+from trl_ray.data.formats.records import PromptOnly
 from trl_ray.data.prompts.given_completions import GivenAnswer, GivenCompletions, GivenRow, read_given, write_given
-from trl_ray.data.prompts.prompt_rows import PromptReader
+from trl_ray.data.prompts.prompt_rows import PromptLayout, PromptReader
 from trl_ray.data.sources.dataset_loading import Origin, Rows
 from trl_ray.data.validation import check_kind, check_length, count_longer, plain_columns
 from trl_ray.errors import DataError
@@ -58,6 +62,8 @@ class PromptDraft:
     """Of the dataset, where it is asked for."""
     is_split: bool = False
     """The prompt is a conversation without its last answer."""
+    findings: tuple[Finding, ...] = ()
+    """What the chat template does not write as the row has it."""
 
     @property
     def where(self) -> str:
@@ -99,15 +105,25 @@ class PromptLoading:
         problem = None if self.check is None else self.check(columns)
         if problem is not None:
             raise DataError(f"{where}, {problem}")
+        text = self._text(prompt, columns, where)
         return PromptDraft(
             place=place,
             origin=origin,
             prompt=prompt,
-            text=_as_text(prompt, self.tokenizer, config, where),
+            text=text.text,
             columns=columns,
             completion=None if self.completions is None else read.get(self.completions.column),
-            is_split=reader.is_whole and reader.completion_column in read,
+            is_split=reader.layout is PromptLayout.CONVERSATION and reader.completion_column in read,
+            findings=text.findings,
         )
+
+    def _text(self, prompt: str | tuple[Message, ...], columns: Mapping[str, Any], where: str) -> Text:
+        """Ready to be continued; a row's own tools and values for the chat template go before those of the run."""
+        at = f"{where}, field {TOOLS!r}"
+        tools = () if isinstance(prompt, str) else check_tools(columns.get(TOOLS), where=at)
+        record = PromptOnly(prompt=prompt, tools=tools, columns=columns)
+        rules = TextRules(template_kwargs=self.config.chat_template_kwargs)
+        return Writer(record=record, tokenizer=self.tokenizer, rules=rules, where=where).opened(prompt)
 
     def given(self, drafts: Sequence[PromptDraft], form: Form) -> dict[int, GivenRow]:
         """The dataset's completions by place; none where none are asked for."""
@@ -116,7 +132,9 @@ class PromptLoading:
         written: list[tuple[PromptDraft, tuple[Text, ...]]] = []
         for draft in drafts:
             with self._guard(draft.origin, draft.place):
-                answer = GivenAnswer(prompt=draft.prompt, completion=draft.completion, origin=draft.origin)
+                answer = GivenAnswer(
+                    prompt=draft.prompt, completion=draft.completion, origin=draft.origin, columns=draft.columns
+                )
                 texts = write_given(answer, form, self.completions, config=self.config, tokenizer=self.tokenizer)
                 written.append((draft, texts))
         encoded = iter(encode(self.tokenizer, [text for _, texts in written for text in texts]))
@@ -144,61 +162,8 @@ class PromptLoading:
                     check_length(length, limit, where=draft.where, longer=longer)
 
 
-def prompt_notes(
-    name: str, drafts: Sequence[PromptDraft], rows: Sequence[PromptRow], cut: Sequence[int], total: int
-) -> Iterator[str]:
-    """What a user should know of the prompts, a sentence each."""
-    split = sum(draft.is_split for draft in drafts)
-    if split:
-        yield (
-            f"{split} of {len(drafts)} rows of {name} are conversations that end with an answer: the prompt is what "
-            "stands before the assistant's last turn."
-        )
-    for column in SYSTEM_TEXTS:
-        count = sum(isinstance(text := draft.columns.get(column), str) and bool(text.strip()) for draft in drafts)
-        if count:
-            yield (
-                f"{count} of {len(drafts)} rows of {name} have a text in the column {column!r}, with which no prompt "
-                f"begins: column_mapping={{{column}: system}} makes it the first message."
-            )
-    begun = sum(row.messages is not None and row.messages[-1]["role"] == "assistant" for row in rows)
-    if begun:
-        yield (
-            f"{begun} of {len(drafts)} prompts of {name} end with a message of the assistant, which completions go on "
-            "from. Remove it where it is the answer."
-        )
-    if any(cut):
-        yield (
-            f"{sum(cut)} of {total} ({sum(cut) / total:.1%}) tokens of the prompts of {name} are beyond "
-            f"max_prompt_length and cut off their beginnings, in {sum(map(bool, cut))} rows."
-        )
-    given = [row.given for row in rows if row.given is not None]
-    lost = sum(row.num_cut for row in given)
-    if lost:
-        whole = sum(len(row.token_ids) for row in given) + lost
-        yield (
-            f"{lost} of {whole} ({lost / whole:.1%}) tokens of the completions of {name} are beyond "
-            f"max_completion_length and cut off, in {sum(row.num_cut > 0 for row in given)} rows."
-        )
-
-
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> tuple[Message, ...]:
     """Put `system_prompt` first unless the conversation brings a system or developer message of its own."""
     if system_prompt is None or messages[0]["role"] in {"system", "developer"}:
         return tuple(messages)
     return ({"role": "system", "content": system_prompt}, *messages)
-
-
-def _as_text(prompt: str | tuple[Message, ...], tokenizer: ExampleTokenizer, config: PromptConfig, where: str) -> str:
-    """A text, ready to be continued: by a new turn, or where the assistant's last one stops (TRL's rule)."""
-    if isinstance(prompt, str):
-        return prompt
-    unfinished = prompt[-1]["role"] == "assistant"
-    return render_chat(
-        tokenizer,
-        prompt,
-        ChatFormat(template=own_template(tokenizer), template_kwargs=config.chat_template_kwargs),
-        add_generation_prompt=not unfinished,
-        continue_final_message=unfinished,
-        where=where,
-    ).text

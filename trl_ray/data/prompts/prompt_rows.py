@@ -2,19 +2,22 @@
 
     {prompt: text or messages}  ──────────────────────────────► prompt, the other columns
     {messages: [.., user, assistant]}  ─ split_conversation ──► prompt [.., user], completion [assistant], the others
+    {instruction, input, output}  ─ alpaca_to_messages ───────► prompt [user], completion [assistant], the others
 
 A conversation's last answer is what was given as an example: whoever is to write answers does not begin with it.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_ray.config.sections import PromptConfig
+from trl_ray.config.sections import ROLES, PromptConfig
+from trl_ray.data.formats.conversations import check_messages, split_conversation
 from trl_ray.data.formats.detection import QUESTIONS
-from trl_ray.data.formats.foreign_formats import to_messages, unwritten, with_system
+from trl_ray.data.formats.foreign_formats import alpaca_to_messages, to_messages, unwritten, with_system
 from trl_ray.data.formats.written_messages import read_messages
 from trl_ray.data.sources.dataset_loading import Rows
 from trl_ray.data.validation import check_no_media, check_prompt, require_column, show
@@ -23,6 +26,20 @@ from trl_ray.types import Message
 
 CONVERSATIONS = ("messages", "conversations")
 _PROMPT, _COMPLETION = "prompt", "completion"
+_INSTRUCTION, _OUTPUT = "instruction", "output"
+_INSTRUCTED = (_INSTRUCTION, "input", "system", "history")
+"""Columns of Alpaca's rows that make up a prompt."""
+
+
+class PromptLayout(enum.StrEnum):
+    """Where a row has its prompt."""
+
+    COLUMN = "column"
+    """In a column of its own."""
+    CONVERSATION = "conversation"
+    """In a whole conversation, whose last answer is no part of it."""
+    ALPACA = "alpaca"
+    """In an instruction with its input."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +48,7 @@ class PromptReader:
 
     column: str
     """The column that holds them."""
-    is_whole: bool
-    """It holds whole conversations, whose last answer is no part of the prompt."""
+    layout: PromptLayout
     config: PromptConfig
     completion_column: str = _COMPLETION
     """Where an answer that is split off is put."""
@@ -40,7 +56,8 @@ class PromptReader:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that it adds to a row."""
-        return (self.config.dataset_prompt_column, self.completion_column) if self.is_whole else ()
+        has_own = self.layout is PromptLayout.COLUMN
+        return () if has_own else (self.config.dataset_prompt_column, self.completion_column)
 
     def read(self, row: Mapping[str, Any], *, where: str) -> dict[str, Any]:
         """The row with a checked prompt in the run's prompt column.
@@ -50,8 +67,10 @@ class PromptReader:
         """
         check_no_media(row, where=where)
         at = f"{where}, field {self.column!r}"
-        if self.is_whole:
+        if self.layout is PromptLayout.CONVERSATION:
             row = self._split(row, where=where, at=at)
+        elif self.layout is PromptLayout.ALPACA:
+            row = self._instructed(row, where=where)
         else:
             row = {**row, self.column: self._spoken(read_messages(row.get(self.column), where=at), where=where)}
         name = self.config.dataset_prompt_column
@@ -74,6 +93,14 @@ class PromptReader:
             kept[self.completion_column] = answer
         return {**kept, self.config.dataset_prompt_column: prompt}
 
+    def _instructed(self, row: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+        answer = row.get(_OUTPUT)
+        made = alpaca_to_messages({**row, _OUTPUT: answer or ""}, where=where)
+        kept = {key: value for key, value in row.items() if key not in _INSTRUCTED}
+        if answer is not None:
+            kept[self.completion_column] = made[_COMPLETION]
+        return {**kept, self.config.dataset_prompt_column: made[_PROMPT]}
+
     def _spoken(self, value: Any, *, where: str) -> Any:
         found: Any = to_messages({_PROMPT: value}, where=where, role_mapping=self.config.role_mapping)[_PROMPT]
         return found
@@ -89,16 +116,9 @@ class PromptReader:
         prompt = row[self.config.dataset_prompt_column]
         if self._has_system:
             prompt = with_system({_PROMPT: prompt, "system": row.get("system")}, where=where)[_PROMPT]
-        return check_prompt(prompt, where=at, roles=self.config.role_mapping.values())
-
-
-def split_conversation(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
-    """What stands before the assistant's last turn, and the rest; all of it where that turn is answered already."""
-    last = messages[-1]
-    answers = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
-    if not answers or last.get("role") in ("user", "system", "developer"):
-        return list(messages), []
-    return list(messages[: answers[-1]]), list(messages[answers[-1] :])
+        if isinstance(prompt, (list, tuple)):
+            return check_messages(prompt, where=at, roles=(*ROLES, *self.config.role_mapping.values()))
+        return check_prompt(prompt, where=at)
 
 
 def prompt_readers(rows: Rows, config: PromptConfig, *, completion_column: str | None) -> dict[str, PromptReader]:
@@ -109,14 +129,20 @@ def prompt_readers(rows: Rows, config: PromptConfig, *, completion_column: str |
     """
     readers = {}
     for source in rows.sources or (rows,):
-        column = config.dataset_prompt_column
-        if column not in source.columns and column == _PROMPT:
-            column = next((name for name in CONVERSATIONS if name in source.columns), column)
+        column, layout = _found(source.columns, config.dataset_prompt_column)
         require_column(source.columns, column, name=source.name, aliases=(*QUESTIONS, *CONVERSATIONS))
         readers[source.name] = PromptReader(
-            column=column,
-            is_whole=column in CONVERSATIONS,
-            config=config,
-            completion_column=completion_column or _COMPLETION,
+            column=column, layout=layout, config=config, completion_column=completion_column or _COMPLETION
         )
     return readers
+
+
+def _found(columns: Sequence[str], named: str) -> tuple[str, PromptLayout]:
+    """The column that prompts are read from, and how."""
+    if named not in columns and named == _PROMPT:
+        whole = next((name for name in CONVERSATIONS if name in columns), None)
+        if whole is not None:
+            return whole, PromptLayout.CONVERSATION
+        if _INSTRUCTION in columns and {"input", _OUTPUT} & set(columns):
+            return _INSTRUCTION, PromptLayout.ALPACA
+    return named, PromptLayout.CONVERSATION if named in CONVERSATIONS else PromptLayout.COLUMN

@@ -25,12 +25,14 @@ from trl_ray.data.prompts.given_completions import (
     GivenCompletions,
     require_completions,
 )
-from trl_ray.data.prompts.prompt_drafts import ColumnCheck, PromptLoading, PromptRow, prompt_notes
+from trl_ray.data.prompts.prompt_drafts import ColumnCheck, PromptLoading, PromptRow
+from trl_ray.data.prompts.prompt_notes import prompt_notes
 from trl_ray.data.prompts.prompt_rows import prompt_readers
+from trl_ray.data.prompts.prompt_tokens import encode_prompts
 from trl_ray.data.sources.dataset_loading import load_rows
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
-from trl_ray.types import Prompt
+from trl_ray.types import IntArray, Prompt
 
 
 class PromptSource:
@@ -184,9 +186,8 @@ def load_prompts(
             f"system_prompt needs conversational prompts, those of {rows.name} are plain text. Write it into the "
             "text, make each prompt a list of messages, or remove system_prompt."
         )
-    # A rendered template writes its special tokens itself.
     texts = [draft.text for draft in drafts]
-    token_ids = [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=standard)["input_ids"]]
+    token_ids = encode_prompts(tokenizer, texts) if standard else _encode_rendered(tokenizer, texts)
     given = loading.given(drafts, Form.STANDARD if standard else Form.CONVERSATIONAL)
     # Of the prompt's last tokens, as many as are wanted.
     kept = slice(None) if max_prompt_length is None else slice(-max_prompt_length, None)
@@ -216,3 +217,8 @@ def load_prompts(
         num_left_out=len(bad.places),
         notes=(*rows.notes, *bad.report(), *prompt_notes(rows.name, drafts, ready, cut, sum(map(len, token_ids)))),
     )
+
+
+def _encode_rendered(tokenizer: ExampleTokenizer, texts: Sequence[str]) -> list[IntArray]:
+    """Token ids ``[P]`` of each; a template writes its special tokens itself."""
+    return [np.asarray(ids, np.int32) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]

@@ -17,7 +17,11 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 
 from trl_ray.config.losses.distillation_options import RepromptConfig
-from trl_ray.data.chat.chat_rendering import ChatFormat, ChatTokenizer, render_chat
+from trl_ray.data.chat.chat_rendering import ChatFormat
+from trl_ray.data.chat.faithful_rendering import render_faithfully
+from trl_ray.data.chat.row_format import row_format
+from trl_ray.data.chat.turn_spans import TurnTokenizer
+from trl_ray.data.prompts.prompt_tokens import encode_prompts
 from trl_ray.errors import DataError
 from trl_ray.types import IntArray, Message, Prompt, Reward, TeacherContext
 
@@ -29,7 +33,7 @@ FEEDBACK_EXTRA = "feedback"
 _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
-class DecodingTokenizer(ChatTokenizer, Protocol):
+class DecodingTokenizer(TurnTokenizer, Protocol):
     """The part of a Hugging Face tokenizer that reprompts need."""
 
     @property
@@ -179,16 +183,17 @@ def _tokens(
 
     if prompt.messages is None:
         assert prompt.text is not None, f"prompt {prompt.prompt_id} is neither a conversation nor a text"
-        return np.asarray(tokenizer(rewritten(prompt.text))["input_ids"], dtype=np.int32)
+        return encode_prompts(tokenizer, [rewritten(prompt.text)])[0]
     require_user_turn(prompt)
     message = {"role": "user", "content": rewritten(_content(prompt.messages[-1]))}
-    rendered = render_chat(
+    where = f"the teacher's form of prompt {prompt.prompt_id}"
+    rendered = render_faithfully(
         tokenizer,
         [*prompt.messages[:-1], message],
-        chat,
+        row_format(chat, prompt.columns, where=where),
         add_generation_prompt=True,
-        where=f"the teacher's form of prompt {prompt.prompt_id}",
-    )
+        where=where,
+    ).rendered
     # A rendered template writes its special tokens itself.
     return np.asarray(tokenizer(rendered.text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 

@@ -17,9 +17,10 @@ import numpy as np
 
 from trl_ray.config.reward_model_options import RewardModelKind, StepFormat
 from trl_ray.data.chat.chat_rendering import ChatFormat, own_template, render_chat
+from trl_ray.data.chat.row_format import row_format
 from trl_ray.data.examples.step_parser import split_steps
 from trl_ray.data.examples.steps import StepRules, step_tokens
-from trl_ray.data.examples.tokenisation import ExampleTokenizer
+from trl_ray.data.examples.tokenisation import ExampleTokenizer, Text, encode
 from trl_ray.errors import ModelError
 from trl_ray.types import Completion, FinishReason, IntArray, Message, Prompt
 
@@ -76,7 +77,7 @@ class RewardReader:
                 "its tokenizer must have a chat template because the prompts are conversations, and it has none. Save "
                 "the tokenizer with one, or make the prompt column plain text."
             )
-        self._render((*prompt.messages, {"role": "assistant", "content": "1"}))
+        self._render(prompt, (*prompt.messages, {"role": "assistant", "content": "1"}))
 
     def read(self, prompt: Prompt, completion: Completion) -> RatedText:
         """What the model reads of one completion.
@@ -94,9 +95,9 @@ class RewardReader:
 
     def _whole(self, prompt: Prompt, completion: Completion) -> IntArray:
         if prompt.messages is not None:
-            return self._encode(self._render(_answered(prompt.messages, completion.text)))
-        # With the special tokens that the tokenizer adds, as reward models are trained on texts.
-        ids = np.asarray(self._tokenizer(f"{prompt.text}{completion.text}")["input_ids"], np.int32)
+            return self._encode(self._render(prompt, _answered(prompt.messages, completion.text)))
+        # With the special tokens that the tokenizer adds, none of them twice, as reward models are trained on texts.
+        ids = encode(self._tokenizer, [Text(text=f"{prompt.text}{completion.text}")])[0].token_ids
         end = self._tokenizer.eos_token_id
         finished = completion.finish_reason is FinishReason.STOP
         if self._rules.append_eos and finished and end is not None and not (len(ids) and ids[-1] == end):
@@ -117,21 +118,24 @@ class RewardReader:
 
     def _before_steps(self, prompt: Prompt, start: int | None) -> IntArray:
         if prompt.messages is not None:
-            return self._encode(self._render(prompt.messages, answers=True))
+            return self._encode(self._render(prompt, prompt.messages, answers=True))
         ids = self._encode(str(prompt.text))
-        return ids if start is None else np.append(np.int32(start), ids)
+        return ids if start is None or ids[:1].tolist() == [start] else np.append(np.int32(start), ids)
 
-    def _render(self, messages: Sequence[Message], *, answers: bool = False) -> str:
-        chat = ChatFormat(template=own_template(self._tokenizer), template_kwargs=self._rules.template_kwargs)
+    def _render(self, prompt: Prompt, messages: Sequence[Message], *, answers: bool = False) -> str:
         unfinished = messages[-1]["role"] == "assistant"
         return render_chat(
             self._tokenizer,
             messages,
-            chat,
+            self._format(prompt),
             add_generation_prompt=answers and not unfinished,
             continue_final_message=answers and unfinished,
             where="a conversation to be rated",
         ).text
+
+    def _format(self, prompt: Prompt) -> ChatFormat:
+        chat = ChatFormat(template=own_template(self._tokenizer), template_kwargs=self._rules.template_kwargs)
+        return row_format(chat, prompt.columns, where=f"prompt {prompt.prompt_id}")
 
     def _encode(self, text: str) -> IntArray:
         return np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)

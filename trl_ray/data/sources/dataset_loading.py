@@ -21,9 +21,9 @@ from trl_ray.config.messages import nearest
 from trl_ray.config.sections import DataConfig, DatasetConfig, MixtureStopping
 from trl_ray.data.sources.arrow_rows import without_filled_arguments
 from trl_ray.data.sources.column_names import check_mapping, rename
-from trl_ray.data.sources.dataset_files import FILE_TYPES, Row, read_file
+from trl_ray.data.sources.dataset_files import FILE_TYPES, Row, is_data_file, read_file
 from trl_ray.data.sources.generated import PREFIX, generated_rows
-from trl_ray.data.sources.mixtures import Mixture, Source, hold_out, join, mix
+from trl_ray.data.sources.mixtures import Mixture, Share, Source, hold_out, join, mix
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
 
@@ -215,7 +215,7 @@ def _load_mixture(config: DataConfig, *, seed: int, evaluation: bool) -> Rows:
         part if names.count(part.name) == 1 else replace(part, name=f"{part.name} (datasets, entry {number})")
         for number, part in enumerate(parts)
     ]
-    mixture = _mixed(parts, config, seed=seed)
+    mixture = _mixed(parts, config, seed=seed, evaluation=evaluation)
     return Rows(
         name=" + ".join(part.name for part in parts),
         columns=tuple(dict.fromkeys(column for part in parts for column in part.columns)),
@@ -230,7 +230,7 @@ def _load_mixture(config: DataConfig, *, seed: int, evaluation: bool) -> Rows:
     )
 
 
-def _mixed(parts: Sequence[Rows], config: DataConfig, *, seed: int) -> Mixture:
+def _mixed(parts: Sequence[Rows], config: DataConfig, *, seed: int, evaluation: bool) -> Mixture:
     """Joined whole, unless shares are asked for."""
     fractions = [source.fraction for source in config.datasets if source.fraction is not None]
     weights = [source.weight for source in config.datasets]
@@ -238,6 +238,9 @@ def _mixed(parts: Sequence[Rows], config: DataConfig, *, seed: int) -> Mixture:
         Source(name=part.name, rows=part.rows, weight=1.0 if weight is None else weight)
         for part, weight in zip(parts, weights, strict=True)
     ]
+    shares = [None if each.share is None else Share(size=each.share, seed=each.share_seed) for each in config.datasets]
+    if any(share is not None for share in shares) and not evaluation:
+        return join(sources, shares=shares)
     if config.mixture_stopping is None and all(weight is None for weight in weights):
         return join(sources, fractions=fractions or None)
     return mix(sources, seed=seed, stopping=config.mixture_stopping or MixtureStopping.FIRST_EXHAUSTED)
@@ -246,6 +249,8 @@ def _mixed(parts: Sequence[Rows], config: DataConfig, *, seed: int) -> Mixture:
 def _reason(config: DataConfig) -> str:
     if any(source.fraction is not None for source in config.datasets):
         return "fraction"
+    if any(source.share is not None for source in config.datasets):
+        return "share"
     stopping = config.mixture_stopping or MixtureStopping.FIRST_EXHAUSTED
     return f"weight and mixture_stopping={stopping}; all_exhausted_without_replacement takes every row once"
 
@@ -301,12 +306,14 @@ def _from_name(source: DatasetConfig, split: str | None, *, seed: int, evaluatio
         from datasets import load_from_disk
 
         return _from_object(load_from_disk(name), split, name=name)
-    if path.suffix in FILE_TYPES:
+    if is_data_file(path):
         raise DataError(f"dataset_name must be a file that exists, got {name!r}: no such file. {_beside(path)}")
     return _from_hub(source, split, lazily=lazily)
 
 
 def _beside(path: Path) -> str:
+    if {"*", "?", "["} & set(str(path)):
+        return f"Name several files by their kind: dataset_name=json (or csv, parquet) with data_files={str(path)!r}."
     files = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     guess = nearest(path.name, files)
     return f"Did you mean {str(path.parent / guess)!r}?" if guess else "Check the path."

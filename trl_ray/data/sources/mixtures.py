@@ -2,6 +2,7 @@
 
     sources ─ join: one after the other, whole ─────────────────────────┐
     sources, fractions ─ join: the first rows of each ──────────────────┼─► Mixture: place ─► (source, number) ─► row
+    sources, shares ─ join: some rows of each, by its own share ────────┤
     sources, weights, seed ─ mix: datasets.interleave_datasets ─────────┤
     sources, places ─ hold_out: some of a mixture's places, the others ─┘
 
@@ -35,6 +36,32 @@ class Source:
     rows: Sequence[Mapping[str, Any]]
     weight: float = 1.0
     """Relative to the other weights; above 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """A part of one dataset's own rows."""
+
+    size: float
+    """In (0, 1]."""
+    seed: int | None = None
+    """Of a draw at random; None takes the first rows."""
+
+    def rows_of(self, source: Source) -> NDArray[np.int64]:
+        """Their numbers: of a draw, those that ``datasets.Dataset.shuffle(seed)`` has first.
+
+        Raises:
+            DataError: it leaves nothing.
+        """
+        count = int(self.size * len(source.rows))
+        if not count:
+            raise DataError(
+                f"The share of {source.name} must leave at least one of its {len(source.rows)} rows, {self.size} "
+                "leaves none. Raise it, or leave the dataset out."
+            )
+        if self.seed is None:
+            return np.arange(count)
+        return np.random.default_rng(self.seed).permutation(len(source.rows))[:count]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,21 +104,41 @@ class Mixture:
         return found
 
 
-def join(sources: Sequence[Source], *, fractions: Sequence[float] | None = None) -> Mixture:
+def join(
+    sources: Sequence[Source],
+    *,
+    fractions: Sequence[float] | None = None,
+    shares: Sequence[Share | None] | None = None,
+) -> Mixture:
     """One source after the other; whole, or with fractions as TRL takes them: of each its first rows.
 
     Fractions are relative to each other. The mixture is as long as it can be without repeating a row.
 
+    Args:
+        sources: in their order.
+        fractions: of the mixture, one a source.
+        shares: of its own rows, one a source; None is all of them. Not with fractions.
+
     Raises:
-        DataError: there is no source, one is empty, two have one name, or a fraction leaves nothing of a source.
+        DataError: there is no source, one is empty, two have one name, or a fraction or share leaves nothing of one.
     """
     _check(sources)
+    if shares is not None:
+        kept = [
+            np.arange(len(source.rows)) if share is None else share.rows_of(source)
+            for source, share in zip(sources, shares, strict=True)
+        ]
+        return Mixture(
+            sources=tuple(sources),
+            source_ids=np.repeat(np.arange(len(sources)), [len(each) for each in kept]),
+            row_numbers=np.concatenate(kept),
+        )
     counts = [len(source.rows) for source in sources]
     if fractions is not None:
         total = math.fsum(fractions)
-        shares = [fraction / total for fraction in fractions]
-        length = min(count / share for count, share in zip(counts, shares, strict=True))
-        counts = [round(share * length) for share in shares]
+        parts = [fraction / total for fraction in fractions]
+        length = min(count / part for count, part in zip(counts, parts, strict=True))
+        counts = [round(part * length) for part in parts]
         for source, count, fraction in zip(sources, counts, fractions, strict=True):
             if not count:
                 raise DataError(

@@ -7,6 +7,7 @@ adapter_config.json --base_of_adapter--> the model it belongs to
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,10 +54,22 @@ _BOOKKEEPING = frozenset(
         "peft_type",
         "peft_version",
         "revision",
+        "ensure_weight_tying",
         "runtime_config",
         "task_type",
     }
 )
+_REFUSED = {
+    "target_parameters": "lora_target_parameters must be left out: adapters stand beside linear layers here, and "
+    "experts that keep their weights in one parameter have none. Remove it; attention and shared layers can be named "
+    "in lora_target_modules.",
+    "trainable_token_indices": "trainable_token_indices must be left out. Set lora_modules_to_save=[embed_tokens, "
+    "lm_head], which trains these rows among all.",
+    "bias": "bias must be 'none': with other biases trained there would be no reference beneath the adapter. Remove "
+    "it.",
+    "lora_bias": "lora_bias must be false: a bias of the adapter has no place in layers without one. Remove it.",
+}
+"""Fields that recipes hold and cannot be had, and what to do."""
 _INITS = (True, False, "gaussian", "orthogonal")
 """Ways to draw A and B that leave the frozen weights alone; those that do not would move the reference."""
 
@@ -150,6 +163,7 @@ def lora_config(model: ModelConfig) -> LoraConfig:
     import peft
 
     unknown = sorted(set(model.lora_kwargs) - _FURTHER)
+    _refuse(unknown)
     if unknown:
         raise ModelError(
             f"lora_kwargs may hold {', '.join(sorted(_FURTHER))}, got {', '.join(unknown)}. Remove it; rank, alpha, "
@@ -198,6 +212,12 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value) if isinstance(value, tuple) else value
 
 
+def _refuse(names: Iterable[str]) -> None:
+    for name in names:
+        if name in _REFUSED:
+            raise ModelError(_REFUSED[name])
+
+
 def check_lora_config(config: LoraConfig) -> None:
     """Refuse what changes anything but linear layers, or moves the frozen weights."""
     default = type(config)()
@@ -205,6 +225,7 @@ def check_lora_config(config: LoraConfig) -> None:
     odd = [
         f.name for f in fields(config) if f.name not in known and getattr(config, f.name) != getattr(default, f.name)
     ]
+    _refuse(odd)
     if odd:
         raise ModelError(
             f"an adapter may set {', '.join(sorted(_FROM_OPTIONS.keys() | _FURTHER))}, got {', '.join(odd)} too. "

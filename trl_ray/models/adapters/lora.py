@@ -32,6 +32,7 @@ from trl_ray.models.adapters.adapter_config import (
     require_peft,
 )
 from trl_ray.models.scoring.head import class_head_name, is_classifier
+from trl_ray.models.vocabulary import has_new_rows
 
 if TYPE_CHECKING:
     from peft import LoraConfig, TaskType
@@ -64,7 +65,12 @@ def attach_adapter(policy: PreTrainedModel, model: ModelConfig, *, seed: int) ->
         config.modules_to_save = sorted({*(config.modules_to_save or ()), class_head_name(policy)})
     config.base_model_name_or_path = _address(policy)
     config.revision = None if _is_folder(policy) else model.model_revision
+    if has_new_rows(policy):
+        # Frozen, they would stay random: TRL trains them, too.
+        ends = [end.rpartition(".")[2] for end in _ends(policy)]
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *ends})
     policy.requires_grad_(False)
+    _tie(policy, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _inject(policy, config, TRAINED)
@@ -169,19 +175,14 @@ def _check_layers(policy: PreTrainedModel) -> None:
 
     layers = lora_layers(policy)
     wrappers = {name: m for name, m in policy.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
-    ends = {
-        name
-        for name, module in policy.named_modules()
-        if module in (policy.get_input_embeddings(), policy.get_output_embeddings())  # type: ignore[no-untyped-call]
-    }
-    touched = sorted(
-        end for end in ends for name in layers.keys() | wrappers.keys() if f"{end}.".startswith(f"{name}.")
-    )
+    touched = sorted(end for end in _ends(policy) for name in layers if f"{end}.".startswith(f"{name}."))
     if touched:
         raise ModelError(
-            f"embeddings and language-model head must stay frozen under an adapter, got one for {touched}: log-probs "
-            "are computed from the head's weights directly. Change lora_target_modules or lora_modules_to_save."
+            f"embeddings and language-model head must have no low-rank adapter, got one for {touched}: log-probs are "
+            "computed from the head's weights directly. Take them out of lora_target_modules; lora_modules_to_save "
+            "trains them in full."
         )
+    _check_tied(policy)
     odd = [
         name for name, layer in layers.items() if type(layer).__name__ not in _LINEAR or not _is_plain_or_dora(layer)
     ]
@@ -190,6 +191,36 @@ def _check_layers(policy: PreTrainedModel) -> None:
         raise ModelError(
             f"adapters must stand beside linear layers, got {sorted(odd)[:3]}. Change lora_target_modules or "
             "lora_modules_to_save."
+        )
+
+
+def _ends(policy: PreTrainedModel) -> list[str]:
+    """The names of embeddings and head."""
+    ends = (policy.get_input_embeddings(), policy.get_output_embeddings())  # type: ignore[no-untyped-call]
+    return [name for name, module in policy.named_modules() if module in ends]
+
+
+def _is_tied(policy: PreTrainedModel) -> bool:
+    embeddings, head = policy.get_input_embeddings(), policy.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head is not None and head.weight is embeddings.weight
+
+
+def _tie(policy: PreTrainedModel, config: LoraConfig) -> None:
+    """Let tied embeddings and head be trained as the one weight they are, whichever of the two is named."""
+    ends = _ends(policy)
+    named = [each for each in config.modules_to_save or () if any(end.endswith(each) for end in ends)]
+    if named and _is_tied(policy):
+        others = [each for each in config.modules_to_save or () if each not in named]
+        config.modules_to_save = [*others, ends[0].rpartition(".")[2]]
+        config.ensure_weight_tying = True
+
+
+def _check_tied(policy: PreTrainedModel) -> None:
+    copied = [end for end in _ends(policy) if hasattr(policy.get_submodule(end), "modules_to_save")]
+    if copied and policy.config.get_text_config().tie_word_embeddings and not _is_tied(policy):
+        raise ModelError(
+            f"embeddings and head of {type(policy).__name__} are one weight, which PEFT cannot train in full beside an "
+            f"adapter, got lora_modules_to_save with {copied}. Take it out, or train the whole model."
         )
 
 
@@ -270,7 +301,7 @@ def save_adapter(policy: PreTrainedModel, directory: str | Path, weights: Mappin
 
     state = peft.get_peft_model_state_dict(
         policy,
-        state_dict=None if weights is None else dict(weights),
+        state_dict=None if weights is None else _with_tied(policy, weights),
         adapter_name=TRAINED,
         save_embedding_layers=False,
     )
@@ -279,6 +310,14 @@ def save_adapter(policy: PreTrainedModel, directory: str | Path, weights: Mappin
     config = copy.copy(policy.peft_config[TRAINED])
     config.inference_mode = True
     config.save_pretrained(str(directory))
+
+
+def _with_tied(policy: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under all the names that the policy has for them."""
+    places = {id(parameter): name for name, parameter in policy.named_parameters()}
+    every = policy.named_parameters(remove_duplicate=False)
+    names = {name: places[id(parameter)] for name, parameter in every}
+    return {name: weights[place] for name, place in names.items() if place in weights}
 
 
 def _is_folder(policy: PreTrainedModel) -> bool:

@@ -18,6 +18,7 @@ from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import ModelError
 from trl_ray.models.adapters.adapter_config import base_of_adapter, is_adapter_folder, task_of_adapter
 from trl_ray.models.adapters.lora import TRAINED, has_adapter, lora_layers
+from trl_ray.models.dropout import stated_dropout
 from trl_ray.models.policy_loading import ends_with, load_policy, load_tokenizer, set_end_token
 from trl_ray.models.scoring.classifier import load_classifier, load_classifier_tokenizer
 
@@ -146,7 +147,8 @@ def export_merged(adapter: str | Path, out: str | Path, *, model: ModelConfig | 
         # An adapter may have been trained with another end of turns than its base model has.
         if isinstance(end, int) and not ends_with(policy, end):
             set_end_token(policy, end)
-        policy.save_pretrained(out, state_dict=weights)
+        with stated_dropout(policy):
+            policy.save_pretrained(out, state_dict=weights)
         tokenizer.save_pretrained(out)
     except OSError as error:
         raise ModelError(

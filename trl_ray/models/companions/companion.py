@@ -65,8 +65,9 @@ class Companion:
 
     @torch.no_grad()
     def judge(self, states: Tensor, targets: Tensor, *, question: HeadQuestion | None = None) -> TokenLogprobs:
-        """What it says of tokens [N] behind its hidden states [N, H]; heads are the same with any adapter."""
-        return self._scorer.judge(states, targets, question=question)
+        """What it says of tokens [N] behind its hidden states [N, H]."""
+        with self._in_place():
+            return self._scorer.judge(states, targets, question=question)
 
     def divergence_target(self, states: Tensor, places: Tensor, *, beta: float) -> DivergenceTarget:
         """Its side of a divergence over the whole vocabulary.

@@ -15,7 +15,6 @@ the reference.
 from __future__ import annotations
 
 import enum
-from typing import Any
 
 import torch
 
@@ -26,8 +25,9 @@ from trl_ray.models.adapters.adapter_config import is_adapter_folder
 from trl_ray.models.companions.averaging import Pace, WeightAverage
 from trl_ray.models.companions.companion import AdapterlessCompanion, AveragedCompanion, Companion
 from trl_ray.models.loadable import check_loadable
-from trl_ray.models.policy_loading import Policy, load_policy
+from trl_ray.models.policy_loading import Policy, load_model_config, load_policy, load_tokenizer
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
+from trl_ray.models.vocabulary import num_tokens
 
 _FOLDER = "reference"
 """Below the checkpoint."""
@@ -88,6 +88,8 @@ def check_reference(model: ModelConfig, loss: LossSection) -> None:
             "is asked before training. Set it to false."
         )
     check_loadable(_initial_model(model))
+    rows = int(load_model_config(_initial_model(model)).get_text_config().vocab_size)
+    _require_vocabulary(name, rows, num_tokens(load_tokenizer(model)))
 
 
 def _initial_model(model: ModelConfig) -> ModelConfig:
@@ -102,13 +104,12 @@ def _initial_model(model: ModelConfig) -> ModelConfig:
     )
 
 
-def _require_same_vocabulary(reference: Policy, policy: Policy, name: str) -> None:
-    tables: list[Any] = [each.get_input_embeddings() for each in (reference, policy)]
-    sizes = [int(table.weight.shape[0]) for table in tables]
-    if sizes[0] < sizes[1]:
+def _require_vocabulary(name: str, rows: int, tokens: int) -> None:
+    """Models of one family pad their vocabularies differently; what counts is a row for each token."""
+    if rows < tokens:
         raise ModelError(
-            f"ref_model_name_or_path must know all {sizes[1]} tokens of the policy, but {name} has {sizes[0]}. Take a "
-            "model with the same tokenizer."
+            f"ref_model_name_or_path must know all {tokens} tokens of the policy, but {name} has {rows}. Take a model "
+            "with the same tokenizer."
         )
 
 
@@ -143,8 +144,6 @@ def build_reference(
         return AdapterlessCompanion(policy, scorer)
     # Never has gradients, so that there is nothing to recompute for them.
     copy = load_policy(_initial_model(model), device=device, trainable=False)
-    if model.ref_model_name_or_path is not None:
-        _require_same_vocabulary(copy, policy, model.ref_model_name_or_path)
     module = ScoringModule(copy, chunk_size=training.chunk_lm_head_size, bf16=bool(model.bf16))
     own = SampleScorer(module, share_prompt=training.share_prompt, temperature=temperature)
     if kind is ReferenceKind.FROZEN:

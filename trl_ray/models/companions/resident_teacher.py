@@ -13,6 +13,7 @@ import torch
 
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.config.teacher_options import AdapterAverage, TeacherSource
+from trl_ray.errors import ConfigError
 from trl_ray.models.adapters.merging import Gather
 from trl_ray.models.companions.averaging import FactorAverage, ProductAverage, lora_factors
 from trl_ray.models.companions.companion import (
@@ -23,7 +24,7 @@ from trl_ray.models.companions.companion import (
 )
 from trl_ray.models.companions.teacher_rules import AVERAGE, FOLDER, pace_of, teacher_average
 from trl_ray.models.policy_loading import Policy, load_policy
-from trl_ray.models.scoring.head import head_module
+from trl_ray.models.scoring.head import head_module, trains_head_copy
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
 
 
@@ -58,6 +59,7 @@ def build_resident_teacher(
         return Companion(policy, scorer)
     if model.use_peft and not external:
         if source.is_initial:
+            _require_frozen_head(policy)
             return AdapterlessCompanion(policy, scorer)
         return _averaged_adapter(source, policy, scorer, gather)
     # Never has gradients, so that there is nothing to recompute for them.
@@ -74,6 +76,15 @@ def build_resident_teacher(
         average = teacher_average(source, dict(copy.named_parameters()))
         return AveragedCompanion(copy, own, module=module, average=average, folder=FOLDER, what=AVERAGE)
     return Companion(copy, own, module=module)
+
+
+def _require_frozen_head(policy: Policy) -> None:
+    """A divergence over the vocabulary reads both sides' states with one head."""
+    if trains_head_copy(policy):
+        raise ConfigError(
+            "lora_modules_to_save must leave the language-model head out where the teacher is the model beneath the "
+            "adapter and the learner holds it. Take the head out, or set teacher.placement=actor."
+        )
 
 
 def head_size(policy: Policy) -> int:

@@ -6,6 +6,8 @@ hidden states [R,T,H] --class_head---> [R,T,C]                                  
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,19 +34,38 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
 
 
 def head_module(model: nn.Module) -> nn.Linear:
-    """The language-model head: weight [V, H], bias [V] or None.
+    """The language-model head that computes at the moment: weight [V, H], bias [V] or None.
 
     Raises:
         ModelError: the model has no linear head.
     """
     inner = causal_model(model)
-    head: object = inner.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: Any = inner.get_output_embeddings()  # type: ignore[no-untyped-call]
+    copies = getattr(head, "modules_to_save", None)
+    if copies is not None:  # trained in full beside an adapter
+        head = head.original_module if head.disable_adapters else copies[head.active_adapters[0]]
     if not isinstance(head, nn.Linear):
         raise ModelError(
             f"the model must end in a linear head, but {type(inner).__name__} ends in {type(head).__name__}. "
             "Use a causal language model."
         )
     return head
+
+
+def head_modules(model: nn.Module) -> list[nn.Linear]:
+    """Every head that `head_module` may give: one, or with an adapter that trains a copy of it the frozen one, too.
+
+    Raises:
+        ModelError: the model has no linear head.
+    """
+    head: Any = causal_model(model).get_output_embeddings()  # type: ignore[no-untyped-call]
+    copies = getattr(head, "modules_to_save", None)
+    return [head_module(model)] if copies is None else [head.original_module, *copies.values()]
+
+
+def trains_head_copy(model: nn.Module) -> bool:
+    """Whether an adapter trains a copy of the head, so that the policy and what it began with have different ones."""
+    return len(head_modules(model)) > 1
 
 
 CLASS_HEADS = ("score", "classifier")

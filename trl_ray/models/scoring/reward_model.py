@@ -40,6 +40,7 @@ from trl_ray.models.adapters.adapter_config import (
 )
 from trl_ray.models.policy_loading import LOAD_ERRORS, check_model_path, require_weights, torch_dtype
 from trl_ray.models.scoring.classifier import AUTO_CLASSES, ENDINGS
+from trl_ray.models.vocabulary import num_tokens
 from trl_ray.types import IntArray
 
 NUM_LABELS = {RewardModelKind.SEQUENCE: 1, RewardModelKind.STEPS: 2}
@@ -91,13 +92,20 @@ def _find(options: RewardModelOptions) -> RewardModelFacts:
     kind = _kind(options, config) if adapter is None else _kind_of_adapter(options, adapter)
     if adapter is None:
         _check_labels(kind, config, base)
+    tokenizer, rows = _tokenizer(options, base, revision, adapter), int(config.get_text_config().vocab_size)
+    if num_tokens(tokenizer) > rows:
+        raise ModelError(
+            f"its embedding must have a row for each of the {num_tokens(tokenizer)} ids of its tokenizer, but {base} "
+            f"has {rows}. Save it again after model.resize_token_embeddings(len(tokenizer)), or with the tokenizer it "
+            "was trained with."
+        )
     return RewardModelFacts(
         kind=kind,
         base=base,
         revision=revision,
         adapter=adapter,
         config=config,
-        tokenizer=_tokenizer(options, base, revision, adapter),
+        tokenizer=tokenizer,
         max_length=_max_length(options, config),
     )
 

@@ -22,7 +22,7 @@ from trl_ray.algorithms.head.divergence import HeadInput, vocabulary_divergence
 from trl_ray.algorithms.head.head_problem import ExtraOutputs
 from trl_ray.algorithms.head.logprobs import TokenLogprobs, token_logprobs
 from trl_ray.models.scoring.embedding_noise import noisy_embeddings
-from trl_ray.models.scoring.head import head_module, hidden_states, logit_transform
+from trl_ray.models.scoring.head import head_module, head_modules, hidden_states, logit_transform
 
 _EXTRAS = (
     "sum_squared_probs",
@@ -122,7 +122,11 @@ class ScoringModule(PredictorModule):
         super().__init__(policy, bf16=bf16)
         self._chunk_size, self._vocab_size = chunk_size, vocab_size
         self._transform = logit_transform(policy)
-        head = head_module(policy)
+        for head in head_modules(policy):
+            self._teach(head)
+
+    def _teach(self, head: nn.Linear) -> None:
+        """Let a head answer for targets, too."""
         # Kept: called without targets, as the model itself does, the head goes on giving logits.
         plain = head.forward
 

@@ -15,6 +15,7 @@ from trl_ray.types import EventKind
 
 _SMOOTHING_FRACTION = 0.1
 _PART = re.compile(r"reward/(.+)/mean")
+_HELD_OUT_REWARD = re.compile(r"eval/(.+)_reward")
 _HISTOGRAM = re.compile(r"staleness/hist_(\d+)")
 
 
@@ -29,6 +30,8 @@ class _Plain:
     smoothed: bool = False
     held_out: bool = False
     """Whether values on held-out examples (``eval/`` and the key) are shown as dots."""
+    held_out_as: str | None = None
+    """Their key, where it is another than the only one of the card."""
 
 
 _AFTER_REWARDS = (
@@ -112,8 +115,20 @@ _AFTER_STALENESS = (
         stacked=True,
         keys=(("time/step_s", "learner step"), ("time/wait_s", "waiting for groups"), ("time/publish_s", "publishing")),
     ),
-    _Plain(title="Completion length", keys=(("completion/length_mean", "mean"),), unit="tokens"),
-    _Plain(title="Truncated completions", keys=(("completion/truncated_fraction", "truncated"),), unit="fraction"),
+    _Plain(
+        title="Completion length",
+        keys=(("completion/length_mean", "mean"),),
+        unit="tokens",
+        held_out=True,
+        held_out_as="completions/mean_length",
+    ),
+    _Plain(
+        title="Truncated completions",
+        keys=(("completion/truncated_fraction", "truncated"),),
+        unit="fraction",
+        held_out=True,
+        held_out_as="completions/clipped_ratio",
+    ),
     _Plain(title="Learning rate", keys=(("lr", "learning rate"),)),
 )
 
@@ -165,7 +180,7 @@ def _plain(run: RunData, card: _Plain) -> Chart:
         values = run.values(key)
         plain = [Series(name=name, values=values, color=color)]
         series += _with_smooth(name, values, color) if card.smoothed else plain
-        evaluated = _evaluations(run, f"eval/{key}") if card.held_out else {}
+        evaluated = _evaluations(run, f"eval/{card.held_out_as or key}") if card.held_out else {}
         if evaluated:
             series.append(_dots(run, evaluated, name=f"{name}, held out", color=color + len(card.keys)))
     return Chart(title=card.title, unit=card.unit, steps=_steps(run), series=series, stacked=card.stacked)
@@ -173,10 +188,19 @@ def _plain(run: RunData, card: _Plain) -> Chart:
 
 def _rewards(run: RunData) -> Chart:
     series = _with_smooth("mean", run.values("reward/mean"), 0)
-    evaluated = _evaluations(run, "eval/reward/mean", "reward/mean", "reward")
-    if evaluated:
-        series.append(_dots(run, evaluated, name="held out", color=1))
+    for color, (name, key) in enumerate(_held_out_rewards(run), start=1):
+        evaluated = _evaluations(run, key) if name else _evaluations(run, key, "eval/reward/mean", "reward/mean")
+        if evaluated:
+            series.append(_dots(run, evaluated, name=f"held out {name}".rstrip(), color=color))
     return Chart(title="Reward", steps=_steps(run), series=series)
+
+
+def _held_out_rewards(run: RunData) -> list[tuple[str, str]]:
+    """Names of the held-out sets, "" for one without, and the keys of their mean rewards."""
+    told = [event.get("detail") for event in run.events if event.get("kind") == EventKind.EVALUATED]
+    keys = dict.fromkeys(key for detail in told if isinstance(detail, dict) for key in detail)
+    named = [(match[1], key) for key in keys if (match := _HELD_OUT_REWARD.fullmatch(key))]
+    return [("", "eval/reward"), *named]
 
 
 def _dots(run: RunData, evaluated: Mapping[int, float], *, name: str, color: int) -> Series:
@@ -206,6 +230,9 @@ def _evaluations(run: RunData, *keys: str) -> dict[int, float]:
 def _reward_parts(run: RunData) -> Chart:
     keys = dict.fromkeys(key for row in run.rows for key in row if _PART.fullmatch(key))
     series = [Series(name=key[7:-5], values=run.values(key), color=hue(index)) for index, key in enumerate(keys)]
+    for index, name in enumerate(key[7:-5] for key in keys):
+        if evaluated := _evaluations(run, f"eval/rewards/{name}/mean"):
+            series.append(_dots(run, evaluated, name=f"{name}, held out", color=hue(index)))
     return Chart(title="Reward by function", unit="mean", steps=_steps(run), series=series)
 
 

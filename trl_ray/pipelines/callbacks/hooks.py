@@ -216,8 +216,6 @@ class CallbackList:
         """Held-out numbers are known, by their names without ``eval_``; `best` is that of `metric_for_best_model`."""
         self.control.should_evaluate = False
         metrics = {f"eval_{name}": value for name, value in numbers.items()}
-        if "eval_reward/mean" in metrics:
-            metrics["eval_reward"] = metrics["eval_reward/mean"]  # TRL's name
         # As in transformers they compare with the best before, which EarlyStoppingCallback relies on.
         await self.dispatch(Hook.EVALUATE, metrics=metrics)
         self.set_best(best, best_step)

@@ -24,7 +24,7 @@ from trl_ray.errors import ConfigError
 from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.loadable import check_loadable
-from trl_ray.models.policy_loading import count_parameters, load_model_config, load_tokenizer, max_positions
+from trl_ray.models.policy_loading import count_parameters, load_model_config, load_shape, load_tokenizer, max_positions
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.reward_model_actors import (
     PreparedRewardModel,
@@ -34,6 +34,7 @@ from trl_ray.pipelines.rollouts.reward_model_actors import (
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
 from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_teachers
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
+from trl_ray.pipelines.run.model_notes import model_notes
 from trl_ray.pipelines.run.planning import (
     GIB,
     PROCESS,
@@ -79,7 +80,8 @@ class Preparation:
 
     config: RolloutRunConfig
     prompts: PromptSource
-    eval_prompts: tuple[Prompt, ...]
+    eval_sets: Mapping[str, tuple[Prompt, ...]]
+    """Held-out prompts by the names of their sets; one alone has the empty name."""
     rewards: tuple[RewardSpec, ...]
     max_model_len: int
     """Tokens of prompt and completion together."""
@@ -97,6 +99,7 @@ class Preparation:
     teachers: PreparedTeachers | None = None
     end_of_turn: str | None = None
     """What to know of a template whose end of turn generation does not stop at."""
+    model_notes: tuple[str, ...] = ()
 
     def restore_objective(self, checkpoint: str | None) -> None:
         """Have the objective go on from what it had remembered at a checkpoint; None: from the beginning."""
@@ -176,7 +179,7 @@ class Preparation:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the rows, a sentence each."""
         turns = () if self.end_of_turn is None else (self.end_of_turn,)
-        return (*self.prompts.notes, *turns, *self._missing_values())
+        return (*self.prompts.notes, *turns, *self.model_notes, *self._missing_values())
 
     def _missing_values(self) -> Iterator[str]:
         name, total = self.prompts.name, len(self.prompts)
@@ -267,7 +270,8 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     model = config.part(ModelConfig)
     check_loadable(model)
     check_reference(model, resolve_options(objective.loss))
-    tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
+    tokenizer = load_tokenizer(model)
+    shape = load_shape(model, tokenizer)
     max_model_len = _max_model_len(config, max_positions(model))
     data, limit = config.part(PromptConfig), max_model_len - config.max_completion_length
     prompts = load_prompts(
@@ -280,25 +284,25 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         max_prompt_length=objective.max_prompt_length,
         check_columns=row_check(functions),
     )
-    held_out = _held_out(objective, inputs, tokenizer, limit, functions) if config.evaluates else None
+    held_out = _held_out(objective, inputs, tokenizer, limit, functions) if config.evaluates else {}
     rewarded = config.has_rewards and (functions or not config.scoring_models)
     specs = make_specs(functions, columns=prompts.columns) if rewarded else ()
     models = prepare_reward_models(config, functions=[spec.name for spec in specs], prompt=prompts.prompt(0))
     teachers = prepare_teachers(
         objective, tokenizer=tokenizer, vocab_size=shape.vocab_size, max_model_len=max_model_len
     )
-    for source in (prompts, held_out):
-        if source is not None:
-            objective.check_prompts(source)
+    for source in (prompts, *held_out.values()):
+        objective.check_prompts(source)
     talks = prompts.prompt(0).messages is not None
     return Preparation(
         config=config,
         objective=objective,
         end_of_turn=end_of_turn_warning(model, tokenizer) if talks else None,
+        model_notes=model_notes(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,
-        eval_prompts=() if held_out is None else _first(held_out, config.eval_num_prompts),
+        eval_sets={name: _first(source, config.eval_num_prompts) for name, source in held_out.items()},
         rewards=specs,
         reward_models=models,
         max_model_len=max_model_len,
@@ -347,28 +351,29 @@ def _max_model_len(config: RolloutRunConfig, positions: int | None) -> int:
 
 def _held_out(
     objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: int, functions: Sequence[str | RewardFunction]
-) -> PromptSource:
-    config = objective.config
-    if isinstance(inputs.eval_dataset, Mapping) and config.dataset_test_split not in inputs.eval_dataset:
-        raise ConfigError(
-            f"eval_dataset must be one set of prompts here, got {len(inputs.eval_dataset)} by name: "
-            f"{', '.join(map(str, inputs.eval_dataset))}. Give one, or name it as dataset_test_split."
-        )
+) -> dict[str, PromptSource]:
+    config, given = objective.config, inputs.eval_dataset
     if inputs.eval_dataset is None and config.dataset_name is None and not config.datasets:
         raise ConfigError(
             f"{config.evaluation_asked_by} needs held-out prompts, but there are none. Pass eval_dataset, name a "
             "dataset with dataset_test_split, or set eval_steps=0."
         )
-    return load_prompts(
-        config.part(PromptConfig),
-        tokenizer,
-        seed=config.seed,
-        max_prompt_tokens=limit,
-        dataset=inputs.eval_dataset,
-        evaluation=True,
-        max_prompt_length=objective.max_prompt_length,
-        check_columns=row_check(functions),
-    )
+    if isinstance(given, Mapping) and not given:
+        raise ConfigError("eval_dataset must have at least one set, got an empty mapping. Give one, or None.")
+    named = isinstance(given, Mapping) and config.dataset_test_split not in given
+    return {
+        str(name): load_prompts(
+            config.part(PromptConfig),
+            tokenizer,
+            seed=config.seed,
+            max_prompt_tokens=limit,
+            dataset=rows,
+            evaluation=True,
+            max_prompt_length=objective.max_prompt_length,
+            check_columns=row_check(functions),
+        )
+        for name, rows in (given if named else {"": given}).items()
+    }
 
 
 def _first(source: PromptSource, count: int) -> tuple[Prompt, ...]:

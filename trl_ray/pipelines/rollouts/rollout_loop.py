@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trl_ray.algorithms.policy.group_samples import BuiltStep
+from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.errors import AgreementError, StallError
 from trl_ray.models.companions.teacher_rules import FOLDER
@@ -38,7 +39,7 @@ from trl_ray.pipelines.run.learner_actors import under_watch
 from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
-from trl_ray.types import EventKind, Metric, RolloutGroup, StepResult
+from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult
 
 AGREEMENT = "agreement.json"
 """In checkpoints: what sampler and learner showed at version 0."""
@@ -58,7 +59,10 @@ class _Trained(TrainedStep):
 
 
 class RolloutLoop(StepLoop[_Trained]):
-    """Trains on rollouts; evaluates after a step's line.  Its `actors` are started; for the rest see `StepLoop`."""
+    """Trains on rollouts; evaluates before a step's line, which has the numbers in it.
+
+    Its `actors` are started; for the rest see `StepLoop`.
+    """
 
     _plan: Preparation
     _config: RolloutRunConfig
@@ -149,9 +153,8 @@ class RolloutLoop(StepLoop[_Trained]):
 
     async def _report(self, trained: _Trained) -> None:
         await self._drain()
-        snapshot, slots = await self._actors.ask_queue("snapshot"), await self._actors.ask_queue("slots")
-        self._recorder.step(
-            self.step,
+        snapshot, slots = await self._balance(), await self._actors.ask_queue("slots")
+        line = self._recorder.line(
             groups=trained.groups,
             built=trained.built,
             result=trained.result,
@@ -161,9 +164,15 @@ class RolloutLoop(StepLoop[_Trained]):
             slots=slots,
             staleness=trained.staleness,
         )
-        await self._callbacks.logged(self._recorder.last)
-        if self._evaluation_is_due:
-            await self._evaluate()
+        await self._callbacks.logged(line)
+        evaluated = await self._evaluate() if self._evaluation_is_due else {}
+        self._recorder.step(
+            self.step, line=line, groups=trained.groups, built=trained.built, snapshot=snapshot, evaluated=evaluated
+        )
+
+    async def _balance(self) -> LedgerSnapshot:
+        snapshot: LedgerSnapshot = await self._actors.ask_queue("snapshot")
+        return snapshot.with_bad_rows(self._plan.prompts.num_left_out)
 
     async def _take(self, step: int) -> list[RolloutGroup]:
         """Wait for the groups of one step; say who is waited for, and give up when nothing moves any more."""
@@ -263,9 +272,16 @@ class RolloutLoop(StepLoop[_Trained]):
 
     async def _evaluate(self) -> Mapping[str, float]:
         await self._pulled()
+        numbers: dict[str, float] = {}
+        for name, prompts in self._plan.eval_sets.items():
+            numbers |= await self._evaluate_set(name, prompts)
+        await self._judge(numbers)
+        return numbers
+
+    async def _evaluate_set(self, name: str, prompts: Sequence[Prompt]) -> dict[str, float]:
         begin, plan, config = time.time(), self._plan, self._config
         evaluation = await evaluate(
-            self._actors.working, plan.eval_prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s
+            self._actors.working, prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s
         )
         for reason in evaluation.lost:
             self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of the evaluation was lost: {reason}")
@@ -276,13 +292,11 @@ class RolloutLoop(StepLoop[_Trained]):
             cut=plan.cut,
             ask_learner=self._actors.learner.ask,
         )
-        numbers = self._recorder.evaluated(self.step, evaluation.answers, held_out, time.time() - begin)
-        await self._judge(numbers)
-        return numbers
+        return self._recorder.evaluated(self.step, evaluation.answers, held_out, time.time() - begin, name=name)
 
     async def _write_checkpoint(self, path: Path) -> None:
         """Also of teachers that are averages; then let the journal forget what it no longer needs."""
-        snapshot = await self._actors.ask_queue("snapshot")
+        snapshot = await self._balance()
         kept = {
             "ledger.json": snapshot.to_json(),
             OBJECTIVE_STATE: self._plan.objective.state_dict(),

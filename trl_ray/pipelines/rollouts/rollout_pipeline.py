@@ -46,6 +46,7 @@ class RolloutSession(Session):
         await actors.ask_queue("finish")
         recorder.report(await actors.drain())
         snapshot: LedgerSnapshot = await actors.ask_queue("snapshot")
+        snapshot = snapshot.with_bad_rows(self._preparation.prompts.num_left_out)
         recorder.directory.write_ledger(snapshot.to_json())
         return TrainOutput(
             steps=loop.step,

@@ -45,8 +45,10 @@ class EarlyStopping:
         Raises:
             ConfigError: there is no such metric.
         """
-        name = self.metric if self.metric in metrics else f"{self.metric}/mean"  # TRL's `reward` is a mean
-        if name not in metrics:
+        # Rewards are means, whether a name says so or not.
+        names = (self.metric, f"{self.metric}/mean", self.metric.removesuffix("/mean"))
+        name = next((each for each in names if each in metrics), None)
+        if name is None:
             if self.patience is None and not self.is_needed:
                 return
             guess = nearest(self.metric, metrics)

@@ -20,7 +20,8 @@ def end_of_turn_warning(model: ModelConfig, tokenizer: Any) -> str | None:
     token = end_of_turn(tokenizer) if tokenizer.chat_template else None
     if token is None:
         return None
-    if tokenizer.convert_tokens_to_ids(token) in read_stop_ids(find_source(model).base, tokenizer):
+    source = find_source(model)
+    if tokenizer.convert_tokens_to_ids(token) in read_stop_ids(source.base, tokenizer, revision=source.revision):
         return None
     return (
         f"The chat template ends a turn with {token!r}, and generation stops at {tokenizer.eos_token!r}, so that the "

@@ -104,9 +104,9 @@ class TrainerObjects:
 
     def _refuse(self) -> None:
         instead = {
-            "compute_metrics": "logits of a whole vocabulary are nowhere in memory; evaluations measure loss, token "
-            "accuracy and entropy. Take those in a callback's on_evaluate",
-            "preprocess_logits_for_metrics": "there are no logits to preprocess. Remove it",
+            "compute_metrics": "rows are prompts, without labels to compare with. Measure answers with a reward "
+            "function of weight 0, and see its numbers in a callback's on_evaluate",
+            "preprocess_logits_for_metrics": "only pipelines on datasets have logits and labels. Remove it",
             "compute_loss_func": "a loss divides by totals of a whole update. Write a Loss and name it: "
             "loss=package.module:Class",
             "data_collator": "micro-batches are packed without padding. Remove it",

@@ -2,6 +2,7 @@
 
     step(batch), evaluate(batch) --shard--> rank 0 .. rank R-1, side by side --> the answer of rank 0, which knows all
     score(batch), reference_logprobs(batch) --shard--> the answers of all, in the order of the batch
+    predict(batches): one batch for each rank --> the answers, in the order of the batches
     publish, weight check, save: on every rank, because they gather weights together; rank 0 answers
 
 A rank that is lost takes the group with it: the others would wait for it in their next exchange.
@@ -68,6 +69,9 @@ class LearnerGroup:
         if method in _JOINED | _BY_SAMPLE:
             (batch,) = args
             return await self._shards(method, batch, deadline_s)
+        if method == "predict":
+            (batches,) = args
+            return await self._each(method, batches, deadline_s)
         answers = await _together(
             [member.call(method, *args, deadline_s=deadline_s, **kwargs) for member in self.members]
         )
@@ -85,6 +89,18 @@ class LearnerGroup:
             ]
         )
         return answers[0]
+
+    async def _each(self, method: str, items: Sequence[Any], deadline_s: float) -> list[Any]:
+        """Give every rank one item, or none, and join what they answer."""
+        answers: list[Any] = []
+        for start in range(0, len(items), len(self.members)):
+            shares = [items[start + rank : start + rank + 1] for rank in range(len(self.members))]
+            calls = [
+                member.call(method, share, deadline_s=deadline_s)
+                for member, share in zip(self.members, shares, strict=True)
+            ]
+            answers += [answer for of_rank in await _together(calls) for answer in of_rank]
+        return answers
 
     async def _shards(self, method: str, batch: TrainBatch, deadline_s: float) -> Any:
         shards = shard(batch, ranks=len(self.members), equal=self._equal_passes)

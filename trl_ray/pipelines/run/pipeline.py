@@ -376,22 +376,34 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
         inputs, config = self._inputs, self.config
         if eval_dataset is None:
             return inputs
+        if isinstance(eval_dataset, str):
+            named = inputs.eval_dataset if isinstance(inputs.eval_dataset, Mapping) else {}
+            if eval_dataset not in named:
+                raise ConfigError(
+                    f"eval_dataset must be rows, or the name of one of the pipeline's sets, which are "
+                    f"{', '.join(map(str, named)) or 'none'}; got {eval_dataset!r}."
+                )
+            eval_dataset = {eval_dataset: named[eval_dataset]}
         train = inputs.train_dataset
         if train is None and config.dataset_name is None and not config.datasets:
             train = eval_dataset
         return replace(inputs, train_dataset=train, eval_dataset=eval_dataset)
 
-    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Held-out numbers under the run's model, before training under the initial one. Nothing is left behind.
 
         Args:
-            eval_dataset: rows; None takes those of the pipeline.
+            eval_dataset: rows, or the name of one of the pipeline's sets; None takes those of the pipeline.
+            ignore_keys: taken for TRL's sake; nothing but logits is looked at.
             metric_key_prefix: begins their names.
 
         Raises:
             InputError: there are no rows, or they cannot be used.
             RunError: the evaluation failed.
         """
+        del ignore_keys
         with tempfile.TemporaryDirectory(prefix="trl_ray-evaluation-") as folder:
             pipeline, found = copy(self), _Numbers()
             pipeline.config = evaluation_config(self.config, folder)
@@ -401,6 +413,18 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             callbacks = CallbackList([found], args=pipeline.config)
             run_to_end(lambda stop: pipeline._evaluate(plan, callbacks, self.model, stop))
             return {f"{metric_key_prefix}_{name}": value for name, value in found.numbers.items()}
+
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
+        """Predictions of rows; a policy that is trained on its own completions has none.
+
+        Raises:
+            ConfigError: always here; pipelines that train on datasets predict.
+        """
+        del test_dataset, ignore_keys, metric_key_prefix
+        raise ConfigError(
+            f"predict must be asked of a pipeline that trains on a dataset, got {self.name}, whose rows are prompts "
+            "without labels. Call evaluate(eval_dataset), which answers them and scores the answers."
+        )
 
     async def _evaluate(self, plan: PlanT, callbacks: CallbackList, model: Path | None, stop: asyncio.Event) -> None:
         runtime = self._open_runtime(plan)
@@ -472,6 +496,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             report_to=config.report_to,
             wandb_project=config.project or config.wandb_project,
             trackio_space_id=config.trackio_space_id,
+            trackio_bucket_id=config.trackio_bucket_id,
             private=config.hub_private_repo,
             logging_first_step=config.logging_first_step,
             run_name=config.run_name,

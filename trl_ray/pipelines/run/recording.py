@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trl_ray.actors.rollout_worker import EvaluatedPrompt, mean_reward
 from trl_ray.algorithms.metric_merging import merged_values
 from trl_ray.algorithms.policy.group_samples import BuiltStep
@@ -18,6 +20,7 @@ from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import Observer, TrainedGroups
 from trl_ray.observe.staleness import StalenessMonitor
+from trl_ray.pipelines.rollouts.evaluation_numbers import answer_numbers
 from trl_ray.types import ActorReport, Evaluation, Event, EventKind, Metric, RolloutGroup, StepResult
 
 
@@ -102,9 +105,8 @@ class Recorder(RunRecorder):
         """
         return self._monitor.observe(groups, learner_version=step - 1, taken_at=time.time())
 
-    def step(
+    def line(
         self,
-        step: int,
         *,
         groups: Sequence[RolloutGroup],
         built: BuiltStep,
@@ -114,9 +116,9 @@ class Recorder(RunRecorder):
         snapshot: LedgerSnapshot,
         slots: int,
         staleness: Mapping[str, Metric],
-    ) -> None:
-        """Write the line of one optimizer step, its ledger and its completions."""
-        record: dict[str, float] = {
+    ) -> dict[str, float]:
+        """The numbers of one optimizer step."""
+        return {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
@@ -125,37 +127,63 @@ class Recorder(RunRecorder):
             **self._queue(snapshot, slots),
             **self._speed(groups, built, result, times),
         }
-        self._write_step(step, record, snapshot)
+
+    def step(
+        self,
+        step: int,
+        *,
+        line: Mapping[str, float],
+        groups: Sequence[RolloutGroup],
+        built: BuiltStep,
+        snapshot: LedgerSnapshot,
+        evaluated: Mapping[str, float],
+    ) -> None:
+        """Write the line of one optimizer step, with what was evaluated after it, its ledger and its completions."""
+        self._write_step(step, {**line, **{f"eval/{name}": value for name, value in evaluated.items()}}, snapshot)
         self._observer.completions(
             TrainedGroups(step=step, groups=groups, advantages=built.advantages, learner_version=step - 1)
         )
 
     def evaluated(
-        self, step: int, answers: Sequence[EvaluatedPrompt], held_out: Evaluation | None, seconds: float
+        self,
+        step: int,
+        answers: Sequence[EvaluatedPrompt],
+        held_out: Evaluation | None,
+        seconds: float,
+        *,
+        name: str = "",
     ) -> dict[str, float]:
         """Write down an evaluation on held-out prompts, with what the learner said of the answers.
+
+        Args:
+            step: finished optimizer steps.
+            answers: of the workers.
+            held_out: of the learner, where it was asked.
+            seconds: that it took.
+            name: of the set; begins those of its numbers.
 
         Returns:
             Its numbers, without ``eval/``.
         """
-        numbers: dict[str, float] = {}
+        found = answer_numbers(answers)
         if held_out is not None:
-            said = {"loss": held_out.loss, **merged_values([held_out.metrics])}
-            numbers = {f"eval/{name}": value for name, value in said.items()}
-        means = [mean for answer in answers if (mean := mean_reward(answer.scored.rewards)) is not None]
-        mean = sum(means) / len(means) if means else None
+            found |= {"loss": held_out.loss, **merged_values([held_out.metrics])}
+        numbers = {f"{name}_{key}" if name else key: value for key, value in found.items()}
         self.say(
             EventKind.EVALUATED,
             "evaluation",
             step=step,
             prompts=len(answers),
-            scored=len(means),
-            **({"reward/mean": mean} if means or not numbers else {}),
-            **numbers,
+            scored=sum(mean_reward(answer.scored.rewards) is not None for answer in answers),
+            **{f"eval/{key}": value for key, value in numbers.items()},
             seconds=round(seconds, 3),
         )
-        rewards = {"reward/mean": mean} if mean is not None else {}
-        return {**rewards, **{name.removeprefix("eval/"): value for name, value in numbers.items()}}
+        groups = [answer.as_group(number) for number, answer in enumerate(answers)]
+        unknown = [np.full(len(group.completions), np.nan) for group in groups]
+        self._observer.completions(
+            TrainedGroups(step=step, groups=groups, advantages=unknown, learner_version=step, held_out=name)
+        )
+        return numbers
 
     def _queue(self, snapshot: LedgerSnapshot, slots: int) -> dict[str, float]:
         live = snapshot.live

@@ -24,6 +24,7 @@ from trl_ray.pipelines.supervised.dataset_preparation import SupervisedPlan
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder, SupervisedTimes
 from trl_ray.pipelines.supervised.example_feed import Fed, Feed, ShuffledFeed
 from trl_ray.pipelines.supervised.example_updates import ReadyStep, StepsAhead, example_update, with_kl
+from trl_ray.pipelines.supervised.user_metrics import HeldOutPredictions
 from trl_ray.types import Evaluation, Example, StepResult
 
 PROGRESS = "progress.json"
@@ -76,6 +77,10 @@ class DatasetLoop(StepLoop[_Trained]):
             name: example_update(plan, found, step=1, is_training=False) for name, found in held_out.items()
         }
         self._ahead = StepsAhead(plan, feed)
+        metrics = plan.inputs.metrics
+        self._predictions = (
+            None if metrics is None else HeldOutPredictions(plan.config, metrics, ask=actors.ask, loss_of=self._loss_of)
+        )
 
     @property
     def _place(self) -> int:
@@ -163,9 +168,16 @@ class DatasetLoop(StepLoop[_Trained]):
         for name, update in self._evaluations.items():
             begin, count = time.time(), len(self._held_out[name])
             evaluation: Evaluation = await self._actors.ask("evaluate", await with_kl(update, self._actors.ask))
-            numbers |= self._recorder.evaluated(self.step, evaluation, examples=count, begin=begin, name=name)
+            own = {} if self._predictions is None else await self._predictions.measure(self._held_out[name])
+            numbers |= self._recorder.evaluated(self.step, evaluation, examples=count, begin=begin, name=name, own=own)
         await self._judge(numbers)
         return numbers
+
+    async def _loss_of(self, examples: Sequence[Example]) -> float:
+        """The loss of some held-out examples alone."""
+        update = example_update(self._plan, examples, step=1, is_training=False)
+        found: Evaluation = await self._actors.ask("evaluate", await with_kl(update, self._actors.ask))
+        return found.loss
 
     async def _write_checkpoint(self, path: Path) -> None:
         accounts, train = self.accounts, self._plan.train

@@ -9,6 +9,8 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,18 +20,24 @@ from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import ModelConfig
 from trl_ray.data.examples.example_set import ExampleTask
-from trl_ray.errors import DataError
+from trl_ray.errors import ConfigError, DataError
 from trl_ray.models.policy_loading import check_model_path, max_positions
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.given_objects import trainer_objects
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
-from trl_ray.pipelines.supervised.dataset_preparation import DatasetInputs, SupervisedPlan, prepare_supervised
+from trl_ray.pipelines.supervised.dataset_preparation import (
+    DatasetInputs,
+    SupervisedPlan,
+    is_named_sets,
+    prepare_supervised,
+)
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder
 from trl_ray.pipelines.supervised.example_feed import StreamPlace
 from trl_ray.pipelines.supervised.reference_pass import LabelledSets, with_references
-from trl_ray.types import EventKind
+from trl_ray.pipelines.supervised.user_metrics import KeptPredictions, MetricFunctions
+from trl_ray.types import EventKind, PredictionForm
 
 
 class SupervisedSession(Session):
@@ -147,6 +155,8 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
     loss_class: ClassVar[type[LossSection]]
     """The part of the configuration that says what is minimised."""
     task: ClassVar[ExampleTask]
+    prediction_form: ClassVar[PredictionForm] = PredictionForm.LABELLED
+    """What `compute_metrics` and `predict` are given."""
     _inputs: DatasetInputs
 
     def __init__(
@@ -160,6 +170,8 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
         *,
         ref_model: object | None = None,
         formatting_func: Callable[[Any], str] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
         **objects: Any,
     ) -> None:
         """Take what TRL's trainer takes; what is None comes from `args`, and `callbacks` follow those of `args`.
@@ -169,6 +181,8 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
             args, train_dataset, eval_dataset, peft_config, callbacks: as in TRL.
             ref_model: the reference, as `model`; None: the policy before training.
             formatting_func: makes the text of a row.
+            compute_metrics: measures held-out rows, called here with an `EvalPrediction` as by TRL's trainer.
+            preprocess_logits_for_metrics: what it is given instead of the logits, called in the learner.
             objects: the further arguments of TRL's trainers, see `TrainerObjects`.
 
         Raises:
@@ -184,7 +198,12 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
         )
         self._fitted = False
         self._inputs = DatasetInputs(
-            train_dataset=train_dataset, eval_dataset=eval_dataset, formatting_func=formatting_func
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            formatting_func=formatting_func,
+            metrics=MetricFunctions(
+                form=self.prediction_form, compute=compute_metrics, preprocess=preprocess_logits_for_metrics
+            ),
         )
 
     def _task(self) -> ExampleTask:
@@ -205,6 +224,31 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
         if positions is not None and self.config.max_length == default > positions:
             self._fitted = True
             self.config = self.config.replace(max_length=positions)
+
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
+        """What the run's model predicts of rows, before training the initial one; nothing is left behind.
+
+        Args:
+            test_dataset: rows, as `eval_dataset`.
+            ignore_keys: taken for TRL's sake; the logits are all that is looked at.
+            metric_key_prefix: begins the names of the metrics.
+
+        Returns:
+            transformers' `PredictionOutput`: predictions and label_ids as `compute_metrics` is given them
+            (`PredictionForm` says which), and the metrics of `evaluate`.
+
+        Raises:
+            InputError: there are no rows, or they cannot be used.
+            RunError: the prediction failed.
+        """
+        del ignore_keys
+        if is_named_sets(test_dataset, self.config.dataset_test_split):
+            raise ConfigError(f"test_dataset must be one set of rows, got {len(test_dataset)}. Predict one at a time.")
+        pipeline, keeper = copy(self), KeptPredictions(self._inputs.metrics, self.config, prefix=metric_key_prefix)
+        pipeline.config = self.config.replace(batch_eval_metrics=False)
+        pipeline._inputs = replace(self._inputs, metrics=keeper.functions)
+        metrics = pipeline.evaluate(test_dataset, metric_key_prefix=metric_key_prefix)
+        return keeper.output(metrics)
 
     def _announcement(self) -> Mapping[str, Any]:
         return {"max_length": f"{self.config.max_length}, which is all that the model holds"} if self._fitted else {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +28,12 @@ from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.companions.reference_cache import default_cache_dir
 from trl_ray.models.loadable import check_loadable
-from trl_ray.models.policy_loading import load_model_config, load_tokenizer, max_positions
+from trl_ray.models.policy_loading import load_shape, load_tokenizer, max_positions
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
+from trl_ray.pipelines.run.model_notes import model_notes
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
 from trl_ray.pipelines.supervised.example_feed import Feed, ShuffledFeed, StreamFeed, StreamPlace
+from trl_ray.pipelines.supervised.user_metrics import MetricFunctions
 from trl_ray.runtime.runtime import Role
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ class DatasetInputs:
     eval_dataset: Any = None
     formatting_func: Callable[[Any], str] | None = None
     """Makes the text of a row."""
+    metrics: MetricFunctions | None = None
+    """What a user gave to measure held-out rows with."""
 
     def formatted(self, config: SupervisedRunConfig) -> DatasetInputs:
         """The same with the texts in place of the rows they are made of.
@@ -72,7 +76,8 @@ class DatasetInputs:
                 rows = load_rows(config, seed=config.seed, evaluation=evaluation)
             return formatted_rows(rows, make, column=config.text_column)
 
-        return DatasetInputs(
+        return replace(
+            self,
             train_dataset=texts(self.train_dataset, evaluation=False),
             eval_dataset=texts(self.eval_dataset, evaluation=True),
         )
@@ -147,6 +152,7 @@ class SupervisedPlan:
             "total_updates": self.total_steps,
             "checkpoint": checkpoint,
             "threads": self.config.runtime.threads_of_learner,
+            "preprocess_logits": None if self.inputs.metrics is None else self.inputs.metrics.preprocess,
         }
 
     def actors(self) -> dict[str, ActorPlan]:
@@ -162,7 +168,8 @@ class SupervisedPlan:
             note for found in (self.train, *self.held_out.values()) if found is not None for note in found.report()
         )
         turns = self._end_of_turn_warning()
-        return rows if turns is None else (*rows, turns)
+        model = model_notes(self.config.part(ModelConfig), self.tokenizer)
+        return (*rows, *(() if turns is None else (turns,)), *model)
 
     def describe(self) -> Mapping[str, Any]:
         """The plan in numbers, for the dry run."""
@@ -209,8 +216,11 @@ def prepare_supervised(
     head = build_loss(loss).needs.head
     check_loadable(model, num_labels=None if head is HeadKind.LANGUAGE else head.num_labels)
     check_reference(model, loss)
+    if inputs.metrics is not None:
+        inputs.metrics.check(config)
     inputs = inputs.formatted(config)
-    tokenizer, shape = load_tokenizer(model), load_model_config(model).get_text_config()
+    tokenizer = load_tokenizer(model)
+    shape = load_shape(model, tokenizer)
     _check_length(config, max_positions(model))
     if getattr(loss, "precompute_ref_log_probs", False):
         _check_cache_dir(config.ref_log_probs_cache_dir)
@@ -234,6 +244,9 @@ def prepare_supervised(
     )
     if train is None:
         plan.check_stream()
+    if inputs.metrics is not None and not config.batch_eval_metrics:
+        for name, found in plan.held_out.items():
+            inputs.metrics.check_size(found.examples, vocab_size=shape.vocab_size, name=name)
     return plan
 
 

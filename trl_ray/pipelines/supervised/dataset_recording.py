@@ -133,14 +133,30 @@ class SupervisedRecorder(RunRecorder):
         self._write_step(step, record, ledger)
 
     def evaluated(
-        self, step: int, evaluation: Evaluation, *, examples: int, begin: float, name: str = ""
+        self,
+        step: int,
+        evaluation: Evaluation,
+        *,
+        examples: int,
+        begin: float,
+        name: str = "",
+        own: Mapping[str, Any] | None = None,
     ) -> dict[str, float]:
         """Write down an evaluation on held-out examples; the `name` of their set begins those of its numbers.
+
+        Args:
+            step: finished optimizer steps.
+            evaluation: of the learner.
+            examples: how many.
+            begin: when it began, in seconds since the epoch.
+            name: of their set.
+            own: what the user's `compute_metrics` says of them.
 
         Returns:
             Its numbers, without ``eval/``.
         """
         found = {"loss": evaluation.loss, **merged_values([evaluation.metrics])}
+        found |= self._own_numbers(own or {}, name)
         numbers = {f"{name}_{key}" if name else key: value for key, value in found.items()}
         self.say(
             EventKind.EVALUATED,
@@ -150,4 +166,13 @@ class SupervisedRecorder(RunRecorder):
             **{f"eval/{name}": value for name, value in numbers.items()},
             seconds=round(time.time() - begin, 3),
         )
+        return numbers
+
+    def _own_numbers(self, own: Mapping[str, Any], name: str) -> dict[str, float]:
+        """What can be written down of the user's own metrics, without the prefix that all of them get."""
+        prefix = f"eval_{name}_" if name else "eval_"
+        numbers = {key.removeprefix(prefix): value for key, value in own.items() if isinstance(value, int | float)}
+        if left := [key for key in own if not isinstance(own[key], int | float)]:
+            detail = f"compute_metrics gave {', '.join(left)}, which are no numbers and written nowhere"
+            self.say(EventKind.WARNING, "evaluation", detail=detail)
         return numbers

@@ -18,6 +18,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"reward_funcs": ["a", "b"], "reward_weights": [1.0]}, "reward_weights", {"reward_weights": [1.0, 0.5]}),
     ({"runtime": {"kind": "local"}, "rollout": {"num_workers": 2}}, "rollout.num_workers", {"rollout": {}}),
     ({"reward": {"isolation": "inline"}}, "reward.isolation", {"runtime": {"kind": "local"}}),
+    ({"reward": {"timeout_s": 301.0}}, "rollout.lease_s", {"rollout": {"lease_s": 301.0}}),
     ({"max_staleness": 0, "max_look_ahead": 2}, "max_look_ahead", {"max_staleness": 1}),
 ]
 

@@ -358,8 +358,14 @@ SYSTEM = {"system": "s", "question": "q", "chosen": "a", "rejected": "b"}
 def test_a_question_beside_two_answers_is_refused_until_it_is_said_what_it_is() -> None:
     dpo = {"config": DPOConfig(), "task": ExampleTask.PAIRS}
     for row in (SYSTEM, {**SYSTEM, "chosen": "The a", "rejected": "The b"}):
-        with pytest.raises(DataError, match=r"Row 0 .*field 'question' must stand in what .*\{question: prompt\}"):
+        told = r"Row 0 .*field 'question' must stand in what .*\{question: prompt, system: system\}"
+        with pytest.raises(DataError, match=told):
             load([row], **dpo)
+    turns = {"trajectory": [says("user", "q")], "task": "Coding", "chosen": "a", "rejected": "b"}
+    with pytest.raises(DataError, match=r"field 'trajectory' must stand in .*column_mapping=\{trajectory: prompt\}"):
+        load([turns], **dpo)
+    named = DPOConfig(column_mapping={"trajectory": "prompt"})
+    assert of(load([turns], config=named, task=ExampleTask.PAIRS))[1] == ids(f"a{END}\n")
     messages = {
         **SYSTEM,
         "chosen": [says("user", "x"), says("assistant", "a")],

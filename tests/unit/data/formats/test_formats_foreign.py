@@ -1,10 +1,11 @@
 import copy
+import json
 
 import pytest
 
 from trl_ray.data.formats.detection import DatasetType
 from trl_ray.data.formats.foreign_formats import to_messages
-from trl_ray.data.formats.record_reader import read_records
+from trl_ray.data.formats.record_reader import read_records, reader_for
 from trl_ray.data.formats.records import Document, PreferencePair, PromptCompletion, PromptOnly, UnpairedPreference
 from trl_ray.data.formats.transcripts import TextFormat
 from trl_ray.errors import DataError
@@ -28,6 +29,10 @@ Q, A, B = ({"role": role, "content": text} for role, text in (("user", "q"), ("a
 SYSTEM = {"role": "system", "content": "s"}
 
 
+PAIRED = (DatasetType.PREFERENCE, DatasetType.IMPLICIT_PREFERENCE)
+RATED = (*PAIRED, DatasetType.UNPAIRED_PREFERENCE)
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -35,6 +40,9 @@ SYSTEM = {"role": "system", "content": "s"}
         {"conversations": [turn("user", "q"), turn("assistant", "a")]},
         {"conversations": [Q, A]},
         {"messages": [turn("human", "q"), turn("model", "a")]},
+        {"conversations": ["q", "a"]},
+        {"messages": [{"input": "q", "output": "a"}]},
+        {"conversations": [{"human": "q", "assistant": "a"}]},
     ],
 )
 def test_sharegpt_becomes_messages(row):
@@ -97,6 +105,50 @@ def chatml(*messages):
 
 
 INVITED = chatml(Q) + "<|im_start|>assistant\n"
+
+
+def test_a_ranking_of_alpacas_joins_instruction_and_input():
+    row = {"instruction": "q", "input": "", "chosen": "a", "rejected": "b", "system": "s"}
+    expected = PreferencePair(prompt=(SYSTEM, Q), chosen=(A,), rejected=(B,))
+    assert read(row, accept=PAIRED) == [expected]
+    more = ({"role": "user", "content": "q\n\nwith"},)
+    [found] = read({**row, "input": "with", "system": None}, accept=PAIRED)
+    assert found.prompt == more
+    assert refusal({**row, "chosen": None}, accept=PAIRED).startswith("Row 0 of toys, field 'chosen' must not be empty")
+
+
+def test_a_conversation_beside_a_label_is_an_answer_that_it_rates():
+    row = {"messages": [SYSTEM, Q, A], "label": True, "id": 7}
+    expected = UnpairedPreference(prompt=(SYSTEM, Q), completion=(A,), label=True, columns={"id": 7})
+    assert read(row, accept=RATED) == [expected]
+    assert read({**row, "messages": [turn("system", "s"), turn("human", "q"), turn("gpt", "a")]}, accept=RATED) == [
+        expected
+    ]
+    assert "must end with the answer of the assistant" in refusal({**row, "messages": [Q]}, accept=RATED)
+    # For who learns texts, a label is a column like others.
+    assert read(row, accept=(DatasetType.LANGUAGE_MODELING,)) == [
+        Document(content=(SYSTEM, Q, A), columns={"label": True, "id": 7})
+    ]
+
+
+def test_answers_that_are_the_json_of_calls_call_the_tools_beside_them():
+    tool = {"name": "look", "description": "d", "parameters": {"city": {"type": "str"}}}
+    row = {"prompt": "q", "completion": '[{"name": "look", "arguments": {"city": "x"}}]', "tools": [tool]}
+    call = {"type": "function", "function": {"name": "look", "arguments": {"city": "x"}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    expected = PromptCompletion(prompt=(Q,), completion=(answer,), tools=(tool,))
+    assert read(row) == read({**row, "tools": json.dumps([tool])}) == [expected]
+    # Whatever is no call of these tools is text, which has no place for them.
+    for other in ("[1, 2]", "x", '[{"name": "other", "arguments": {}}]', '[{"name": "look", "score": 1}]', "[]"):
+        assert "text has no place for tools" in refusal({**row, "completion": other})
+        assert read({**row, "completion": other, "tools": None})[0].completion == other
+
+
+def test_messages_of_a_tree_are_told_to_be_texts_of_their_own():
+    row = {"message_id": "2", "parent_id": "1", "text": "hi", "role": "prompter"}
+    told = reader_for(row, name="toys", accept=(DatasetType.LANGUAGE_MODELING,)).notes
+    assert len(told) == 1 and told[0].startswith("The rows of toys are messages of a tree (parent_id)")
+    assert reader_for({"text": "hi", "role": "x"}, name="toys").notes == ()
 
 
 @pytest.mark.parametrize(

@@ -127,8 +127,11 @@ class Letters:
     special_tokens_map: ClassVar[dict[str, str]] = {}
     pad_token_id = ord("_")
 
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) for letter in text]}
+    def __call__(self, text: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(letter) for letter in each] for each in text]}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {}
 
     def decode(self, token_ids: list[int], **_: Any) -> str:
         return "".join(chr(token) for token in token_ids)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,10 @@ def as_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 def as_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     lines = [",".join(rows[0]), *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
     path.write_text("\r\n".join(lines) + "\r\n\r\n", encoding="utf-8-sig")
+
+
+def as_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("\n".join(map("\t".join, (rows[0], *(row.values() for row in rows)))), encoding="utf-8")
 
 
 def as_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -54,7 +61,9 @@ def as_arrow_stream(path: Path, rows: list[dict[str, Any]]) -> None:
 WRITERS: list[tuple[str, Callable[[Path, list[dict[str, Any]]], None]]] = [
     ("a.json", as_json),
     ("a.jsonl", as_jsonl),
+    ("a.ndjson", as_jsonl),
     ("a.csv", as_csv),
+    ("a.tsv", as_tsv),
     ("a.parquet", as_parquet),
     ("a.arrow", as_arrow_file),
     ("a.arrow", as_arrow_stream),
@@ -70,6 +79,37 @@ def test_rows_can_be_read_from_any_row_on(
     write(path, ROWS)
     for start in (0, 1, 3, 4, 11, 24, 25, 30):
         assert list(read_file(path, start)) == ROWS[start:]
+
+
+LINES = b'{"a": "x"}\n{"a": "y"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", LINES),
+        ("a.jsonl", b'\xef\xbb\xbf [{"a": "x"},\n {"a": "y"}]'),
+        ("a.csv", b"a;b\nx;1,5\ny;2\n"),
+        ("a.csv", b"a\tb\r\nx\t1\r\ny\t2\r\n"),
+        ("a.csv", b"a;b,c\nx,1\ny,2\n"),
+        ("a.csv", b"a,b\nx," + b"long" * 50_000 + b"\ny,2\n"),
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.json.bz2", bz2.compress(b'[{"a": "x"}, {"a": "y"}]')),
+        ("a.csv.xz", lzma.compress(b"a\nx\ny\n")),
+    ],
+)
+def test_rows_are_read_however_the_file_is_called_cut_or_packed(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    rows = [row.get("a", row.get("a;b")) for row in read_file(tmp_path / name)]
+    assert rows == ["x", "y"]
+    assert list(read_file(tmp_path / name, 1)) == list(read_file(tmp_path / name))[1:]
+
+
+def test_a_file_packed_with_zstandard_is_read(tmp_path: Path) -> None:
+    import pyarrow
+
+    (tmp_path / "a.jsonl.zst").write_bytes(pyarrow.compress(LINES, codec="zstd", asbytes=True))
+    assert list(read_file(tmp_path / "a.jsonl.zst", 1)) == [{"a": "y"}]
 
 
 def test_every_type_of_file_is_tested() -> None:
@@ -93,7 +133,18 @@ def test_every_type_of_file_is_tested() -> None:
         ("a.arrow", b"", r"must be a whole arrow file, it has no byte"),
         ("a.arrow", b"ARROW1 but cut off", r"must be a whole arrow file, reading stopped before row 0"),
         ("a.arrow", b"neither nor", r"must be a whole arrow file, reading stopped before row 0"),
-        ("a.txt", b"", r"must end in \.json, \.jsonl, \.csv, \.parquet, \.arrow, got '.*a\.txt'"),
+        ("a.jsonl", b'{"a": 1, "b": {"c": 1, "c": 2}}', r"must name every column of a row once, line 1 has 'c' twice"),
+        ("a.json", b'[{"a": 1, "a": 2}]', r"must name every column of a row once, got 'a' twice"),
+        (
+            "a.json",
+            b'{"data": [{"a": 1}]}',
+            r"must be a JSON list of objects, got a dict. Write the list that it holds as 'data' alone",
+        ),
+        ("a.jsonl.gz", b"no gzip", r"must be readable: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}' * 99)[:-20], r"must be readable: Compressed file ended before"),
+        ("a.jsonl.zst", b"neither", r"must be readable: .*ZSTD"),
+        ("a.txt", b"", r"must end in \.json, \.jsonl, .* got '.*a\.txt'.* dataset_name=text .* data_files=.*a\.txt"),
+        ("a.txt.gz", b"", r"must end in \.json, \.jsonl, .* got '.*a\.txt\.gz'"),
     ],
 )
 def test_a_damaged_file_is_told_with_the_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:

@@ -56,7 +56,6 @@ def test_a_broken_line_of_jsonl_is_named_by_its_number(tmp_path):
         ("a.jsonl", "", "at least one row"),
         ("a.json", "[]", "at least one row"),
         ("a.json", '{"a": 1}', "must be a JSON list of objects, got a dict"),
-        ("a.json", '{"a": 1}\n{"a": 2}', "rename the file"),
         ("a.json", "[1]", "Row 0 .* must be an object with columns, got int"),
         ("a.csv", "prompt,answer\n", "at least one row"),
         ("a.csv", 'prompt\n"a', "must be a comma-separated table"),

@@ -8,19 +8,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from tiny_models import build_tiny_model
-from trl_ray.config.sections import ModelConfig
+from tiny_models import build_tiny_model, build_tokenizer
+from trl_ray.config.sections import ModelConfig, SharePrompt
 from trl_ray.errors import ModelError
 from trl_ray.models.adapters.adapter_config import adapter_options, lora_config
 from trl_ray.models.adapters.lora import as_reference, has_adapter, save_adapter
+from trl_ray.models.adapters.merging import merged_weights
 from trl_ray.models.policy_loading import Policy, count_parameters, load_policy
+from trl_ray.models.scoring.sample_scorer import SampleScorer
+from trl_ray.models.scoring.scoring_module import ScoringModule
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 250, 3, 40, 41, 77]])
 
@@ -181,10 +186,79 @@ def test_disable_dropout_reaches_the_adapter(tiny: str) -> None:
 @pytest.mark.parametrize("changes", [{"lora_target_modules": ["lm_head"]}, {"lora_target_modules": ["embed_tokens"]}])
 def test_adapters_on_head_and_embeddings_are_refused(tmp_path: Path, tied: bool, changes: dict[str, Any]) -> None:
     path = build_tiny_model(tmp_path / "m", tied=tied)
-    with pytest.raises(ModelError, match="must stay frozen"):
+    with pytest.raises(ModelError, match=r"must have no low-rank adapter.*lora_modules_to_save trains them in full"):
         adapted(path, **changes)
-    with pytest.raises(ModelError, match="must stay frozen"):
-        adapted(path, lora_modules_to_save=changes["lora_target_modules"])
+
+
+ENDS = [
+    pytest.param(False, ["embed_tokens", "lm_head"], 2, id="untied: both"),
+    pytest.param(False, ["lm_head"], 1, id="untied: the head"),
+    pytest.param(False, ["embed_tokens", "norm"], 2, id="untied: embeddings"),
+    pytest.param(True, ["embed_tokens", "lm_head"], 1, id="tied: both"),
+    pytest.param(True, ["lm_head"], 1, id="tied: the head alone is both"),
+]
+
+
+@pytest.mark.parametrize(("tied", "names", "count"), ENDS)
+def test_embeddings_and_head_are_trained_beside_the_adapter_scored_merged_and_set_aside(
+    tmp_path: Path, tied: bool, names: list[str], count: int
+) -> None:
+    path = build_tiny_model(tmp_path / "m", tied=tied)
+    policy = adapted(path, lora_modules_to_save=names)
+    whole = [name for name in trained(policy) if ".modules_to_save." in name and "layers" not in name]
+    assert len(whole) == count and torch.equal(logits(policy), base_logits(path))
+    scorer = SampleScorer(ScoringModule(policy, chunk_size=None), share_prompt=SharePrompt.NEVER, temperature=1.0)
+    ids = IDS[0].numpy().astype(np.int32)
+
+    def scored() -> Tensor:
+        return torch.from_numpy(scorer.sequence_logprobs(ids))
+
+    def expected(values: Tensor) -> Tensor:
+        return values[0, :-1].log_softmax(-1).gather(1, IDS[0, 1:, None])[:, 0]
+
+    assert torch.allclose(scored(), expected(base_logits(path)), atol=1e-5)
+    move(policy)
+    moved = expected(logits(policy))
+    assert torch.allclose(scored(), moved, atol=1e-5)
+    assert not torch.allclose(scored(), expected(base_logits(path)), atol=1e-2)
+    with as_reference(policy):
+        assert torch.allclose(scored(), expected(base_logits(path)), atol=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(path)
+    plain.load_state_dict(dict(merged_weights(policy)), strict=not tied)
+    assert torch.allclose(expected(logits(plain)), moved, atol=1e-4)
+    folder = saved(policy, tmp_path / "adapter")
+    again = load_policy(options(path, lora_modules_to_save=names), path=folder)
+    assert torch.equal(logits(again), logits(policy)) and same(trained(again), trained(policy))
+    by_peft = AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert torch.allclose(logits(by_peft), logits(policy), atol=1e-5)
+
+
+@pytest.mark.parametrize(("tied", "names", "count"), ENDS[:1] + ENDS[3:4])
+def test_gradients_reach_embeddings_and_head_and_whole_weights_save_the_same_adapter(
+    tmp_path: Path, tied: bool, names: list[str], count: int
+) -> None:
+    path = build_tiny_model(tmp_path / "m", tied=tied)
+    policy = move(adapted(path, lora_modules_to_save=names))
+    module = ScoringModule(policy, chunk_size=None)
+    positions = torch.arange(IDS.shape[1])[None]
+    logprobs = module(IDS, positions, None, torch.arange(9), IDS[0, 1:], 1.0)[0]
+    logprobs.sum().backward()
+    ends = {name: p for name, p in policy.named_parameters() if p.requires_grad and ".modules_to_save." in name}
+    assert len(ends) == count and all(p.grad is not None and p.grad.abs().sum() > 0 for p in ends.values())
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, weights in ((first, None), (second, trained(policy))):
+        folder.mkdir()
+        save_adapter(policy, folder, weights)
+    assert same(load_file(first / "adapter_model.safetensors"), load_file(second / "adapter_model.safetensors"))
+
+
+def test_new_rows_are_trained_beside_the_adapter(tmp_path: Path) -> None:
+    path = build_tiny_model(tmp_path / "m", tied=False)
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(path)
+    names = [name for name in trained(adapted(path)) if ".lora_" not in name]
+    assert names == ["model.embed_tokens.modules_to_save.default.weight", "lm_head.modules_to_save.default.weight"]
 
 
 def test_target_modules_that_do_not_exist_are_refused(tiny: str) -> None:
@@ -230,8 +304,10 @@ def test_a_lora_config_becomes_options_that_travel_and_give_it_back() -> None:
     ("given", "words"),
     [
         (IA3Config(), "must be a peft.LoraConfig, got IA3Config"),
-        (LoraConfig(bias="all"), "bias"),
-        (LoraConfig(target_parameters=["experts.w"]), "target_parameters"),
+        (LoraConfig(bias="all"), "bias must be 'none'"),
+        (LoraConfig(target_parameters=["experts.w"]), "lora_target_parameters must be left out"),
+        (LoraConfig(trainable_token_indices=[5]), r"Set lora_modules_to_save=\[embed_tokens, lm_head\]"),
+        (LoraConfig(lora_bias=True), "lora_bias must be false"),
         (LoraConfig(layer_replication=[(0, 2), (1, 2)]), "layer_replication"),
         (LoraConfig(init_lora_weights="pissa"), "init_lora_weights"),
     ],
@@ -242,8 +318,11 @@ def test_what_engines_cannot_be_given_is_refused(given: object, words: str) -> N
 
 
 def test_options_that_peft_does_not_know_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"lora_kwargs may hold .* got bias"):
-        lora_config(ModelConfig(use_peft=True, lora_kwargs={"bias": "all"}))
+    with pytest.raises(ModelError, match=r"lora_kwargs may hold .* got no_such_field"):
+        lora_config(ModelConfig(use_peft=True, lora_kwargs={"no_such_field": 1}))
+    for name, value in {"bias": "all", "target_parameters": ["experts.w"]}.items():
+        with pytest.raises(ModelError, match=f"{name} must be"):
+            lora_config(ModelConfig(use_peft=True, lora_kwargs={name: value}))
     assert lora_config(ModelConfig(use_peft=True, lora_target_modules=["all-linear"])).target_modules == "all-linear"
 
 

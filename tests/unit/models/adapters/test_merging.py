@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "pattern": {"lora_kwargs": {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"q_proj": 7}}},
     "saved": {"lora_modules_to_save": ["norm", "k_proj"], "lora_target_modules": ["q_proj", "up_proj"]},
     "block": {"lora_modules_to_save": ["mlp"]},
+    "ends": {"lora_modules_to_save": ["embed_tokens", "lm_head"]},
 }
 
 

@@ -125,8 +125,16 @@ def test_evaluation_needs_prompts_of_its_own_and_takes_as_many_as_asked(model):
         prepared(model, eval_steps=2)
     held_out = {"eval_dataset": ROWS[:5]}
     made = prepared(model, eval_steps=2, eval_num_prompts=3, inputs=held_out)
-    assert [prompt.text for prompt in made.eval_prompts] == [row["prompt"] for row in ROWS[:3]]
-    assert prepared(model, inputs=held_out).eval_prompts == ()
+    assert [prompt.text for prompt in made.eval_sets[""]] == [row["prompt"] for row in ROWS[:3]]
+    assert prepared(model, inputs=held_out).eval_sets == {}
+    named = {"eval_dataset": {"near": ROWS[:2], "far": ROWS[2:5]}}
+    made = prepared(model, eval_steps=2, eval_num_prompts=2, inputs=named)
+    assert {name: [prompt.text for prompt in found] for name, found in made.eval_sets.items()} == {
+        "near": [row["prompt"] for row in ROWS[:2]],
+        "far": [row["prompt"] for row in ROWS[2:4]],
+    }
+    with pytest.raises(ConfigError, match="at least one set"):
+        prepared(model, eval_steps=2, inputs={"eval_dataset": {}})
 
 
 ANSWERED = [{"prompt": f"q{number}", "answer": f"so\\n#### {number}"} for number in range(4)]

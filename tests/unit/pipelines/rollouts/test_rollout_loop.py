@@ -69,7 +69,9 @@ def test_weights_are_published_only_when_those_before_are_pulled(tmp_path: Path)
     ]  # fmt: skip
 
 
-def test_the_line_of_a_step_is_written_before_it_is_evaluated_by_workers_that_hold_its_weights(tmp_path: Path) -> None:
+def test_a_step_is_told_before_it_is_evaluated_and_its_line_has_the_numbers_of_workers_that_hold_its_weights(
+    tmp_path: Path,
+) -> None:
     run = RolloutRun(tmp_path, total=2, eval_steps=1)
     released: list[str] = []
     run.actors.on_step = lambda step: run.actors.may_pull.clear()
@@ -87,7 +89,10 @@ def test_the_line_of_a_step_is_written_before_it_is_evaluated_by_workers_that_ho
         "step_end 1", "log 1", "pull ends", "evaluate by version 1", "evaluate 1",
         "step_end 2", "log 2", "pull ends", "evaluate by version 2", "evaluate 2",
     ]  # fmt: skip
-    assert all("eval" not in key for line in run.lines("metrics.jsonl") for key in line)
+    assert [line["eval/reward"] for line in run.lines("metrics.jsonl")] == [1.0, 1.0]
+    assert [event["detail"]["eval/reward"] for event in run.lines("events.jsonl") if event["kind"] == "evaluated"] == [
+        1.0
+    ] * 3
 
 
 def test_what_callbacks_ask_for_is_done_once_and_an_epoch_ends_before_the_checkpoint(tmp_path: Path) -> None:
@@ -278,6 +283,18 @@ def test_the_least_patient_teacher_decides_how_many_groups_may_lose_theirs() -> 
     counted.count([failure(EventKind.TEACHER_FAILED)])
     with pytest.raises(TeacherError, match="fewer than 2 groups in a row may lose their teacher"):
         counted.count([failure(EventKind.TEACHER_FAILED)])
+
+
+def test_rows_that_no_prompt_could_be_made_of_are_in_the_ledger_as_dropped(tmp_path: Path) -> None:
+    plain, run = RolloutRun(tmp_path / "plain", total=2).go(), RolloutRun(tmp_path, total=2, left_out=3, save_steps=1)
+    run.go()
+    without, book = (json.loads((each.path / "ledger.json").read_text()) for each in (plain, run))
+    assert book["dropped"] == {**without["dropped"], "bad_row": 3}
+    assert book["issued"] == without["issued"] + 3 and book["balanced"] is True
+    line = run.lines("metrics.jsonl")[-1]
+    assert line["ledger/dropped"] == plain.lines("metrics.jsonl")[-1]["ledger/dropped"] + 3
+    # As many groups are admitted as without.
+    assert run.actors.admitted == plain.actors.admitted
 
 
 AGREES = {"tokens": 100.0, "abs_diff": 1e-6, "diff": 0.0, "doubt": 0.5, "ratio": 1.0, "ratio_square": 1.0}

@@ -88,7 +88,9 @@ def test_optimizers_become_options(tmp_path: Path, model: str) -> None:
 
 def test_what_cannot_be_had_is_refused_with_what_to_do(tmp_path: Path, model: str) -> None:
     with pytest.raises(ConfigError, match=r"compute_metrics must be None here.*on_evaluate"):
-        sft(tmp_path, model=model, compute_metrics=lambda prediction: {})
+        GRPOPipeline(model=model, reward_funcs=len, compute_metrics=lambda prediction: {})
+    with pytest.raises(ConfigError, match=r"data_collator must be None here.*packed without padding"):
+        sft(tmp_path, model=model, data_collator=list)
     with pytest.raises(ConfigError, match="Did you mean 'processing_class'"):
         sft(tmp_path, model=model, procesing_class=build_tokenizer())
     with pytest.raises(ConfigError, match="processing_class needs a model"):

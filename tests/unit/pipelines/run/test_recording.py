@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,7 @@ from trl_ray.config.losses.advantage_options import AdvantageConfig
 from trl_ray.errors import WeightError
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
-from trl_ray.types import Event, Metric, RewardErrorKind, RewardFailure, ScoredGroup, StepResult
+from trl_ray.types import Event, FinishReason, Metric, RewardErrorKind, RewardFailure, ScoredGroup, StepResult
 
 
 class Notes:
@@ -65,8 +66,7 @@ def test_a_step_is_one_line_with_its_ledger_and_its_completions(stage):
     staleness = recorder.check_staleness(3, groups)
     begin, metrics = time.time(), {"entropy": Metric(value=0.7)}
     result = StepResult(version=3, loss=0.5, grad_norm=2.0, lr=1e-3, metrics=metrics, seconds=2.0)
-    recorder.step(
-        3,
+    numbers = recorder.line(
         groups=groups,
         built=built,
         result=result,
@@ -76,9 +76,10 @@ def test_a_step_is_one_line_with_its_ledger_and_its_completions(stage):
         slots=4,
         staleness=staleness,
     )
+    recorder.step(3, line=numbers, groups=groups, built=built, snapshot=SNAPSHOT, evaluated={"reward": 0.25})
     [(step, line)] = notes.steps
     assert (step, line["loss"], line["grad_norm"], line["lr"], line["weights/version"]) == (3, 0.5, 2.0, 1e-3, 3)
-    assert (line["entropy"], line["reward/mean"]) == (0.7, 0.5)
+    assert (line["entropy"], line["reward/mean"], line["eval/reward"]) == (0.7, 0.5, 0.25)
     # Half of the tokens are one step old.
     assert (line["staleness/mean"], line["staleness/max"]) == (0.5, 1)
     # Of the 6 that are live 2 are ready and 2 taken.
@@ -110,9 +111,44 @@ def test_an_evaluation_is_the_mean_over_prompts_that_were_scored(stage):
         ScoredGroup(failure=failure),
     ]
     answers = [EvaluatedPrompt(prompt=prompt(0), completions=(completion(),), scored=each) for each in scored]
-    recorder.evaluated(3, answers, None, 1.23456)
+    numbers = recorder.evaluated(3, answers, None, 1.23456)
     [event] = notes.events
     assert isinstance(event, Event)
-    assert dict(event.detail) == {"step": 3, "prompts": 4, "scored": 2, "reward/mean": 0.75, "seconds": 1.235}
+    told = {key: value for key, value in event.detail.items() if not key.startswith("eval/")}
+    assert told == {"step": 3, "prompts": 4, "scored": 2, "seconds": 1.235}
+    assert {key.removeprefix("eval/"): value for key, value in event.detail.items() if key not in told} == numbers
+    assert numbers["reward"] == 0.75 and numbers["reward_std"] == pytest.approx(0.3535534)
     recorder.evaluated(3, answers[2:], None, 1)
-    assert notes.events[-1].detail["reward/mean"] is None
+    detail = notes.events[-1].detail
+    assert detail["scored"] == 0 and not any("reward" in key for key in detail)
+
+
+def test_an_evaluation_has_the_numbers_of_trl_and_its_completions_are_kept(stage):
+    recorder, notes = stage
+
+    def answer(totals, lengths):
+        return EvaluatedPrompt(
+            prompt=prompt(0),
+            completions=tuple(
+                completion("a" * length, finish=FinishReason.LENGTH if length == 9 else FinishReason.STOP)
+                for length in lengths
+            ),
+            scored=ScoredGroup(
+                rewards=tuple(replace(reward(total), parts={"judge": total, "shy": None}) for total in totals),
+                metrics={"share": totals[0]},
+            ),
+        )
+
+    numbers = recorder.evaluated(3, [answer((1.0, 0.0), (2, 4)), answer((0.5, 0.5), (9, 1))], None, 1.0, name="far")
+    # Totals 1, 0, .5, .5: deviations of .5, .5, 0, 0 from their mean, divided by 3.
+    spread = pytest.approx((0.5 / 3) ** 0.5)
+    assert numbers == {
+        "far_reward": 0.5, "far_reward_std": spread, "far_frac_reward_zero_std": 0.5,
+        "far_rewards/judge/mean": 0.5, "far_rewards/judge/std": spread,
+        "far_completions/mean_length": 4.0, "far_completions/min_length": 1.0, "far_completions/max_length": 9.0,
+        "far_completions/mean_terminated_length": pytest.approx(7 / 3),
+        "far_completions/min_terminated_length": 1.0, "far_completions/max_terminated_length": 4.0,
+        "far_completions/clipped_ratio": 0.25, "far_share": 0.75,
+    }  # fmt: skip
+    [kept] = notes.trained
+    assert (kept.step, kept.held_out, len(kept.groups)) == (3, "far", 2)
