@@ -67,8 +67,8 @@ class RouterLoss:
         ]
         if not found or not routers:
             raise ModelError(
-                f"router_aux_loss_coef must be 0 for {type(policy).__name__}: transformers does not know its routers by "
-                "name. Set router_aux_loss_coef=0."
+                f"router_aux_loss_coef must be 0 for {type(policy).__name__}: transformers does not know its routers "
+                "by name. Set router_aux_loss_coef=0."
             )
         self._num_experts, self._top_k = found[0], int(config.num_experts_per_tok)
         self._logits: list[Tensor] = []
