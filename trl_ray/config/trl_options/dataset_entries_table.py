@@ -9,8 +9,8 @@ from trl_ray.config.trl_options.foreign_option import Reading
 from trl_ray.config.trl_options.table_rows import Rows, always, never, only, read_by, renamed
 
 _TOLD = (
-    "Remove it: how rows are written is told by their columns (messages, conversations, instruction, prompt, text), and "
-    "column_mapping={THEIRS: OURS} names others."
+    "Remove it: how rows are written is told by their columns (messages, conversations, instruction, prompt, text), "
+    "and column_mapping={THEIRS: OURS} names others."
 )
 _COLUMNS = "Set column_mapping={THEIRS: OURS} for the run, where OURS is "
 _ROLES = "Remove it: messages have role and content, or from and value (ShareGPT)."
