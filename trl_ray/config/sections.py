@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -14,6 +15,7 @@ from trl_ray.config.keyword_options import GENERATION_KWARGS, MODEL_INIT_KWARGS,
 from trl_ray.config.object_paths import lasting_file
 from trl_ray.config.optimizer_options import Optim, read_optim, read_optim_args
 from trl_ray.config.step_counts import PositiveStepCount, StepCount
+from trl_ray.config.trl_options.reading import read_foreign
 
 
 class Dtype(enum.StrEnum):
@@ -230,6 +232,11 @@ class DatasetConfig(Section):
     """Draw the rows of `share` at random, by this seed."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """As `dataset_kwargs`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_foreign(cls, values: Any) -> Any:
+        return read_foreign(values, cls.model_fields, of="datasets.") if isinstance(values, Mapping) else values
 
     @rule
     def _check_share(self) -> None:

@@ -95,7 +95,7 @@ ENGINES: Rows = {
     "ds3_gather_for_generation": always(
         "Weights are gathered when they are published, whatever the ZeRO stage.", "rollout"
     ),
-    "max_tool_calling_iterations": only(None, says="Remove it: completions are a single turn.", needs=("rollout",)),
+    "max_tool_calling_iterations": always("Completions are a single turn, so that no tool is called.", "rollout"),
     "fork_threshold_tokens": always("Completions are a single turn, so that nothing forks.", "rollout"),
     "max_inflight_tasks": only(
         -1, says="Set rollout.max_num_seqs, and max_staleness for how far generation runs ahead.", needs=("rollout",)
@@ -165,8 +165,9 @@ TRAINERS: Rows = {
     "padding_value": always(_UNPADDED),
     "label_pad_token_id": always(_UNPADDED),
     "eval_packing": only(None, False, says="Remove it: only the pipeline sft packs examples."),
-    "activation_offloading": only(
-        False, says="Set gradient_checkpointing, or max_tokens_per_micro_batch, to save memory."
+    "activation_offloading": always(
+        "Activations stay where they are, with the same numbers; gradient_checkpointing and max_tokens_per_micro_batch "
+        "save memory."
     ),
     "use_liger_loss": renamed("use_liger_kernel"),
     "use_liger": renamed("use_liger_kernel"),
