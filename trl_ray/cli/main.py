@@ -1,6 +1,6 @@
 """`trl-ray`: runs pipelines, resumes runs, draws reports.
 
-    trl-ray PIPELINE [--config FILE] [OPTIONS] [--dry-run]      trl-ray resume RUN_DIR
+    trl-ray PIPELINE [--config FILE] [OPTIONS] [--dry-run]      trl-ray resume RUN_DIR [OPTIONS]
     trl-ray teacher-serve [--config FILE] [OPTIONS] [--dry-run] trl-ray report RUN_DIR
     trl-ray PIPELINE --help                                     trl-ray env
     PIPELINE: sft dpo kto cpo orpo reward prm grpo async-grpo rloo sdpo distill
@@ -66,7 +66,7 @@ def build_parser(*, outside: str | None = None) -> argparse.ArgumentParser:
     for name in (*CONFIGS, *([] if outside is None else [outside])):
         _add_options(commands.add_parser(name, help=_summary(name), add_help=False))
     resume = commands.add_parser("resume", help="go on with a run from its last checkpoint")
-    resume.add_argument("run_dir")
+    resume.add_argument("run_dir", metavar="RUN_DIR [OPTIONS]")
     report = commands.add_parser("report", help="draw RUN_DIR/report.html again")
     report.add_argument("run_dir")
     _add_options(commands.add_parser(_SERVE, help=_SERVES, add_help=False))
@@ -142,12 +142,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             f"{argv[0]!r} is not a command. "
             + (f"Did you mean {guess!r}?" if guess else f"Commands: {', '.join(known)}.")
         )
-    takes_options = is_outside or (argv and argv[0] in {*CONFIGS, _SERVE})
+    takes_options = is_outside or (argv and argv[0] in {*CONFIGS, _SERVE, "resume"})
     return _parse_options(parser, argv) if takes_options else parser.parse_args(argv)
 
 
 def _parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
+    if args.command == "resume":
+        args.overrides = read_options(rest, _pipeline_of(args.run_dir).config_class) if rest else []
+        return args
     args.overrides = [] if args.help else read_options(rest, _config_class(args.command))
     return args
 
@@ -178,7 +181,7 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.command == _SERVE:
         return _serve(args)
     if args.command == "resume":
-        return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir).train())
+        return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir, changes=args.overrides).train())
     written = {} if args.config is None else place(read_yaml(args.config), Path(args.config).parent)
     values = apply_overrides(written, args.overrides)
     # Not kept, as it may hold secrets; before the pipeline is imported, because libraries read it then.

@@ -58,7 +58,7 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     (GRPOConfig, {"train_sampling_strategy": "sequential"}, {}),
     (SFTConfig, {"fp16": False, "push_to_hub": False, "dataloader_num_workers": 4}, {}),
     (SFTConfig, {"optim": "adamw_torch_fused", "padding_free": True, "remove_unused_columns": False}, {}),
-    (SFTConfig, {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "dataset_num_proc": 8}, {}),
+    (SFTConfig, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}, {}),
     (SFTConfig, {"lora_task_type": "CAUSAL_LM"}, {}),
     (RewardModelConfig, {"lora_task_type": "SEQ_CLS"}, {}),
     (SFTConfig, {"lora_target_parameters": None}, {}),
@@ -90,7 +90,7 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     (SFTConfig, {"lora_target": "q_proj,v_proj", "use_peft": True},
      {"lora_target_modules": ["q_proj", "v_proj"], "use_peft": True}),
     (SFTConfig, {"cutoff_len": 2048, "overwrite_cache": True, "preprocessing_num_workers": 16, "plot_loss": True},
-     {"max_length": 2048}),
+     {"max_length": 2048, "dataset_num_proc": 16}),
     (DPOConfig, {"stage": "dpo", "pref_beta": 0.2, "pref_loss": "hinge"}, {"beta": 0.2, "loss_type": "hinge"}),
     (SFTConfig, {"flash_attn": "sdpa"}, {"attn_implementation": "sdpa"}),
     # axolotl
@@ -135,7 +135,6 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
 ]  # fmt: skip
 REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
     (GRPOConfig, {"vllm_server_host": "10.0.0.5"}, "engines are actors of the run"),
-    (GRPOConfig, {"vllm_structured_outputs_regex": "a+"}, "sampled from the whole distribution"),
     (GRPOConfig, {"fp16": True}, "bf16=true"),
     (SFTConfig, {"gradient_checkpointing_kwargs": {"preserve_rng_state": False}}, "Remove what else it holds"),
     (KTOConfig, {"sync_ref_model": True}, "does not move"),

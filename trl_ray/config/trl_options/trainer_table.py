@@ -14,7 +14,6 @@ _SERVER = (
 _TEACHER_SERVER = (
     "List the teacher under teachers with its server: teachers: [{server: {url: http://HOST:PORT, protocol: trl}}]."
 )
-_WHOLE = "Remove it: completions are sampled from the whole distribution, which ratios are taken of."
 _CONTINUOUS = "Both engines batch continuously, rollout.max_num_seqs completions at once."
 _UNPADDED = "Nothing is padded."
 _NO_SYNC = "The reference of the pipeline kto does not move. Remove it."
@@ -80,8 +79,8 @@ ENGINES: Rows = {
     "vllm_gpu_memory_utilization": renamed("rollout.gpu_memory_utilization"),
     "vllm_max_model_length": renamed("rollout.max_model_len"),
     "vllm_max_model_len": renamed("rollout.max_model_len"),
-    "vllm_structured_outputs_regex": only(None, says=_WHOLE, needs=("rollout",)),
-    "vllm_guided_decoding_regex": only(None, says=_WHOLE, needs=("rollout",)),
+    "vllm_guided_decoding_regex": renamed("vllm_structured_outputs_regex"),
+    "guided_decoding_regex": renamed("vllm_structured_outputs_regex"),
     "vllm_sync_frequency": only(
         1,
         says="Set max_staleness: weights are pulled after every step, and generation runs ahead by so many.",
@@ -142,18 +141,10 @@ TRAINERS: Rows = {
     "max_length": only(
         None, says="Set rollout.max_model_len: tokens of prompt and completion together.", needs=("rollout",)
     ),
-    "max_prompt_length": (
-        *only(
-            None,
-            says="Prompts are not cut: set rollout.max_model_len for prompt and completion together, and leave longer "
-            "prompts out of the dataset.",
-            needs=("rollout",),
-        ),
-        *only(
-            None,
-            says="As in TRL 1.16, max_length cuts prompt and answer together, and truncation_mode says at which end.",
-            needs=("max_length",),
-        ),
+    "max_prompt_length": only(
+        None,
+        says="As in TRL 1.16, max_length cuts prompt and answer together, and truncation_mode says at which end.",
+        needs=("max_length",),
     ),
     "max_completion_length": always(
         "In TRL it cuts what encoder-decoder models write; max_length cuts prompt and answer together.", "max_length"

@@ -11,7 +11,7 @@ from trl_ray.config.trl_options.table_rows import Rows, always, by_value, never,
 
 _CONSOLE = "The console shows every logging_steps-th step, and metrics.jsonl has all of them."
 _RANKS = "Ranks are actors of the run (runtime.num_learners); set deepspeed to split weights over them."
-_READING = "Rows are read and tokenised by the driver, in an order that does not depend on it."
+_READING = "Rows are read by the driver and by dataset_num_proc, in an order that does not depend on it."
 _CHECKPOINT = "A checkpoint is whole, on the driver's machine, and SIGTERM writes one."
 _REPOSITORY = "Set hub_model_id: ORGANISATION/NAME."
 _COMPILE = "The learner runs uncompiled, which computes the same numbers."
@@ -61,7 +61,7 @@ def _repository(value: Any, given: Any) -> Reading | None:
 
 TRAINING: Rows = {
     # Precision and speed.
-    "fp16": only(False, None, says="Set bf16=true, or dtype=bfloat16 for the weights themselves."),
+    "fp16": only(False, None, says="Set bf16=true, which needs no scaling of the loss."),
     "fp16_full_eval": only(False, says="Remove it: evaluations compute as training does."),
     "bf16_full_eval": always("Evaluations compute as training does, with bf16 in bfloat16."),
     "fp16_opt_level": always("It is an option of fp16, which is not used."),
@@ -144,12 +144,12 @@ TRAINING: Rows = {
             "dataloader_multiprocessing_context",
             "dataloader_in_order",
             "dataset_num_proc",
-            "preprocessing_num_workers",
             "split_batches",
             "dispatch_batches",
         ),
         always(_READING),
     ),
+    "preprocessing_num_workers": renamed("dataset_num_proc"),
     # Ranks.
     "accelerator_config": read_by(
         _accelerator,
