@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -12,8 +13,10 @@ from trl_ray.config.callback_options import CallbackField
 from trl_ray.config.deepspeed_file import read_deepspeed
 from trl_ray.config.keywords.generation_fields import read_generation_kwargs
 from trl_ray.config.keywords.keyword_options import read_model_init_kwargs
+from trl_ray.config.object_paths import lasting_file
 from trl_ray.config.optimizer_options import Optim, read_optim, read_optim_args
 from trl_ray.config.step_counts import PositiveStepCount, StepCount
+from trl_ray.config.trl_options.reading import read_foreign
 
 
 class Dtype(enum.StrEnum):
@@ -125,10 +128,14 @@ class ModelConfig(Section):
     attn_implementation: str | None = None
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    chat_template: str | None = None
-    """Path of a jinja file that replaces the tokenizer's template."""
+    chat_template: Annotated[str | None, AfterValidator(lambda given: given and lasting_file(given))] = None
+    """A chat template in place of the tokenizer's: its text, a jinja file, or a tokenizer (folder or name) that has
+    one, whose added tokens come along."""
     eos_token: str | None = None
     """Token that ends turns and sequences, in place of the tokenizer's; generation and checkpoints know it, too."""
+    pad_token: str | None = None
+    """Token that fills rows up for who takes the checkpoint; None, or one that the tokenizer lacks, is its own one, or
+    its end token. Nothing is padded here."""
     use_liger_kernel: bool = False
     """Liger's kernels in the model's layers (GPUs only)."""
     model_init_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
@@ -227,6 +234,11 @@ class DatasetConfig(Section):
     """Draw the rows of `share` at random, by this seed."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """As `dataset_kwargs`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_foreign(cls, values: Any) -> Any:
+        return read_foreign(values, cls.model_fields, of="datasets.") if isinstance(values, Mapping) else values
 
     @rule
     def _check_share(self) -> None:
@@ -343,6 +355,10 @@ class TrainingConfig(Section):
     """Options of that schedule alone, in transformers' names: `min_lr`, `num_cycles`, `power`, `num_decay_steps`."""
     warmup_steps: StepCount = 0
     """Optimizer steps over which the rate rises, or a fraction of the run's below 1."""
+    tf32: bool | None = None
+    """Take float32 products on GPUs in TF32, which is faster and has 10 bits; None leaves it to torch."""
+    torch_empty_cache_steps: Positive | None = None
+    """Optimizer steps after which GPU memory that is not in use is given back; None never."""
     optim: Annotated[Optim, FROM_STRING, BeforeValidator(read_optim)] = Optim.ADAMW_TORCH_FUSED
     optim_args: Annotated[dict[str, Any], BeforeValidator(read_optim_args)] = Field(default_factory=dict)
     """Further options of the optimizer by its library's names: ``momentum=0.9,nesterov=true``, or a mapping."""
@@ -406,6 +422,8 @@ class GenerationConfig(Section):
     """Completions match this regular expression (vLLM only); wins over generation_kwargs.structured_outputs."""
     num_generations_eval: Positive | None = None
     """Completions per held-out prompt; None takes `num_generations`."""
+    eval_temperature: Annotated[float, Field(ge=0)] | None = None
+    """Of completions for held-out prompts; 0 takes the most probable token, None is `temperature`."""
 
     @property
     def completions_per_held_out_prompt(self) -> int:

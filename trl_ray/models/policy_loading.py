@@ -33,7 +33,7 @@ from trl_ray.models.adapters.lora import REFERENCE, attach_adapter, load_adapter
 from trl_ray.models.dropout import check_without_dropout, switch_off_dropout
 from trl_ray.models.scoring.head import check_head
 from trl_ray.models.scoring.rope_regimes import compute_by_sequence, rope_regimes
-from trl_ray.models.vocabulary import add_rows, adopt_template, missing_rows, names_tokenizer
+from trl_ray.models.vocabulary import add_rows, adopt_template, missing_rows, names_tokenizer, template_text
 
 Policy: TypeAlias = PreTrainedModel
 _DTYPES = {Dtype.FLOAT32: torch.float32, Dtype.BFLOAT16: torch.bfloat16}
@@ -237,6 +237,9 @@ def _follow_tokenizer(policy: Policy, model: ModelConfig, source: ModelSource) -
         add_rows(policy, rows)
     if asked:
         set_end_token(policy, int(cast(Any, tokenizer.eos_token_id)))
+    generation: Any = getattr(policy, "generation_config", None)
+    if generation is not None and knows_padding_token(tokenizer, model):
+        generation.pad_token_id = tokenizer.pad_token_id
 
 
 def set_end_token(policy: Policy, token_id: int) -> None:
@@ -509,6 +512,11 @@ def count_parameters(
     return ParameterCount(base=base, adapter=sum(p.numel() for p in empty.parameters() if p.requires_grad))
 
 
+def knows_padding_token(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> bool:
+    """Whether the options name a padding token, and the tokenizer has it."""
+    return model.pad_token is not None and model.pad_token in tokenizer.get_vocab()
+
+
 def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer, with a padding token and, where configured, another chat template or that of another
     tokenizer, whose added tokens come along.
@@ -540,11 +548,10 @@ def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrained
         tokenizer.eos_token = model.eos_token
     if tokenizer.eos_token is None:
         raise ModelError(f"the tokenizer of {name} must have an end-of-sequence token: completions could not end.")
+    if knows_padding_token(tokenizer, model):
+        tokenizer.pad_token = model.pad_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.chat_template is not None and not clones:
-        try:
-            tokenizer.chat_template = Path(model.chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"chat_template must be a readable file, got {model.chat_template}: {error}") from error
+        tokenizer.chat_template = template_text(model.chat_template)
     return tokenizer

@@ -15,7 +15,6 @@ from pydantic import BeforeValidator, Field
 
 from trl_ray.config.base import Natural, Positive, rule
 from trl_ray.config.reward_model_options import RewardModelOptions, check_reward_models
-from trl_ray.config.reward_names import read_reward_names
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import (
     GenerationConfig,
@@ -27,6 +26,7 @@ from trl_ray.config.sections import (
 )
 from trl_ray.config.slot_bounds import SlotBounds
 from trl_ray.config.teacher_options import TeacherSource
+from trl_ray.config.trl_options.reward_names import read_reward_names
 
 
 class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
@@ -121,6 +121,16 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
     def drops_zero_variance(self) -> bool:
         """Whether groups whose rewards are all equal are dropped."""
         return False
+
+    @property
+    def resampled_limit(self) -> int | None:
+        """Groups of one step that may be replaced because there is nothing to learn of them; None: any number."""
+        return None
+
+    @property
+    def clip_range(self) -> tuple[float, float] | None:
+        """Bounds of a total reward, where there are any."""
+        return None
 
     @property
     def masks_truncated(self) -> bool:

@@ -84,12 +84,12 @@ def _held_out(value: Any, given: Mapping[str, Any]) -> Reading | None:
 
 
 def _special_tokens(value: Any, given: Mapping[str, Any]) -> Reading | None:
-    """{pad_token, eos_token}; nothing is padded here."""
+    """{pad_token, eos_token}."""
     if not value:
         return {}
     if not isinstance(value, Mapping) or set(value) - {"pad_token", "eos_token"}:
         return None
-    return {name: token for name, token in value.items() if name == "eos_token" and token is not None}
+    return {name: token for name, token in value.items() if token is not None}
 
 
 def _targets(value: Any, given: Mapping[str, Any]) -> Reading | None:
@@ -206,8 +206,15 @@ FACTORY: Rows = {
     "dpo_label_smoothing": renamed("label_smoothing"),
     "kto_chosen_weight": renamed("desirable_weight"),
     "kto_rejected_weight": renamed("undesirable_weight"),
-    "ref_model": only(None, says="Remove it: the reference is the policy's first state."),
-    "reward_model": never("Set reward_model_name_or_path in the pipeline grpo, rloo or async-grpo."),
+    "ref_model": renamed("ref_model_name_or_path"),
+    "ref_model_path": renamed("ref_model_name_or_path"),
+    "reward_model": (
+        *renamed("reward_model_name_or_path", needs=("rollout",)),
+        *never("Set reward_model_name_or_path in the pipeline grpo, rloo or async-grpo."),
+    ),
+    "use_fast_tokenizer": always("Tokenizers are the fast ones where a model has them."),
+    "resize_vocab": always("Embeddings grow with the tokenizer."),
+    "low_cpu_mem_usage": always("Weights are read once."),
     "quantization_bit": read_by(_quantised, says=_NO_QUANTISING),
     "quantization_method": only("bitsandbytes", "bnb", None, says=_NO_QUANTISING),
     "quantization_type": renamed("bnb_4bit_quant_type"),
@@ -303,9 +310,9 @@ AXOLOTL: Rows = {
     "wandb_run_id": only(None, "", says="Remove it: a resumed run goes on with its own."),
     "special_tokens": read_by(
         _special_tokens,
-        says="Set eos_token, leave pad_token out (nothing is padded), or set them in the tokenizer's files.",
+        says="Set eos_token and pad_token, and others in the tokenizer's files.",
     ),
-    "tokens": only(None, [], says="Add them to the tokenizer's files, and rows to the model's embedding."),
+    "tokens": only(None, [], says="Add them to the tokenizer's files: embeddings grow with it."),
     "rl": never("Choose the pipeline: trl-ray dpo, kto, orpo, cpo (SimPO) or grpo."),
     "rl_beta": renamed("beta"),
     "dpo_beta": renamed("beta"),
@@ -324,10 +331,47 @@ AXOLOTL: Rows = {
     "float16": only(False, None, says="Set bf16=true, or dtype=bfloat16 for the weights themselves."),
     "bfloat16": by_value({True: {"dtype": "bfloat16"}}, nothing=(False, None), says="Set dtype=bfloat16."),
     "unfrozen_parameters": only(None, [], says="Set use_peft with lora_target_modules to train a part of the weights."),
-    "mean_resizing_embeddings": always("Embeddings are not resized."),
+    "mean_resizing_embeddings": always("New rows are drawn from the distribution of the old ones."),
     "roles_to_train": only(
         ["assistant"], None, says="Set assistant_only_loss=true: the assistant's turns are trained."
     ),
     "train_on_eos": only("turn", "all", None, says="Remove it: what ends a turn is trained with it."),
+}
+
+_USUAL_SPEAKERS = frozenset({"user", "human", "assistant", "gpt", "system", "tool"})
+
+
+def _usual_fields(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    usual = {"role": ("role", "from"), "content": ("content", "value")}
+    held = value or {}
+    if not isinstance(held, Mapping) or any(field not in usual.get(name, ()) for name, field in held.items()):
+        return None
+    return {}
+
+
+def _usual_roles(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """{user: [human, user], assistant: [gpt, assistant]}"""
+    held = value or {}
+    if not isinstance(held, Mapping) or any(not isinstance(each, list) for each in held.values()):
+        return None
+    return {} if {name for names in (held, *held.values()) for name in names} <= _USUAL_SPEAKERS else None
+
+
+_RECOGNISED = "Rows are recognised by their columns; column_mapping={COLUMN: messages} names others."
+AXOLOTL_DATASETS: Rows = {
+    "datasets.type": only("chat_template", "sharegpt", "alpaca", "completion", "", None, says=_RECOGNISED),
+    "datasets.conversation": only("chatml", None, says=_TEMPLATE),
+    "datasets.chat_template": only("tokenizer_default", None, says=_TEMPLATE),
+    "datasets.ds_type": always("The kind of a file is told by its name."),
+    "datasets.field_messages": only("messages", "conversations", None, says=_RECOGNISED),
+    "datasets.field": only("text", None, says="Set dataset_text_field to the column."),
+    "datasets.message_field_role": only("role", "from", None, says=_RECOGNISED),
+    "datasets.message_field_content": only("content", "value", None, says=_RECOGNISED),
+    "datasets.message_property_mappings": read_by(_usual_fields, says=_RECOGNISED),
+    "datasets.roles": read_by(_usual_roles, says="Set role_mapping={NAME: ROLE}."),
+    "datasets.roles_to_train": only(["assistant"], None, says="Set assistant_only_loss=true."),
+    "datasets.train_on_split": renamed("split"),
+    "datasets.config": renamed("name"),
+    "datasets.shards": only(None, says="Set share, a part of the dataset's rows."),
 }
 """Of entries under `datasets`, see `trl_ray.config.sections.DatasetConfig`."""

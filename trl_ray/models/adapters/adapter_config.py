@@ -188,7 +188,7 @@ def adapter_options(peft_config: object) -> dict[str, Any]:
     require_peft()
     import peft
 
-    if not isinstance(peft_config, peft.LoraConfig):
+    if type(peft_config) is not peft.LoraConfig:  # what builds on it computes something else
         raise ModelError(
             f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}. Other kinds of adapters cannot "
             "be merged into the weights that engines receive."

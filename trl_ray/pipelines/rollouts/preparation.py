@@ -6,6 +6,7 @@ args, model, reward_funcs, datasets --> tokenizer, prompts, reward specs, length
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.sections import GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
-from trl_ray.errors import ConfigError
+from trl_ray.errors import ConfigError, DataError
 from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.loadable import check_loadable
@@ -51,7 +52,15 @@ from trl_ray.pipelines.run.planning import (
     teacher_memory,
     total_steps,
 )
-from trl_ray.rewards.reward_registry import RewardSpec, load_function, make_specs, required_columns, row_check
+from trl_ray.rewards.reward_registry import (
+    RewardSpec,
+    load_function,
+    make_specs,
+    required_columns,
+    row_check,
+    wants_raw_texts,
+)
+from trl_ray.rewards.scoring import TrainingCourse
 from trl_ray.runtime.runtime import Role
 from trl_ray.types import IntArray, Prompt
 
@@ -63,6 +72,8 @@ FROM_PYTHON = "python:"
 """Stands in config.yaml before the name of a reward function that was given as an object."""
 OBJECTIVE_STATE = "objective.json"
 """The file of a checkpoint with what the objective remembers."""
+PROMPTS = "prompts.json"
+"""The file of a checkpoint that tells its rows from others."""
 _WEIGHT_CHECK_TOKENS = 32
 _LONG_CHECK_TOKENS = 160
 """More than one block of any engine's KV cache: those have 16 to 128 tokens."""
@@ -108,6 +119,30 @@ class Preparation:
     """What to know of a template whose end of turn generation does not stop at."""
     model_notes: tuple[str, ...] = ()
 
+    def check_prompts(self, checkpoint: str | None) -> None:
+        """See that the run goes on with the rows that it began with.
+
+        Raises:
+            DataError: the checkpoint was made with other rows.
+        """
+        file = None if checkpoint is None else Path(checkpoint) / PROMPTS
+        if file is None or not file.is_file():
+            return
+        before, now = json.loads(file.read_text(encoding="utf-8")), self.prompts_state()
+        differing = [what for what in now if before[what] != now[what]]
+        if differing:
+            raise DataError(
+                f"A run must go on with the rows that it began with, those of {self.prompts.name} are other ones now: "
+                f"{before['rows']} rows then and {now['rows']} now, with other {' and '.join(differing)}. Give the "
+                "same rows in the same order, or begin a new run from the checkpoint: model_name_or_path="
+                f"{checkpoint}."
+            )
+
+    def prompts_state(self) -> dict[str, Any]:
+        """What `check_prompts` compares, as JSON values."""
+        prompts = self.prompts
+        return {"rows": len(prompts), "prompts": prompts.fingerprint, "columns": prompts.columns_fingerprint}
+
     def restore_objective(self, checkpoint: str | None) -> None:
         """Have the objective go on from what it had remembered at a checkpoint; None: from the beginning."""
         file = None if checkpoint is None else Path(checkpoint) / OBJECTIVE_STATE
@@ -140,6 +175,8 @@ class Preparation:
                 "max_attempts": config.max_attempts,
                 "lease_s": config.rollout.lease_s,
                 "drop_zero_variance": config.drops_zero_variance,
+                "reward_clip_range": config.clip_range,
+                "max_resampled_groups": config.resampled_limit,
                 "mask_truncated": config.masks_truncated,
                 "adaptive_slots": config.adapts_slots,
                 "resume_from_step": resume_from,
@@ -154,6 +191,7 @@ class Preparation:
                 "max_model_len": self.max_model_len,
                 "agreement": AgreementRule.of(config),
                 "teaching": None if teachers is None else teachers.plan,
+                "scores_raw_texts": any(wants_raw_texts(load_function(spec)) for spec in self.rewards),
             },
             reward=self._reward_arguments() if config.has_rewards else None,
             reward_models=reward_model_arguments(config),
@@ -167,6 +205,7 @@ class Preparation:
             "weights": config.reward_weights,
             "timeout_s": config.reward.timeout_s,
             "isolation": config.reward.isolation,
+            "course": TrainingCourse(max_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch or math.inf),
         }
 
     def actors(self) -> dict[str, ActorPlan]:
