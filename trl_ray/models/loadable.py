@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import ModelError
+from trl_ray.models.adapters.lora import attach_adapter
 from trl_ray.models.policy_loading import (
     LOAD_ERRORS,
     find_source,
@@ -53,6 +54,8 @@ def check_loadable(model: ModelConfig, *, num_labels: int | None = None) -> None
             empty = auto.from_config(config, **options)
         except LOAD_ERRORS as error:
             raise ModelError(_why_not(model, source.base, config, error)) from error
+        if model.use_peft and source.adapter is None:
+            attach_adapter(empty, model, seed=0)
     if num_labels is None:
         head_module(empty)
         logit_transform(empty)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PretrainedConfig, Qwen2_5_VLConfig
@@ -63,3 +64,17 @@ def test_a_truncated_file_is_refused(model: str, tmp_path: Path, kept: int) -> N
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ModelError, match=r"model\.safetensors is truncated or damaged"):
         check_loadable(ModelConfig(model_name_or_path=str(tmp_path / "torn")))
+
+
+def test_an_adapter_that_does_not_fit_is_refused(model: str) -> None:
+    with pytest.raises(ModelError, match=r"the adapter must fit Qwen2ForCausalLM.*Check lora_target_modules"):
+        check_loadable(ModelConfig(model_name_or_path=model, use_peft=True, lora_target_modules=["nowhere"]))
+    options: list[dict[str, Any]] = [
+        {},
+        {"lora_modules_to_save": ["embed_tokens", "lm_head"]},
+        {"use_dora": True, "lora_kwargs": {"init_lora_weights": "orthogonal"}},
+        {"lora_kwargs": {"init_lora_weights": "gaussian"}},
+    ]
+    for changes in options:
+        for num_labels in (None, 1):
+            check_loadable(ModelConfig(model_name_or_path=model, use_peft=True, **changes), num_labels=num_labels)
