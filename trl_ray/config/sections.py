@@ -574,7 +574,7 @@ class ReportConfig(Section):
     """Space that Trackio writes to; None writes on this machine."""
     trackio_bucket_id: str | None = None
     """Bucket where that Space keeps its numbers; None leaves it to Trackio."""
-    wandb_project: str = "trl_ray"
+    wandb_project: Annotated[str, none_is("trl_ray")] = "trl_ray"
     html_report: bool = True
     callbacks: list[CallbackField] = Field(default_factory=list)
     """Objects whose hooks the run calls: ``package.module:Class``, or ``{path: ..., kwargs: {...}}``."""
