@@ -83,7 +83,7 @@ class RewardWorker:
         """
         self.name = name
         self._functions = tuple(functions)
-        self._length = {"max_steps": max_steps, "steps_per_epoch": steps_per_epoch}
+        self._max_steps, self._steps_per_epoch = max_steps, steps_per_epoch
         names = [spec.name for spec in self._functions]
         self._weights = dict(zip(names, [1.0] * len(names) if weights is None else weights, strict=True))
         self._weights |= {model.name: model.weight for model in models}
@@ -151,7 +151,7 @@ class RewardWorker:
 
     async def _score_by_functions(self, prompt: Prompt, completions: Sequence[Completion]) -> tuple[float, ScoredGroup]:
         """When the group's turn came, and what the functions say."""
-        group = GroupInput.of(prompt, completions, **self._length)
+        group = GroupInput.of(prompt, completions, max_steps=self._max_steps, steps_per_epoch=self._steps_per_epoch)
         if self._inline:
             return time.time(), await self._score_inline(group)
         call = next(self._calls)
