@@ -22,6 +22,7 @@ from trl_ray.config.object_paths import find_object
 from trl_ray.errors import ConfigError
 from trl_ray.rewards import functions
 from trl_ray.rewards.functions import RewardFunction
+from trl_ray.rewards.scoring import RAW
 
 REGISTERED: Mapping[str, RewardFunction] = {
     "arithmetic": functions.arithmetic,
@@ -41,7 +42,7 @@ _CHECKS: Mapping[str, RowCheck] = {
 }
 """Functions that cannot score every value of their columns."""
 
-GIVEN_ALWAYS = frozenset({"prompts", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state"})
+GIVEN_ALWAYS = RAW | {"prompts", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state"}
 _CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 
 
@@ -164,6 +165,14 @@ def required_columns(function: RewardFunction) -> set[str]:
         for parameter in parameters
         if parameter.kind in named and parameter.default is parameter.empty and parameter.name not in GIVEN_ALWAYS
     }
+
+
+def wants_raw_texts(function: RewardFunction) -> bool:
+    """Whether a function names an argument that holds special tokens."""
+    try:
+        return bool(RAW & set(inspect.signature(function).parameters))
+    except (TypeError, ValueError):  # some callables written in C have no signature
+        return False
 
 
 def load_function(spec: RewardSpec) -> RewardFunction:

@@ -112,13 +112,3 @@ def test_functions_of_every_kind_have_names_of_their_own():
     # A name of a configuration that stands there twice is a mistake.
     with pytest.raises(ConfigError, match="think_format appears twice"):
         make_specs(["think_format", "think_format"], columns=[])
-
-
-def test_functions_follow_the_run_by_its_state():
-    def curriculum(completions, trainer_state, **columns):
-        return [trainer_state.global_step / trainer_state.max_steps + trainer_state.epoch] * len(completions)
-
-    [spec] = make_specs([curriculum], columns=[])
-    group = GroupInput.of(prompt(0), [completion("a", version=3)], max_steps=12, steps_per_epoch=6.0)
-    scored = asyncio.run(score_group(weighted(["c"], [load_function(spec)], None), group))
-    assert scored.rewards[0].total == 0.25 + 0.5

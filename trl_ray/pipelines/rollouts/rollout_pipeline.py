@@ -154,6 +154,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
             resume_from=opening.step if opening.resuming else None,
             incarnation=uuid.uuid4().hex,
         )
+        plan.check_prompts(opening.checkpoint)
         plan.restore_objective(opening.checkpoint)
         actors = RolloutActors(
             runtime=opening.runtime,

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 from trl_ray.buffer.entry import LedgerSnapshot
-from trl_ray.config.load import dump_yaml, load_config
+from trl_ray.config.load import dump_yaml
 from trl_ray.config.runs.cadence_options import Strategy
+from trl_ray.config.runs.resumed_config import resumed_config
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import Dtype, ModelConfig, RuntimeKind
 from trl_ray.config.step_counts import steps_of
@@ -237,6 +238,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             changes["callbacks"] = specs_with(given.callbacks, callbacks)
         self.config: ConfigT = given.replace(**changes) if changes else given
         self._resume = False
+        self._is_changed = False
+        """The run goes on with other options than it began with."""
         self._resume_at: int | None = None
         self._trained: TrainOutput | None = None
         self._given_callbacks = callbacks
@@ -254,16 +257,21 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         return cast(ConfigT, cls.config_class()) if args is None else args
 
     @classmethod
-    def from_run(cls, run_dir: str | Path, **inputs: Any) -> Self:
-        """The pipeline of an interrupted run, ready to go on; `inputs` are those that Python gave the first time.
+    def from_run(cls, run_dir: str | Path, *, changes: Sequence[str] = (), **inputs: Any) -> Self:
+        """The pipeline of an interrupted run, ready to go on.
+
+        Args:
+            run_dir: of the run.
+            changes: of its options, as ``key=value``.
+            inputs: those that Python gave the first time.
 
         Raises:
-            ConfigError: there is no run, or not of this pipeline.
+            ConfigError: there is no run, or not of this pipeline, or an option must not change.
         """
         directory = RunDirectory.open_existing(run_dir)
-        config = load_config(cls.config_class, directory.config).replace(output_dir=str(directory.path))
+        config = resumed_config(cls.config_class, directory.config, changes).replace(output_dir=str(directory.path))
         pipeline = cls(args=config, **inputs)  # type: ignore[arg-type]
-        pipeline._resume = True
+        pipeline._resume, pipeline._is_changed = True, bool(changes)
         return pipeline
 
     @abstractmethod
@@ -541,7 +549,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             directory = RunDirectory.open_existing(self.config.output_dir)
             if self._resume_at is not None:
                 leave_after(directory.checkpoints, step=self._resume_at)
-            if self.config.resume_from_checkpoint:
+            if self.config.resume_from_checkpoint or self._is_changed:
                 directory.write_config(dump_yaml(config))
             return directory
         directory = RunDirectory.create(self.config.output_dir, overwrite=self.config.overwrite_output_dir)

@@ -232,6 +232,6 @@ def test_held_out_sets_and_metrics_of_the_users_own_have_cards(tmp_path):
         told = {"eval/near_loss": 2.0, "eval/far_loss": 3.0, "eval/near_nll_loss": 4.0, "own": ["near_rouge"]}
         observer.event(Event.now(EventKind.EVALUATED, "evaluation", step=step, **told, **{"eval/near_rouge": 0.5}))
     observer.close()
-    charts = {placed.title: placed for placed in curves(read_run(run.path))}
+    charts = {placed.title: placed for placed in curves(read_run(run))}
     assert [line.name for line in charts["Held-out loss by set"].legend] == ["near", "far"]
     assert [line.name for line in charts["Metrics of your own"].legend] == ["near_rouge"]

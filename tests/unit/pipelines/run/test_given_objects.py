@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,18 @@ def test_a_formatting_function_makes_the_texts_that_are_trained(tmp_path: Path, 
     [sample] = plan.train.examples[0].samples
     tokenizer = build_tokenizer()
     trained = tokenizer.decode([*sample.prompt_ids, *sample.completion_ids])
+    assert trained == "text: " + rows("sft", 1)[0]["completion"] + "<|im_end|>"
+
+
+def test_a_formatting_function_makes_texts_of_rows_that_the_configuration_names(tmp_path: Path, model: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows("sft", 8)))
+    options = {**values(model, tmp_path / "run"), "dataset_name": str(path)}
+    pipeline = SFTPipeline(args=build(SFTConfig, options), formatting_func=lambda row: "text: " + row["completion"])
+    train = pipeline.prepare().train
+    assert train is not None
+    [sample] = train.examples[0].samples
+    trained = build_tokenizer().decode([*sample.prompt_ids, *sample.completion_ids])
     assert trained == "text: " + rows("sft", 1)[0]["completion"] + "<|im_end|>"
 
 
