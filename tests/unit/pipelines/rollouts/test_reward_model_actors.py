@@ -152,4 +152,4 @@ def test_what_a_reward_models_template_leaves_out_of_the_prompts_is_told_with_it
     (note,) = [note for note in plan.notes if "reward model" in note]
     assert note.startswith("By the chat template of reward model ") and "1 of 2 prompts" in note
     assert "(row 1); first: message 0, field 'content'." in note
-    assert not [note for note in prepared(folders, rows=rows, reward_model_name_or_path=folders["judge"]).notes]
+    assert prepared(folders, rows=rows, reward_model_name_or_path=folders["judge"]).notes == ()
