@@ -32,7 +32,7 @@ from trl_ray.data.prompts.reprompts import DecodingTokenizer
 from trl_ray.engines.factory import create_engine
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import ActorLostError, DataError, DeadlineError, EngineError, RunError, TrlRayError
-from trl_ray.models.policy_loading import find_source, load_tokenizer
+from trl_ray.models.policy_loading import config_changes, find_source, load_tokenizer
 from trl_ray.rewards.scoring import RawTexts
 from trl_ray.types import (
     ActorReport,
@@ -137,7 +137,7 @@ class RolloutWorker:
         """
         self._name, self._model, self._queue, self._rewards = name, model, queue, tuple(rewards)
         self._rollout, self._generation, self._seed = rollout, generation, seed
-        self._sampling = sampling_params(generation)
+        self._sampling, self._eval_sampling = sampling_params(generation), held_out_params(generation)
         top_k = teaching.question.top_k if teaching is not None and teaching.asks is TeacherSeat.OWN_ENGINE else None
         self._engine = open_engine(
             model=model,
@@ -209,7 +209,10 @@ class RolloutWorker:
         """
         count = self._generation.completions_per_held_out_prompt
         requests = [
-            self._request(f"eval-{seed}-{index}", prompt, n=count, seed=_mix(seed, index))
+            replace(
+                self._request(f"eval-{seed}-{index}", prompt, n=count, seed=_mix(seed, index)),
+                sampling=self._eval_sampling,
+            )
             for index, prompt in enumerate(prompts)
         ]
         # Beside the leased groups: the engine shares its steps out among all that it holds.
@@ -467,6 +470,7 @@ def open_engine(
         model=source.base,  # adapters arrive merged
         revision=source.revision,
         tokenizer=load_tokenizer(model),
+        config_changes=config_changes(model),
         dtype=(rollout.dtype or model.dtype).value,
         max_model_len=max_model_len,
         max_num_seqs=rollout.max_num_seqs,
@@ -493,7 +497,19 @@ def sampling_params(generation: GenerationConfig) -> SamplingParams:
         repetition_penalty=generation.repetition_penalty,
         stop=tuple(generation.stop),
         min_tokens=generation.min_tokens,
+        fields=generation.engine_fields,
     )
+
+
+def held_out_params(generation: GenerationConfig) -> SamplingParams:
+    """The same for held-out prompts, which may have a temperature of their own."""
+    params, own = sampling_params(generation), generation.eval_temperature
+    if own is None:
+        return params
+    if own > 0:
+        return replace(params, temperature=own)
+    # One token to choose from: engines divide by a temperature, and 0 is none.
+    return replace(params, temperature=1.0, top_k=1, top_p=1.0, min_p=0.0)
 
 
 def mean_reward(rewards: Sequence[Reward]) -> float | None:

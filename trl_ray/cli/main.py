@@ -28,6 +28,7 @@ from trl_ray.config.load import apply_overrides, build, read_yaml
 from trl_ray.config.messages import nearest
 from trl_ray.config.object_paths import entry_point_paths, place, real_path
 from trl_ray.config.runs.config_registry import CONFIGS
+from trl_ray.config.runs.run_environment import set_environment
 from trl_ray.config.teacher_options import TeacherServeConfig
 from trl_ray.errors import ConfigError, InputError, InterruptedRun, RunError, TrlRayError
 from trl_ray.observe.run_directory import RunDirectory
@@ -163,16 +164,6 @@ def _config_class(command: str) -> type[Section]:
     return found
 
 
-def _set_environment(values: dict[str, Any]) -> None:
-    """What TRL's files say under `env`, which is not kept: it may hold secrets."""
-    given = values.pop("env", None)
-    if given is None:
-        return
-    if not isinstance(given, dict) or any(isinstance(each, (dict, list)) for each in given.values()):
-        raise ConfigError(f"env must hold names of environment variables and their values, got {given!r}.")
-    os.environ.update({str(name): str(value) for name, value in given.items()})
-
-
 def _dispatch(args: argparse.Namespace) -> int:
     if getattr(args, "help", False):
         _print(describe_options(args.command, _config_class(args.command), what=_summary(args.command)))
@@ -191,10 +182,11 @@ def _dispatch(args: argparse.Namespace) -> int:
         return _serve(args)
     if args.command == "resume":
         return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir, changes=args.overrides).train())
-    pipeline_class: Any = find_pipeline(args.command)
     written = {} if args.config is None else place(read_yaml(args.config), Path(args.config).parent)
     values = apply_overrides(written, args.overrides)
-    _set_environment(values)
+    # Not kept, as it may hold secrets; before the pipeline is imported, because libraries read it then.
+    set_environment(values.pop("env", None))
+    pipeline_class: Any = find_pipeline(args.command)
     config = build(pipeline_class.config_class, values)
     if config.pipeline != real_path(args.command):
         # A file's path is relative to this folder, and the run may be resumed from any.

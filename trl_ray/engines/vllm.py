@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
 from trl_ray.engines.checkpoint_facts import CheckpointFacts, default_kv_bytes, read_facts
+from trl_ray.engines.checkpoint_layout import CheckpointLayout, in_checkpoint_layout
 from trl_ray.engines.completion_scoring import answer_of, top_width
 from trl_ray.engines.sampling import sample_seed
 from trl_ray.engines.thread import EngineThread
@@ -71,6 +72,7 @@ class VLLMEngine(EngineThread):
         revision: of a hub name.
         eos_token: ends a completion beside the tokens that tokenizer and generation config name.
         tokenizer: takes the place of the model's own, and may be longer.
+        config_changes: of the model's configuration.
         engine_kwargs: further `EngineArgs` of vLLM; they win over everything above.
 
     Raises:
@@ -97,6 +99,7 @@ class VLLMEngine(EngineThread):
         revision: str | None = None,
         eos_token: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        config_changes: Mapping[str, Any] | None = None,
         engine_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         common = {
@@ -121,6 +124,7 @@ class VLLMEngine(EngineThread):
             overrides=dict(engine_kwargs or {}),
             eos_token=eos_token,
             tokenizer=tokenizer,
+            config_changes=dict(config_changes or {}),
         )
         super().__init__(backend, name="vllm", max_num_seqs=max_num_seqs, hang_deadline_s=hang_deadline_s)
 
@@ -155,8 +159,10 @@ class VLLMBackend:
         overrides: dict[str, Any],
         eos_token: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        config_changes: dict[str, Any] | None = None,
     ) -> None:
         self._common = common
+        self._config_changes = config_changes or {}
         self._eos_token, self._tokenizer = eos_token, tokenizer
         self._tokenizer_folder: tempfile.TemporaryDirectory[str] | None = None
         self._max_model_len = max_model_len
@@ -165,6 +171,11 @@ class VLLMBackend:
         self._scores: set[str] = set()
         self._questions: dict[str, _Question] = {}
         self._version = CHECKPOINT_VERSION.version
+        self._layout = CheckpointLayout(
+            model=common["model"],
+            trust_remote_code=common["trust_remote_code"],
+            revision=common.get("revision"),
+        )
         self._max_logprobs = 0
         self._llm: Any = None
         self._facts: CheckpointFacts | None = None
@@ -182,9 +193,10 @@ class VLLMBackend:
             revision=self._common.get("revision"),
             eos_token=self._eos_token,
             tokenizer=self._tokenizer,
+            config_changes=self._config_changes,
         )
         self._facts = facts
-        self._max_model_len = min(self._max_model_len, facts.max_positions)
+        self._max_model_len = min(self._max_model_len, facts.max_positions or self._max_model_len)
         prepare_environment(on_gpu=torch.cuda.is_available())
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -202,12 +214,16 @@ class VLLMBackend:
         Raises:
             ValueError: vLLM does not accept the request.
         """
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
 
         prompt = [int(token) for token in request.prompt_ids]
         for index in range(request.n):
-            params = self._params(request, index, room=self._max_model_len - len(prompt))
-            self._llm.add_request(f"{key}/{index}", tokens_input(prompt), params)
+            try:
+                params = self._params(request, index, room=self._max_model_len - len(prompt))
+                self._llm.add_request(f"{key}/{index}", tokens_input(prompt), params)
+            except (VLLMClientError, TypeError) as error:  # the first sample is refused, or none is
+                raise ValueError(str(error)) from error
         self._groups[key] = _Group(n=request.n)
 
     def add_score(self, key: str, token_ids: IntArray) -> None:
@@ -284,7 +300,7 @@ class VLLMBackend:
     def load(self, payload: WeightPayload) -> None:
         """Preempt running requests (they keep their tokens), drop all KV, load, and label what follows."""
         self._llm.reset_prefix_cache(reset_running_requests=True)
-        self._llm.collective_rpc(reload_worker, args=(payload,))
+        self._llm.collective_rpc(reload_worker, args=(payload, self._layout))
         self._llm.set_weight_version(str(payload.identity.version))
         self._version = payload.identity.version
 
@@ -313,6 +329,8 @@ class VLLMBackend:
             arguments["distributed_executor_backend"] = "uni"
         if not torch.cuda.is_available():
             arguments |= self._cpu_arguments(facts, length)
+        if self._config_changes:
+            arguments["hf_overrides"] = self._config_changes
         if facts.grown:
             arguments |= self._grown_arguments(facts)
         return arguments | self._overrides
@@ -322,7 +340,7 @@ class VLLMBackend:
         self._tokenizer_folder = tempfile.TemporaryDirectory(prefix="trl_ray_tokenizer_")
         facts.tokenizer.save_pretrained(self._tokenizer_folder.name)
         return {
-            "hf_overrides": {"vocab_size": facts.vocab_size},
+            "hf_overrides": {**self._config_changes, "vocab_size": facts.vocab_size},
             "load_format": "dummy",
             "tokenizer": self._tokenizer_folder.name,
             "tokenizer_revision": None,
@@ -339,15 +357,23 @@ class VLLMBackend:
             # A split prompt makes vLLM rewind the request's generator, which CPU generators cannot: the engine dies.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(length, _CPU_BATCHED_TOKENS),
+            # States of recurrent layers are kept for prefixes only where prompts may be split.
+            **({"enable_prefix_caching": False} if facts.is_recurrent else {}),
         }
 
     def _params(self, request: GenerationRequest, index: int, *, room: int) -> Any:
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         assert self._facts is not None
         wanted = request.sampling
         max_tokens = min(wanted.max_tokens, room)
+        fields = dict(wanted.fields)
+        stop_ids = {*self._facts.stop_ids, *(int(token) for token in fields.pop("stop_token_ids", ()))}
+        if isinstance(fields.get("structured_outputs"), Mapping):
+            fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
+        if isinstance(fields.get("logit_bias"), Mapping):  # a file's keys may be texts
+            fields["logit_bias"] = {int(token): float(bias) for token, bias in fields["logit_bias"].items()}
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min(wanted.min_tokens, max_tokens),
@@ -357,12 +383,13 @@ class VLLMBackend:
             min_p=wanted.min_p,
             repetition_penalty=wanted.repetition_penalty,
             stop=list(wanted.stop),
-            stop_token_ids=list(self._facts.stop_ids),
+            stop_token_ids=sorted(stop_ids),
             seed=sample_seed(request.seed, index),
             logprobs=0,
             flat_logprobs=True,
             detokenize=bool(wanted.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
+            **fields,
         )
 
     # Results ----------------------------------------------------------------------------------------------------
@@ -444,10 +471,16 @@ def prepare_environment(*, on_gpu: bool) -> None:
 
 
 @torch.no_grad()
-def reload_worker(worker: Any, payload: WeightPayload) -> None:
+def reload_worker(worker: Any, payload: WeightPayload, layout: CheckpointLayout) -> None:
     """Load a payload into the model of one vLLM worker; runs inside the worker."""
-    worker.reload_weights(weights_iterator=named_tensors(payload))
-    repack_tied_heads(worker.model_runner.get_model())
+    if not hasattr(worker, "trl_ray_empty_model"):  # made once: large models take a second
+        worker.trl_ray_empty_model = layout.empty()
+    weights = in_checkpoint_layout(worker.trl_ray_empty_model, named_tensors(payload))
+    worker.reload_weights(weights_iterator=iter(weights))
+    model = worker.model_runner.get_model()
+    reload_written_past(model, weights)
+    repack_tied_heads(model)
+    repack_experts(model)
 
 
 def repack_tied_heads(model: torch.nn.Module) -> None:
@@ -461,3 +494,34 @@ def repack_tied_heads(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
             module.quant_method.process_weights_after_loading(module)
+
+
+def reload_written_past(model: torch.nn.Module, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Load once more what vLLM's loader of gpt-oss writes into parameters by itself: experts and attention sinks.
+
+    A reload gathers what is given to loaders of parameters; what is written past them gets lost, and old values stay.
+    """
+    if type(model).__name__ != "GptOssForCausalLM":
+        return
+    # Copies, as the loader of some ranks writes zeros into biases.
+    past = [(name, tensor.clone()) for name, tensor in weights if ".experts." in name or name.endswith(".sinks")]
+    model.load_weights(iter(past))  # type: ignore[operator]
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.process_weights_after_loading(module)
+
+
+def repack_experts(model: torch.nn.Module) -> None:
+    """Pack experts anew where vLLM computes with a packed layout of them (CPU).
+
+    vLLM packs them when their kernel is made, which is once: a reload would leave plain weights for a kernel that reads
+    packed ones.
+    """
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        if isinstance(experts, CPUUnquantizedExperts):
+            experts.process_weights_after_loading(module)

@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cloudpickle
@@ -73,7 +75,7 @@ def make_spec(function: str | Callable[..., Any]) -> RewardSpec:
             f"A reward function must be a function or a name, got {function!r}. Pass a function "
             "f(prompts, completions, completion_ids, **columns) -> list of numbers."
         )
-    name = getattr(function, "__name__", type(function).__name__)
+    name = function_name(function)
     try:
         pickled = cloudpickle.dumps(function)
     except (TypeError, AttributeError, ValueError, ImportError, RecursionError) as error:
@@ -82,6 +84,26 @@ def make_spec(function: str | Callable[..., Any]) -> RewardSpec:
             "Create locks, clients and models inside the function, not around it."
         ) from error
     return RewardSpec(name=name, pickled=pickled)
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """What the part of a function is called: its own name, that of what a partial calls, or that of its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _told_apart(given: Sequence[str | Callable[..., Any]], specs: Sequence[RewardSpec]) -> tuple[RewardSpec, ...]:
+    """Functions of one name get numbers, those that were given as objects: nobody chose the name of a lambda."""
+    used, apart = {spec.name for spec in specs}, []
+    seen: set[str] = set()
+    for function, spec in zip(given, specs, strict=True):
+        name = spec.name
+        if name in seen and not isinstance(function, str):
+            name = next(other for number in itertools.count(2) if (other := f"{name}_{number}") not in used | seen)
+        seen.add(name)
+        apart.append(replace(spec, name=name))
+    return tuple(apart)
 
 
 def make_specs(given: Sequence[str | Callable[..., Any]], *, columns: Collection[str]) -> tuple[RewardSpec, ...]:
@@ -95,7 +117,7 @@ def make_specs(given: Sequence[str | Callable[..., Any]], *, columns: Collection
             "reward_funcs must name at least one function, or reward_models a model, got none. Known functions: "
             f"{', '.join(known_names())}."
         )
-    specs = tuple(make_spec(function) for function in given)
+    specs = _told_apart(given, [make_spec(function) for function in given])
     names = [spec.name for spec in specs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

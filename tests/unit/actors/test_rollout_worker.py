@@ -10,7 +10,7 @@ import pytest
 from fakes import FakeHandle, completion, prompt, reward, ticket, until
 from trl_ray.actors import rollout_worker
 from trl_ray.actors.calling import Patience
-from trl_ray.actors.rollout_worker import RolloutWorker
+from trl_ray.actors.rollout_worker import RolloutWorker, held_out_params, sampling_params
 from trl_ray.actors.teaching import TeacherErrorKind, TeacherSeat, TeachingPlan
 from trl_ray.config.losses.distillation_options import RepromptConfig
 from trl_ray.config.runs.agreement_rule import AgreementRule
@@ -286,6 +286,20 @@ def test_a_reward_worker_that_is_lost_for_good_fails_the_group_and_not_the_engin
     assert stage.worker.health().problem is None
     [event] = stage.worker.drain().events
     assert (event.kind, event.detail["kind"], event.detail["prompt_id"]) == (EventKind.REWARD_FAILED, "crash", "0:3")
+
+
+def test_held_out_prompts_may_be_answered_at_a_temperature_of_their_own(monkeypatch):
+    asked = GenerationConfig(temperature=0.7, top_p=0.9, max_completion_length=8)
+    assert held_out_params(asked) == sampling_params(asked)
+    cooler = held_out_params(asked.replace(eval_temperature=0.2))
+    assert (cooler.temperature, cooler.top_p) == (0.2, 0.9)
+    greedy = held_out_params(asked.replace(eval_temperature=0))
+    assert (greedy.temperature, greedy.top_k, greedy.top_p, greedy.max_tokens) == (1.0, 1, 1.0, 8)
+    stage = Stage(monkeypatch)
+    stage.worker._eval_sampling = greedy
+    evaluated(stage, prompt(5))
+    [[request]] = stage.engine.batches
+    assert request.sampling == greedy != stage.worker._sampling
 
 
 @pytest.mark.parametrize("raw", [False, True])

@@ -25,7 +25,14 @@ from trl_ray.errors import ConfigError, DataError
 from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.loadable import check_loadable
-from trl_ray.models.policy_loading import count_parameters, load_model_config, load_shape, load_tokenizer, max_positions
+from trl_ray.models.policy_loading import (
+    count_parameters,
+    load_model_config,
+    load_shape,
+    load_tokenizer,
+    max_positions,
+    unscaled_positions,
+)
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.reward_model_actors import (
     PreparedRewardModel,
@@ -36,7 +43,7 @@ from trl_ray.pipelines.rollouts.reward_model_notes import reward_model_notes
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
 from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_teachers
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
-from trl_ray.pipelines.run.model_notes import model_notes
+from trl_ray.pipelines.run.model_notes import model_notes, precision_notes, sampling_notes
 from trl_ray.pipelines.run.planning import (
     GIB,
     PROCESS,
@@ -243,6 +250,7 @@ class Preparation:
             "updates per step": config.updates_per_step,
             "learner ranks": config.runtime.num_learners,
             "learner computes in": config.computes_in,
+            "engines compute in": (config.rollout.dtype or config.dtype).value,
             "prompt groups per step": config.groups_per_step,
             "completions per step": config.completions_per_step,
             "training prompts": len(self.prompts),
@@ -270,8 +278,13 @@ class Preparation:
         parameters = count_parameters(model).base
         engine = parameters * dtype_bytes(config.rollout.dtype or config.dtype)
         return {
-            Role.LEARNER: learner_memory(model, has_reference=self._has_reference, optim=self.config.optim)
-            + self._resident_memory(),
+            Role.LEARNER: self._resident_memory()
+            + learner_memory(
+                model,
+                has_reference=self._has_reference,
+                optim=config.optim,
+                float32_master_weights=config.float32_master_weights,
+            ),
             Role.QUEUE: 0.2 * GIB,
             Role.ROLLOUT: engine + config.rollout.kv_cache_memory_gib * GIB + PROCESS,
             Role.REWARD: 0.2 * GIB,
@@ -312,9 +325,10 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     model = config.part(ModelConfig)
     check_loadable(model)
     check_reference(model, resolve_options(objective.loss))
+    drawn = sampling_notes(config.part(GenerationConfig), config.rollout)
     tokenizer = load_tokenizer(model)
     shape = load_shape(model, tokenizer)
-    max_model_len = _max_model_len(config, max_positions(model))
+    max_model_len = _max_model_len(config, max_positions(model), unscaled=unscaled_positions(model))
     data, limit = config.part(PromptConfig), max_model_len - config.max_completion_length
     prompts = load_prompts(
         data,
@@ -340,7 +354,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         config=config,
         objective=objective,
         end_of_turn=end_of_turn_warning(model, tokenizer) if talks else None,
-        model_notes=model_notes(model, tokenizer),
+        model_notes=(*model_notes(model, tokenizer), *precision_notes(config), *drawn),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,
@@ -373,8 +387,14 @@ def _check_weights(config: RolloutRunConfig, functions: Sequence[str | RewardFun
         )
 
 
-def _max_model_len(config: RolloutRunConfig, positions: int | None) -> int:
-    wanted = config.rollout.max_model_len or positions
+def _max_model_len(config: RolloutRunConfig, positions: int | None, *, unscaled: int | None) -> int:
+    if unscaled is not None and (config.rollout.max_model_len or 0) > unscaled:
+        raise ConfigError(
+            f"rollout.max_model_len must be at most {unscaled} with this model, whose rotary positions are scaled by "
+            f"length beyond {unscaled + 1} tokens, where engines and learner compute differently; got "
+            f"{config.rollout.max_model_len}. Lower it."
+        )
+    wanted = config.rollout.max_model_len or unscaled or positions
     if wanted is None:
         raise ConfigError(
             "rollout.max_model_len must be set, as the model's configuration does not say how long its context is."

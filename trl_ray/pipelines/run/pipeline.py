@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -28,25 +29,27 @@ from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, RunErr
 from trl_ray.models.adapters.adapter_config import adapter_options
 from trl_ray.models.checkpoint import (
     checkpoint_step,
-    export_model,
     latest_checkpoint,
     leave_after,
     list_checkpoints,
     verify_checkpoint,
 )
 from trl_ray.models.hub import check_hub
-from trl_ray.models.policy_loading import check_model_path, checkpoint_dtype
+from trl_ray.models.policy_loading import checkpoint_dtype, find_source
 from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report.report_page import build_report
 from trl_ray.observe.run_directory import RunDirectory
+from trl_ray.observe.run_files import read_json_lines
 from trl_ray.observe.service_sinks import services_of
 from trl_ray.observe.sinks import Observer
 from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
 from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
-from trl_ray.pipelines.run.hub_pushes import hub_place, push_run
+from trl_ray.pipelines.run.given_rows import given_rows
+from trl_ray.pipelines.run.hub_pushes import hub_place
 from trl_ray.pipelines.run.recording import RunRecorder
 from trl_ray.pipelines.run.signals import run_to_end
+from trl_ray.pipelines.run.trainer_methods import TrainerMethods
 from trl_ray.runtime.local import LocalRuntime
 from trl_ray.runtime.runtime import Runtime
 from trl_ray.types import EventKind
@@ -69,6 +72,17 @@ class TrainOutput:
     """Folder with the run's model: the last checkpoint, or the best with `load_best_model_at_end`."""
     worst_age: int | None = None
     """The oldest token trained on, in optimizer steps; None where nothing was sampled."""
+
+    @property
+    def global_step(self) -> int:
+        """`steps`, as transformers calls them."""
+        return self.steps
+
+    @property
+    def training_loss(self) -> float:
+        """The mean loss over all steps; NaN of those that met one."""
+        losses = [float(line["loss"]) for line in read_json_lines(self.run_dir / "metrics.jsonl") if line.get("loss")]
+        return sum(losses) / len(losses) if losses else math.nan
 
 
 class Plan(Protocol):
@@ -178,7 +192,7 @@ def evaluation_config(config: ConfigT, folder: str) -> ConfigT:
     )
 
 
-class Pipeline(ABC, Generic[ConfigT, PlanT]):
+class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
     """The life of a run; subclasses say what is prepared and what a session does."""
 
     config_class: ClassVar[type[RunConfig]]
@@ -207,8 +221,14 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
                 be written down.
         """
         given = self.checked(args)
-        objects = objects or TrainerObjects()
+        self._objects = objects = objects or TrainerObjects()
         self._given = folders or GivenFolders(given.output_dir)
+        model = objects.made_model(model)
+        if peft_config is not None and hasattr(model, "peft_config"):
+            raise ConfigError(
+                f"peft_config must be None with a {type(model).__name__}, whose own adapter is trained on, got a "
+                f"{type(peft_config).__name__}. Remove it, or merge_and_unload() the model first."
+            )
         changes |= objects.options(model=model or given.model_name_or_path, folders=self._given)
         if isinstance(model, str) and "model_name_or_path" not in changes:
             changes["model_name_or_path"] = model
@@ -283,9 +303,12 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
         self._callbacks = make_callbacks(self.config, self._given_callbacks)
         self._given.write(self.config.part(ModelConfig))
         if self.config.dtype is Dtype.AUTO:
-            check_model_path(self.config.model_name_or_path)
+            find_source(self.config.part(ModelConfig))
             self.config = self.config.replace(dtype=checkpoint_dtype(self.config.part(ModelConfig)))
-        return self._prepare()
+        plan = self._prepare()
+        if not self._callbacks.is_empty:
+            self._callbacks.show(**self._shown_objects(plan.steps_per_epoch))
+        return plan
 
     def _checkpoint_to_resume(self, given: str | bool) -> int | None:
         """The step of the checkpoint to go on from; None is the last one.
@@ -314,17 +337,24 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
         verify_checkpoint(path)
         return checkpoint_step(path)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: None = None, ignore_keys_for_eval: Any = None
+    ) -> TrainOutput:
         """Run to the end.
 
         Args:
             resume_from_checkpoint: as the option of this name, before which it goes.
+            trial: must be None; a run has one configuration.
+            ignore_keys_for_eval: taken for TRL's sake; nothing but logits is looked at.
 
         Raises:
             InputError: the input was wrong; nothing was started.
             RunError: the run failed; its last checkpoint and its journal are kept.
             InterruptedRun: it was interrupted, and a checkpoint was written.
         """
+        del ignore_keys_for_eval
+        if trial is not None:
+            raise ConfigError(f"trial must be None, got {trial!r}: a run has one configuration. Start one for each.")
         if resume_from_checkpoint is not None:
             self.config = self.config.replace(resume_from_checkpoint=resume_from_checkpoint)
         plan = self.prepare()
@@ -335,49 +365,6 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             except RunError as error:  # the run is over and whole; only its way to the Hub is not
                 _LOG.warning("%s", error)
         return self._trained
-
-    @property
-    def model(self) -> Path | None:
-        """Folder of the run's model: the one it ended with, else its last checkpoint; None before there is one."""
-        if self._trained is not None:
-            return self._trained.model
-        if not self._resume:
-            return None
-        found = latest_checkpoint(RunDirectory.open_existing(self.config.output_dir).checkpoints).path
-        return None if found is None else Path(found)
-
-    def save_model(self, output_dir: str | Path | None = None) -> Path:
-        """Copy the run's model, with its tokenizer, to a folder of its own; None: ``model`` in the run directory.
-
-        Returns:
-            The folder.
-
-        Raises:
-            ConfigError: there is no model yet.
-            CheckpointError: the folder cannot be written.
-        """
-        return export_model(self._require_model("saved"), output_dir or Path(self.config.output_dir) / "model")
-
-    def push_to_hub(self, commit_message: str = "End of training", *, revision: str | None = None) -> str:
-        """Upload the run's model with its card to `hub_model_id`.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            ConfigError: there is no model yet.
-            RunError: the Hub cannot be reached, or refuses.
-        """
-        return push_run(
-            self.config, self._require_model("pushed"), pipeline=self.name, message=commit_message, revision=revision
-        )
-
-    def _require_model(self, what: str) -> Path:
-        if (model := self.model) is None:
-            raise ConfigError(
-                f"a model must be trained before it is {what}, but there is none yet. Call train() first."
-            )
-        return model
 
     def _with_held_out(self, eval_dataset: Any) -> Any:
         """The inputs with other held-out rows; None keeps those there are."""
@@ -392,6 +379,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
                     f"{', '.join(map(str, named)) or 'none'}; got {eval_dataset!r}."
                 )
             eval_dataset = {eval_dataset: named[eval_dataset]}
+        eval_dataset = given_rows(eval_dataset, evaluation=True)
         train = inputs.train_dataset
         if train is None and config.dataset_name is None and not config.datasets:
             train = eval_dataset

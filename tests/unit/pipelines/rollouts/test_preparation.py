@@ -49,6 +49,15 @@ def test_sequences_longer_than_the_model_are_refused(model):
         prepared(model, rollout={"max_model_len": MAX_POSITIONS + 1})
 
 
+def test_rope_that_depends_on_length_keeps_sequences_to_the_context_where_nothing_is_scaled(model):
+    scaled = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    changes = {"model_init_kwargs": {"rope_scaling": scaled}}
+    assert prepared(model, **changes).max_model_len == MAX_POSITIONS - 1
+    assert prepared(model, rollout={"max_model_len": 100}, **changes).max_model_len == 100
+    with pytest.raises(ConfigError, match=r"rollout\.max_model_len must be at most 511 with this model.*got 512"):
+        prepared(model, rollout={"max_model_len": MAX_POSITIONS}, **changes)
+
+
 def test_a_model_that_does_not_say_how_long_it_is_must_be_told(model, tmp_path, monkeypatch):
     monkeypatch.setattr("trl_ray.pipelines.rollouts.preparation.max_positions", lambda model: None)
     with pytest.raises(ConfigError, match=r"rollout\.max_model_len must be set"):
@@ -68,6 +77,10 @@ def test_a_prompt_may_fill_what_the_completion_leaves_and_no_more(model):
     assert prepared(model, rows=[{"prompt": "x" * 24}], **limits).prompts.longest == 24
     with pytest.raises(DataError, match="24 tokens"):
         prepared(model, rows=[{"prompt": "x" * 25}], **limits)
+    whole = prepared(model, rows=[{"prompt": "x" * 20}], **limits).prompts
+    cut = prepared(model, rows=[{"prompt": "y" * 5 + "x" * 20}], max_prompt_length=20, **limits).prompts
+    assert cut.longest == 20 and cut.prompt(0).token_ids.tolist() == whole.prompt(0).token_ids.tolist()
+    assert any("5 of 25 (20.0%) tokens" in note and "max_prompt_length" in note for note in cut.notes)
 
 
 def test_steps_are_given_or_follow_from_the_epochs(model):
@@ -188,6 +201,7 @@ def test_the_plan_in_numbers(model):
         "updates per step": 1,
         "learner ranks": 1,
         "learner computes in": "float32 (bf16 is the default where runtime.learner_num_gpus is above 0)",
+        "engines compute in": "float32",
         "prompt groups per step": 4,
         "completions per step": 8,
         "training prompts": 10,

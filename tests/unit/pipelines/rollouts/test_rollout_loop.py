@@ -85,7 +85,9 @@ def test_a_step_is_told_before_it_is_evaluated_and_its_line_has_the_numbers_of_w
     run.actors.on_step = lambda step: run.actors.may_pull.clear()
 
     class LetsPull:
-        def on_log(self, args: Any, state: Any, control: Any, **payload: Any) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **payload: Any) -> None:
+            if "loss" not in logs:
+                return
             released.append(run.log[-1])
             asyncio.get_running_loop().call_later(0.05, run.actors.may_pull.set)
 
@@ -93,9 +95,9 @@ def test_a_step_is_told_before_it_is_evaluated_and_its_line_has_the_numbers_of_w
     run.go()
     assert released == ["log 1", "log 2"]
     assert run.logged("step_end", "log", "pull ends", "evaluate") == [
-        "evaluate by version 0", "evaluate 0",
-        "step_end 1", "log 1", "pull ends", "evaluate by version 1", "evaluate 1",
-        "step_end 2", "log 2", "pull ends", "evaluate by version 2", "evaluate 2",
+        "evaluate by version 0", "log 0", "evaluate 0",
+        "step_end 1", "log 1", "pull ends", "evaluate by version 1", "log 1", "evaluate 1",
+        "step_end 2", "log 2", "pull ends", "evaluate by version 2", "log 2", "evaluate 2",
     ]  # fmt: skip
     assert [line["eval/reward"] for line in run.lines("metrics.jsonl")] == [1.0, 1.0]
     assert [event["detail"]["eval/reward"] for event in run.lines("events.jsonl") if event["kind"] == "evaluated"] == [
@@ -108,7 +110,7 @@ def test_what_callbacks_ask_for_is_done_once_and_an_epoch_ends_before_the_checkp
     run = RolloutRun(tmp_path, total=3, eval_steps=100, callbacks=asks).go()
     # Four prompts, two a step: an epoch has two steps.
     assert run.logged("log 2", "evaluate ", "epoch_end", "save", "train_end") == [
-        "evaluate by version 0", "evaluate 0", "log 2", "epoch_end 2", "evaluate by version 2", "evaluate 2",
+        "evaluate by version 0", "evaluate 0", "log 2", "epoch_end 2", "evaluate by version 2", "log 2", "evaluate 2",
         "save 2", "save 2", "save 3", "save 3", "epoch_end 3", "train_end 3",
     ]  # fmt: skip
 
@@ -119,9 +121,9 @@ def test_strategies_follow_the_passes_over_the_prompts_and_the_best_reward_is_ke
         tmp_path, total=5, eval_strategy="epoch", save_strategy="epoch", eval_on_start=False, logging_strategy="epoch"
     ).go()
     assert run.logged("log", "evaluate ", "save ") == [
-        "log 2", "evaluate by version 2", "evaluate 2", "save 2", "save 2",
-        "log 4", "evaluate by version 4", "evaluate 4", "save 4", "save 4",
-        "evaluate by version 5", "evaluate 5", "save 5", "save 5",
+        "log 2", "evaluate by version 2", "log 2", "evaluate 2", "save 2", "save 2",
+        "log 4", "evaluate by version 4", "log 4", "evaluate 4", "save 4", "save 4",
+        "evaluate by version 5", "log 5", "evaluate 5", "save 5", "save 5",
     ]  # fmt: skip
     assert json.loads(run.actors.files[5]["best.json"]) == {"best": 1.0, "best_step": 2, "worse": 2}
 
