@@ -230,7 +230,7 @@ def always_one(completions, **columns):
 def test_rewards_that_never_differ_stop_a_run_that_drops_such_groups_with_the_reason(model, tmp_path):
     run = tmp_path / "run"
     config = grpo(model, run, reward_funcs=[], zero_variance_groups="drop", max_resampled_groups=7)
-    with pytest.raises(StallError, match=r"at most 7 .*\(max_resampled_groups\), but 8 were dropped.*all their rewards"):
+    with pytest.raises(StallError, match=r"at most 7 .*\(max_resampled_groups\), but 8 were .*all their rewards"):
         GRPOPipeline(args=config, train_dataset=PROMPTS, reward_funcs=[always_one]).train()
     assert len(events(run, "group_dropped")) == 8
     assert lines(run / "metrics.jsonl") == []
