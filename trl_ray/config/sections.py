@@ -439,6 +439,16 @@ class RewardConfig(Section):
     max_failures_in_a_row: Positive = 20
     """Groups in a row whose rewards failed, after which the run stops."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_run(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "output_dir" in values:
+            raise ValueError(
+                "RewardConfig says how rewards are computed, got output_dir, an option of a run. TRL's RewardConfig is "
+                "RewardModelConfig here."
+            )
+        return values
+
 
 class RolloutConfig(Section):
     """Rollout workers and their engines."""
