@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from trl_ray.config.messages import nearest
 from trl_ray.config.sections import Dtype, ModelConfig
 from trl_ray.errors import ModelError
 from trl_ray.models.adapters.adapter_config import adapter_size, base_of_adapter, is_adapter_folder
@@ -33,10 +34,12 @@ from trl_ray.models.dropout import check_without_dropout, switch_off_dropout
 from trl_ray.models.generation_settings import mend_generation
 from trl_ray.models.quantised_checkpoints import dequantising, forget_quantisation
 from trl_ray.models.scoring.head import check_head
+from trl_ray.models.scoring.rope_regimes import compute_by_sequence, rope_regimes
 from trl_ray.models.vocabulary import add_rows, adopt_template, missing_rows, names_tokenizer, template_text
 
 Policy: TypeAlias = PreTrainedModel
 _DTYPES = {Dtype.FLOAT32: torch.float32, Dtype.BFLOAT16: torch.bfloat16}
+_ROPE_BASE = ("rope_theta", "partial_rotary_factor")
 _WEIGHTS = ("*.safetensors", "*.bin")
 # What transformers raises for a model it cannot build: SafetensorError and torch's loader are no OSErrors.
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError)
@@ -202,7 +205,7 @@ def load_base(
     name = source.base
     require_weights(name)
     options: dict[str, Any] = {"dtype": torch_dtype(model.dtype), "trust_remote_code": model.trust_remote_code}
-    options |= changes or {}
+    options |= {**config_changes(model), **(changes or {})}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
     if source.revision is not None:
@@ -221,6 +224,7 @@ def load_base(
         nn.Module.to(policy, torch_dtype(model.dtype))
     mend_generation(policy)
     policy.config.use_cache = False
+    compute_by_sequence(policy)
     _follow_tokenizer(policy, model, source)
     return policy, set(info["missing_keys"])
 
@@ -393,16 +397,47 @@ def load_model_config(model: ModelConfig, *, path: str | None = None) -> Pretrai
     Raises:
         ModelError: it cannot be loaded.
     """
-    source = find_source(model, path=path)
+    return _read_config(model, find_source(model, path=path), config_changes(model))
+
+
+def _read_config(model: ModelConfig, source: ModelSource, changes: Mapping[str, Any]) -> PretrainedConfig:
     name = source.base
     options = {} if source.revision is None else {"revision": source.revision}
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            name, trust_remote_code=model.trust_remote_code, **options
+        config, unknown = AutoConfig.from_pretrained(
+            name, trust_remote_code=model.trust_remote_code, return_unused_kwargs=True, **options, **changes
         )
     except LOAD_ERRORS as error:
         raise ModelError(_why_not(name, error)) from error
-    return config
+    wrong = sorted(unknown.keys() & changes.keys())
+    if wrong:
+        guess = nearest(wrong[0], config.to_dict())
+        raise ModelError(
+            f"model_init_kwargs must hold options of the configuration of {config.model_type}, got {', '.join(wrong)}. "
+            + (f"Did you mean {guess!r}?" if guess else "Remove it.")
+        )
+    return cast(PretrainedConfig, config)
+
+
+def config_changes(model: ModelConfig) -> dict[str, Any]:
+    """What `model_init_kwargs` changes in the model's configuration, under the names that the configuration has.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no such option.
+    """
+    if not model.model_init_kwargs:
+        return {}
+    source = find_source(model)
+    before, after = (_read_config(model, source, each).to_dict() for each in ({}, model.model_init_kwargs))
+    changes = {name: value for name, value in after.items() if value != before.get(name)}
+    for name in ("rope_parameters", "rope_scaling"):
+        given, own = changes.get(name), before.get(name)
+        if isinstance(given, dict) and isinstance(own, dict):
+            # How positions are scaled was once told apart from the base that they turn with.
+            changes[name] = {key: own[key] for key in _ROPE_BASE if own.get(key) is not None} | {
+                key: value for key, value in given.items() if value is not None
+            }
+    return changes
 
 
 def load_shape(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -434,6 +469,19 @@ def max_positions(model: ModelConfig) -> int | None:
     """
     value = getattr(load_model_config(model).get_text_config(), "max_position_embeddings", None)
     return int(value) if value else None
+
+
+def unscaled_positions(model: ModelConfig) -> int | None:
+    """Tokens up to which engines and learner compute a model alike, where its rotary frequencies depend on lengths.
+
+    Beyond, vLLM keeps to one set of frequencies, and keys in a cache keep those that they were computed with. One token
+    below the original context, as engines have a place to spare.
+
+    Raises:
+        ModelError: its configuration cannot be loaded.
+    """
+    regimes = rope_regimes(load_model_config(model))
+    return None if regimes is None else regimes.original - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

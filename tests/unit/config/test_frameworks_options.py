@@ -29,6 +29,15 @@ def refusal(config: type[Section], **options: Any) -> str:
         (SFTConfig, {"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": False}}),
         (SFTConfig, {"buffer_size": 16, "interleave_probs": "0.5,0.5", "mix_strategy": "concat"}, {}),
         (SFTConfig, {"wandb_project": None, "gptq": False, "tokenizer_use_fast": True}, {}),
+        # What these train unless they are told otherwise: what the assistant says.
+        (SFTConfig, {"stage": "sft"}, {"assistant_only_loss": True}),
+        (SFTConfig, {"stage": "sft", "train_on_prompt": True}, {"completion_only_loss": False}),
+        (SFTConfig, {"stage": "pt"}, {}),
+        (SFTConfig, {"train_on_inputs": False, "datasets": [{"path": "a", "type": "chat_template"}]},
+         {"assistant_only_loss": True, "datasets": [{"path": "a"}]}),
+        (SFTConfig, {"train_on_inputs": False, "datasets": [{"path": "a", "type": "alpaca"}]},
+         {"datasets": [{"path": "a"}]}),
+        (SFTConfig, {"train_on_inputs": True}, {"completion_only_loss": False}),
         (DPOConfig, {"rl": "dpo"}, {}),
         (DPOConfig, {"rl": "ipo"}, {"loss_type": "ipo"}),
         (DPOConfig, {"rpo_alpha": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
@@ -60,8 +69,8 @@ def test_each_option_of_another_framework_is_answered_in_one_message() -> None:
 def test_entries_of_datasets_are_answered_by_their_names() -> None:
     entry = {"path": "a", "type": "chat_template", "field_messages": "turns", "roles_to_train": ["assistant"]}
     lines = refusal(SFTConfig, datasets=[{"path": "b"}, entry]).split("\n")
-    assert [line.split("'")[1] for line in lines] == [f"datasets.1.{name}" for name in list(entry)[1:]]
-    assert "told by their columns" in lines[0] and "column_mapping" in lines[1] and "assistant_only_loss" in lines[2]
+    assert [line.split("'")[1] for line in lines] == ["datasets.1.field_messages", "datasets.1.roles_to_train"]
+    assert "column_mapping" in lines[0] and "assistant_only_loss" in lines[1]
 
 
 def test_what_stands_twice_and_what_belongs_to_another_pipeline_is_refused() -> None:

@@ -53,6 +53,14 @@ class GRPOConfig(RolloutRunConfig, LossConfig, AdvantageConfig):
         return self.zero_variance_groups is ZeroVariance.DROP
 
     @property
+    def resampled_limit(self) -> int | None:
+        return 10 * self.groups_per_step if self.max_resampled_groups is None else self.max_resampled_groups
+
+    @property
+    def clip_range(self) -> tuple[float, float] | None:
+        return self.reward_clip_range
+
+    @property
     def masks_truncated(self) -> bool:
         """Whether completions that were cut off are left out of the loss."""
         return self.mask_truncated_completions

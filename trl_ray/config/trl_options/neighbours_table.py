@@ -148,6 +148,29 @@ def _rpo(value: Any, given: Mapping[str, Any]) -> Reading | None:
     return {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, float(value)]}
 
 
+def _stage(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """Supervised fine-tuning trains what the assistant says there, unless it is told otherwise."""
+    if value == "pt":
+        return {}
+    if value != "sft":
+        return None
+    return {} if given.get("train_on_prompt") else {"assistant_only_loss": True}
+
+
+def _inputs(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """Whether what is answered is trained: prompts beside completions, and in conversations what others say."""
+    if value is True:
+        return {"completion_only_loss": False}
+    if value not in (False, None):
+        return None
+    entries = [each for each in given.get("datasets") or () if isinstance(each, Mapping)]
+    talks = any(
+        str(each.get("type") or "").startswith(("chat_template", "sharegpt")) or "field_messages" in each
+        for each in entries
+    )
+    return {"assistant_only_loss": True} if talks else {"completion_only_loss": None}
+
+
 HANDBOOK: Rows = {
     "rpo_alpha": read_by(
         _rpo, says="Set loss_type=[sigmoid, sft] with loss_weights=[1.0, ALPHA].", needs=("loss_weights",)
@@ -181,7 +204,7 @@ HANDBOOK: Rows = {
 
 FACTORY: Rows = {
     "stage": (
-        *only("sft", "pt", says="Choose the pipeline: trl-ray sft, dpo, kto, reward or grpo.", needs=("packing",)),
+        *read_by(_stage, says="Choose the pipeline: trl-ray sft, dpo, kto, reward or grpo.", needs=("packing",)),
         *only(
             "rm",
             says="Choose the pipeline: trl-ray sft, dpo, kto, reward or grpo.",
@@ -226,8 +249,8 @@ FACTORY: Rows = {
     "use_unsloth": only(False, says="Set use_liger_kernel=true for faster layers."),
     "neat_packing": renamed("packing"),
     "train_on_prompt": by_value(
-        {True: {"completion_only_loss": False}, False: {"completion_only_loss": True}},
-        says="Set completion_only_loss.",
+        {True: {"completion_only_loss": False}, False: {"assistant_only_loss": True}},
+        says="Set completion_only_loss, or assistant_only_loss for conversations.",
         needs=("completion_only_loss",),
     ),
     "mask_history": only(False, says="Remove it: assistant_only_loss trains every turn of the assistant."),
@@ -237,8 +260,15 @@ FACTORY: Rows = {
     "dpo_label_smoothing": renamed("label_smoothing"),
     "kto_chosen_weight": renamed("desirable_weight"),
     "kto_rejected_weight": renamed("undesirable_weight"),
-    "ref_model": only(None, says="Remove it: the reference is the policy's first state."),
-    "reward_model": never("Set reward_model_name_or_path in the pipeline grpo, rloo or async-grpo."),
+    "ref_model": renamed("ref_model_name_or_path"),
+    "ref_model_path": renamed("ref_model_name_or_path"),
+    "reward_model": (
+        *renamed("reward_model_name_or_path", needs=("rollout",)),
+        *never("Set reward_model_name_or_path in the pipeline grpo, rloo or async-grpo."),
+    ),
+    "use_fast_tokenizer": always("Tokenizers are the fast ones where a model has them."),
+    "resize_vocab": always("Embeddings grow with the tokenizer."),
+    "low_cpu_mem_usage": always("Weights are read once."),
     "quantization_bit": read_by(_quantised, says=_NO_QUANTISING),
     "quantization_method": only("bitsandbytes", "bnb", None, says=_NO_QUANTISING),
     "quantization_type": renamed("bnb_4bit_quant_type"),
@@ -270,8 +300,6 @@ FACTORY: Rows = {
         lambda value, given: None if value is not None and given.get("streaming") else {},
         says="Set stream_window: rows of a stream that are shuffled together.",
     ),
-    "use_fast_tokenizer": always(_TOKENIZER),
-    "resize_vocab": always("Embeddings get a row for each token of the tokenizer."),
     "add_tokens": only(None, "", says="Add them to the tokenizer's files: embeddings get rows for them."),
     "add_special_tokens": only(None, "", says="Add them to the tokenizer's files: embeddings get rows for them."),
     "new_special_tokens": only(None, "", says="Add them to the tokenizer's files: embeddings get rows for them."),
@@ -308,7 +336,6 @@ FACTORY: Rows = {
         says="Set gradient_checkpointing.",
     ),
     "use_cache": always("Training keeps no cache, and generation always does."),
-    "low_cpu_mem_usage": always("Weights are read file by file."),
     "print_param_status": always("The dry run counts parameters."),
     "eval_on_each_dataset": only(False, None, says="Pass eval_dataset={NAME: rows} in Python."),
     "enable_thinking": renamed("chat_template_kwargs.enable_thinking"),
@@ -354,9 +381,9 @@ AXOLOTL: Rows = {
     "sample_packing_group_size": always(_READING),
     "sample_packing_bin_size": always(_READING),
     "pad_to_sequence_len": always("Nothing is padded."),
-    "train_on_inputs": by_value(
-        {True: {"completion_only_loss": False}, False: {"completion_only_loss": None}},
-        says="Set completion_only_loss.",
+    "train_on_inputs": read_by(
+        _inputs,
+        says="Set completion_only_loss, or assistant_only_loss for conversations.",
         needs=("completion_only_loss",),
     ),
     "adapter": by_value(
@@ -404,7 +431,7 @@ AXOLOTL: Rows = {
         _special_tokens,
         says="Set eos_token and pad_token, and others in the tokenizer's files.",
     ),
-    "tokens": only(None, [], says="Add them to the tokenizer's files, and rows to the model's embedding."),
+    "tokens": only(None, [], says="Add them to the tokenizer's files: embeddings grow with it."),
     "rl": (
         *only("kto", says=_PIPELINE, needs=("desirable_weight",)),
         *by_value({"ipo": {"loss_type": "ipo"}}, nothing=("dpo",), says=_PIPELINE, needs=("f_divergence_type",)),
@@ -453,10 +480,47 @@ AXOLOTL: Rows = {
     "float16": only(False, None, says="Set bf16=true, or dtype=bfloat16 for the weights themselves."),
     "bfloat16": by_value({True: {"dtype": "bfloat16"}}, nothing=(False, None), says="Set dtype=bfloat16."),
     "unfrozen_parameters": only(None, [], says="Set use_peft with lora_target_modules to train a part of the weights."),
-    "mean_resizing_embeddings": always("Embeddings are not resized."),
+    "mean_resizing_embeddings": always("New rows are drawn from the distribution of the old ones."),
     "roles_to_train": only(
         ["assistant"], None, says="Set assistant_only_loss=true: the assistant's turns are trained."
     ),
     "train_on_eos": only("turn", "all", None, says="Remove it: what ends a turn is trained with it."),
+}
+
+_USUAL_SPEAKERS = frozenset({"user", "human", "assistant", "gpt", "system", "tool"})
+
+
+def _usual_fields(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    usual = {"role": ("role", "from"), "content": ("content", "value")}
+    held = value or {}
+    if not isinstance(held, Mapping) or any(field not in usual.get(name, ()) for name, field in held.items()):
+        return None
+    return {}
+
+
+def _usual_roles(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """{user: [human, user], assistant: [gpt, assistant]}"""
+    held = value or {}
+    if not isinstance(held, Mapping) or any(not isinstance(each, list) for each in held.values()):
+        return None
+    return {} if {name for names in (held, *held.values()) for name in names} <= _USUAL_SPEAKERS else None
+
+
+_RECOGNISED = "Rows are recognised by their columns; column_mapping={COLUMN: messages} names others."
+AXOLOTL_DATASETS: Rows = {
+    "datasets.type": only("chat_template", "sharegpt", "alpaca", "completion", "", None, says=_RECOGNISED),
+    "datasets.conversation": only("chatml", None, says=_TEMPLATE),
+    "datasets.chat_template": only("tokenizer_default", None, says=_TEMPLATE),
+    "datasets.ds_type": always("The kind of a file is told by its name."),
+    "datasets.field_messages": only("messages", "conversations", None, says=_RECOGNISED),
+    "datasets.field": only("text", None, says="Set dataset_text_field to the column."),
+    "datasets.message_field_role": only("role", "from", None, says=_RECOGNISED),
+    "datasets.message_field_content": only("content", "value", None, says=_RECOGNISED),
+    "datasets.message_property_mappings": read_by(_usual_fields, says=_RECOGNISED),
+    "datasets.roles": read_by(_usual_roles, says="Set role_mapping={NAME: ROLE}."),
+    "datasets.roles_to_train": only(None, says="Set assistant_only_loss=true for the run."),
+    "datasets.train_on_split": renamed("split"),
+    "datasets.config": renamed("name"),
+    "datasets.shards": only(None, says="Set share, a part of the dataset's rows."),
 }
 """Of entries under `datasets`, see `trl_ray.config.sections.DatasetConfig`."""

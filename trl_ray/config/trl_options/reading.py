@@ -13,17 +13,18 @@ from typing import Any
 from trl_ray.config.trl_options.dataset_entries_table import ENTRIES
 from trl_ray.config.trl_options.foreign_option import ForeignOption, Reading, standing_for
 from trl_ray.config.trl_options.frameworks_table import OPEN_R1, OPENRLHF, PRIME_RL, VERL
-from trl_ray.config.trl_options.neighbours_table import AXOLOTL, FACTORY, HANDBOOK
+from trl_ray.config.trl_options.neighbours_table import AXOLOTL, AXOLOTL_DATASETS, FACTORY, HANDBOOK
 from trl_ray.config.trl_options.table_rows import Rows
 from trl_ray.config.trl_options.trainer_table import ENGINES, TEACHERS, TRAINERS
 from trl_ray.config.trl_options.training_table import TRAINING
 
 _TABLES: tuple[Rows, ...] = (
     *(TRAINING, TRAINERS, ENGINES, TEACHERS),
-    *(FACTORY, AXOLOTL, HANDBOOK, ENTRIES),
+    *(FACTORY, AXOLOTL, AXOLOTL_DATASETS, HANDBOOK, ENTRIES),
     *(OPEN_R1, OPENRLHF, VERL, PRIME_RL),
 )
-_ENTRY = re.compile(r"\.\d+\.")
+_PLACE = re.compile(r"\.\d+(?=\.)")
+"""Of an entry of a list: ``datasets.0.type`` is ``datasets.type``."""
 _BLOCKS = ("trl",)
 """Sections of axolotl's that hold options of the run."""
 ABSENT = object()
@@ -47,8 +48,8 @@ def entry_of(name: str, known: Container[str]) -> ForeignOption | None:
         name: of the option.
         known: options of the configuration.
     """
-    written = _ENTRY.sub(".", name)
-    entries = tuple(entry for table in _TABLES for entry in table.get(written, ()))
+    name = _PLACE.sub("", name)
+    entries = tuple(entry for table in _TABLES for entry in table.get(name, ()))
     found = standing_for(entries, known)
     if found is not None and found.becomes is not None and found.becomes not in known and "." not in found.becomes:
         # Another name of an option that is none of ours either.
@@ -56,12 +57,13 @@ def entry_of(name: str, known: Container[str]) -> ForeignOption | None:
     return found
 
 
-def read_foreign(values: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
+def read_foreign(values: Mapping[str, Any], known: Container[str], *, of: str = "") -> dict[str, Any]:
     """The same options in our names.
 
     Args:
         values: as they were written.
         known: options of the configuration.
+        of: the option that holds them, with a dot, where it is one that tables have rows for.
 
     Returns:
         What validation gets: options that ask for what happens anyway are gone, those that cannot be done, or that
@@ -72,7 +74,7 @@ def read_foreign(values: Mapping[str, Any], known: Container[str]) -> dict[str, 
     for name, value in values.items():
         if name in known:
             continue
-        reading = _reading(name, value, values, known)
+        reading = _reading(f"{of}{name}", value, values, known)
         if reading is None or _contradicted(reading, read):
             read[name] = value
             continue

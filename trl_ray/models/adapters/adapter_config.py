@@ -65,8 +65,7 @@ _REFUSED = {
     "in lora_target_modules.",
     "trainable_token_indices": "trainable_token_indices must be left out. Set lora_modules_to_save=[embed_tokens, "
     "lm_head], which trains these rows among all.",
-    "bias": "bias must be 'none': with other biases trained there would be no reference beneath the adapter. Remove "
-    "it.",
+    "bias": "bias must be 'none': with biases trained there would be no reference beneath the adapter. Remove it.",
     "lora_bias": "lora_bias must be false: a bias of the adapter has no place in layers without one. Remove it.",
 }
 """Fields that recipes hold and cannot be had, and what to do."""
@@ -206,7 +205,7 @@ def adapter_options(peft_config: object) -> dict[str, Any]:
     require_peft()
     import peft
 
-    if not isinstance(peft_config, peft.LoraConfig):
+    if type(peft_config) is not peft.LoraConfig:  # what builds on it computes something else
         raise ModelError(
             f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}. Other kinds of adapters cannot "
             "be merged into the weights that engines receive."
