@@ -2,6 +2,7 @@
 
 ExampleConfig            every supervised pipeline: reading, length, streaming, evaluation
 SupervisedExampleConfig  SFT: what is trained, packing
+ComparedExampleConfig    DPO, KTO, CPO, ORPO: how much of a prompt is kept
 SteppedExampleConfig     PRM: separators, which steps
 """
 
@@ -82,6 +83,13 @@ class SupervisedExampleConfig(ExampleConfig):
     @property
     def text_column(self) -> str:
         return self.dataset_text_field
+
+
+class ComparedExampleConfig(ExampleConfig):
+    """What answers are compared after."""
+
+    max_prompt_length: Positive | None = None
+    """Longer prompts lose their head before `max_length` cuts, as in past versions of TRL. None keeps all."""
 
 
 class SteppedExampleConfig(ExampleConfig):

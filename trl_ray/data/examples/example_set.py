@@ -11,12 +11,17 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
-from trl_ray.config.example_options import PackingStrategy, SteppedExampleConfig, SupervisedExampleConfig
+from trl_ray.config.example_options import (
+    ComparedExampleConfig,
+    PackingStrategy,
+    SteppedExampleConfig,
+    SupervisedExampleConfig,
+)
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.sections import OnBadRow
 from trl_ray.data.bad_rows import BadRows
@@ -361,10 +366,10 @@ def making_for(
             return _supervised(config.part(SupervisedExampleConfig), tokenizer, rules, evaluation=evaluation)
         case ExampleTask.PAIRS | ExampleTask.LIKELIHOOD_PAIRS:
             likelihood = task is ExampleTask.LIKELIHOOD_PAIRS
-            return PairMaking(tokenizer=tokenizer, rules=rules, likelihood=likelihood)
+            return PairMaking(tokenizer=tokenizer, rules=_compared(config, rules), likelihood=likelihood)
         case ExampleTask.UNPAIRED | ExampleTask.UNPAIRED_WITH_KL:
             mismatched = task is ExampleTask.UNPAIRED_WITH_KL
-            return RatedMaking(tokenizer=tokenizer, rules=rules, mismatched=mismatched)
+            return RatedMaking(tokenizer=tokenizer, rules=_compared(config, rules), mismatched=mismatched)
         case ExampleTask.REWARD_PAIRS:
             return ScoredMaking(tokenizer=tokenizer, rules=rules)
         case ExampleTask.STEPS:
@@ -379,6 +384,10 @@ def making_for(
                 max_completion_length=stepped.max_completion_length,
             )
             return StepMaking(tokenizer=tokenizer, rules=step_rules, tokens=step_tokens(tokenizer, step_rules))
+
+
+def _compared(config: SupervisedRunConfig, rules: TextRules) -> TextRules:
+    return replace(rules, max_prompt_length=config.part(ComparedExampleConfig).max_prompt_length)
 
 
 def _supervised(

@@ -42,11 +42,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Comparison:
-    """A prompt and what was answered to it, as tokens, not cut."""
+    """What is kept of a prompt, and what was answered to it, as tokens; answers are not cut."""
 
     row: int
     prompt_ids: IntArray
     """``[P]``"""
+    prompt_cut: int
+    """Tokens before these that `max_prompt_length` cut off."""
     prompt_heard: BoolArray
     """``[P]``, False where a message has the weight 0: for who trains prompts as well."""
     answers: tuple[Answer, ...]
@@ -106,14 +108,16 @@ def write_scored(
     return write_pair(pair, tokenizer, rules, where=where)[1:]
 
 
-def compare(encoded: Sequence[Encoded], *, row: int) -> Comparison:
+def compare(encoded: Sequence[Encoded], rules: TextRules, *, row: int) -> Comparison:
     """The tokens of a prompt alone, and of the prompt with each answer, taken apart where they part."""
     prompt_ids = encoded[0].token_ids
     shared = min(common_prefix_length(prompt_ids, whole.token_ids) for whole in encoded[1:])
+    start = rules.prompt_start(shared)
     return Comparison(
         row=row,
-        prompt_ids=encoded[1].token_ids[:shared],
-        prompt_heard=_heard(encoded[1])[:shared],
+        prompt_ids=encoded[1].token_ids[start:shared],
+        prompt_heard=_heard(encoded[1])[start:shared],
+        prompt_cut=start,
         answers=tuple(
             Answer(token_ids=whole.token_ids[shared:], heard=_heard(whole)[shared:]) for whole in encoded[1:]
         ),
@@ -132,7 +136,7 @@ def read_pair(encoded: Sequence[Encoded], rules: TextRules, *, row: int, likelih
     """
     if not encoded or np.array_equal(encoded[1].token_ids, encoded[2].token_ids):
         return Untrained.TIE
-    found = compare(encoded, row=row)
+    found = compare(encoded, rules, row=row)
     samples = []
     for answer in found.answers:
         sample = answer_sample(found.prompt_ids, answer, rules, group_id=row)
@@ -148,8 +152,8 @@ def read_pair(encoded: Sequence[Encoded], rules: TextRules, *, row: int, likelih
     return PairSamples(
         row=row,
         samples=tuple(samples),
-        num_tokens=sum(lengths),
-        cut_tokens=sum(map(rules.num_cut, lengths)),
+        num_tokens=sum(lengths) + found.prompt_cut * len(lengths),
+        cut_tokens=sum(map(rules.num_cut, lengths)) + found.prompt_cut * len(lengths),
         is_equal=same_tokens(samples[0], samples[1]),
         prompt_diverges=found.prompt_diverges,
     )

@@ -31,8 +31,6 @@ class StepRules(TextRules):
     step_separator: str = "\n"
     last_step_only: bool = False
     """Score the last step alone."""
-    max_prompt_length: int | None = None
-    """Tokens of the prompt, the last are kept; None keeps all."""
     max_completion_length: int | None = None
     """Tokens of all steps, the first are kept; None keeps all."""
 
