@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
 from trl_ray.engines.checkpoint_facts import CheckpointFacts, default_kv_bytes, read_facts
+from trl_ray.engines.checkpoint_layout import CheckpointLayout, in_checkpoint_layout
 from trl_ray.engines.completion_scoring import answer_of, top_width
 from trl_ray.engines.sampling import sample_seed
 from trl_ray.engines.thread import EngineThread
@@ -170,6 +171,11 @@ class VLLMBackend:
         self._scores: set[str] = set()
         self._questions: dict[str, _Question] = {}
         self._version = CHECKPOINT_VERSION.version
+        self._layout = CheckpointLayout(
+            model=common["model"],
+            trust_remote_code=common["trust_remote_code"],
+            revision=common.get("revision"),
+        )
         self._max_logprobs = 0
         self._llm: Any = None
         self._facts: CheckpointFacts | None = None
@@ -190,7 +196,7 @@ class VLLMBackend:
             config_changes=self._config_changes,
         )
         self._facts = facts
-        self._max_model_len = min(self._max_model_len, facts.max_positions)
+        self._max_model_len = min(self._max_model_len, facts.max_positions or self._max_model_len)
         prepare_environment(on_gpu=torch.cuda.is_available())
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -294,7 +300,7 @@ class VLLMBackend:
     def load(self, payload: WeightPayload) -> None:
         """Preempt running requests (they keep their tokens), drop all KV, load, and label what follows."""
         self._llm.reset_prefix_cache(reset_running_requests=True)
-        self._llm.collective_rpc(reload_worker, args=(payload,))
+        self._llm.collective_rpc(reload_worker, args=(payload, self._layout))
         self._llm.set_weight_version(str(payload.identity.version))
         self._version = payload.identity.version
 
@@ -351,6 +357,8 @@ class VLLMBackend:
             # A split prompt makes vLLM rewind the request's generator, which CPU generators cannot: the engine dies.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(length, _CPU_BATCHED_TOKENS),
+            # States of recurrent layers are kept for prefixes only where prompts may be split.
+            **({"enable_prefix_caching": False} if facts.is_recurrent else {}),
         }
 
     def _params(self, request: GenerationRequest, index: int, *, room: int) -> Any:
@@ -463,10 +471,16 @@ def prepare_environment(*, on_gpu: bool) -> None:
 
 
 @torch.no_grad()
-def reload_worker(worker: Any, payload: WeightPayload) -> None:
+def reload_worker(worker: Any, payload: WeightPayload, layout: CheckpointLayout) -> None:
     """Load a payload into the model of one vLLM worker; runs inside the worker."""
-    worker.reload_weights(weights_iterator=named_tensors(payload))
-    repack_tied_heads(worker.model_runner.get_model())
+    if not hasattr(worker, "trl_ray_empty_model"):  # made once: large models take a second
+        worker.trl_ray_empty_model = layout.empty()
+    weights = in_checkpoint_layout(worker.trl_ray_empty_model, named_tensors(payload))
+    worker.reload_weights(weights_iterator=iter(weights))
+    model = worker.model_runner.get_model()
+    reload_written_past(model, weights)
+    repack_tied_heads(model)
+    repack_experts(model)
 
 
 def repack_tied_heads(model: torch.nn.Module) -> None:
@@ -480,3 +494,34 @@ def repack_tied_heads(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
             module.quant_method.process_weights_after_loading(module)
+
+
+def reload_written_past(model: torch.nn.Module, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Load once more what vLLM's loader of gpt-oss writes into parameters by itself: experts and attention sinks.
+
+    A reload gathers what is given to loaders of parameters; what is written past them gets lost, and old values stay.
+    """
+    if type(model).__name__ != "GptOssForCausalLM":
+        return
+    # Copies, as the loader of some ranks writes zeros into biases.
+    past = [(name, tensor.clone()) for name, tensor in weights if ".experts." in name or name.endswith(".sinks")]
+    model.load_weights(iter(past))  # type: ignore[operator]
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.process_weights_after_loading(module)
+
+
+def repack_experts(model: torch.nn.Module) -> None:
+    """Pack experts anew where vLLM computes with a packed layout of them (CPU).
+
+    vLLM packs them when their kernel is made, which is once: a reload would leave plain weights for a kernel that reads
+    packed ones.
+    """
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        if isinstance(experts, CPUUnquantizedExperts):
+            experts.process_weights_after_loading(module)

@@ -67,10 +67,10 @@ def test_each_option_of_another_framework_is_answered_in_one_message() -> None:
 
 
 def test_entries_of_datasets_are_answered_by_their_names() -> None:
-    entry = {"path": "a", "type": "chat_template", "field_messages": "turns", "roles_to_train": ["assistant"]}
+    entry = {"path": "a", "type": "pygmalion", "field_messages": "turns", "roles_to_train": ["assistant"]}
     lines = refusal(SFTConfig, datasets=[{"path": "b"}, entry]).split("\n")
-    assert [line.split("'")[1] for line in lines] == ["datasets.1.field_messages", "datasets.1.roles_to_train"]
-    assert "column_mapping" in lines[0] and "assistant_only_loss" in lines[1]
+    assert [line.split("'")[1] for line in lines] == [f"datasets.1.{name}" for name in list(entry)[1:]]
+    assert "told by their columns" in lines[0] and "column_mapping" in lines[1] and "assistant_only_loss" in lines[2]
 
 
 def test_what_stands_twice_and_what_belongs_to_another_pipeline_is_refused() -> None:

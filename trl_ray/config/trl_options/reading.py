@@ -13,18 +13,17 @@ from typing import Any
 from trl_ray.config.trl_options.dataset_entries_table import ENTRIES
 from trl_ray.config.trl_options.foreign_option import ForeignOption, Reading, standing_for
 from trl_ray.config.trl_options.frameworks_table import OPEN_R1, OPENRLHF, PRIME_RL, VERL
-from trl_ray.config.trl_options.neighbours_table import AXOLOTL, AXOLOTL_DATASETS, FACTORY, HANDBOOK
+from trl_ray.config.trl_options.neighbours_table import AXOLOTL, FACTORY, HANDBOOK
 from trl_ray.config.trl_options.table_rows import Rows
 from trl_ray.config.trl_options.trainer_table import ENGINES, TEACHERS, TRAINERS
 from trl_ray.config.trl_options.training_table import TRAINING
 
 _TABLES: tuple[Rows, ...] = (
     *(TRAINING, TRAINERS, ENGINES, TEACHERS),
-    *(FACTORY, AXOLOTL, AXOLOTL_DATASETS, HANDBOOK, ENTRIES),
+    *(FACTORY, AXOLOTL, HANDBOOK, ENTRIES),
     *(OPEN_R1, OPENRLHF, VERL, PRIME_RL),
 )
-_PLACE = re.compile(r"\.\d+(?=\.)")
-"""Of an entry of a list: ``datasets.0.type`` is ``datasets.type``."""
+_ENTRY = re.compile(r"\.\d+\.")
 _BLOCKS = ("trl",)
 """Sections of axolotl's that hold options of the run."""
 ABSENT = object()
@@ -48,8 +47,8 @@ def entry_of(name: str, known: Container[str]) -> ForeignOption | None:
         name: of the option.
         known: options of the configuration.
     """
-    name = _PLACE.sub("", name)
-    entries = tuple(entry for table in _TABLES for entry in table.get(name, ()))
+    written = _ENTRY.sub(".", name)
+    entries = tuple(entry for table in _TABLES for entry in table.get(written, ()))
     found = standing_for(entries, known)
     if found is not None and found.becomes is not None and found.becomes not in known and "." not in found.becomes:
         # Another name of an option that is none of ours either.

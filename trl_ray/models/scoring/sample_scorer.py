@@ -33,6 +33,8 @@ _PROBE_TOLERANCE = 2e-2
 """Mean difference of probe log-probs in nats, or of class logits in shares of how far these differ among each other,
 that float32 may show; a wrong mask is off by far more."""
 _TINY = 1e-12
+_CANNOT_READ = (ValueError, TypeError, RuntimeError, AttributeError, IndexError)
+"""What architectures raise at masks that they did not expect."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -243,19 +245,29 @@ class SampleScorer:
         group = [_probe_sample(prompt, np.array(ids, dtype=np.int32)) for ids in ([9, 10, 11], [12, 13], [14, 9, 12])]
         scores = []
         with self._evaluation():
-            for attention in (kind, AttentionKind.CAUSAL):
+            for attention in (AttentionKind.CAUSAL, kind):
                 layout = self._lay_out(group, share=share, attention=attention)
                 assert layout is not None, "the probe has trained tokens"
-                scores.append(self._run(layout, temperature=1.0)[0])
+                try:
+                    scores.append(self._run(layout, temperature=1.0)[0])
+                except _CANNOT_READ as error:
+                    if attention is not kind:
+                        raise
+                    return self._reads_apart(kind, f"cannot read a shared row ({type(error).__name__}: {error})")
         difference = float((scores[0] - scores[1]).abs().mean())
         if self.classifies:
             # Unlike log-probs, class logits have no unit: they are measured by how far they differ among each other.
             difference /= max(float((scores[1] - scores[1].mean(dim=0)).abs().mean()), _TINY)
         if difference <= (0.2 if self._is_half() else _PROBE_TOLERANCE):
             return kind
+        unit = "of its logits" if self.classifies else "nats"
+        return self._reads_apart(kind, f"is off by {difference:.3g} {unit} in a shared row")
+
+    def _reads_apart(self, kind: AttentionKind, why: str) -> AttentionKind:
+        """A model that does not read shared rows reads one sequence a row."""
         if kind is AttentionKind.SEGMENTS:
             self._model.set_attn_implementation("sdpa")
-        self._refuse(f"is off by {difference:.3g} {'of its logits' if self.classifies else 'nats'} in a shared row")
+        self._refuse(why)
         return AttentionKind.CAUSAL
 
     @contextmanager
