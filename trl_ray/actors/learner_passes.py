@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -89,6 +90,7 @@ class Passes:
         on_progress: called after each pass.
         teacher: the one that the learner holds; None where samples come with what teachers said, or without.
         clip_bounds: importance ratios beyond which a token counts as far off.
+        router_aux_loss_coef: weight of the auxiliary loss of the scorer's routers; 0: there is none.
     """
 
     def __init__(
@@ -103,10 +105,12 @@ class Passes:
         on_progress: Callable[[], None],
         teacher: Companion | None = None,
         clip_bounds: tuple[float, float] = (0.8, 1.2),
+        router_aux_loss_coef: float = 0.0,
     ) -> None:
         self._scorer, self._reference, self._loss, self._backend = scorer, reference, loss, backend
         self._ranks, self._device, self._on_progress = ranks, device, on_progress
         self._needs, self._clip_bounds = loss.needs, clip_bounds
+        self._aux_coef = router_aux_loss_coef if scorer.routers is not None else 0.0
         self._taught: TaughtScorer | None = None
         if self._needs.teacher is not None:
             self._taught = TaughtScorer(
@@ -136,7 +140,7 @@ class Passes:
                 inputs = self._inputs(part, totals, tokens, asks_reference=asks_reference)
                 if inputs is None:
                     continue
-                output = self._loss(inputs)
+                output = self._with_aux_loss(self._loss(inputs), totals)
                 agreement.add(inputs)
                 value = float(output.loss.detach())
                 problem = problem or self._check(batch.step, number, samples, part, inputs, value)
@@ -183,9 +187,18 @@ class Passes:
         known = known or precomputed_references(batch.samples) is not None
         return not all(self._ranks.gather(known) if self._backend.in_step else [known])
 
+    def _with_aux_loss(self, output: LossOutput, totals: StepTotals) -> LossOutput:
+        """The loss with that of the routers of the same pass, a mean over micro-batches."""
+        aux = None if not self._aux_coef or self._scorer.routers is None else self._scorer.routers.take()
+        if aux is None:
+            return output
+        loss = output.loss + self._aux_coef * aux / max(totals.num_micro_batches, 1)
+        return LossOutput(loss=loss, metrics={**output.metrics, "aux_loss": Metric(value=float(aux.detach()))})
+
     def _parts(self, samples: Samples) -> Iterator[_Part]:
         """Samples without gradient still count in the metrics, at a third of the work."""
-        if self._backend.in_step:
+        # Routers learn from every token.
+        if self._backend.in_step or self._aux_coef:
             yield _Part(samples=samples, with_gradient=True)
             return
         moving = [sample for sample in samples if self._loss.has_gradient(sample)]
@@ -195,7 +208,8 @@ class Passes:
 
     def _inputs(self, part: _Part, totals: StepTotals, tokens: int, *, asks_reference: bool) -> LossInputs | None:
         """Everything the loss wants to know of some samples; None when none of their tokens is trained on."""
-        with torch.set_grad_enabled(part.with_gradient):
+        routers = self._scorer.routers if part.with_gradient else None
+        with torch.set_grad_enabled(part.with_gradient), nullcontext() if routers is None else routers.listening():
             found = (self._taught or self._scorer).score(part.samples)
         if found is None:
             return None

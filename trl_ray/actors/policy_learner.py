@@ -57,6 +57,7 @@ from trl_ray.models.companions.resident_teacher import build_resident_teacher
 from trl_ray.models.policy_loading import load_policy, load_tokenizer
 from trl_ray.models.scoring.classifier import ClassifierModule, load_classifier, load_classifier_tokenizer
 from trl_ray.models.scoring.predictor import Predictor, Preprocess
+from trl_ray.models.scoring.router_loss import RouterLoss, aux_loss_coefficient
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
 from trl_ray.models.scoring.scoring_module import PredictorModule
 from trl_ray.models.weight_payload import build_manifest, export_weights
@@ -199,6 +200,9 @@ class PolicyLearner:
             forward=self._backend.module,
             needs=self._loss.needs,
         )
+        aux_coef = aux_loss_coefficient(self._model.config, training.router_aux_loss_coef)
+        if aux_coef and self._loss.needs.head is HeadKind.LANGUAGE:
+            self._scorer.routers = RouterLoss(self._model)
         self._reference = build_reference(
             model=model,
             training=training,
@@ -229,6 +233,7 @@ class PolicyLearner:
             on_progress=self._count_progress,
             teacher=self._teacher,
             clip_bounds=self._loss_options.clip_bounds,
+            router_aux_loss_coef=aux_coef,
         )
         if self._checkpoint is not None:
             self._restore(self._checkpoint)

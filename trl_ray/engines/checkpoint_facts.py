@@ -13,7 +13,7 @@ from typing import Any, cast
 from transformers import AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from trl_ray.engines.checkpoint_layout import empty_model
+from trl_ray.engines.checkpoint_layout import CheckpointLayout, empty_model
 from trl_ray.errors import ModelError
 from trl_ray.models.vocabulary import missing_rows
 from trl_ray.models.weight_payload import build_manifest
@@ -39,6 +39,7 @@ class CheckpointFacts:
     manifest: tuple[TensorEntry, ...]
     """Names and shapes of all parameters; tied ones once. Dtypes are not binding."""
     kv_bytes_per_token: int
+    layout: CheckpointLayout
     is_recurrent: bool = False
     """Whether layers keep a state of their own (state spaces, linear attention, short convolutions)."""
 
@@ -140,6 +141,7 @@ def read_facts(
         max_positions=positions_of(text),
         manifest=build_manifest((name, parameter) for name, parameter in skeleton.named_parameters()),
         kv_bytes_per_token=kv_bytes_per_token(config, dtype),
+        layout=CheckpointLayout.of(skeleton),
         is_recurrent=is_recurrent(skeleton),
     )
 

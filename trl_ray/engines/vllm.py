@@ -166,11 +166,6 @@ class VLLMBackend:
         self._scores: set[str] = set()
         self._questions: dict[str, _Question] = {}
         self._version = CHECKPOINT_VERSION.version
-        self._layout = CheckpointLayout(
-            model=common["model"],
-            trust_remote_code=common["trust_remote_code"],
-            revision=common.get("revision"),
-        )
         self._max_logprobs = 0
         self._llm: Any = None
         self._facts: CheckpointFacts | None = None
@@ -290,7 +285,8 @@ class VLLMBackend:
     def load(self, payload: WeightPayload) -> None:
         """Preempt running requests (they keep their tokens), drop all KV, load, and label what follows."""
         self._llm.reset_prefix_cache(reset_running_requests=True)
-        self._llm.collective_rpc(reload_worker, args=(payload, self._layout))
+        assert self._facts is not None, "an engine is built before weights are loaded"
+        self._llm.collective_rpc(reload_worker, args=(payload, self._facts.layout))
         self._llm.set_weight_version(str(payload.identity.version))
         self._version = payload.identity.version
 
@@ -454,9 +450,7 @@ def prepare_environment(*, on_gpu: bool) -> None:
 @torch.no_grad()
 def reload_worker(worker: Any, payload: WeightPayload, layout: CheckpointLayout) -> None:
     """Load a payload into the model of one vLLM worker; runs inside the worker."""
-    if not hasattr(worker, "trl_ray_empty_model"):  # made once: large models take a second
-        worker.trl_ray_empty_model = layout.empty()
-    weights = in_checkpoint_layout(worker.trl_ray_empty_model, named_tensors(payload))
+    weights = in_checkpoint_layout(layout, named_tensors(payload))
     worker.reload_weights(weights_iterator=iter(weights))
     model = worker.model_runner.get_model()
     reload_written_past(model, weights)

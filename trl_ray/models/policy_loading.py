@@ -31,6 +31,7 @@ from trl_ray.models.adapters.adapter_config import adapter_size, base_of_adapter
 from trl_ray.models.adapters.lora import REFERENCE, attach_adapter, load_adapter
 from trl_ray.models.dropout import check_without_dropout, switch_off_dropout
 from trl_ray.models.scoring.head import check_head
+from trl_ray.models.scoring.segment_attention import heed_soft_cap
 from trl_ray.models.vocabulary import add_rows, adopt_template, missing_rows, names_tokenizer
 
 Policy: TypeAlias = PreTrainedModel
@@ -213,6 +214,8 @@ def load_base(
         raise ModelError(_why_not(name, error)) from error
     policy, info = cast("tuple[Policy, dict[str, Any]]", loaded)
     policy.config.use_cache = False
+    if model.attn_implementation is None:
+        heed_soft_cap(policy)
     _follow_tokenizer(policy, model, source)
     return policy, set(info["missing_keys"])
 

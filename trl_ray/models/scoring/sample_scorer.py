@@ -22,6 +22,7 @@ from trl_ray.config.sections import SharePrompt
 from trl_ray.errors import ModelError
 from trl_ray.models.scoring.embedding_noise import noise_bounds
 from trl_ray.models.scoring.head import head_weight
+from trl_ray.models.scoring.router_loss import RouterLoss
 from trl_ray.models.scoring.scoring_module import HeadQuestion, PredictorModule, ScoringModule, token_scores
 from trl_ray.models.scoring.segment_attention import SEGMENT_ATTENTION, attention_kind
 from trl_ray.types import FloatArray, IntArray, TrainingGap, TrainingSample
@@ -81,6 +82,8 @@ class SampleScorer:
         )
         self._device = head_weight(self._model).device
         self._hidden_size = int(self._model.config.get_text_config().hidden_size)
+        self.routers: RouterLoss | None = None
+        """Of a mixture of experts whose routers have a loss."""
         # Proved rather than believed: a mask that is not obeyed gives wrong numbers and no error.
         self._attention = self._prove_attention(attention_kind(self._model))
 
@@ -200,6 +203,9 @@ class SampleScorer:
     ) -> tuple[Tensor, ...]:
         """One forward pass; hidden states alone without the head."""
         layout = layout.to(self._device)
+        if self.routers is not None:
+            # A real token's sequence has a prompt and a completion; padding stands alone.
+            self.routers.real = (layout.lengths > 1).flatten()
         # Classifiers are never asked about teachers, and take no such question.
         asked = {} if question is None else {"question": question}
         return self._forward(
