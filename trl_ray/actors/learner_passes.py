@@ -90,7 +90,6 @@ class Passes:
         on_progress: called after each pass.
         teacher: the one that the learner holds; None where samples come with what teachers said, or without.
         clip_bounds: importance ratios beyond which a token counts as far off.
-        router_aux_loss_coef: weight of the auxiliary loss of the scorer's routers; 0: there is none.
     """
 
     def __init__(
@@ -105,12 +104,10 @@ class Passes:
         on_progress: Callable[[], None],
         teacher: Companion | None = None,
         clip_bounds: tuple[float, float] = (0.8, 1.2),
-        router_aux_loss_coef: float = 0.0,
     ) -> None:
         self._scorer, self._reference, self._loss, self._backend = scorer, reference, loss, backend
         self._ranks, self._device, self._on_progress = ranks, device, on_progress
         self._needs, self._clip_bounds = loss.needs, clip_bounds
-        self._aux_coef = router_aux_loss_coef if scorer.routers is not None else 0.0
         self._taught: TaughtScorer | None = None
         if self._needs.teacher is not None:
             self._taught = TaughtScorer(
@@ -189,16 +186,17 @@ class Passes:
 
     def _with_aux_loss(self, output: LossOutput, totals: StepTotals) -> LossOutput:
         """The loss with that of the routers of the same pass, a mean over micro-batches."""
-        aux = None if not self._aux_coef or self._scorer.routers is None else self._scorer.routers.take()
-        if aux is None:
+        routers = self._scorer.routers
+        aux = None if routers is None else routers.take()
+        if routers is None or aux is None:
             return output
-        loss = output.loss + self._aux_coef * aux / max(totals.num_micro_batches, 1)
+        loss = output.loss + routers.coefficient * aux / max(totals.num_micro_batches, 1)
         return LossOutput(loss=loss, metrics={**output.metrics, "aux_loss": Metric(value=float(aux.detach()))})
 
     def _parts(self, samples: Samples) -> Iterator[_Part]:
         """Samples without gradient still count in the metrics, at a third of the work."""
         # Routers learn from every token.
-        if self._backend.in_step or self._aux_coef:
+        if self._backend.in_step or self._scorer.routers is not None:
             yield _Part(samples=samples, with_gradient=True)
             return
         moving = [sample for sample in samples if self._loss.has_gradient(sample)]

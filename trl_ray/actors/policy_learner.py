@@ -57,7 +57,7 @@ from trl_ray.models.companions.resident_teacher import build_resident_teacher
 from trl_ray.models.policy_loading import load_policy, load_tokenizer
 from trl_ray.models.scoring.classifier import ClassifierModule, load_classifier, load_classifier_tokenizer
 from trl_ray.models.scoring.predictor import Predictor, Preprocess
-from trl_ray.models.scoring.router_loss import RouterLoss, aux_loss_coefficient
+from trl_ray.models.scoring.router_loss import router_loss
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
 from trl_ray.models.scoring.scoring_module import PredictorModule
 from trl_ray.models.weight_payload import build_manifest, export_weights
@@ -73,7 +73,6 @@ from trl_ray.types import (
     PredictionBatch,
     Reduce,
     SampleScores,
-    ScoredSequence,
     StepResult,
     TensorEntry,
     TrainBatch,
@@ -200,9 +199,8 @@ class PolicyLearner:
             forward=self._backend.module,
             needs=self._loss.needs,
         )
-        aux_coef = aux_loss_coefficient(self._model.config, training.router_aux_loss_coef)
-        if aux_coef and self._loss.needs.head is HeadKind.LANGUAGE:
-            self._scorer.routers = RouterLoss(self._model)
+        if self._loss.needs.head is HeadKind.LANGUAGE:
+            self._scorer.routers = router_loss(self._model, training.router_aux_loss_coef)
         self._reference = build_reference(
             model=model,
             training=training,
@@ -233,7 +231,6 @@ class PolicyLearner:
             on_progress=self._count_progress,
             teacher=self._teacher,
             clip_bounds=self._loss_options.clip_bounds,
-            router_aux_loss_coef=aux_coef,
         )
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
@@ -474,18 +471,9 @@ class PolicyLearner:
         """
         self._require_language_head("weight_check")
         with self._busy("weight_check"), keep_random_state():
-            logprobs, *others = (self._scorer.sequence_logprobs(ids) for ids in (token_ids, *further))
-            longest = max((token_ids, *further), key=len)
-            training = self._scorer.training_gap(longest) if asks_training and len(longest) >= 4 else None
-        return WeightCheck(
-            token_ids=token_ids,
-            logprobs=logprobs,
-            version=self._version,
-            further=tuple(
-                ScoredSequence(token_ids=ids, logprobs=values) for ids, values in zip(further, others, strict=True)
-            ),
-            training=training,
-        )
+            return self._scorer.weight_check(
+                token_ids, version=self._version, further=further, asks_training=asks_training
+            )
 
     def save(
         self,

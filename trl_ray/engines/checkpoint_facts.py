@@ -40,6 +40,8 @@ class CheckpointFacts:
     """Names and shapes of all parameters; tied ones once. Dtypes are not binding."""
     kv_bytes_per_token: int
     layout: CheckpointLayout
+    base_class: type[Any]
+    """Of transformers, without the head."""
     is_recurrent: bool = False
     """Whether layers keep a state of their own (state spaces, linear attention, short convolutions)."""
 
@@ -142,6 +144,7 @@ def read_facts(
         manifest=build_manifest((name, parameter) for name, parameter in skeleton.named_parameters()),
         kv_bytes_per_token=kv_bytes_per_token(config, dtype),
         layout=CheckpointLayout.of(skeleton),
+        base_class=type(skeleton.base_model),
         is_recurrent=is_recurrent(skeleton),
     )
 

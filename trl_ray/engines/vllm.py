@@ -190,8 +190,10 @@ class VLLMBackend:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        with _random_state_kept():
-            self._llm = LLMEngine.from_engine_args(EngineArgs(**self._arguments(facts)))
+        arguments = self._arguments(facts)
+        kept = _class_kept(facts.base_class) if arguments["enforce_eager"] else contextlib.nullcontext()
+        with _random_state_kept(), kept:
+            self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self._llm.set_weight_version(str(CHECKPOINT_VERSION.version))
         most = int(self._llm.model_config.max_logprobs)
         self._max_logprobs = most if most >= 0 else facts.vocab_size
@@ -430,6 +432,25 @@ def _random_state_kept() -> Iterator[None]:
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
+
+
+@contextlib.contextmanager
+def _class_kept(cls: type[Any]) -> Iterator[None]:
+    """vLLM makes models that it has no code for of transformers' classes, which it changes so that they compile.
+
+    Where nothing is compiled these are put back: a learner in this process has models of the same classes.
+    """
+    bases, own = cls.__bases__, {name: vars(cls).get(name) for name in ("__init__", "__call__")}
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            if value is not None:
+                setattr(cls, name, value)
+            elif name in vars(cls):
+                delattr(cls, name)
+        if cls.__bases__ != bases:
+            cls.__bases__ = bases
 
 
 def prepare_environment(*, on_gpu: bool) -> None:

@@ -41,6 +41,16 @@ def aux_loss_coefficient(config: Any, asked: float | None) -> float:
     return float(coefficient or 0.0) if has_loss else 0.0
 
 
+def router_loss(policy: nn.Module, asked: float | None) -> RouterLoss | None:
+    """The loss of a policy's routers; None where it has no weight.
+
+    Raises:
+        ModelError: it is asked for and cannot be had.
+    """
+    coefficient = aux_loss_coefficient(policy.config, asked)
+    return RouterLoss(policy, coefficient) if coefficient else None
+
+
 class RouterLoss:
     """Gathers what the routers of a model say, and makes the loss of it::
 
@@ -50,12 +60,14 @@ class RouterLoss:
 
     Args:
         policy: a mixture of experts.
+        coefficient: weight of the loss.
 
     Raises:
         ModelError: its routers or its numbers of experts are not known.
     """
 
-    def __init__(self, policy: nn.Module) -> None:
+    def __init__(self, policy: nn.Module, coefficient: float) -> None:
+        self.coefficient = coefficient
         config: Any = policy.config.get_text_config()  # type: ignore[operator,union-attr]
         found = [int(value) for name in _EXPERTS if (value := getattr(config, name, None))]
         recorders = _recorders(policy)

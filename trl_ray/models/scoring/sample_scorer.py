@@ -25,7 +25,7 @@ from trl_ray.models.scoring.head import head_weight
 from trl_ray.models.scoring.router_loss import RouterLoss
 from trl_ray.models.scoring.scoring_module import HeadQuestion, PredictorModule, ScoringModule, token_scores
 from trl_ray.models.scoring.segment_attention import SEGMENT_ATTENTION, attention_kind
-from trl_ray.types import FloatArray, IntArray, TrainingGap, TrainingSample
+from trl_ray.types import FloatArray, IntArray, ScoredSequence, TrainingGap, TrainingSample, WeightCheck
 
 __all__ = ["ClassScores", "SampleScorer", "ScoringModule"]
 
@@ -152,6 +152,22 @@ class SampleScorer:
         with self._evaluation():
             values: FloatArray = self._run(layout, temperature=1.0)[0].cpu().numpy()
         return values
+
+    def weight_check(
+        self, token_ids: IntArray, *, version: int, further: Sequence[IntArray], asks_training: bool
+    ) -> WeightCheck:
+        """What engines that have these weights are held against; see `PolicyLearner.weight_check`."""
+        logprobs, *others = (self.sequence_logprobs(ids) for ids in (token_ids, *further))
+        longest = max((token_ids, *further), key=len)
+        return WeightCheck(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            version=version,
+            further=tuple(
+                ScoredSequence(token_ids=ids, logprobs=values) for ids, values in zip(further, others, strict=True)
+            ),
+            training=self.training_gap(longest) if asks_training and len(longest) >= 4 else None,
+        )
 
     @torch.no_grad()
     def training_gap(self, token_ids: IntArray) -> TrainingGap:
