@@ -156,7 +156,7 @@ class Run:
             config=self.config,
             task=ExampleTask.UNPAIRED_WITH_KL if kto else ExampleTask.SUPERVISED,
             loss=loss,
-            totals_of=build_loss(loss).totals,
+            built=build_loss(loss),
             inputs=DatasetInputs(),
             tokenizer=None,
             train=None,

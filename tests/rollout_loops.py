@@ -57,6 +57,8 @@ class Prompts:
     def __len__(self) -> int:
         return 4
 
+    fingerprint = columns_fingerprint = "f"
+
     def prompt(self, ordinal: int) -> Any:
         self._log.append(f"prompt {ordinal}")
         return prompt(ordinal)

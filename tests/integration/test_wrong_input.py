@@ -249,12 +249,12 @@ CASES = [
     Case(
         name="an argument for from_pretrained",
         changes={"model_init_kwargs": {"device_map": "auto"}},
-        says=["model_init_kwargs", "'device_map'", "torch_dtype"],
+        says=["model_init_kwargs", "device_map='auto'", "The run places the model itself"],
     ),
     Case(
         name="an argument for generate",
         changes={"generation_kwargs": {"num_beams": 4}},
-        says=["generation_kwargs", "'num_beams'", "min_new_tokens"],
+        says=["generation_kwargs", "num_beams=4", "single samples"],
     ),
     # Self-distillation
     Case(

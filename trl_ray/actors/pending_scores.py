@@ -68,7 +68,13 @@ class PendingScores:
 
 
 async def ask_for_scores(
-    handle: Handle, prompt: Prompt, completions: Sequence[Completion], *, key: str, patience: Patience
+    handle: Handle,
+    prompt: Prompt,
+    completions: Sequence[Completion],
+    *,
+    key: str,
+    patience: Patience,
+    **more: Any,
 ) -> ScoredGroup:
     """Have an actor score a group, however long others take before it.
 
@@ -78,14 +84,13 @@ async def ask_for_scores(
         completions: of the group.
         key: one for each group and attempt; no other caller may have it.
         patience: for an actor that answers no question at all.
+        more: arguments of its `score`.
 
     Raises:
         ActorLostError, DeadlineError: it does not answer any more.
     """
-    wait_s = min(_WAIT_S, patience.deadline_s / 2)
+    given = {"completions": tuple(completions), "key": key, "wait_s": min(_WAIT_S, patience.deadline_s / 2), **more}
     while True:
-        scored: ScoredGroup | None = await call_patiently(
-            handle, "score", patience, group_prompt=prompt, completions=tuple(completions), key=key, wait_s=wait_s
-        )
+        scored: ScoredGroup | None = await call_patiently(handle, "score", patience, group_prompt=prompt, **given)
         if scored is not None:
             return scored

@@ -132,6 +132,8 @@ class PolicyLearner:
             torch.set_num_threads(threads)
         if training.full_determinism:
             compute_deterministically()
+        if training.tf32 is not None:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32
         if checkpoint is not None:
             # Before anything is loaded, so that a damaged one is found in seconds.
             verify_checkpoint(checkpoint)
@@ -374,6 +376,8 @@ class PolicyLearner:
                 for companion in self._companions:
                     if companion.is_due(batch.step):
                         companion.after_step(batch.step, self._backend.weights())
+                if batch.step % (self._training.torch_empty_cache_steps or batch.step + 1) == 0:
+                    torch.cuda.empty_cache()
         return StepResult(
             version=self._version,
             loss=math.nan if problem else sum(passed.loss for passed in every),

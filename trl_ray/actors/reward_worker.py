@@ -24,7 +24,7 @@ from trl_ray.config.sections import Isolation
 from trl_ray.errors import ActorLostError, DeadlineError
 from trl_ray.rewards.reward_registry import RewardSpec, load_function
 from trl_ray.rewards.sandbox import Sandbox
-from trl_ray.rewards.scoring import GroupInput, join_scores, score_group, weighted
+from trl_ray.rewards.scoring import GroupInput, RawTexts, TrainingCourse, join_scores, score_group, weighted
 from trl_ray.types import (
     ActorReport,
     Completion,
@@ -67,8 +67,9 @@ class RewardWorker:
         isolation: Isolation,
         name: str,
         models: Sequence[ScoringModel] = (),
+        course: TrainingCourse | None = None,
     ) -> None:
-        self.name = name
+        self.name, self._course = name, course
         self._functions = tuple(functions)
         names = [spec.name for spec in self._functions]
         self._weights = dict(zip(names, [1.0] * len(names) if weights is None else weights, strict=True))
@@ -95,26 +96,31 @@ class RewardWorker:
         group_prompt: Prompt,
         completions: Sequence[Completion],
         *,
+        raw: RawTexts | None = None,
         key: str | None = None,
         wait_s: float = 0.0,
     ) -> ScoredGroup | None:
         """Rewards of the G completions of one prompt, or the failure that explains why there are none.
 
-        With a `key` it answers None after `wait_s`, to be asked again; without, it answers when the group is scored.
+        `raw` is for functions that ask for special tokens. With a `key` it answers None after `wait_s`, to be asked
+        again; without, it answers when the group is scored.
 
         consumes: one group; produces: one ScoredGroup; waits for: the groups before it, the functions and the reward
         models; unblocked by: their return, or their deadline.
         """
         if key is None:
-            return await self._score(group_prompt, completions)
-        return await self._pending.get(key, lambda: self._score(group_prompt, completions), wait_s=wait_s)
+            return await self._score(group_prompt, completions, raw)
+        return await self._pending.get(key, lambda: self._score(group_prompt, completions, raw), wait_s=wait_s)
 
-    async def _score(self, group_prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
+    async def _score(
+        self, group_prompt: Prompt, completions: Sequence[Completion], raw: RawTexts | None
+    ) -> ScoredGroup:
         start = time.time()
         rated = asyncio.gather(*(model.score(group_prompt, completions) for model in self._models))
         scores = []
         if self._functions:
-            start, by_functions = await self._score_by_functions(group_prompt, completions)
+            group = GroupInput.of(group_prompt, completions, raw=raw, course=self._course)
+            start, by_functions = await self._score_by_functions(group, len(completions))
             scores.append(by_functions)
         scored = join_scores([*scores, *await rated], weights=self._weights)
         self._log.span("score", start)
@@ -135,9 +141,8 @@ class RewardWorker:
         """Kill the sandbox; groups under way or queued are answered with CRASH. May be called twice."""
         self._sandbox.close()
 
-    async def _score_by_functions(self, prompt: Prompt, completions: Sequence[Completion]) -> tuple[float, ScoredGroup]:
+    async def _score_by_functions(self, group: GroupInput, size: int) -> tuple[float, ScoredGroup]:
         """When the group's turn came, and what the functions say."""
-        group = GroupInput.of(prompt, completions)
         if self._inline:
             return time.time(), await self._score_inline(group)
         call = next(self._calls)
@@ -145,7 +150,7 @@ class RewardWorker:
         def on_start() -> None:
             self._busy[call] = time.time()
 
-        future = self._sandbox.submit(group, size=len(completions), on_start=on_start)
+        future = self._sandbox.submit(group, size=size, on_start=on_start)
         try:
             scored = await asyncio.wrap_future(future)
         finally:

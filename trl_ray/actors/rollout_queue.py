@@ -13,10 +13,12 @@ import asyncio
 import fcntl
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from trl_ray.actors.actor_log import ActorLog
+from trl_ray.algorithms.policy.advantages import clip_reward
 from trl_ray.buffer.durable import DurableLedger
 from trl_ray.buffer.entry import BufferRules, Change, ChangeKind, LedgerSnapshot, Outcome, WaitingGroup
 from trl_ray.buffer.journal import lock_path
@@ -34,6 +36,8 @@ from trl_ray.wire.group_payload import decode_group, decode_prompt, encode_group
 
 T = TypeVar("T")
 
+_FAILURES = frozenset({DropReason.REWARD_FAILED, DropReason.TEACHER_FAILED, DropReason.REFUSED})
+_NOTHING_TO_LEARN = frozenset({DropReason.ZERO_VARIANCE, DropReason.TRUNCATED})
 _LOCK_PATIENCE_S = 5.0
 """A killed predecessor may still be giving up its lock."""
 
@@ -64,6 +68,8 @@ class RolloutQueue:
         adaptive_slots: bool,
         max_look_ahead: int = 1,
         max_attempts: int = 3,
+        reward_clip_range: tuple[float, float] | None = None,
+        max_resampled_groups: int | None = None,
         resume_from_step: int | None = None,
         resume_version: int | None = None,
         name: str = "rollout_queue",
@@ -83,6 +89,9 @@ class RolloutQueue:
             adaptive_slots: whether the controller moves the number of slots in use.
             max_look_ahead: W; up to W-1 younger groups may overtake a straggler.
             max_attempts: how often a group is tried in all.
+            reward_clip_range: bounds of a total reward, within which differences count.
+            max_resampled_groups: of one step, how many groups with nothing to learn are replaced; with one more nothing
+                is admitted any more. None replaces all.
             resume_from_step: step of the checkpoint to go back to; applied once per incarnation.
             resume_version: weight version of that checkpoint; None means the step.
             name: how events name this actor.
@@ -105,6 +114,7 @@ class RolloutQueue:
         )
         self._drop_zero_variance = drop_zero_variance
         self._mask_truncated = mask_truncated
+        self._clip_range, self._max_resampled = reward_clip_range, max_resampled_groups
         self._clock = clock
         self._log = ActorLog(name, clock)
         self._waiters: set[asyncio.Future[None]] = set()
@@ -112,6 +122,10 @@ class RolloutQueue:
         self._lost_workers: set[str] = set()
         self._progress = 0
         self._scorers_failed = 0
+        self._in_a_row: Counter[DropReason] = Counter()
+        """Groups given up since one was committed, by reason."""
+        self._resampled: Counter[DropReason] = Counter()
+        """Groups with nothing to learn since a step was finished, by reason."""
         self._closed = False
         _wait_for_lock(journal_path)
         self._store = DurableLedger(
@@ -130,7 +144,10 @@ class RolloutQueue:
 
     async def wait_for_slots(self, *, wait_s: float) -> int:
         """How many groups may be admitted now; 0 when the deadline passed without a free slot."""
-        return await self._poll(lambda: self._store.slots.free, 0, wait_s)
+        return await self._poll(lambda: 0 if self._resamples_no_more() else self._store.slots.free, 0, wait_s)
+
+    def _resamples_no_more(self) -> bool:
+        return self._max_resampled is not None and self._resampled.total() > self._max_resampled
 
     async def admit(self, *, prompts: Sequence[Prompt], version: int) -> list[int]:
         """Issue one group per prompt, all of them at once, and return their ids in the given order.
@@ -176,6 +193,7 @@ class RolloutQueue:
                     attempt=key.attempt,
                     prompt=decode_prompt(self._store.prompt(key.group_id)),
                     admitted_at_version=key.version,
+                    draw=key.draw,
                 )
                 for key in keys
             ]
@@ -223,12 +241,14 @@ class RolloutQueue:
                 payload=payload,
                 now=now,
             )
+        if outcome is Outcome.APPLIED:
+            self._in_a_row.clear()  # rewards and teachers do work
         return self._done(outcome)
 
     def _nothing_to_learn(self, group: RolloutGroup) -> DropReason | None:
         if self._mask_truncated and all(c.finish_reason is not FinishReason.STOP for c in group.completions):
             return DropReason.TRUNCATED
-        totals = {reward.total for reward in group.rewards if reward.total is not None}
+        totals = {clip_reward(r.total, self._clip_range) for r in group.rewards if r.total is not None}
         if self._drop_zero_variance and len(totals) <= 1:
             return DropReason.ZERO_VARIANCE
         return None
@@ -258,7 +278,7 @@ class RolloutQueue:
         else:
             outcome = self._store.drop(group_id=group_id, attempt=attempt, reason=drop, because=detail, now=now)
         # The learner, who may be waiting for groups, decides whether there were too many.
-        self._scorers_failed += bool({drop, exhausted} & {DropReason.REWARD_FAILED, DropReason.TEACHER_FAILED})
+        self._scorers_failed += bool({drop, exhausted} & _FAILURES)
         if outcome is Outcome.APPLIED and DropReason.TEACHER_FAILED in (drop, exhausted):
             self._log.event(EventKind.TEACHER_FAILED, group_id=group_id, attempt=attempt, detail=detail)
         return self._done(outcome)
@@ -276,7 +296,8 @@ class RolloutQueue:
 
     async def take(self, *, n: int, step: int, wait_s: float) -> list[RolloutGroup]:
         """The `n` groups of `step`, by ascending group id; [] when the deadline passed before they were ready, or when
-        rewards or teacher of a group failed meanwhile, so that the caller may look into it.
+        rewards or teacher of a group failed meanwhile, or too many had nothing to learn, so that the caller may look
+        into it.
 
         Asking again for the same step answers the same groups.
 
@@ -292,17 +313,21 @@ class RolloutQueue:
 
         nothing: list[int] = []
         failed = self._scorers_failed
-        taken = await self._poll(attempt, nothing, wait_s, until=lambda: self._scorers_failed > failed)
+        taken = await self._poll(
+            attempt, nothing, wait_s, until=lambda: self._scorers_failed > failed or self._resamples_no_more()
+        )
         if taken:
             self._done(None)
         return [decode_group(self._store.payload(group_id)) for group_id in taken]
 
     async def trained(self, *, step: int) -> Outcome:
         """The learner has finished `step`; the slots of its groups stay charged."""
+        self._resampled.clear()
         return self._done(self._store.trained(step=step, now=self._clock()))
 
     async def skip(self, *, step: int) -> Outcome:
         """The learner met numbers that are not finite and left the weights alone: the step's groups are dropped."""
+        self._resampled.clear()
         return self._done(self._store.skip(step=step, now=self._clock()))
 
     async def release(self, *, step: int, wait_s: float, step_s: float) -> Outcome:
@@ -331,6 +356,8 @@ class RolloutQueue:
         Raises:
             JournalError: the ledger no longer knows what `step` had trained.
         """
+        self._in_a_row.clear()
+        self._resampled.clear()
         return self._done(self._store.restore(step=step, version=version, mark=mark, now=self._clock()))
 
     async def finish(self) -> LedgerSnapshot:
@@ -365,6 +392,9 @@ class RolloutQueue:
         missing = n - sum(count for state, count in live.items() if state != "taken")
         if missing > 0:
             named.append(f"{missing} groups that were never admitted ({self._store.slots.free} slots are free)")
+        if self._resampled:
+            reasons = ", ".join(f"{reason.value} {count}" for reason, count in self._resampled.items())
+            named.append(f"and {self._resampled.total()} that were dropped since the last step ({reasons})")
         return "waiting for " + "; ".join(named) if named else "waiting for nothing: every group is ready"
 
     async def snapshot(self) -> LedgerSnapshot:
@@ -443,7 +473,20 @@ class RolloutQueue:
         if change.kind is ChangeKind.REISSUED:
             self._log.event(EventKind.GROUP_REISSUED, **key, because=change.because)
         elif change.reason is not None:
-            self._log.event(EventKind.GROUP_DROPPED, **key, because=change.because, reason=change.reason.value)
+            counts = self._counted(change.reason)
+            self._log.event(
+                EventKind.GROUP_DROPPED, **key, because=change.because, reason=change.reason.value, **counts
+            )
+
+    def _counted(self, reason: DropReason) -> dict[str, int]:
+        """How many that makes: `in_a_row` of what fails, `since_step` of what has nothing to learn."""
+        if reason in _FAILURES:
+            self._in_a_row[reason] += 1
+            return {"in_a_row": self._in_a_row[reason]}
+        if reason in _NOTHING_TO_LEARN:
+            self._resampled[reason] += 1
+            return {"since_step": self._resampled.total()}
+        return {}
 
 
 def _wait_for_lock(journal_path: str) -> None:

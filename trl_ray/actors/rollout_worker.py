@@ -31,8 +31,9 @@ from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.data.prompts.reprompts import DecodingTokenizer
 from trl_ray.engines.factory import create_engine
 from trl_ray.engines.thread import EngineThread
-from trl_ray.errors import ActorLostError, DeadlineError, EngineError, RunError, TrlRayError
-from trl_ray.models.policy_loading import find_source, load_tokenizer
+from trl_ray.errors import ActorLostError, DataError, DeadlineError, EngineError, RunError, TrlRayError
+from trl_ray.models.policy_loading import config_changes, find_source, load_tokenizer
+from trl_ray.rewards.scoring import RawTexts
 from trl_ray.types import (
     ActorReport,
     Completion,
@@ -113,6 +114,7 @@ class RolloutWorker:
         rewards: Sequence[Handle],
         teaching: TeachingPlan | None = None,
         teachers: Mapping[str, Sequence[Handle]] | None = None,
+        scores_raw_texts: bool = False,
     ) -> None:
         """Start the engine; takes as long as loading the model does.
 
@@ -128,13 +130,14 @@ class RolloutWorker:
             rewards: reward workers; without any, completions are not scored.
             teaching: what to do about teachers; None is nothing.
             teachers: the copies of each teacher, the default one first; only where actors are asked.
+            scores_raw_texts: tell reward workers what prompts and completions are with their special tokens.
 
         Raises:
             ModelError, EngineError: the policy cannot be loaded.
         """
         self._name, self._model, self._queue, self._rewards = name, model, queue, tuple(rewards)
         self._rollout, self._generation, self._seed = rollout, generation, seed
-        self._sampling = sampling_params(generation)
+        self._sampling, self._eval_sampling = sampling_params(generation), held_out_params(generation)
         top_k = teaching.question.top_k if teaching is not None and teaching.asks is TeacherSeat.OWN_ENGINE else None
         self._engine = open_engine(
             model=model,
@@ -147,6 +150,7 @@ class RolloutWorker:
             self._engine, name=name, model=model, rule=agreement, deadline_s=rollout.hang_deadline_s
         )
         self._teaching = None if teaching is None else self._open_teaching(teaching, teachers or {})
+        self._scores_raw_texts = scores_raw_texts
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight: dict[tuple[int, int], float] = {}
         self._scoring = [0] * len(self._rewards)
@@ -205,7 +209,10 @@ class RolloutWorker:
         """
         count = self._generation.completions_per_held_out_prompt
         requests = [
-            self._request(f"eval-{seed}-{index}", prompt, n=count, seed=_mix(seed, index))
+            replace(
+                self._request(f"eval-{seed}-{index}", prompt, n=count, seed=_mix(seed, index)),
+                sampling=self._eval_sampling,
+            )
             for index, prompt in enumerate(prompts)
         ]
         # Beside the leased groups: the engine shares its steps out among all that it holds.
@@ -291,7 +298,7 @@ class RolloutWorker:
                 f"{ticket.group_id}.{ticket.attempt}",
                 ticket.prompt,
                 n=self._generation.num_generations,
-                seed=_mix(self._seed, ticket.group_id),
+                seed=_mix(self._seed, ticket.group_id, draw=ticket.draw),
             )
             for ticket in tickets
         ]
@@ -309,7 +316,7 @@ class RolloutWorker:
         # Nobody samples a given completion; with the engine's version it ages like those that are sampled beside it.
         version = self._engine.version.version
         asked = [request for prompt, request in zip(prompts, requests, strict=True) if prompt.given_ids is None]
-        sampled = iter(self._engine.submit(asked) if asked else ())
+        sampled = iter(self._submit(asked))
         return [
             next(sampled)
             if prompt.given_ids is None
@@ -317,43 +324,69 @@ class RolloutWorker:
             for prompt, request in zip(prompts, requests, strict=True)
         ]
 
+    def _submit(self, requests: Sequence[GenerationRequest]) -> list[Future[tuple[Completion, ...]]]:
+        """All requests at once; where the engine refuses one of them, each by itself, and that one fails alone."""
+        try:
+            return self._engine.submit(requests) if requests else []
+        except DataError as error:
+            if len(requests) > 1:
+                return [future for request in requests for future in self._submit([request])]
+            refused: Future[tuple[Completion, ...]] = Future()
+            refused.set_exception(error)
+            return [refused]
+
     async def _finish(self, ticket: GroupTicket, future: Future[tuple[Completion, ...]]) -> None:
         """Wait for one group's completions, have them scored and taught, commit or fail."""
-        began = self._in_flight[ticket.group_id, ticket.attempt]
         try:
-            completions = await asyncio.wrap_future(future)
-            # From here on the engine is free for others: this group is scored while the next one is generated.
+            await self._walk(ticket, future)
+        except (DataError, EngineError) as error:
+            # An engine that works, or a ledger, refused this one: nobody else is concerned.
+            if self._engine.broken is not None:
+                raise
             self._room.set()
-            spans = [self._log.span("generate", began)]
-            await self._ask("generated", group_id=ticket.group_id, attempt=ticket.attempt)
-            scored = await self._score(ticket.prompt, completions)
-            if self._rewards:
-                spans.append(self._log.span("score", spans[-1].end))
-            if scored.failure is not None:
-                failure = scored.failure
-                detail = f"reward {failure.function} ({failure.kind}): {failure.detail}"
-                await self._give_back(ticket, detail, DropReason.REWARD_FAILED)
-                return
-            taught = await self._teach(ticket.prompt, completions, scored.rewards)
-            if self._teaching is not None:
-                spans.append(self._log.span("teach", spans[-1].end))
-            if taught.failure is not None:
-                await self._give_back(ticket, str(taught.failure), DropReason.TEACHER_FAILED)
-                return
-            group = RolloutGroup(
-                ticket=ticket,
-                completions=completions,
-                rewards=scored.rewards,
-                worker=self._name,
-                spans=tuple(spans),
-                metrics={**scored.metrics, **taught.metrics},
-                contexts=taught.contexts,
-                teachings=taught.teachings,
+            await self._ask(
+                "fail",
+                group_id=ticket.group_id,
+                attempt=ticket.attempt,
+                detail=str(error),
+                drop=DropReason.REFUSED,
             )
-            await self._ask("commit", group=group)
-            self._progress += 1
         finally:
             self._in_flight.pop((ticket.group_id, ticket.attempt), None)
+
+    async def _walk(self, ticket: GroupTicket, future: Future[tuple[Completion, ...]]) -> None:
+        began = self._in_flight[ticket.group_id, ticket.attempt]
+        completions = await asyncio.wrap_future(future)
+        # From here on the engine is free for others: this group is scored while the next one is generated.
+        self._room.set()
+        spans = [self._log.span("generate", began)]
+        await self._ask("generated", group_id=ticket.group_id, attempt=ticket.attempt)
+        scored = await self._score(ticket.prompt, completions)
+        if self._rewards:
+            spans.append(self._log.span("score", spans[-1].end))
+        if scored.failure is not None:
+            failure = scored.failure
+            detail = f"reward {failure.function} ({failure.kind}): {failure.detail}"
+            await self._give_back(ticket, detail, DropReason.REWARD_FAILED)
+            return
+        taught = await self._teach(ticket.prompt, completions, scored.rewards)
+        if self._teaching is not None:
+            spans.append(self._log.span("teach", spans[-1].end))
+        if taught.failure is not None:
+            await self._give_back(ticket, str(taught.failure), DropReason.TEACHER_FAILED)
+            return
+        group = RolloutGroup(
+            ticket=ticket,
+            completions=completions,
+            rewards=scored.rewards,
+            worker=self._name,
+            spans=tuple(spans),
+            metrics={**scored.metrics, **taught.metrics},
+            contexts=taught.contexts,
+            teachings=taught.teachings,
+        )
+        await self._ask("commit", group=group)
+        self._progress += 1
 
     async def _give_back(self, ticket: GroupTicket, detail: str, exhausted: DropReason) -> None:
         """Give a group back whose rewards or teacher failed: that never becomes a reward of 0, or a group untaught."""
@@ -373,7 +406,8 @@ class RolloutWorker:
         handle = self._rewards[index]
         self._scoring[index] += 1
         try:
-            return await ask_for_scores(handle, prompt, completions, key=uuid.uuid4().hex, patience=CALL)
+            raw = {"raw": self._raw_texts(prompt, completions)} if self._scores_raw_texts else {}
+            return await ask_for_scores(handle, prompt, completions, key=uuid.uuid4().hex, patience=CALL, **raw)
         except (ActorLostError, DeadlineError) as error:
             detail = f"{handle.name} must answer within {CALL.total_s:g} s, it did not: {error}"
             failure = RewardFailure(function=handle.name, kind=RewardErrorKind.CRASH, detail=detail)
@@ -382,6 +416,11 @@ class RolloutWorker:
             return ScoredGroup(failure=failure)
         finally:
             self._scoring[index] -= 1
+
+    def _raw_texts(self, prompt: Prompt, completions: Sequence[Completion]) -> RawTexts:
+        ids = [prompt.token_ids, *(completion.token_ids for completion in completions)]
+        first, *others = (str(self._tokenizer.decode(each.tolist(), skip_special_tokens=False)) for each in ids)
+        return RawTexts(prompt=first, completions=tuple(others))
 
     async def _ask(self, method: str, /, **kwargs: Any) -> Any:
         # A worker that cannot finish its groups must not renew its leases on them.
@@ -431,6 +470,7 @@ def open_engine(
         model=source.base,  # adapters arrive merged
         revision=source.revision,
         tokenizer=load_tokenizer(model),
+        config_changes=config_changes(model),
         dtype=(rollout.dtype or model.dtype).value,
         max_model_len=max_model_len,
         max_num_seqs=rollout.max_num_seqs,
@@ -457,7 +497,19 @@ def sampling_params(generation: GenerationConfig) -> SamplingParams:
         repetition_penalty=generation.repetition_penalty,
         stop=tuple(generation.stop),
         min_tokens=generation.min_tokens,
+        fields=generation.engine_fields,
     )
+
+
+def held_out_params(generation: GenerationConfig) -> SamplingParams:
+    """The same for held-out prompts, which may have a temperature of their own."""
+    params, own = sampling_params(generation), generation.eval_temperature
+    if own is None:
+        return params
+    if own > 0:
+        return replace(params, temperature=own)
+    # One token to choose from: engines divide by a temperature, and 0 is none.
+    return replace(params, temperature=1.0, top_k=1, top_p=1.0, min_p=0.0)
 
 
 def mean_reward(rewards: Sequence[Reward]) -> float | None:
@@ -471,6 +523,6 @@ def _unscored(count: int) -> ScoredGroup:
     return ScoredGroup(rewards=tuple(Reward(total=None, parts={}) for _ in range(count)))
 
 
-def _mix(seed: int, index: int) -> int:
-    """A seed for one group: equal for every attempt and every restart, distinct between groups."""
-    return (seed * 1_000_003 + index * 7_919 + 17) % (1 << 31)
+def _mix(seed: int, index: int, *, draw: int = 0) -> int:
+    """A seed for one group: equal for every attempt and every restart, distinct between groups and draws."""
+    return (seed * 1_000_003 + index * 7_919 + draw * 15_485_863 + 17) % (1 << 31)

@@ -88,6 +88,8 @@ class LeaseKey:
     attempt: int
     version: int
     """Weight version at admission."""
+    draw: int = 0
+    """As in `GroupEntry`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +156,8 @@ class GroupEntry:
     attempt: int = 0
     failures: int = 0
     """Attempts lost since admission or since the last restore."""
+    draws: int = 0
+    """Attempts whose completions could not be scored, since admission or the last restore."""
     worker: str | None = None
     expires_at: float | None = None
     committed: int | None = None

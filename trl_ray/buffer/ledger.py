@@ -84,7 +84,9 @@ class Ledger:
             if entry.state is State.ISSUED:
                 self._move(entry, State.LEASED, now)
                 entry.worker, entry.expires_at = worker, now + self.rules.lease_s
-                keys.append(LeaseKey(group_id=entry.group_id, attempt=entry.attempt, version=entry.version))
+                keys.append(
+                    LeaseKey(group_id=entry.group_id, attempt=entry.attempt, version=entry.version, draw=entry.draws)
+                )
         return keys
 
     def leases_of(self, worker: str) -> list[tuple[int, int]]:
@@ -165,6 +167,9 @@ class Ledger:
             return self._unheld(group_id, attempt, failing=True)
         # Kept, so that the same news told again is a repetition and no second failure.
         entry.failed = attempt
+        # What could not be scored may be its completions' fault: the next attempt draws others. All other attempts draw
+        # the same, so that a lost worker changes nothing of a run.
+        entry.draws += exhausted is DropReason.REWARD_FAILED
         self._retry(entry, because, exhausted, now)
         return Outcome.APPLIED
 
@@ -433,7 +438,7 @@ class Ledger:
     def _revive(self, entry: GroupEntry, position: int, now: float) -> None:
         keep = self.rules.reuse_finished and self._usable(entry, position)
         # What the lost timeline did to a group is not held against it.
-        entry.failures = entry.overtaken = 0
+        entry.failures = entry.draws = entry.overtaken = 0
         entry.step = entry.reason = entry.failed = None
         entry.skipped = False
         if keep:

@@ -1,6 +1,6 @@
 """`trl-ray`: runs pipelines, resumes runs, draws reports.
 
-    trl-ray PIPELINE [--config FILE] [OPTIONS] [--dry-run]      trl-ray resume RUN_DIR
+    trl-ray PIPELINE [--config FILE] [OPTIONS] [--dry-run]      trl-ray resume RUN_DIR [OPTIONS]
     trl-ray teacher-serve [--config FILE] [OPTIONS] [--dry-run] trl-ray report RUN_DIR
     trl-ray PIPELINE --help                                     trl-ray env
     PIPELINE: sft dpo kto cpo orpo reward prm grpo async-grpo rloo sdpo distill
@@ -28,6 +28,7 @@ from trl_ray.config.load import apply_overrides, build, read_yaml
 from trl_ray.config.messages import nearest
 from trl_ray.config.object_paths import entry_point_paths, place, real_path
 from trl_ray.config.runs.config_registry import CONFIGS
+from trl_ray.config.runs.run_environment import set_environment
 from trl_ray.config.teacher_options import TeacherServeConfig
 from trl_ray.errors import ConfigError, InputError, InterruptedRun, RunError, TrlRayError
 from trl_ray.observe.run_directory import RunDirectory
@@ -65,7 +66,7 @@ def build_parser(*, outside: str | None = None) -> argparse.ArgumentParser:
     for name in (*CONFIGS, *([] if outside is None else [outside])):
         _add_options(commands.add_parser(name, help=_summary(name), add_help=False))
     resume = commands.add_parser("resume", help="go on with a run from its last checkpoint")
-    resume.add_argument("run_dir")
+    resume.add_argument("run_dir", metavar="RUN_DIR [OPTIONS]")
     report = commands.add_parser("report", help="draw RUN_DIR/report.html again")
     report.add_argument("run_dir")
     _add_options(commands.add_parser(_SERVE, help=_SERVES, add_help=False))
@@ -141,12 +142,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             f"{argv[0]!r} is not a command. "
             + (f"Did you mean {guess!r}?" if guess else f"Commands: {', '.join(known)}.")
         )
-    takes_options = is_outside or (argv and argv[0] in {*CONFIGS, _SERVE})
+    takes_options = is_outside or (argv and argv[0] in {*CONFIGS, _SERVE, "resume"})
     return _parse_options(parser, argv) if takes_options else parser.parse_args(argv)
 
 
 def _parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
+    if args.command == "resume":
+        args.overrides = read_options(rest, _pipeline_of(args.run_dir).config_class) if rest else []
+        return args
     args.overrides = [] if args.help else read_options(rest, _config_class(args.command))
     return args
 
@@ -158,16 +162,6 @@ def _config_class(command: str) -> type[Section]:
         return CONFIGS[command]
     found: type[Section] = find_pipeline(command).config_class
     return found
-
-
-def _set_environment(values: dict[str, Any]) -> None:
-    """What TRL's files say under `env`, which is not kept: it may hold secrets."""
-    given = values.pop("env", None)
-    if given is None:
-        return
-    if not isinstance(given, dict) or any(isinstance(each, (dict, list)) for each in given.values()):
-        raise ConfigError(f"env must hold names of environment variables and their values, got {given!r}.")
-    os.environ.update({str(name): str(value) for name, value in given.items()})
 
 
 def _dispatch(args: argparse.Namespace) -> int:
@@ -187,11 +181,12 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.command == _SERVE:
         return _serve(args)
     if args.command == "resume":
-        return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir).train())
-    pipeline_class: Any = find_pipeline(args.command)
+        return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir, changes=args.overrides).train())
     written = {} if args.config is None else place(read_yaml(args.config), Path(args.config).parent)
     values = apply_overrides(written, args.overrides)
-    _set_environment(values)
+    # Not kept, as it may hold secrets; before the pipeline is imported, because libraries read it then.
+    set_environment(values.pop("env", None))
+    pipeline_class: Any = find_pipeline(args.command)
     config = build(pipeline_class.config_class, values)
     if config.pipeline != real_path(args.command):
         # A file's path is relative to this folder, and the run may be resumed from any.

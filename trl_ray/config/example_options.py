@@ -42,6 +42,9 @@ class ExampleConfig(Section):
     """Which end of an example beyond `max_length` is kept."""
     dataset_text_format: str | None = None
     """How texts are written (chatml, llama2, ...); None recognises it, ``plain`` takes them as they are."""
+    dataset_num_proc: Positive | None = None
+    """Processes that tokenise rows before training; None: the driver alone. Many rows' tokens are kept for later
+    starts, in the datasets library's cache folder."""
     dataset_streaming: bool = False
     """Read and tokenise rows while training goes on, instead of before it; needs `max_steps`."""
     stream_window: Positive = 1000

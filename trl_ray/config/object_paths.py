@@ -82,26 +82,52 @@ def real_path(path: str) -> str:
     What is uploaded with a Ray job lies in another folder each time, so that paths in it stay relative to that.
     """
     file, _, attribute = path.rpartition(":")
-    if not file.endswith(".py"):
-        return path
-    found, here = Path(file).resolve(), Path.cwd().resolve()
+    return f"{_lasting(Path(file))}:{attribute}" if file.endswith(".py") else path
+
+
+def _lasting(path: Path) -> Path:
+    found, here = path.resolve(), Path.cwd().resolve()
     is_uploaded = here.parent.name == "working_dir_files" and here in found.parents
-    return f"{found.relative_to(here) if is_uploaded else found}:{attribute}"
+    return found.relative_to(here) if is_uploaded else found
+
+
+def is_template_text(given: str) -> bool:
+    """Whether a chat template is given itself, not the path of one."""
+    return "{{" in given or "{%" in given
+
+
+def lasting_file(given: str) -> str:
+    """The same for the path of any file or folder that is there; a name, or a template's text, stays."""
+    try:
+        if is_template_text(given) or not Path(given).expanduser().exists():
+            return given
+    except OSError as error:
+        raise ValueError(f"must be a template, the path of a file, or a name, got {given!r}: {error}.") from None
+    return str(_lasting(Path(given).expanduser()))
 
 
 OBJECT_OPTIONS = ("loss", "reward_funcs", "callbacks", "teacher_model_kind")
 """Options that may name an object in a file."""
+_FILE_OPTIONS = ("chat_template", "chat_template_path", "deepspeed")
 
 
 def place(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What a configuration file says, with the files of objects where they are: beside it, or else in this folder.
+    """What a configuration file says, with the files that it names where they are: beside it, or else in this folder.
 
     Raises:
-        ConfigError: a file is in neither.
+        ConfigError: the file of an object is in neither.
     """
-    return {
-        option: _place(value, folder, option) if option in OBJECT_OPTIONS else value for option, value in values.items()
-    }
+    placed = dict(values)
+    for option, value in values.items():
+        if option in OBJECT_OPTIONS:
+            placed[option] = _place(value, folder, option)
+        elif option in _FILE_OPTIONS and isinstance(value, str) and _is_file(folder, value):
+            placed[option] = lasting_file(str(folder / value))
+    return placed
+
+
+def _is_file(folder: Path, name: str) -> bool:
+    return not is_template_text(name) and not Path(name).is_absolute() and (folder / name).is_file()
 
 
 def _place(value: Any, folder: Path, option: str) -> Any:

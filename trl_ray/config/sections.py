@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -10,9 +11,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from trl_ray.config.base import FROM_STRING, Fraction, Natural, Positive, Seconds, Section, none_is, none_is_empty, rule
 from trl_ray.config.callback_options import CallbackField
 from trl_ray.config.deepspeed_file import read_deepspeed
-from trl_ray.config.keyword_options import GENERATION_KWARGS, MODEL_INIT_KWARGS, spread
+from trl_ray.config.keywords.generation_fields import read_generation_kwargs
+from trl_ray.config.keywords.keyword_options import read_model_init_kwargs
+from trl_ray.config.object_paths import lasting_file
 from trl_ray.config.optimizer_options import Optim, read_optim, read_optim_args
 from trl_ray.config.step_counts import PositiveStepCount, StepCount
+from trl_ray.config.trl_options.reading import read_foreign
 
 
 class Dtype(enum.StrEnum):
@@ -124,14 +128,19 @@ class ModelConfig(Section):
     attn_implementation: str | None = None
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    chat_template: str | None = None
-    """Path of a jinja file that replaces the tokenizer's template."""
+    chat_template: Annotated[str | None, AfterValidator(lambda given: given and lasting_file(given))] = None
+    """A chat template in place of the tokenizer's: its text, a jinja file, or a tokenizer (folder or name) that has
+    one, whose added tokens come along."""
     eos_token: str | None = None
     """Token that ends turns and sequences, in place of the tokenizer's; generation and checkpoints know it, too."""
+    pad_token: str | None = None
+    """Token that fills rows up for who takes the checkpoint; None, or one that the tokenizer lacks, is its own one, or
+    its end token. Nothing is padded here."""
     use_liger_kernel: bool = False
     """Liger's kernels in the model's layers (GPUs only)."""
     model_init_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
-    """TRL's spelling of dtype, attn_implementation, revision and trust_remote_code: read into these, and empty then."""
+    """Changes of the model's own configuration, for learner, reference and engines alike; dtype, attn_implementation,
+    revision and trust_remote_code are read into the options here."""
 
     use_peft: bool = False
     """Train an adapter (LoRA) beside frozen weights; a folder with adapter_config.json goes on with its adapter."""
@@ -155,7 +164,7 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _read_model_init_kwargs(cls, values: Any) -> Any:
-        return spread(values, "model_init_kwargs", MODEL_INIT_KWARGS)
+        return read_model_init_kwargs(values)
 
     @rule
     def _check_adapter(self) -> None:
@@ -225,6 +234,11 @@ class DatasetConfig(Section):
     """Draw the rows of `share` at random, by this seed."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """As `dataset_kwargs`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_foreign(cls, values: Any) -> Any:
+        return read_foreign(values, cls.model_fields, of="datasets.") if isinstance(values, Mapping) else values
 
     @rule
     def _check_share(self) -> None:
@@ -341,9 +355,16 @@ class TrainingConfig(Section):
     """Options of that schedule alone, in transformers' names: `min_lr`, `num_cycles`, `power`, `num_decay_steps`."""
     warmup_steps: StepCount = 0
     """Optimizer steps over which the rate rises, or a fraction of the run's below 1."""
+    tf32: bool | None = None
+    """Take float32 products on GPUs in TF32, which is faster and has 10 bits; None leaves it to torch."""
+    torch_empty_cache_steps: Positive | None = None
+    """Optimizer steps after which GPU memory that is not in use is given back; None never."""
     optim: Annotated[Optim, FROM_STRING, BeforeValidator(read_optim)] = Optim.ADAMW_TORCH_FUSED
     optim_args: Annotated[dict[str, Any], BeforeValidator(read_optim_args)] = Field(default_factory=dict)
     """Further options of the optimizer by its library's names: ``momentum=0.9,nesterov=true``, or a mapping."""
+    float32_master_weights: bool = True
+    """Train weights in bfloat16 (`dtype`) through copies in float32, as small steps would be rounded away; DeepSpeed
+    has copies of its own."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Biases and norms are not decayed."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -397,9 +418,14 @@ class GenerationConfig(Section):
     min_tokens: Natural = 0
     """Tokens of a completion before which it may not end."""
     generation_kwargs: Annotated[dict[str, Any], none_is_empty()] = Field(default_factory=dict)
-    """TRL's spelling of min_tokens (min_new_tokens) and stop (stop_strings): read into these, and empty then."""
+    """Further fields of vLLM's SamplingParams or transformers' GenerationConfig, as the engine has them; what options
+    here stand for is read into these, and wins over them."""
+    vllm_structured_outputs_regex: str | None = None
+    """Completions match this regular expression (vLLM only); wins over generation_kwargs.structured_outputs."""
     num_generations_eval: Positive | None = None
     """Completions per held-out prompt; None takes `num_generations`."""
+    eval_temperature: Annotated[float, Field(ge=0)] | None = None
+    """Of completions for held-out prompts; 0 takes the most probable token, None is `temperature`."""
 
     @property
     def completions_per_held_out_prompt(self) -> int:
@@ -409,7 +435,13 @@ class GenerationConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _read_generation_kwargs(cls, values: Any) -> Any:
-        return spread(values, "generation_kwargs", GENERATION_KWARGS)
+        return read_generation_kwargs(values)
+
+    @property
+    def engine_fields(self) -> dict[str, Any]:
+        """What engines are given beside the options."""
+        regex = self.vllm_structured_outputs_regex
+        return self.generation_kwargs | ({} if regex is None else {"structured_outputs": {"regex": regex}})
 
     @rule
     def _check_min_tokens(self) -> None:
@@ -544,7 +576,7 @@ class ReportConfig(Section):
     """Space that Trackio writes to; None writes on this machine."""
     trackio_bucket_id: str | None = None
     """Bucket where that Space keeps its numbers; None leaves it to Trackio."""
-    wandb_project: str = "trl_ray"
+    wandb_project: Annotated[str, none_is("trl_ray")] = "trl_ray"
     html_report: bool = True
     callbacks: list[CallbackField] = Field(default_factory=list)
     """Objects whose hooks the run calls: ``package.module:Class``, or ``{path: ..., kwargs: {...}}``."""

@@ -53,9 +53,13 @@ class BadRows:
         try:
             yield
         except (DataError, ModelError) as error:
-            kind = self._kinds.setdefault(_kind_of(str(error)), _Kind(first=error))
-            kind.rows.setdefault(name, []).append(number)
-            self.places.add(place)
+            self.note(error, name=name, number=number, place=place)
+
+    def note(self, error: InputError, *, name: str, number: int, place: int) -> None:
+        """Note what is wrong with a row; see `guard`."""
+        kind = self._kinds.setdefault(_kind_of(str(error)), _Kind(first=error))
+        kind.rows.setdefault(name, []).append(number)
+        self.places.add(place)
 
     def settle(self, *, total: int) -> None:
         """See whether the rows may be left out.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -101,6 +102,7 @@ def read_facts(
     revision: str | None = None,
     eos_token: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    config_changes: Mapping[str, Any] | None = None,
 ) -> CheckpointFacts:
     """Read config and tokenizer; the parameters are laid out on the meta device, so no weight is read.
 
@@ -111,13 +113,14 @@ def read_facts(
         revision: of a name; None is the main one.
         eos_token: ends a completion as well; None adds no token.
         tokenizer: takes the place of the model's own, and may be longer.
+        config_changes: of the model's configuration.
 
     Raises:
         ModelError: the path or name cannot be read, or the tokenizer has no such token.
     """
     try:
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **at_revision(revision)}
-        config = AutoConfig.from_pretrained(model, **options)
+        config = AutoConfig.from_pretrained(model, **options, **(config_changes or {}))
         if tokenizer is None:
             tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model, **options))
         rows = missing_rows(tokenizer, config.get_text_config().vocab_size)

@@ -50,6 +50,7 @@ def create_engine(
     revision: str | None = None,
     eos_token: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    config_changes: Mapping[str, Any] | None = None,
     kv_cache_memory_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
     enforce_eager: bool = False,
@@ -78,6 +79,7 @@ def create_engine(
         "revision": revision,
         "eos_token": eos_token,
         "tokenizer": tokenizer,
+        "config_changes": config_changes,
         "engine_kwargs": engine_kwargs,
     }
     if resolve_engine_kind(kind) is EngineChoice.VLLM:

@@ -9,7 +9,7 @@ from the same distribution. B rows, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +92,8 @@ def processed_logprobs(
     lengths: torch.Tensor,
     stop_ids: torch.Tensor,
     seen: torch.Tensor | None,
+    penalties: torch.Tensor | None = None,
+    cut_off: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The log-probs a token is drawn from.
 
@@ -101,6 +103,8 @@ def processed_logprobs(
         lengths: [B, 1] tokens generated so far.
         stop_ids: [E] end-of-sequence ids, barred until a row has `min_tokens` tokens.
         seen: [B, V] True for tokens of the prompt or the completion so far; needed when a row has a penalty.
+        penalties: [B, V] taken from the logits after the repetition penalty.
+        cut_off: the last thing done to scores [B, V], unless a row is greedy.
 
     Returns:
         [B, V] float32 natural log-probs, -inf where a filter removed a token. Greedy rows: at temperature 1.
@@ -112,10 +116,14 @@ def processed_logprobs(
         assert seen is not None
         punished = torch.where(scores > 0, scores / sampling.penalty, scores * sampling.penalty)
         scores = torch.where(seen, punished, scores)
+    if penalties is not None:
+        scores = scores - penalties
     greedy = sampling.temperature == 0
     scores = scores / torch.where(greedy, 1.0, sampling.temperature)
     if sampling.filters:
         scores = torch.where(greedy, scores, _filtered(scores, sampling))
+    if cut_off is not None:
+        scores = torch.where(greedy, scores, cut_off(scores))
     return torch.log_softmax(scores, dim=-1)
 
 

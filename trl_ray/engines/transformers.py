@@ -26,10 +26,12 @@ from transformers.utils import logging
 
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
 from trl_ray.engines.checkpoint_facts import at_revision, is_recurrent, positions_of, read_facts, stop_ids_of
+from trl_ray.engines.logit_rules import LogitRules
 from trl_ray.engines.sampling import BatchSampling, draw, processed_logprobs, sample_seed
 from trl_ray.engines.thread import EngineThread
 from trl_ray.models.companions.teacher_model import TeacherModel
 from trl_ray.models.scoring.head import check_head
+from trl_ray.models.scoring.rope_regimes import compute_by_sequence
 from trl_ray.models.scoring.segment_attention import heed_soft_cap
 from trl_ray.models.vocabulary import add_rows
 from trl_ray.models.weight_payload import build_manifest, named_tensors
@@ -64,6 +66,7 @@ class TransformersEngine(EngineThread):
         trust_remote_code: run model code from the hub.
         revision: of a hub name.
         eos_token: ends a completion beside the tokens that tokenizer and generation config name.
+        config_changes: of the model's configuration; ignored with a model object.
         engine_kwargs: further arguments of `from_pretrained`, e.g. ``{"attn_implementation": "eager"}``.
 
     Raises:
@@ -83,6 +86,7 @@ class TransformersEngine(EngineThread):
         trust_remote_code: bool = False,
         revision: str | None = None,
         eos_token: str | None = None,
+        config_changes: Mapping[str, Any] | None = None,
         engine_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         del seed
@@ -95,6 +99,7 @@ class TransformersEngine(EngineThread):
             trust_remote_code=trust_remote_code,
             revision=revision,
             eos_token=eos_token,
+            config_changes=dict(config_changes or {}),
             engine_kwargs=dict(engine_kwargs or {}),
         )
         super().__init__(backend, name="transformers", max_num_seqs=max_num_seqs, hang_deadline_s=hang_deadline_s)
@@ -111,6 +116,8 @@ class _Row:
     max_tokens: int
     uniforms: torch.Tensor
     """[max_tokens] float64, all that this sample will ever draw."""
+    rules: LogitRules | None = None
+    """Of its request's further fields; None without any."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     spans: list[VersionSpan] = field(default_factory=list)
@@ -170,6 +177,7 @@ class TransformersBackend:
         trust_remote_code: bool,
         revision: str | None,
         eos_token: str | None,
+        config_changes: dict[str, Any],
         engine_kwargs: dict[str, Any],
     ) -> None:
         assert isinstance(model, str) or tokenizer is not None, "a model object needs its tokenizer"
@@ -178,7 +186,7 @@ class TransformersBackend:
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
         self._trust_remote_code, self._revision = trust_remote_code, revision
-        self._eos_token = eos_token
+        self._eos_token, self._config_changes = eos_token, config_changes
         self._engine_kwargs = engine_kwargs
         self._version = CHECKPOINT_VERSION.version
         self._waiting: deque[_Row] = deque()
@@ -206,12 +214,14 @@ class TransformersBackend:
                 revision=self._revision,
                 eos_token=self._eos_token,
                 tokenizer=self._tokenizer,
+                config_changes=self._config_changes,
             )
             disable_progress_bar: Any = logging.disable_progress_bar
             disable_progress_bar()
             options: dict[str, Any] = {"dtype": self._dtype, "trust_remote_code": self._trust_remote_code}
-            options |= at_revision(self._revision) | self._engine_kwargs
+            options |= at_revision(self._revision) | self._config_changes | self._engine_kwargs
             model: Any = AutoModelForCausalLM.from_pretrained(self._source, **options)
+            compute_by_sequence(model)
             if "attn_implementation" not in self._engine_kwargs:
                 heed_soft_cap(model)
             if facts.grown:
@@ -237,6 +247,7 @@ class TransformersBackend:
         prompt = [int(token) for token in request.prompt_ids]
         max_tokens = min(request.sampling.max_tokens, self._max_model_len - len(prompt))
         self._groups[key] = [None] * request.n
+        rules = self._rules(request.sampling.fields)
         for index in range(request.n):
             generator = torch.Generator().manual_seed(sample_seed(request.seed, index))
             self._waiting.append(
@@ -247,8 +258,15 @@ class TransformersBackend:
                     sampling=request.sampling,
                     max_tokens=max_tokens,
                     uniforms=torch.rand(max_tokens, generator=generator, dtype=torch.float64),
+                    rules=rules,
                 )
             )
+
+    def _rules(self, fields: Mapping[str, Any]) -> LogitRules | None:
+        if not fields:
+            return None
+        device = self._model.device
+        return LogitRules(fields, tokenizer=self._tokenizer, vocab_size=self._vocab_size, device=device)
 
     def add_score(self, key: str, token_ids: IntArray) -> None:
         """Queue one sequence; it is scored at the next step, before any decoding."""
@@ -387,12 +405,15 @@ class TransformersBackend:
 
     def _sample(self, batch: _Batch, logits: torch.Tensor) -> None:
         """Draw one token per row and note it with log-prob and version."""
+        ruled = any(row.rules is not None for row in batch.rows)
         logprobs = processed_logprobs(
-            logits,
+            _biased(batch.rows, logits) if ruled else logits,
             batch.sampling,
             lengths=self._tensor([[len(row.tokens)] for row in batch.rows]),
             stop_ids=self._tensor(list(self._stop_ids)),
             seen=batch.seen,
+            penalties=_penalties(batch.rows, logits) if ruled else None,
+            cut_off=(lambda scores: _cut_off(batch.rows, scores)) if ruled else None,
         )
         uniforms = torch.stack([row.uniforms[len(row.tokens)] for row in batch.rows]).unsqueeze(1)
         tokens = draw(logprobs, batch.sampling, uniforms.to(logprobs.device))
@@ -404,7 +425,8 @@ class TransformersBackend:
             row.finish_reason = self._finish_reason(row)
 
     def _finish_reason(self, row: _Row) -> FinishReason | None:
-        if row.tokens[-1] in self._stop_ids or self._hit_stop_string(row):
+        own = row.rules is not None and row.tokens[-1] in row.rules.stop_ids
+        if own or row.tokens[-1] in self._stop_ids or self._hit_stop_string(row):
             return FinishReason.STOP
         return FinishReason.LENGTH if len(row.tokens) >= row.max_tokens else None
 
@@ -482,3 +504,29 @@ class TransformersBackend:
 
     def _tensor(self, values: Any) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._model.device)
+
+
+def _biased(rows: Sequence[_Row], logits: torch.Tensor) -> torch.Tensor:
+    """Logits [B, V] with the biases and bans of the rows that have some."""
+    return torch.stack(
+        [
+            scores.float()
+            if row.rules is None
+            else row.rules.before(scores, prompt=row.prompt, tokens=row.tokens, min_tokens=row.sampling.min_tokens)
+            for row, scores in zip(rows, logits, strict=True)
+        ]
+    )
+
+
+def _penalties(rows: Sequence[_Row], logits: torch.Tensor) -> torch.Tensor:
+    nothing = torch.zeros(logits.shape[1], device=logits.device)
+    return torch.stack([nothing if row.rules is None else row.rules.penalties(row.tokens) for row in rows])
+
+
+def _cut_off(rows: Sequence[_Row], scores: torch.Tensor) -> torch.Tensor:
+    return torch.stack(
+        [
+            each if row.rules is None else row.rules.after(each, prompt=row.prompt, tokens=row.tokens)
+            for row, each in zip(rows, scores, strict=True)
+        ]
+    )

@@ -72,6 +72,7 @@ class VLLMEngine(EngineThread):
         revision: of a hub name.
         eos_token: ends a completion beside the tokens that tokenizer and generation config name.
         tokenizer: takes the place of the model's own, and may be longer.
+        config_changes: of the model's configuration.
         engine_kwargs: further `EngineArgs` of vLLM; they win over everything above.
 
     Raises:
@@ -98,6 +99,7 @@ class VLLMEngine(EngineThread):
         revision: str | None = None,
         eos_token: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        config_changes: Mapping[str, Any] | None = None,
         engine_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         common = {
@@ -122,6 +124,7 @@ class VLLMEngine(EngineThread):
             overrides=dict(engine_kwargs or {}),
             eos_token=eos_token,
             tokenizer=tokenizer,
+            config_changes=dict(config_changes or {}),
         )
         super().__init__(backend, name="vllm", max_num_seqs=max_num_seqs, hang_deadline_s=hang_deadline_s)
 
@@ -156,8 +159,10 @@ class VLLMBackend:
         overrides: dict[str, Any],
         eos_token: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        config_changes: dict[str, Any] | None = None,
     ) -> None:
         self._common = common
+        self._config_changes = config_changes or {}
         self._eos_token, self._tokenizer = eos_token, tokenizer
         self._tokenizer_folder: tempfile.TemporaryDirectory[str] | None = None
         self._max_model_len = max_model_len
@@ -183,6 +188,7 @@ class VLLMBackend:
             revision=self._common.get("revision"),
             eos_token=self._eos_token,
             tokenizer=self._tokenizer,
+            config_changes=self._config_changes,
         )
         self._facts = facts
         self._max_model_len = min(self._max_model_len, facts.max_positions or self._max_model_len)
@@ -205,12 +211,16 @@ class VLLMBackend:
         Raises:
             ValueError: vLLM does not accept the request.
         """
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
 
         prompt = [int(token) for token in request.prompt_ids]
         for index in range(request.n):
-            params = self._params(request, index, room=self._max_model_len - len(prompt))
-            self._llm.add_request(f"{key}/{index}", tokens_input(prompt), params)
+            try:
+                params = self._params(request, index, room=self._max_model_len - len(prompt))
+                self._llm.add_request(f"{key}/{index}", tokens_input(prompt), params)
+            except (VLLMClientError, TypeError) as error:  # the first sample is refused, or none is
+                raise ValueError(str(error)) from error
         self._groups[key] = _Group(n=request.n)
 
     def add_score(self, key: str, token_ids: IntArray) -> None:
@@ -317,6 +327,8 @@ class VLLMBackend:
             arguments["distributed_executor_backend"] = "uni"
         if not torch.cuda.is_available():
             arguments |= self._cpu_arguments(facts, length)
+        if self._config_changes:
+            arguments["hf_overrides"] = self._config_changes
         if facts.grown:
             arguments |= self._grown_arguments(facts)
         return arguments | self._overrides
@@ -326,7 +338,7 @@ class VLLMBackend:
         self._tokenizer_folder = tempfile.TemporaryDirectory(prefix="trl_ray_tokenizer_")
         facts.tokenizer.save_pretrained(self._tokenizer_folder.name)
         return {
-            "hf_overrides": {"vocab_size": facts.vocab_size},
+            "hf_overrides": {**self._config_changes, "vocab_size": facts.vocab_size},
             "load_format": "dummy",
             "tokenizer": self._tokenizer_folder.name,
             "tokenizer_revision": None,
@@ -349,11 +361,17 @@ class VLLMBackend:
 
     def _params(self, request: GenerationRequest, index: int, *, room: int) -> Any:
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         assert self._facts is not None
         wanted = request.sampling
         max_tokens = min(wanted.max_tokens, room)
+        fields = dict(wanted.fields)
+        stop_ids = {*self._facts.stop_ids, *(int(token) for token in fields.pop("stop_token_ids", ()))}
+        if isinstance(fields.get("structured_outputs"), Mapping):
+            fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
+        if isinstance(fields.get("logit_bias"), Mapping):  # a file's keys may be texts
+            fields["logit_bias"] = {int(token): float(bias) for token, bias in fields["logit_bias"].items()}
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min(wanted.min_tokens, max_tokens),
@@ -363,12 +381,13 @@ class VLLMBackend:
             min_p=wanted.min_p,
             repetition_penalty=wanted.repetition_penalty,
             stop=list(wanted.stop),
-            stop_token_ids=list(self._facts.stop_ids),
+            stop_token_ids=sorted(stop_ids),
             seed=sample_seed(request.seed, index),
             logprobs=0,
             flat_logprobs=True,
             detokenize=bool(wanted.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
+            **fields,
         )
 
     # Results ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl_ray.config.sections import Dtype, ModelConfig, QuantType
 from trl_ray.errors import ModelError
 from trl_ray.models.adapters.adapter_config import ADAPTER_CONFIG
+from trl_ray.models.generation_settings import mend_generation
 from trl_ray.models.policy_loading import load_tokenizer
 
 _BASE = "base"
@@ -114,6 +115,7 @@ def write_given(folder: Path, *, model: object, tokenizer: object | None, option
 
 def _write_model(model: Any, folder: Path) -> None:
     base = _adapted(model)
+    mend_generation(model if base is None else base)
     if base is None:
         model.save_pretrained(folder)
         return

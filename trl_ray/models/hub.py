@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,13 @@ def push_model(checkpoint: Path, place: HubPlace, *, card: str, message: str, wi
 
 
 def model_card(
-    *, repo_id: str, base_model: str | None, pipeline: str, dataset: str | None, options: Mapping[str, Any]
+    *,
+    repo_id: str,
+    base_model: str | None,
+    pipeline: str,
+    dataset: str | None,
+    options: Mapping[str, Any],
+    tags: Sequence[str] = (),
 ) -> str:
     """The text of README.md: front matter that the Hub reads, and what was trained how.
 
@@ -109,10 +115,12 @@ def model_card(
         pipeline: its name.
         dataset: its name, or None.
         options: those that were not the defaults.
+        tags: of the user's.
     """
     name = repo_id.rpartition("/")[2]
     known = base_model if base_model is not None and not os.path.exists(base_model) else None
     front = ["library_name: transformers", f"model_name: {name}", "tags:", "- trl_ray", f"- {pipeline}", "- generated"]
+    front += [f"- {tag}" for tag in tags]
     front = [*([f"base_model: {known}"] if known else []), *front]
     from_hub = dataset is not None and not os.path.exists(dataset) and "/" in dataset
     front += ["datasets:", f"- {dataset}"] if from_hub else []

@@ -25,17 +25,22 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from trl_ray.config.messages import nearest
 from trl_ray.config.sections import Dtype, ModelConfig
 from trl_ray.errors import ModelError
 from trl_ray.models.adapters.adapter_config import adapter_size, base_of_adapter, is_adapter_folder
 from trl_ray.models.adapters.lora import REFERENCE, attach_adapter, load_adapter
 from trl_ray.models.dropout import check_without_dropout, switch_off_dropout
+from trl_ray.models.generation_settings import mend_generation
+from trl_ray.models.quantised_checkpoints import dequantising, forget_quantisation
 from trl_ray.models.scoring.head import check_head
+from trl_ray.models.scoring.rope_regimes import compute_by_sequence, rope_regimes
 from trl_ray.models.scoring.segment_attention import heed_soft_cap
-from trl_ray.models.vocabulary import add_rows, adopt_template, missing_rows, names_tokenizer
+from trl_ray.models.vocabulary import add_rows, adopt_template, missing_rows, names_tokenizer, template_text
 
 Policy: TypeAlias = PreTrainedModel
 _DTYPES = {Dtype.FLOAT32: torch.float32, Dtype.BFLOAT16: torch.bfloat16}
+_ROPE_BASE = ("rope_theta", "partial_rotary_factor")
 _WEIGHTS = ("*.safetensors", "*.bin")
 # What transformers raises for a model it cannot build: SafetensorError and torch's loader are no OSErrors.
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError)
@@ -201,7 +206,7 @@ def load_base(
     name = source.base
     require_weights(name)
     options: dict[str, Any] = {"dtype": torch_dtype(model.dtype), "trust_remote_code": model.trust_remote_code}
-    options |= changes or {}
+    options |= {**config_changes(model), **(changes or {})}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
     if source.revision is not None:
@@ -209,13 +214,20 @@ def load_base(
     if _is_quantised(model):
         options |= {"quantization_config": quantization(model, torch.device(device)), "device_map": {"": device}}
     try:
+        plain = None if _is_quantised(model) else dequantising(name, source.revision)
+        options |= {} if plain is None else {"quantization_config": plain}
         loaded = auto.from_pretrained(name, output_loading_info=True, **options)
     except LOAD_ERRORS as error:
         raise ModelError(_why_not(name, error)) from error
     policy, info = cast("tuple[Policy, dict[str, Any]]", loaded)
+    if plain is not None:
+        forget_quantisation(policy)
+        nn.Module.to(policy, torch_dtype(model.dtype))
+    mend_generation(policy)
     policy.config.use_cache = False
     if model.attn_implementation is None:
         heed_soft_cap(policy)
+    compute_by_sequence(policy)
     _follow_tokenizer(policy, model, source)
     return policy, set(info["missing_keys"])
 
@@ -236,6 +248,9 @@ def _follow_tokenizer(policy: Policy, model: ModelConfig, source: ModelSource) -
         add_rows(policy, rows)
     if asked:
         set_end_token(policy, int(cast(Any, tokenizer.eos_token_id)))
+    generation: Any = getattr(policy, "generation_config", None)
+    if generation is not None and knows_padding_token(tokenizer, model):
+        generation.pad_token_id = tokenizer.pad_token_id
 
 
 def set_end_token(policy: Policy, token_id: int) -> None:
@@ -363,7 +378,12 @@ def _apply_liger(policy: Policy, *, device: torch.device) -> None:
 
 
 def _why_not(name: str, error: BaseException) -> str:
-    first_line = str(error).strip().split("\n")[0]
+    first_line = str(error).strip().split("\n")[0].rstrip(". ")
+    if "custom code" in first_line:
+        return (
+            f"trust_remote_code must be true for {name}, whose model is code of its own, which runs here. Look at it, "
+            "then set trust_remote_code=true."
+        )
     if Path(name).is_dir():
         damaged = isinstance(error, SafetensorError) or "safetensors" in first_line.lower()
         hint = "A weight file is truncated or damaged: copy the model again." if damaged else "Check its config.json."
@@ -380,16 +400,47 @@ def load_model_config(model: ModelConfig, *, path: str | None = None) -> Pretrai
     Raises:
         ModelError: it cannot be loaded.
     """
-    source = find_source(model, path=path)
+    return _read_config(model, find_source(model, path=path), config_changes(model))
+
+
+def _read_config(model: ModelConfig, source: ModelSource, changes: Mapping[str, Any]) -> PretrainedConfig:
     name = source.base
     options = {} if source.revision is None else {"revision": source.revision}
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            name, trust_remote_code=model.trust_remote_code, **options
+        config, unknown = AutoConfig.from_pretrained(
+            name, trust_remote_code=model.trust_remote_code, return_unused_kwargs=True, **options, **changes
         )
     except LOAD_ERRORS as error:
-        raise ModelError(f"the configuration of {name} must load, but: {_why_not(name, error)}") from error
-    return config
+        raise ModelError(_why_not(name, error)) from error
+    wrong = sorted(unknown.keys() & changes.keys())
+    if wrong:
+        guess = nearest(wrong[0], config.to_dict())
+        raise ModelError(
+            f"model_init_kwargs must hold options of the configuration of {config.model_type}, got {', '.join(wrong)}. "
+            + (f"Did you mean {guess!r}?" if guess else "Remove it.")
+        )
+    return cast(PretrainedConfig, config)
+
+
+def config_changes(model: ModelConfig) -> dict[str, Any]:
+    """What `model_init_kwargs` changes in the model's configuration, under the names that the configuration has.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no such option.
+    """
+    if not model.model_init_kwargs:
+        return {}
+    source = find_source(model)
+    before, after = (_read_config(model, source, each).to_dict() for each in ({}, model.model_init_kwargs))
+    changes = {name: value for name, value in after.items() if value != before.get(name)}
+    for name in ("rope_parameters", "rope_scaling"):
+        given, own = changes.get(name), before.get(name)
+        if isinstance(given, dict) and isinstance(own, dict):
+            # How positions are scaled was once told apart from the base that they turn with.
+            changes[name] = {key: own[key] for key in _ROPE_BASE if own.get(key) is not None} | {
+                key: value for key, value in given.items() if value is not None
+            }
+    return changes
 
 
 def load_shape(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -421,6 +472,19 @@ def max_positions(model: ModelConfig) -> int | None:
     """
     value = getattr(load_model_config(model).get_text_config(), "max_position_embeddings", None)
     return int(value) if value else None
+
+
+def unscaled_positions(model: ModelConfig) -> int | None:
+    """Tokens up to which engines and learner compute a model alike, where its rotary frequencies depend on lengths.
+
+    Beyond, vLLM keeps to one set of frequencies, and keys in a cache keep those that they were computed with. One token
+    below the original context, as engines have a place to spare.
+
+    Raises:
+        ModelError: its configuration cannot be loaded.
+    """
+    regimes = rope_regimes(load_model_config(model))
+    return None if regimes is None else regimes.original - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -464,6 +528,11 @@ def count_parameters(
     return ParameterCount(base=base, adapter=sum(p.numel() for p in empty.parameters() if p.requires_grad))
 
 
+def knows_padding_token(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> bool:
+    """Whether the options name a padding token, and the tokenizer has it."""
+    return model.pad_token is not None and model.pad_token in tokenizer.get_vocab()
+
+
 def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer, with a padding token and, where configured, another chat template or that of another
     tokenizer, whose added tokens come along.
@@ -482,7 +551,11 @@ def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrained
             name, trust_remote_code=model.trust_remote_code, **options
         )
     except LOAD_ERRORS as error:
-        raise ModelError(f"the tokenizer of {name} must load, but: {str(error).strip().split(chr(10))[0]}") from error
+        first_line = str(error).strip().split("\n")[0].rstrip(". :")
+        raise ModelError(
+            f"the tokenizer of {name} must load, but: {first_line}. Copy its files (tokenizer.json, "
+            "tokenizer_config.json) from the model that it belongs to."
+        ) from error
     clones = model.chat_template is not None and names_tokenizer(model.chat_template)
     if clones:
         adopt_template(tokenizer, cast(str, model.chat_template))
@@ -494,12 +567,14 @@ def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrained
             )
         tokenizer.eos_token = model.eos_token
     if tokenizer.eos_token is None:
-        raise ModelError(f"the tokenizer of {name} must have an end-of-sequence token: completions could not end.")
+        raise ModelError(
+            f"the tokenizer of {name} must have an end-of-sequence token: completions could not end. "
+            "Set eos_token to the token that ends a turn."
+        )
+    if knows_padding_token(tokenizer, model):
+        tokenizer.pad_token = model.pad_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.chat_template is not None and not clones:
-        try:
-            tokenizer.chat_template = Path(model.chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"chat_template must be a readable file, got {model.chat_template}: {error}") from error
+        tokenizer.chat_template = template_text(model.chat_template)
     return tokenizer

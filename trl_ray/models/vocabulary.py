@@ -18,6 +18,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from trl_ray.config.object_paths import is_template_text
 from trl_ray.errors import ModelError
 
 _MULTIPLE = 64
@@ -68,10 +69,28 @@ def vocabulary_warning(tokenizer: PreTrainedTokenizerBase, rows: int) -> str | N
 
 def names_tokenizer(chat_template: str) -> bool:
     """Whether `chat_template` names a tokenizer, by folder or by name, rather than a template's file."""
+    if is_template_text(chat_template):
+        return False
     path = Path(chat_template).expanduser()
     if path.is_dir() or path.exists() or path.suffix in (".jinja", ".j2", ".txt"):
         return path.is_dir()
     return _HUB_NAME.fullmatch(chat_template) is not None
+
+
+def template_text(chat_template: str) -> str:
+    """The template that `chat_template` is, or that stands in the file that it names.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    if is_template_text(chat_template):
+        return chat_template
+    try:
+        return Path(chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"chat_template must be a template, a readable file or a tokenizer, got {chat_template}: {error}"
+        ) from error
 
 
 def adopt_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -89,6 +89,7 @@ class ConsoleSink(Sink):
     Args:
         total_steps: optimizer steps of the run; None when unknown.
         every: steps between lines where the terminal cannot be rewritten.
+        first: print a line of the first step, too.
         print_completions: completions shown after each shown step.
         stream: where to write; standard output by default.
         clock: seconds, for the remaining time.
@@ -99,26 +100,27 @@ class ConsoleSink(Sink):
         *,
         total_steps: int | None,
         every: int = 1,
+        first: bool = False,
         print_completions: int = 0,
         stream: IO[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._out = ForgivingStream(stream or sys.stdout)
         self._console = Console(file=cast(IO[str], self._out), highlight=False, markup=False, emoji=False)
-        self._total, self._every, self._print_completions = total_steps, every, print_completions
+        self._total, self._every, self._first, self._print_completions = total_steps, every, first, print_completions
         self._clock = clock
         self._times: deque[tuple[int, float]] = deque(maxlen=_ETA_STEPS)
         self._rewards: deque[float] = deque(maxlen=_SPARK_STEPS)
         self._live: Live | None = None
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Move the live line, or print a line every `every` steps and at the last."""
+        """Move the live line, or print a line every `every` steps, at the last, and where asked at the first."""
         self._times.append((step, self._clock()))
         if "reward/mean" in metrics:
             self._rewards.append(metrics["reward/mean"])
         line = progress_line(step, self._total, metrics, eta_s=self._eta(step))
         if not self._out.isatty():
-            if step % self._every == 0 or step == self._total:
+            if step % self._every == 0 or step == self._total or (self._first and step == 1):
                 self._print(Text(line))
             return
         if self._live is None:

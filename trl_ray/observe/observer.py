@@ -41,7 +41,7 @@ def open_observer(
         total_steps: optimizer steps of the run, for progress; None when unknown.
         config: resolved options as plain values; secrets are taken out before they leave the machine.
         logging_steps: steps between console lines and points of services; files take every step.
-        logging_first_step: services take the first step, too.
+        logging_first_step: console and services take the first step, too.
         log_completions: write completions/*.parquet.
         print_completions: completions to print with each console line.
         report_to: services, see `SERVICES`.
@@ -82,8 +82,6 @@ def open_observer(
                     )
                 )
     sinks.append(
-        ConsoleSink(
-            total_steps=total_steps, every=logging_steps, print_completions=print_completions, stream=console_stream
-        )
+        ConsoleSink(total_steps=total_steps, **points, print_completions=print_completions, stream=console_stream)
     )
     return Observer(sinks)

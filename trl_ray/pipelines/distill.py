@@ -96,7 +96,7 @@ class DistillPipeline(RolloutPipeline):
     def __init__(
         self,
         model: object | None = None,
-        teacher_model: str | None = None,
+        teacher_model: object | None = None,
         args: DistillConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -111,8 +111,6 @@ class DistillPipeline(RolloutPipeline):
             ConfigError: `args` is of another pipeline.
             ModelError: `peft_config` is no `peft.LoraConfig`, or asks for what engines cannot be given.
         """
-        if teacher_model is not None:
-            args = (args or DistillConfig()).replace(teacher_model_name_or_path=teacher_model)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -121,5 +119,6 @@ class DistillPipeline(RolloutPipeline):
             eval_dataset=eval_dataset,
             peft_config=peft_config,
             callbacks=callbacks,
+            teacher_model=teacher_model,
             **objects,
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import inspect
+from typing import Any, ClassVar
 
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.preference_options import (
@@ -18,7 +19,30 @@ from trl_ray.pipelines.supervised.dataset_pipeline import SupervisedPipeline
 from trl_ray.types import PredictionForm
 
 
-class DPOPipeline(SupervisedPipeline):
+def _is_options(given: object) -> bool:
+    """Whether it is a configuration, rather than a model or rows."""
+    return hasattr(given, "output_dir")
+
+
+class _ReferencePipeline(SupervisedPipeline):
+    """Learns in comparison with a reference, which TRL's trainers take as their second argument."""
+
+    __signature__ = inspect.signature(SupervisedPipeline)
+
+    def __init__(self, model: object | None = None, *given: Any, **named: Any) -> None:
+        """See `SupervisedPipeline`; what follows the model may also stand as in TRL: ref_model, args.
+
+        Raises:
+            ConfigError, ModelError: see there.
+        """
+        places = list(inspect.signature(SupervisedPipeline).parameters)[1:6]  # args, train_dataset, ...
+        if given and not _is_options(given[0]):
+            as_in_trl = given[0] is not None or "args" in named or any(map(_is_options, given))
+            places = ["ref_model", *places] if as_in_trl else places
+        super().__init__(model, **dict(zip(places, given, strict=False)), **named)
+
+
+class DPOPipeline(_ReferencePipeline):
     """Prefers chosen to rejected answers, against a reference (Rafailov et al. 2023, arXiv 2305.18290)."""
 
     config_class: ClassVar[type[RunConfig]] = DPOConfig
@@ -28,7 +52,7 @@ class DPOPipeline(SupervisedPipeline):
     name: ClassVar[str] = "dpo"
 
 
-class KTOPipeline(SupervisedPipeline):
+class KTOPipeline(_ReferencePipeline):
     """Learns from answers that were found good or bad (Ethayarajh et al. 2024, arXiv 2402.01306)."""
 
     config_class: ClassVar[type[RunConfig]] = KTOConfig

@@ -2,7 +2,9 @@
 
     f(prompts, completions, completion_ids, **columns) -> [G] float | None
 
-`completions` are strings, or one-message conversations when the prompts are conversations.
+`completions` are strings, or one-message conversations when the prompts are conversations, without special tokens. A
+function may also name `trainer_state` (global_step, max_steps, epoch), and `raw_prompts` and `raw_completions`: [G]
+texts as the model reads and writes them, special tokens and all.
 """
 
 from __future__ import annotations
@@ -108,9 +110,14 @@ def last_number(completions: list[Any], answer: list[Any], **columns: Any) -> li
     ]
 
 
-def think_format(completions: list[Any], **columns: Any) -> list[float]:
-    """1 where the completion opens with exactly one ``<think>...</think>``, as TRL's `think_format_reward`."""
-    return [1.0 if _THINK.match(text_of(completion)) else 0.0 for completion in completions]
+def think_format(completions: list[Any], raw_prompts: list[str] | None = None, **columns: Any) -> list[float]:
+    """1 where the completion opens with exactly one ``<think>...</think>``, as TRL's `think_format_reward`.
+
+    Where the chat template opens the thought, the completion goes on from there.
+    """
+    opened = [prompt.rstrip().endswith("<think>") for prompt in raw_prompts or [""] * len(completions)]
+    texts = [f"{'<think>' * begun}{text_of(completion)}" for completion, begun in zip(completions, opened, strict=True)]
+    return [1.0 if _THINK.match(text) else 0.0 for text in texts]
 
 
 def soft_overlong(*, max_completion_len: int, soft_punish_cache: int) -> RewardFunction:

@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cloudpickle
@@ -20,6 +22,7 @@ from trl_ray.config.object_paths import find_object
 from trl_ray.errors import ConfigError
 from trl_ray.rewards import functions
 from trl_ray.rewards.functions import RewardFunction
+from trl_ray.rewards.scoring import RAW
 
 REGISTERED: Mapping[str, RewardFunction] = {
     "arithmetic": functions.arithmetic,
@@ -39,7 +42,7 @@ _CHECKS: Mapping[str, RowCheck] = {
 }
 """Functions that cannot score every value of their columns."""
 
-GIVEN_ALWAYS = frozenset({"prompts", "completions", "completion_ids", "log_extra", "log_metric"})
+GIVEN_ALWAYS = RAW | {"prompts", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state"}
 _CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 
 
@@ -72,7 +75,7 @@ def make_spec(function: str | Callable[..., Any]) -> RewardSpec:
             f"A reward function must be a function or a name, got {function!r}. Pass a function "
             "f(prompts, completions, completion_ids, **columns) -> list of numbers."
         )
-    name = getattr(function, "__name__", type(function).__name__)
+    name = function_name(function)
     try:
         pickled = cloudpickle.dumps(function)
     except (TypeError, AttributeError, ValueError, ImportError, RecursionError) as error:
@@ -81,6 +84,26 @@ def make_spec(function: str | Callable[..., Any]) -> RewardSpec:
             "Create locks, clients and models inside the function, not around it."
         ) from error
     return RewardSpec(name=name, pickled=pickled)
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """What the part of a function is called: its own name, that of what a partial calls, or that of its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _told_apart(given: Sequence[str | Callable[..., Any]], specs: Sequence[RewardSpec]) -> tuple[RewardSpec, ...]:
+    """Functions of one name get numbers, those that were given as objects: nobody chose the name of a lambda."""
+    used, apart = {spec.name for spec in specs}, []
+    seen: set[str] = set()
+    for function, spec in zip(given, specs, strict=True):
+        name = spec.name
+        if name in seen and not isinstance(function, str):
+            name = next(other for number in itertools.count(2) if (other := f"{name}_{number}") not in used | seen)
+        seen.add(name)
+        apart.append(replace(spec, name=name))
+    return tuple(apart)
 
 
 def make_specs(given: Sequence[str | Callable[..., Any]], *, columns: Collection[str]) -> tuple[RewardSpec, ...]:
@@ -94,7 +117,7 @@ def make_specs(given: Sequence[str | Callable[..., Any]], *, columns: Collection
             "reward_funcs must name at least one function, or reward_models a model, got none. Known functions: "
             f"{', '.join(known_names())}."
         )
-    specs = tuple(make_spec(function) for function in given)
+    specs = _told_apart(given, [make_spec(function) for function in given])
     names = [spec.name for spec in specs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -142,6 +165,14 @@ def required_columns(function: RewardFunction) -> set[str]:
         for parameter in parameters
         if parameter.kind in named and parameter.default is parameter.empty and parameter.name not in GIVEN_ALWAYS
     }
+
+
+def wants_raw_texts(function: RewardFunction) -> bool:
+    """Whether a function names an argument that holds special tokens."""
+    try:
+        return bool(RAW & set(inspect.signature(function).parameters))
+    except (TypeError, ValueError):  # some callables written in C have no signature
+        return False
 
 
 def load_function(spec: RewardSpec) -> RewardFunction:

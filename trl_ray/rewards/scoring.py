@@ -14,15 +14,19 @@ import json
 import math
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trl_ray.algorithms.metric_merging import mean_metric
 from trl_ray.rewards.functions import RewardFunction
 from trl_ray.types import Completion, Prompt, Reward, RewardErrorKind, RewardFailure, ScoredGroup
 
+RAW = frozenset({"raw_prompts", "raw_completions"})
+"""Arguments with special tokens, which functions are given where one of them names one."""
 # Columns that would overwrite what TRL's signature gives.
-_RESERVED = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids", "log_extra", "log_metric"})
+_RESERVED = RAW | {
+    *("prompt", "prompts", "completion", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state")
+}
 Parts = list[float | None]
 
 
@@ -35,6 +39,45 @@ class NamedFunction:
     weight: float = 1.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """What functions are told of the run, under transformers' names: for rewards that follow a schedule."""
+
+    global_step: int = 0
+    """Finished steps of the weights that sampled the completions."""
+    max_steps: int = 0
+    """Of the whole run; 0 where nobody says."""
+    epoch: float = 0.0
+    num_train_epochs: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingCourse:
+    """How long a run is."""
+
+    max_steps: int = 0
+    steps_per_epoch: float = math.inf
+
+    def at(self, completions: Sequence[Completion]) -> RunState:
+        """The state of the run when the newest of the weights sampled."""
+        step = max((span.version for each in completions for span in each.versions), default=0)
+        return RunState(
+            global_step=max(0, step),
+            max_steps=self.max_steps,
+            epoch=max(0, step) / self.steps_per_epoch,
+            num_train_epochs=self.max_steps / self.steps_per_epoch,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawTexts:
+    """A group as the model reads and writes it, special tokens and all."""
+
+    prompt: str
+    completions: tuple[str, ...]
+    """[G]"""
+
+
 class GroupInput:
     """What the functions see of one group, as JSON text so that each of them gets a copy of its own."""
 
@@ -42,10 +85,18 @@ class GroupInput:
         self.text = text
 
     @classmethod
-    def of(cls, prompt: Prompt, completions: Sequence[Completion]) -> GroupInput:
+    def of(
+        cls,
+        prompt: Prompt,
+        completions: Sequence[Completion],
+        *,
+        raw: RawTexts | None = None,
+        course: TrainingCourse | None = None,
+    ) -> GroupInput:
         """Standard prompts give strings; conversational ones give conversations, as in TRL."""
         messages = None if prompt.messages is None else [dict(message) for message in prompt.messages]
         texts = [completion.text for completion in completions]
+        state = (course or TrainingCourse()).at(completions)
         return cls(
             json.dumps(
                 {
@@ -55,20 +106,26 @@ class GroupInput:
                     else [[{"role": "assistant", "content": t}] for t in texts],
                     "completion_ids": [completion.token_ids.tolist() for completion in completions],
                     "columns": {key: value for key, value in prompt.columns.items() if key not in _RESERVED},
+                    "raw": None if raw is None else asdict(raw),
+                    "state": asdict(state),
                 }
             )
         )
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for one call: every value is a list of G, shared with no other call."""
+        """Keyword arguments for one call: lists of G, shared with no other call, and the state of the run."""
         group = json.loads(self.text)
         size = len(group["completions"])
         prompts = [json.loads(json.dumps(group["prompt"])) for _ in range(size)]
         columns = {key: [json.loads(json.dumps(value)) for _ in range(size)] for key, value in group["columns"].items()}
+        raw = group.get("raw")
+        texts = {} if raw is None else {"raw_prompts": [raw["prompt"]] * size, "raw_completions": raw["completions"]}
         return {
             "prompts": prompts,
             "completions": group["completions"],
             "completion_ids": group["completion_ids"],
+            "trainer_state": RunState(**group.get("state", {})),
+            **texts,
             **columns,
         }
 

@@ -29,6 +29,7 @@ import ray
 from ray.actor import ActorClass
 
 from trl_ray.config.reward_model_options import RewardModelOptions
+from trl_ray.config.runs.run_environment import inherited
 from trl_ray.config.sections import RewardConfig, RolloutConfig, RuntimeConfig
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.runtime.runtime import Role, reward_model_plan, teacher_plan
@@ -175,11 +176,16 @@ def plan_actors(
 _INHERITED = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "PYTHONPATH", "VLLM_LOGGING_LEVEL")
 
 
+_OF_RAY = frozenset({"CUDA_VISIBLE_DEVICES"})
+"""Variables that say here what a cluster has, and in an actor what Ray gave it."""
+
+
 def actor_environment(plan: ActorPlan) -> dict[str, str]:
     """Environment variables of an actor's process."""
-    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    kept = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     return {
-        **inherited,
+        **kept,
+        **{name: value for name, value in inherited().items() if name not in _OF_RAY},
         "OMP_NUM_THREADS": str(plan.threads),
         "MKL_NUM_THREADS": str(plan.threads),
         "TOKENIZERS_PARALLELISM": "false",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from trl_ray.types.arrays import IntArray
 
@@ -20,6 +22,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     min_tokens: int = 0
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Further fields, in the engine's own names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -49,6 +49,8 @@ class DropReason(enum.StrEnum):
     """The run reached its last step while the group was still on its way."""
     NUMERICS = "numerics"
     """The learner met NaN or infinity in the step that held the group and skipped the step."""
+    REFUSED = "refused"
+    """The engine refused its request, or the ledger the group: another attempt would meet the same."""
     BAD_ROW = "bad_row"
     """No prompt could be made of the row, and the run drops such rows; it was never a group."""
 
@@ -82,6 +84,8 @@ class GroupTicket:
     prompt: Prompt
     admitted_at_version: int
     """The weight version when this attempt's slot was charged."""
+    draw: int = 0
+    """How often its completions were sampled and could not be scored: another one is drawn each time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

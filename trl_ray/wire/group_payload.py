@@ -139,6 +139,7 @@ def encode_group(group: RolloutGroup) -> bytes:
         "group_id": ticket.group_id,
         "attempt": ticket.attempt,
         "admitted_at_version": ticket.admitted_at_version,
+        "draw": ticket.draw,
         "prompt": _prompt_head(ticket.prompt, arrays),
         "completions": [_completion_head(completion, arrays) for completion in group.completions],
         "rewards": [_reward_head(reward) for reward in group.rewards],
@@ -258,6 +259,7 @@ def _read_group(head: Mapping[str, Any], arrays: _ArrayReader) -> RolloutGroup:
         group_id=head["group_id"],
         attempt=head["attempt"],
         admitted_at_version=head["admitted_at_version"],
+        draw=head.get("draw", 0),
         prompt=_read_prompt(head["prompt"], arrays),
     )
     group = RolloutGroup(

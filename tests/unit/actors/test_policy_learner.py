@@ -96,6 +96,32 @@ def test_one_micro_batch_of_eight_equals_eight_of_one(tiny: str, loss_type: Loss
             assert result.metrics[name].value == pytest.approx(results[0][0].metrics[name].value, rel=1e-5)
 
 
+def test_gpu_memory_is_given_back_every_so_many_steps(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    learner = _learner(tiny, training={"torch_empty_cache_steps": 2})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: steps.append(learner.version))
+    for step in (1, 2, 3, 4):
+        learner.step(_batch(step))
+    assert steps == [2, 4]
+    learner = _learner(tiny)
+    learner.step(_batch(1))
+    assert steps == [2, 4]
+
+
+@pytest.mark.parametrize("tf32", [True, False, None])
+def test_products_in_tf32_are_set_where_that_is_said(tiny: str, tf32: bool | None) -> None:
+    libraries = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [each.allow_tf32 for each in libraries]
+    try:
+        for each in libraries:
+            each.allow_tf32 = tf32 is not True
+        _learner(tiny, training={"tf32": tf32})
+        assert [each.allow_tf32 for each in libraries] == [tf32 is not False] * 2
+    finally:
+        for each, value in zip(libraries, before, strict=True):
+            each.allow_tf32 = value
+
+
 def test_sharing_prompts_changes_nothing(tiny: str) -> None:
     learners = [
         _learner(tiny, training={"share_prompt": share, "adam_epsilon": 1.0})

@@ -12,6 +12,7 @@ from trl_ray.actors.reward_worker import RewardWorker, ScoringModel
 from trl_ray.config.sections import Isolation
 from trl_ray.errors import ActorLostError, DeadlineError
 from trl_ray.rewards.reward_registry import make_spec
+from trl_ray.rewards.scoring import RawTexts, TrainingCourse
 from trl_ray.types import (
     Completion,
     EventKind,
@@ -269,3 +270,59 @@ def test_groups_go_to_the_copy_with_the_least_to_do():
     with worker(models=[model]) as made:
         assert asyncio.run(run(made)) == ([1.0, 1.0], 0.0)
     assert (len(first.calls), len(second.calls)) == (1, 2)
+
+
+@pytest.mark.parametrize("isolation", list(Isolation))
+def test_a_schedule_and_a_thought_that_the_template_opens_reach_the_functions(isolation):
+    def step(completions, trainer_state, **columns):
+        return [float(trainer_state.global_step + trainer_state.max_steps)] * len(completions)
+
+    made = RewardWorker(
+        functions=[make_spec("think_format"), make_spec(step)],
+        weights=None,
+        timeout_s=20.0,
+        isolation=isolation,
+        name="reward-0",
+        course=TrainingCourse(max_steps=7),
+    )
+    texts = ("why</think>4", "4")
+    raw = RawTexts(prompt="<|assistant|><think>\n", completions=texts)
+    try:
+        scored = asyncio.run(made.score(PROMPT, [completion(text) for text in texts], raw=raw))
+        unopened = asyncio.run(score(made, *texts))
+    finally:
+        made.close()
+    assert [dict(reward.parts) for reward in scored.rewards] == [
+        {"think_format": 1.0, "step": 7.0},
+        {"think_format": 0.0, "step": 7.0},
+    ]
+    assert [reward.parts["think_format"] for reward in unopened.rewards] == [0.0, 0.0]
+
+
+def test_a_score_is_asked_for_again_until_it_is_there():
+    async def run(made):
+        first = await made.score(PROMPT, [completion("x")], key="k", wait_s=0.01)
+        while (answer := await made.score(PROMPT, [completion("x")], key="k", wait_s=5.0)) is None:
+            pass
+        return first, answer, made.health().progress
+
+    with worker(slow) as made:
+        first, answer, progress = asyncio.run(run(made))
+    assert (first, answer.failure, progress) == (None, None, 1)
+
+
+def test_sixteen_groups_of_an_async_function_take_as_long_as_a_few():
+    async def judge(completions, **columns):
+        import asyncio
+
+        await asyncio.sleep(0.3)
+        return [1.0] * len(completions)
+
+    async def run(made):
+        await score(made, "x")
+        begin = time.monotonic()
+        await asyncio.gather(*(score(made, "x") for _ in range(16)))
+        return time.monotonic() - begin
+
+    with worker(judge) as made:
+        assert asyncio.run(run(made)) < 1.5

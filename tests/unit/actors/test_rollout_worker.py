@@ -10,12 +10,13 @@ import pytest
 from fakes import FakeHandle, completion, prompt, reward, ticket, until
 from trl_ray.actors import rollout_worker
 from trl_ray.actors.calling import Patience
-from trl_ray.actors.rollout_worker import RolloutWorker
+from trl_ray.actors.rollout_worker import RolloutWorker, held_out_params, sampling_params
 from trl_ray.actors.teaching import TeacherErrorKind, TeacherSeat, TeachingPlan
 from trl_ray.config.losses.distillation_options import RepromptConfig
 from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.errors import ActorLostError, DataError, DeadlineError, EngineError, TeacherError, WeightError
+from trl_ray.rewards.scoring import RawTexts
 from trl_ray.types import (
     DropReason,
     EventKind,
@@ -127,6 +128,7 @@ class Stage:
         teachers=None,
         lease_s=40_000.0,
         generation=None,
+        raw=False,
         **engine,
     ):
         self.engine, self.queue = FakeEngine(**engine), FakeQueue(*tickets)
@@ -148,6 +150,7 @@ class Stage:
             rewards=(self.reward,) if rewarded else (),
             teaching=teaching,
             teachers=teachers,
+            scores_raw_texts=raw,
         )
 
     def play(self, *acts):
@@ -285,11 +288,86 @@ def test_a_reward_worker_that_is_lost_for_good_fails_the_group_and_not_the_engin
     assert (event.kind, event.detail["kind"], event.detail["prompt_id"]) == (EventKind.REWARD_FAILED, "crash", "0:3")
 
 
+def test_held_out_prompts_may_be_answered_at_a_temperature_of_their_own(monkeypatch):
+    asked = GenerationConfig(temperature=0.7, top_p=0.9, max_completion_length=8)
+    assert held_out_params(asked) == sampling_params(asked)
+    cooler = held_out_params(asked.replace(eval_temperature=0.2))
+    assert (cooler.temperature, cooler.top_p) == (0.2, 0.9)
+    greedy = held_out_params(asked.replace(eval_temperature=0))
+    assert (greedy.temperature, greedy.top_k, greedy.top_p, greedy.max_tokens) == (1.0, 1, 1.0, 8)
+    stage = Stage(monkeypatch)
+    stage.worker._eval_sampling = greedy
+    evaluated(stage, prompt(5))
+    [[request]] = stage.engine.batches
+    assert request.sampling == greedy != stage.worker._sampling
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_functions_that_ask_for_special_tokens_are_given_them(monkeypatch, raw):
+    stage = Stage(monkeypatch, ticket(3), raw=raw)
+    stage.play(
+        lambda: len(stage.engine.batches) == 1,
+        lambda: stage.engine.finish("3.0"),
+        lambda: bool(stage.queue.asked("commit")),
+    )
+    [call] = stage.reward.asked("score")
+    prompt_ids, completions = "\x01\x02\x03", ("\x00\x01",) * G
+    assert call.kwargs.get("raw") == (RawTexts(prompt=prompt_ids, completions=completions) if raw else None)
+
+
 def test_an_evaluation_waits_for_slow_rewards_as_well(monkeypatch):
     answers = [None, None, ScoredGroup(rewards=(reward(0.5),))]
     stage = Stage(monkeypatch, scored=lambda **arguments: answers.pop(0), lease_s=0.01)
     [answer] = evaluated(stage, prompt(1))
     assert answer.scored.rewards[0].total == 0.5
+
+
+def test_a_group_that_could_not_be_scored_is_drawn_anew(monkeypatch):
+    def seeds(*tickets):
+        stage = Stage(monkeypatch, *tickets)
+        stage.play(lambda: len(stage.engine.batches) == 1)
+        return [request.seed for request in stage.engine.batches[0]]
+
+    again = dataclasses.replace(ticket(3, attempt=1), draw=1)
+    lost = ticket(3, attempt=1)
+    assert seeds(ticket(3)) == seeds(lost) != seeds(again)
+
+
+def test_a_request_that_the_engine_refuses_fails_its_group_alone_and_at_once(monkeypatch):
+    stage = Stage(monkeypatch, ticket(3), ticket(4), ticket(5), max_num_seqs=3 * G)
+    submit = stage.engine.submit
+
+    def picky(requests):
+        if any(request.request_id.startswith("4.") for request in requests):
+            raise DataError("the prompt of request 4.0 must have 1 to 63 tokens, but has 99")
+        return submit(requests)
+
+    stage.engine.submit = picky
+    stage.play(
+        lambda: len(stage.engine.batches) == 2,
+        lambda: [stage.engine.finish(name) for name in ("3.0", "5.0")] and None,
+        lambda: len(stage.queue.asked("commit")) == 2 and bool(stage.queue.asked("fail")),
+    )
+    [call] = stage.queue.asked("fail")
+    assert (call.kwargs["group_id"], call.kwargs["drop"]) == (4, DropReason.REFUSED)
+    assert "has 99" in call.kwargs["detail"] and stage.worker.health().problem is None
+
+
+@pytest.mark.parametrize("error", [EngineError("vllm refused 0:3.0: top_k"), DataError("A group must hold")])
+def test_what_an_engine_that_works_or_the_ledger_refuses_is_no_reason_for_a_new_engine(monkeypatch, error):
+    stage = Stage(monkeypatch, ticket(3))
+
+    def act():
+        if isinstance(error, DataError):
+            stage.queue.answers["commit"] = error
+            stage.engine.finish("3.0")
+        else:
+            stage.engine.running["3.0"][1].set_exception(error)
+
+    stage.play(lambda: len(stage.engine.batches) == 1, act, lambda: bool(stage.queue.asked("fail")))
+    [call] = stage.queue.asked("fail")
+    assert (call.kwargs["drop"], call.kwargs["detail"]) == (DropReason.REFUSED, str(error))
+    assert stage.worker.health().problem is None
 
 
 def test_a_failed_engine_is_a_problem_and_the_ledger_hears_nothing_more(monkeypatch):

@@ -138,6 +138,21 @@ def test_resume_goes_on_with_the_pipeline_that_the_run_was_started_with(monkeypa
     assert (seen[0].pipeline, seen[0].max_staleness, seen[0].output_dir) == ("async-grpo", 3, str(run))
 
 
+def test_resume_takes_what_may_change_and_refuses_the_rest_by_name(monkeypatch, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    write_config(run / "config.yaml", model_name_or_path="none", pipeline="async-grpo", max_steps=3)
+    seen = ends_with(monkeypatch, output())
+    assert main(["resume", str(run), "max_steps=9", "--save_steps", "2"]) == 0
+    assert (seen[0].max_steps, seen[0].save_steps, seen[0].output_dir) == (9, 2, str(run))
+    assert main(["resume", str(run), "max_steps=9", "learning_rate=0.5"]) == 2
+    assert "learning_rate must stay as the run began with" in capsys.readouterr().err
+    assert main(["resume", str(run), "max_stepz=9"]) == 2
+    assert "max_steps" in capsys.readouterr().err
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize(
     ("pipeline", "options"),
     [

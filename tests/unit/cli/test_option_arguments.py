@@ -203,6 +203,20 @@ def test_a_run_needs_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.logging_steps == 0.5
 
 
+def test_variables_under_env_are_set_before_any_library_reads_them(tmp_path: Any) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text("env: {TRL_RAY_TEST: here}\nmodel_name_or_path: none\n")
+    code = (
+        "import os, sys, builtins; from trl_ray.cli.main import main; real = builtins.__import__\n"
+        "def spy(name, *rest):\n"
+        "    if name.split('.')[0] in ('torch', 'transformers'): print(os.environ.get('TRL_RAY_TEST')); os._exit(0)\n"
+        "    return real(name, *rest)\n"
+        f"builtins.__import__ = spy; main(['sft', '--config', {str(file)!r}])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "here\n"
+
+
 def test_variables_under_env_are_set_and_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     seen: list[Any] = []
 
@@ -212,6 +226,7 @@ def test_variables_under_env_are_set_and_not_kept(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Pipeline, "train", train)
     monkeypatch.setenv("TRL_RAY_TEST", "before")
+    monkeypatch.setenv("TRL_RAY_INHERITED", "")
     file = tmp_path / "file.yaml"
     file.write_text(yaml.safe_dump({"model_name_or_path": "none", "env": {"TRL_RAY_TEST": 5}}))
     assert main(["sft", "--config", str(file)]) == 130

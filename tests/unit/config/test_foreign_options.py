@@ -58,13 +58,22 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     (GRPOConfig, {"train_sampling_strategy": "sequential"}, {}),
     (SFTConfig, {"fp16": False, "push_to_hub": False, "dataloader_num_workers": 4}, {}),
     (SFTConfig, {"optim": "adamw_torch_fused", "padding_free": True, "remove_unused_columns": False}, {}),
-    (SFTConfig, {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "dataset_num_proc": 8}, {}),
+    (SFTConfig, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}, {}),
     (SFTConfig, {"lora_task_type": "CAUSAL_LM"}, {}),
     (RewardModelConfig, {"lora_task_type": "SEQ_CLS"}, {}),
-    (SFTConfig, {"lora_target_parameters": ["experts.w"], "use_peft": True},
-     {"lora_kwargs": {"target_parameters": ["experts.w"]}, "use_peft": True}),
+    (SFTConfig, {"lora_target_parameters": None}, {}),
     (DistillConfig, {"teacher_model_name_or_path": "far", "teacher_model_init_kwargs": {"torch_dtype": "bfloat16"}},
      {"teacher_model_name_or_path": "far", "teacher_dtype": "bfloat16"}),
+    (SFTConfig, {"bf16_full_eval": True, "num_processes": 2}, {"runtime": {"num_learners": 2}}),
+    (SFTConfig, {"accelerator_config": {"split_batches": False, "dispatch_batches": None, "even_batches": True}}, {}),
+    (CPOConfig, {"max_completion_length": 128}, {}),
+    # What saves memory or time, with the same numbers.
+    (SFTConfig, {"torch_compile": True, "torch_compile_mode": "reduce-overhead", "auto_find_batch_size": True,
+                 "activation_offloading": True, "save_on_each_node": True}, {}),
+    (GRPOConfig, {"max_tool_calling_iterations": 5, "reward_model": "judge"}, {"reward_model_name_or_path": "judge"}),
+    (SFTConfig, {"average_tokens_across_devices": False}, {}),
+    (SFTConfig, {"adafactor": True}, {"optim": "adafactor"}),
+    (DPOConfig, {"ref_model": "org/first", "resize_vocab": True}, {"ref_model_name_or_path": "org/first"}),
     # The Hub, by past names.
     (SFTConfig, {"push_to_hub": True, "push_to_hub_model_id": "tuned", "push_to_hub_organization": "org"},
      {"push_to_hub": True, "hub_model_id": "org/tuned"}),
@@ -81,16 +90,20 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     (SFTConfig, {"lora_target": "q_proj,v_proj", "use_peft": True},
      {"lora_target_modules": ["q_proj", "v_proj"], "use_peft": True}),
     (SFTConfig, {"cutoff_len": 2048, "overwrite_cache": True, "preprocessing_num_workers": 16, "plot_loss": True},
-     {"max_length": 2048}),
+     {"max_length": 2048, "dataset_num_proc": 16}),
     (DPOConfig, {"stage": "dpo", "pref_beta": 0.2, "pref_loss": "hinge"}, {"beta": 0.2, "loss_type": "hinge"}),
     (SFTConfig, {"flash_attn": "sdpa"}, {"attn_implementation": "sdpa"}),
     # axolotl
     (SFTConfig, {"base_model": "m", "sequence_len": 512, "micro_batch_size": 2, "num_epochs": 4},
      {"model_name_or_path": "m", "max_length": 512, "per_device_train_batch_size": 2, "num_train_epochs": 4}),
     (SFTConfig, {"adapter": "lora", "lora_target_linear": True, "sample_packing": True, "bf16": "auto", "tf32": False},
-     {"use_peft": True, "lora_target_modules": "all-linear", "packing": True}),
+     {"use_peft": True, "lora_target_modules": "all-linear", "packing": True, "tf32": False}),
     (SFTConfig, {"num_epochs": 2, "evals_per_epoch": 2, "saves_per_epoch": 4},
      {"num_train_epochs": 2, "eval_steps": 0.25, "save_steps": 0.125}),
+    (SFTConfig, {"datasets": [{"path": "a.jsonl", "type": "chat_template", "ds_type": "json", "train_on_split": "test",
+                               "field_messages": "conversations", "roles": {"user": ["human"], "assistant": ["gpt"]},
+                               "message_property_mappings": {"role": "from", "content": "value"}}]},
+     {"datasets": [{"path": "a.jsonl", "split": "test"}]}),
     # alignment-handbook
     (SFTConfig, {"dataset_mixer": {"org/chats": 1.0}, "dataset_splits": ["train_sft", "test_sft"]},
      {"dataset_name": "org/chats", "dataset_train_split": "train_sft", "dataset_test_split": "test_sft"}),
@@ -116,12 +129,12 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     (SFTConfig, {"val_set_size": 0.05}, {"test_split_size": 0.05}),
     (DPOConfig, {"val_size": 100}, {"test_split_size": 100}),
     (SFTConfig, {"val_set_size": 0.0}, {}),
-    (SFTConfig, {"special_tokens": {"pad_token": "<pad>", "eos_token": "<end>"}}, {"eos_token": "<end>"}),
+    (SFTConfig, {"special_tokens": {"pad_token": "<pad>", "eos_token": "<end>"}},
+     {"pad_token": "<pad>", "eos_token": "<end>"}),
     (CPOConfig, {"use_flash_attention_2": True}, {"attn_implementation": "flash_attention_2"}),
 ]  # fmt: skip
 REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
     (GRPOConfig, {"vllm_server_host": "10.0.0.5"}, "engines are actors of the run"),
-    (GRPOConfig, {"vllm_structured_outputs_regex": "a+"}, "sampled from the whole distribution"),
     (GRPOConfig, {"fp16": True}, "bf16=true"),
     (SFTConfig, {"gradient_checkpointing_kwargs": {"preserve_rng_state": False}}, "Remove what else it holds"),
     (KTOConfig, {"sync_ref_model": True}, "does not move"),
@@ -137,6 +150,8 @@ REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
     (GRPOConfig, {"streaming": True}, "prompts are read before training"),
     (SFTConfig, {"rl": "dpo"}, "trl-ray dpo"),
     (SFTConfig, {"trackio_static_space_id": "me/page"}, "trackio_space_id"),
+    (SFTConfig, {"lora_target_parameters": ["experts.w"]}, "beside linear layers"),
+    (SFTConfig, {"accelerator_config": {"split_batches": True}}, "not split over ranks"),
 ]
 
 
@@ -258,6 +273,19 @@ def test_no_option_of_the_tables_speaks_of_options_that_no_run_has() -> None:
             entry = entry_of(name, config.model_fields)
             becomes = None if entry is None else entry.becomes
             assert becomes is None or becomes.partition(".")[0] in options, name
+
+
+def test_what_an_entry_of_datasets_cannot_say_is_answered_with_its_place() -> None:
+    lines = refusal(SFTConfig, datasets=[{"path": "a"}, {"path": "b", "type": "pygmalion", "shards": 4, "pth": "c"}])
+    told = lines.split("\n")
+    assert [line.split("'")[1] for line in told] == ["datasets.1.type", "datasets.1.shards", "datasets.1.pth"]
+    assert "column_mapping" in told[0] and "Set share" in told[1] and "Did you mean 'path'?" in told[2]
+
+
+def test_tokens_of_several_ranks_are_counted_together() -> None:
+    message = refusal(SFTConfig, average_tokens_across_devices=False, runtime={"num_learners": 2})
+    assert message.startswith("'average_tokens_across_devices' cannot be False here.")
+    assert "reward_model_name_or_path in the pipeline grpo" in refusal(SFTConfig, reward_model="judge")
 
 
 def test_what_stands_for_it_is_not_named_where_a_pipeline_has_no_such_thing() -> None:

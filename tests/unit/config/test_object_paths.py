@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic.fields import FieldInfo
 
+from trl_ray.config.load import build, dump_yaml, parse_yaml
 from trl_ray.config.object_paths import OBJECT_OPTIONS, find_plug_in, is_same_object, place, real_path
 from trl_ray.config.runs.config_registry import CONFIGS
 from trl_ray.config.runs.sdpo_config import SDPOConfig
@@ -98,6 +99,27 @@ def test_files_of_objects_are_looked_for_beside_the_configuration_and_then_here(
     }
     with pytest.raises(ConfigError, match=f"no none.py in {other}, where the configuration is, nor in {here}"):
         place({"reward_funcs": ["none.py:f"]}, Path("../other"))
+
+
+def test_a_chat_template_and_a_deepspeed_file_may_lie_beside_the_configuration(folder: Path) -> None:
+    other = folder.parent / "other"
+    (other / "chat.jinja").write_text("{{ messages }}")
+    (other / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (folder / "here.jinja").write_text("x")
+    written = {"chat_template_path": "chat.jinja", "deepspeed": "ds.json"}
+    assert place(written, Path("../other")) == {
+        "chat_template_path": f"{other}/chat.jinja",
+        "deepspeed": f"{other}/ds.json",
+    }
+    # Others are taken as they are: of this folder, a name, a text.
+    for given in ("here.jinja", "org/model", "{{ messages }}" * 99):
+        assert place({"chat_template": given}, Path("../other")) == {"chat_template": given}
+    assert SDPOConfig(chat_template="here.jinja").chat_template == f"{folder}/here.jinja"
+    assert SDPOConfig(chat_template="org/model").chat_template == "org/model"
+    inline = SDPOConfig(
+        chat_template_path=None, chat_template="{% for each in messages %}\n{{ each.content }}\n{% endfor %}\n"
+    )
+    assert build(SDPOConfig, parse_yaml(dump_yaml(inline), source="config.yaml")) == inline
 
 
 def test_options_that_name_objects_hold_paths_that_hold_everywhere(folder: Path) -> None:

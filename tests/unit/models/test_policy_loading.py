@@ -16,7 +16,14 @@ from trl_ray.engines.checkpoint_facts import read_facts
 from trl_ray.errors import ModelError
 from trl_ray.models.adapters.lora import save_adapter
 from trl_ray.models.adapters.merging import export_merged
-from trl_ray.models.policy_loading import find_source, load_policy, load_tokenizer, max_positions, quantization
+from trl_ray.models.policy_loading import (
+    config_changes,
+    find_source,
+    load_policy,
+    load_tokenizer,
+    max_positions,
+    quantization,
+)
 from trl_ray.models.scoring.head import check_head
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
 
@@ -219,3 +226,26 @@ def test_ligers_kernels_need_a_gpu_and_the_library(tiny: Path, monkeypatch: pyte
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install liger-kernel"):
         load_policy(model, device="cuda")
+
+
+def test_changes_of_the_configuration_reach_policy_reference_and_whoever_asks_for_it(tiny: Path) -> None:
+    changes = {"max_position_embeddings": 64, "rms_norm_eps": 0.5}
+    model = ModelConfig(model_name_or_path=str(tiny), model_init_kwargs=changes)
+    plain = load_policy(ModelConfig(model_name_or_path=str(tiny)), trainable=False)
+    changed, reference = load_policy(model, trainable=False), load_policy(model, trainable=False)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        first, second, other = (each(input_ids=ids).logits for each in (changed, reference, plain))
+    assert torch.equal(first, second) and not torch.allclose(first, other, atol=1e-2)
+    assert max_positions(model) == 64
+    assert config_changes(model) == changes
+    with pytest.raises(ModelError, match=r"the configuration of qwen2, got rms_norm_epz\. Did you mean 'rms_norm_eps'"):
+        load_policy(model.replace(model_init_kwargs={"rms_norm_epz": 0.5}))
+
+
+def test_a_scaled_rope_is_known_by_the_name_that_the_configuration_has(tiny: Path) -> None:
+    scaled = {"rope_type": "linear", "factor": 2.0}
+    model = ModelConfig(model_name_or_path=str(tiny), model_init_kwargs={"rope_scaling": scaled})
+    [(name, value)] = config_changes(model).items()
+    assert name == "rope_parameters" and value == {**scaled, "rope_theta": 10000.0}
+    assert load_policy(model).config.rope_parameters["rope_type"] == "linear"

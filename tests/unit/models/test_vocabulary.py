@@ -24,6 +24,7 @@ from trl_ray.models.policy_loading import load_policy, load_shape, load_tokenize
 from trl_ray.models.scoring.reward_model import find_reward_model
 from trl_ray.models.vocabulary import missing_rows, names_tokenizer, num_tokens
 from trl_ray.models.weight_payload import export_weights
+from trl_ray.pipelines.run.model_notes import model_notes
 from trl_ray.types import GenerationRequest, SamplingParams
 
 # 260 tokens, and the embedding has as many rows; with two more 262, and the next multiple of 64 is 320.
@@ -138,6 +139,36 @@ def test_the_template_of_another_tokenizer_brings_its_tokens_and_its_end(fitting
     assert tokenizer.eos_token_id == policy.config.eos_token_id == 261
     assert policy.generation_config.eos_token_id == [261, 258]
     assert policy.config.vocab_size == GROWN
+
+
+@pytest.mark.parametrize("line", ["", "{# one #}\n"])
+def test_a_template_may_be_given_itself(line: str, fitting: str, tmp_path: Path) -> None:
+    text = line + "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(text)
+    inline, in_file = (
+        load_tokenizer(ModelConfig(model_name_or_path=fitting, chat_template=given))
+        for given in (text, str(tmp_path / "chat.jinja"))
+    )
+    message = [{"role": "user", "content": "a"}]
+    assert inline.apply_chat_template(message, tokenize=False) == "<a>"
+    assert inline.chat_template == in_file.chat_template == text
+    with pytest.raises(ModelError, match=r"must be a template, a readable file or a tokenizer, got missing\.jinja"):
+        load_tokenizer(ModelConfig(model_name_or_path=fitting, chat_template="missing.jinja"))
+
+
+def test_a_padding_token_is_that_of_the_checkpoint(fitting: str) -> None:
+    tokenizer, policy = (
+        load(ModelConfig(model_name_or_path=fitting, pad_token="!")) for load in (load_tokenizer, load_policy)
+    )
+    assert tokenizer.pad_token == "!" and tokenizer.eos_token != "!"
+    assert policy.generation_config.pad_token_id == tokenizer.convert_tokens_to_ids("!")
+    assert model_notes(ModelConfig(model_name_or_path=fitting, pad_token="!"), tokenizer) == ()
+    # Of another model's recipe: its own is kept, and that is said.
+    other = ModelConfig(model_name_or_path=fitting, pad_token="<none>")
+    kept = load_tokenizer(other).pad_token
+    assert kept == load_tokenizer(ModelConfig(model_name_or_path=fitting)).pad_token
+    [note] = model_notes(other, load_tokenizer(other))
+    assert note.startswith(f"pad_token='<none>' is no token of the tokenizer, which keeps {kept!r}")
 
 
 def test_a_template_file_a_folder_and_a_name_are_told_apart(fitting: str, tmp_path: Path) -> None:

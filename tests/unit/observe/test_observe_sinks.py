@@ -91,6 +91,15 @@ def test_without_a_terminal_each_logged_step_is_a_plain_line() -> None:
     assert out.getvalue() == "step 2/3  reward 0.500  eta 10s\nstep 3/3  reward 0.500\n"
 
 
+def test_the_first_step_is_told_where_it_is_asked_for() -> None:
+    out, times = io.StringIO(), iter([0.0, 10.0, 20.0])
+    sink = ConsoleSink(total_steps=9, every=5, first=True, stream=out, clock=lambda: next(times))
+    for step in (1, 2, 3):
+        sink.step(step, {"reward/mean": 0.5})
+    sink.close()
+    assert out.getvalue() == "step 1/9  reward 0.500\n"
+
+
 def test_on_a_terminal_the_line_is_rewritten_and_events_stand_above() -> None:
     out = Terminal()
     sink = ConsoleSink(total_steps=2, stream=out)

@@ -1,10 +1,14 @@
+import asyncio
+import functools
 import threading
 
 import pytest
 
+from fakes import completion, prompt
 from trl_ray.errors import ConfigError
 from trl_ray.rewards.functions import arithmetic
 from trl_ray.rewards.reward_registry import RewardSpec, load_function, make_spec, make_specs, required_columns, resolve
+from trl_ray.rewards.scoring import GroupInput, score_group, weighted
 
 
 def test_names_paths_files_and_callables_all_resolve(tmp_path):
@@ -72,3 +76,39 @@ def test_function_names_must_differ_and_one_must_be_given():
         make_specs(["arithmetic", "trl_ray.rewards.functions:arithmetic"], columns=["answer"])
     with pytest.raises(ConfigError, match="at least one function"):
         make_specs([], columns=[])
+
+
+class Judge:
+    """A callable object."""
+
+    async def __call__(self, completions, **columns):
+        return [2.0] * len(completions)
+
+    def method(self, completions, **columns):
+        return [3.0] * len(completions)
+
+
+def scaled(completions, by=5.0, **columns):
+    return [by] * len(completions)
+
+
+def test_functions_of_every_kind_have_names_of_their_own():
+    given = [
+        lambda completions, **columns: [0.0] * len(completions),
+        lambda completions, **columns: [1.0] * len(completions),
+        functools.partial(scaled, by=4.0),
+        Judge(),
+        Judge().method,
+        scaled,
+    ]
+    specs = make_specs(given, columns=[])
+    assert [spec.name for spec in specs] == ["<lambda>", "<lambda>_2", "scaled", "Judge", "method", "scaled_2"]
+    group = GroupInput.of(prompt(0), [completion("a"), completion("b")])
+    loaded = weighted([spec.name for spec in specs], [load_function(spec) for spec in specs], None)
+    [first, _] = asyncio.run(score_group(loaded, group)).rewards
+    assert first.parts == {
+        "<lambda>": 0.0, "<lambda>_2": 1.0, "scaled": 4.0, "Judge": 2.0, "method": 3.0, "scaled_2": 5.0,
+    }  # fmt: skip
+    # A name of a configuration that stands there twice is a mistake.
+    with pytest.raises(ConfigError, match="think_format appears twice"):
+        make_specs(["think_format", "think_format"], columns=[])

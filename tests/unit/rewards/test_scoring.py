@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import math
 import re
 
@@ -6,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from trl_ray.rewards.scoring import GroupInput, join_scores, score_group, weighted
+from trl_ray.rewards.reward_registry import REGISTERED, required_columns, wants_raw_texts
+from trl_ray.rewards.scoring import GroupInput, RawTexts, TrainingCourse, join_scores, score_group, weighted
 from trl_ray.types import (
     Completion,
     FinishReason,
@@ -152,7 +154,7 @@ def test_functions_get_columns_ids_and_completions_as_in_trl():
 
     score(look, columns={"answer": "7", "completions": "reserved"})
     assert (seen["prompts"], seen["completions"], seen["completion_ids"]) == (["q", "q"], ["c0", "c1"], [[0], [0, 1]])
-    assert (seen["answer"], sorted(seen["rest"])) == (["7", "7"], ["log_extra", "log_metric"])
+    assert (seen["answer"], sorted(seen["rest"])) == (["7", "7"], ["log_extra", "log_metric", "trainer_state"])
 
 
 def test_conversational_prompts_give_conversations():
@@ -228,3 +230,41 @@ def test_whoever_fails_first_fails_the_joined_group():
     failed = ScoredGroup(failure=RewardFailure(function="judge", kind=RewardErrorKind.NAN, detail="nan"))
     joined = join_scores([scored_as("f", 1.0), failed], weights={"f": 1.0, "judge": 1.0})
     assert (joined.failure.function, joined.rewards) == ("judge", ())
+
+
+def test_functions_are_told_where_the_run_stands_for_rewards_that_follow_a_schedule():
+    seen = {}
+
+    def look(completions, trainer_state, **columns):
+        seen.update(vars_of(trainer_state))
+        return [0.0] * len(completions)
+
+    def vars_of(state):
+        return {name: getattr(state, name) for name in ("global_step", "max_steps", "epoch", "num_train_epochs")}
+
+    aged = [
+        dataclasses.replace(completion("a"), versions=(VersionSpan(version=v, start=0, end=1),)) for v in (3, 4, -1)
+    ]
+    course = TrainingCourse(max_steps=10, steps_per_epoch=4.0)
+    group = GroupInput.of(prompt(), aged, course=course)
+    asyncio.run(score_group(weighted(["look"], [look], None), group))
+    assert seen == {"global_step": 4, "max_steps": 10, "epoch": 1.0, "num_train_epochs": 2.5}
+    group = GroupInput.of(prompt(), aged[2:])
+    asyncio.run(score_group(weighted(["look"], [look], None), group))
+    assert seen == {"global_step": 0, "max_steps": 0, "epoch": 0.0, "num_train_epochs": 0.0}
+
+
+def test_texts_with_special_tokens_are_given_to_those_who_name_them():
+    seen = []
+
+    def look(completions, raw_completions, raw_prompts=None):
+        seen.append((raw_prompts, raw_completions))
+        return [0.0] * len(completions)
+
+    raw = RawTexts(prompt="<s>q", completions=("a</s>", "b"))
+    group = GroupInput.of(prompt(), [completion("a"), completion("b")], raw=raw)
+    asyncio.run(score_group(weighted(["look"], [look], None), group))
+    assert seen == [(["<s>q", "<s>q"], ["a</s>", "b"])]
+    assert wants_raw_texts(look) and wants_raw_texts(REGISTERED["think_format"])
+    assert not wants_raw_texts(REGISTERED["arithmetic"])
+    assert required_columns(look) == set()

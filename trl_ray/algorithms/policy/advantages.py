@@ -111,6 +111,11 @@ def objective_advantages(parts: Parts, *, weights: Sequence[float] | None = None
     return Advantages(values=_finished(_normalized(combined, keep=keep), poisoned), flat=keep)
 
 
+def clip_reward(reward: float, bounds: tuple[float, float] | None) -> float:
+    """A total reward held between two bounds; None leaves it alone."""
+    return reward if bounds is None else float(np.clip(reward, *bounds))
+
+
 def group_deviations(rewards: Rewards) -> NDArray[np.float64]:
     """[groups] sample standard deviations (ddof 1); 0 where fewer than two completions have a score."""
     return np.array([_std(_known(group)) for group in rewards], dtype=np.float64)

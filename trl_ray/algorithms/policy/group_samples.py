@@ -21,11 +21,12 @@ from trl_ray.algorithms.metric_merging import mean_metric, token_mean
 from trl_ray.algorithms.policy.advantages import (
     Advantages,
     Parts,
+    clip_reward,
     group_advantages,
     group_deviations,
     objective_advantages,
 )
-from trl_ray.algorithms.policy.reward_shaping import SequenceKL, clip_reward, overlong_penalty, sequence_kls
+from trl_ray.algorithms.policy.reward_shaping import SequenceKL, overlong_penalty, sequence_kls
 from trl_ray.config.losses.advantage_options import AdvantageConfig, Aggregation
 from trl_ray.config.losses.policy_options import KLEstimator
 from trl_ray.config.runs.grpo_config import GRPOConfig

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from trl_ray.algorithms.policy.policy_terms import kl_estimate
@@ -26,11 +25,6 @@ class SequenceKL:
     """Nats, summed over the trained tokens."""
     num_tokens: int
     """Trained tokens."""
-
-
-def clip_reward(reward: float, bounds: tuple[float, float] | None) -> float:
-    """A total reward held between two bounds; None leaves it alone."""
-    return reward if bounds is None else float(np.clip(reward, *bounds))
 
 
 def overlong_penalty(length: int, *, max_length: int, buffer: int, factor: float) -> float:

@@ -82,6 +82,9 @@ class AdvantageConfig(Section):
     """The penalty at `max_completion_length` (DAPO's soft overlong punishment)."""
     mask_truncated_completions: bool = False
     zero_variance_groups: Annotated[ZeroVariance, FROM_STRING] = ZeroVariance.KEEP
+    max_resampled_groups: Natural | None = None
+    """Groups of one step that may be replaced because there is nothing to learn of them (equal rewards, or all cut
+    off), before the run stops; None: ten times as many as the step takes."""
 
     @property
     def has_overlong_penalty(self) -> bool:

@@ -39,6 +39,8 @@ class GRPOConfig(RolloutRunConfig, LossConfig, AdvantageConfig):
 
     num_generations: Annotated[int, Field(ge=2)] = 8
     """Completions per prompt: the group size G; one alone cannot be compared with anything."""
+    max_prompt_length: Positive | None = None
+    """Longer prompts lose their head, as in past versions of TRL. None refuses what the model does not hold."""
 
     @property
     def passes_per_step(self) -> int:
@@ -49,6 +51,14 @@ class GRPOConfig(RolloutRunConfig, LossConfig, AdvantageConfig):
     def drops_zero_variance(self) -> bool:
         """Whether groups whose rewards are all equal are dropped."""
         return self.zero_variance_groups is ZeroVariance.DROP
+
+    @property
+    def resampled_limit(self) -> int | None:
+        return 10 * self.groups_per_step if self.max_resampled_groups is None else self.max_resampled_groups
+
+    @property
+    def clip_range(self) -> tuple[float, float] | None:
+        return self.reward_clip_range
 
     @property
     def masks_truncated(self) -> bool:

@@ -123,6 +123,16 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
         return False
 
     @property
+    def resampled_limit(self) -> int | None:
+        """Groups of one step that may be replaced because there is nothing to learn of them; None: any number."""
+        return None
+
+    @property
+    def clip_range(self) -> tuple[float, float] | None:
+        """Bounds of a total reward, where there are any."""
+        return None
+
+    @property
     def masks_truncated(self) -> bool:
         """Whether completions that were cut off are left out of the loss."""
         return False

@@ -14,6 +14,9 @@ from trl_ray.config.trl_options.table_rows import Rows, always, by_value, never,
 _READING = "Rows are read and tokenised by the driver; nothing of them is kept."
 _TEMPLATE = "Remove it: rows are rendered by the tokenizer's own chat template, or by chat_template, a jinja file."
 _HELD_OUT = "Set test_split_size to a share below 1 or a number of rows, or dataset_test_split to a split."
+_TOKENIZER = "The tokenizer is the one in the model's folder, in its fast form."
+_PIPELINE = "Choose the pipeline: trl-ray dpo, kto, orpo, cpo (SimPO) or grpo."
+_TABLES = "Evaluations measure held-out rows; completions are in the run directory."
 _KERNEL = "Kernels are chosen by attn_implementation and use_liger_kernel."
 _NO_QUANTISING = "Set load_in_4bit or load_in_8bit, with use_peft."
 
@@ -84,12 +87,26 @@ def _held_out(value: Any, given: Mapping[str, Any]) -> Reading | None:
 
 
 def _special_tokens(value: Any, given: Mapping[str, Any]) -> Reading | None:
-    """{pad_token, eos_token}; nothing is padded here."""
+    """{pad_token, eos_token}."""
     if not value:
         return {}
     if not isinstance(value, Mapping) or set(value) - {"pad_token", "eos_token"}:
         return None
-    return {name: token for name, token in value.items() if name == "eos_token" and token is not None}
+    return {name: token for name, token in value.items() if token is not None}
+
+
+def _vllm(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """Of a server's options, those of an engine; where it listens, is nobody's business."""
+    names = {"tensor_parallel_size": "tensor_parallel_size", "gpu_memory_utilization": "gpu_memory_utilization"}
+    names |= {"max_model_len": "max_model_len"}
+    nothing = {"host", "port", "dtype", "enable_prefix_caching"}
+    if (
+        not isinstance(value, Mapping)
+        or not set(value) <= {*names, *nothing}
+        or value.get("dtype") not in ("auto", None)
+    ):
+        return None
+    return {f"rollout.{names[key]}": item for key, item in value.items() if key in names and item is not None}
 
 
 def _targets(value: Any, given: Mapping[str, Any]) -> Reading | None:
@@ -122,7 +139,21 @@ def _per_epoch(option: str) -> tuple[ForeignOption, ...]:
     return read_by(read, says=f"Set {option}: a number of steps, or a fraction of the run's below 1.")
 
 
+def _rpo(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """The weight of the chosen answers' likelihood beside DPO's loss."""
+    if value is None:
+        return {}
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or given.get("loss_type") is not None:
+        return None
+    return {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, float(value)]}
+
+
 HANDBOOK: Rows = {
+    "rpo_alpha": read_by(
+        _rpo, says="Set loss_type=[sigmoid, sft] with loss_weights=[1.0, ALPHA].", needs=("loss_weights",)
+    ),
+    "base_model_attribute_name": always("The base of a model is found by transformers."),
+    "packing": only(False, None, says="Remove it: only the pipeline sft packs examples."),
     "dataset_mixer": read_by(
         _mixer,
         says="Shares must be from 0 to 1. List them under datasets: [{path: NAME, share: 0.1}].",
@@ -206,8 +237,15 @@ FACTORY: Rows = {
     "dpo_label_smoothing": renamed("label_smoothing"),
     "kto_chosen_weight": renamed("desirable_weight"),
     "kto_rejected_weight": renamed("undesirable_weight"),
-    "ref_model": only(None, says="Remove it: the reference is the policy's first state."),
-    "reward_model": never("Set reward_model_name_or_path in the pipeline grpo, rloo or async-grpo."),
+    "ref_model": renamed("ref_model_name_or_path"),
+    "ref_model_path": renamed("ref_model_name_or_path"),
+    "reward_model": (
+        *renamed("reward_model_name_or_path", needs=("rollout",)),
+        *never("Set reward_model_name_or_path in the pipeline grpo, rloo or async-grpo."),
+    ),
+    "use_fast_tokenizer": always("Tokenizers are the fast ones where a model has them."),
+    "resize_vocab": always("Embeddings grow with the tokenizer."),
+    "low_cpu_mem_usage": always("Weights are read once."),
     "quantization_bit": read_by(_quantised, says=_NO_QUANTISING),
     "quantization_method": only("bitsandbytes", "bnb", None, says=_NO_QUANTISING),
     "quantization_type": renamed("bnb_4bit_quant_type"),
@@ -230,6 +268,71 @@ FACTORY: Rows = {
         {True: {"shuffle_dataset": False}, False: {"shuffle_dataset": True}}, says="Set shuffle_dataset."
     ),
     "mix_strategy": only("concat", says="Set weight of each of the datasets, and mixture_stopping."),
+    "interleave_probs": read_by(
+        lambda value, given: {} if value is None or given.get("mix_strategy", "concat") == "concat" else None,
+        says="Set weight of each of the datasets, and mixture_stopping.",
+    ),
+    "streaming": renamed("dataset_streaming"),
+    "buffer_size": read_by(
+        lambda value, given: None if value is not None and given.get("streaming") else {},
+        says="Set stream_window: rows of a stream that are shuffled together.",
+    ),
+    "add_tokens": only(None, "", says="Add them to the tokenizer's files: embeddings get rows for them."),
+    "add_special_tokens": only(None, "", says="Add them to the tokenizer's files: embeddings get rows for them."),
+    "new_special_tokens": only(None, "", says="Add them to the tokenizer's files: embeddings get rows for them."),
+    "ignore_pad_token_for_loss": only(True, says="Remove it: nothing is padded."),
+    **dict.fromkeys(
+        ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model"), always("Rows are text.")
+    ),
+    **dict.fromkeys(
+        ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
+        never("Set use_peft with lora_target_modules to train a part of the weights."),
+    ),
+    **dict.fromkeys(
+        ("use_badam", "use_llama_pro", "use_apollo", "use_adam_mini", "pissa_init"),
+        only(False, None, says="Set use_peft=true to save memory."),
+    ),
+    **dict.fromkeys(
+        ("galore_layerwise", "galore_target", "galore_rank", "galore_scale", "galore_update_interval"),
+        never("Set use_peft=true to save memory."),
+    ),
+    "use_muon": by_value({True: {"optim": "muon"}}, nothing=(False, None), says="Set optim=muon."),
+    "use_dft_loss": by_value(
+        {True: {"loss_type": "dft"}}, nothing=(False, None), says="Set loss_type=dft in trl-ray sft."
+    ),
+    "use_swanlab": only(False, None, says="Set report_to: wandb, tensorboard, mlflow or trackio."),
+    **dict.fromkeys(
+        ("swanlab_project", "swanlab_run_name", "swanlab_mode", "swanlab_api_key", "swanlab_workspace"),
+        only(None, says="Set report_to, run_name and project."),
+    ),
+    "create_new_adapter": always("An adapter is new unless model_name_or_path names one."),
+    "train_from_scratch": only(False, None, says="Save a model of random weights, and name its folder."),
+    "compute_accuracy": always("Token accuracy is always measured."),
+    "disable_gradient_checkpointing": by_value(
+        {True: {"gradient_checkpointing": False}, False: {"gradient_checkpointing": True}},
+        says="Set gradient_checkpointing.",
+    ),
+    "use_cache": always("Training keeps no cache, and generation always does."),
+    "print_param_status": always("The dry run counts parameters."),
+    "eval_on_each_dataset": only(False, None, says="Pass eval_dataset={NAME: rows} in Python."),
+    "enable_thinking": renamed("chat_template_kwargs.enable_thinking"),
+    "default_system": only(None, "", says="Set system_prompt, or give rows a column system."),
+    "tool_format": only(None, says=_TEMPLATE),
+    "cache_dir": only(None, says="Set the environment variable HF_HOME."),
+    "hf_hub_token": only(None, says="Set the environment variable HF_TOKEN."),
+    "infer_backend": always("rollout.engine says who generates."),
+    "data_shared_file_system": always(_READING),
+    "moe_aux_loss_coef": renamed("router_aux_loss_coef"),
+    **dict.fromkeys(
+        ("export_dir", "export_size", "export_device", "export_legacy_format", "export_hub_model_id"),
+        never("Checkpoints load with from_pretrained; models.adapters.merging.export_merged merges an adapter."),
+    ),
+    **dict.fromkeys(
+        ("use_ray", "ray_run_name", "ray_storage_path"), always("Runs are on Ray, with output_dir as their folder.")
+    ),
+    **dict.fromkeys(
+        ("ray_num_workers", "resources_per_worker", "placement_strategy"), never("Set runtime.num_learners.")
+    ),
 }
 
 AXOLOTL: Rows = {
@@ -303,14 +406,44 @@ AXOLOTL: Rows = {
     "wandb_run_id": only(None, "", says="Remove it: a resumed run goes on with its own."),
     "special_tokens": read_by(
         _special_tokens,
-        says="Set eos_token, leave pad_token out (nothing is padded), or set them in the tokenizer's files.",
+        says="Set eos_token and pad_token, and others in the tokenizer's files.",
     ),
-    "tokens": only(None, [], says="Add them to the tokenizer's files, and rows to the model's embedding."),
-    "rl": never("Choose the pipeline: trl-ray dpo, kto, orpo, cpo (SimPO) or grpo."),
+    "tokens": only(None, [], says="Add them to the tokenizer's files: embeddings grow with it."),
+    "rl": (
+        *only("kto", says=_PIPELINE, needs=("desirable_weight",)),
+        *by_value({"ipo": {"loss_type": "ipo"}}, nothing=("dpo",), says=_PIPELINE, needs=("f_divergence_type",)),
+        *by_value(
+            {"simpo": {"loss_type": "simpo", "cpo_alpha": 0.0}}, says=_PIPELINE, needs=("cpo_alpha", "simpo_gamma")
+        ),
+        *only("grpo", says=_PIPELINE, needs=("num_generations", "loss_type", "epsilon")),
+        *never(_PIPELINE),
+    ),
+    "vllm": read_by(_vllm, says="Set rollout: tensor_parallel_size, gpu_memory_utilization, max_model_len."),
+    "tokenizer_use_fast": always(_TOKENIZER),
+    "tokenizer_legacy": always(_TOKENIZER),
+    "resize_token_embeddings_to_32x": always("Embeddings get a row for each token of the tokenizer."),
+    "push_dataset_to_hub": only(None, "", says="Remove it: rows are not sent."),
+    "skip_prepare_dataset": always(_READING),
+    "torchdistx_path": only(None, "", says="Remove it."),
+    **dict.fromkeys(
+        ("gptq", "gptq_groupsize", "gptq_model_v1"),
+        only(None, False, "", says="A checkpoint says how it is quantised."),
+    ),
+    "gc_steps": always("Memory is the run's own business."),
+    "eval_max_new_tokens": always(_TABLES),
+    "eval_table_size": always(_TABLES),
+    "save_first_step": only(False, None, says="Set save_steps."),
+    "eot_tokens": only(None, [], says="Set eos_token: the token that ends a turn."),
+    "lora_on_cpu": only(False, None, says="Remove it: adapters are read where the model is."),
+    "relora_steps": only(None, says="Remove it: an adapter is one for the whole run."),
+    "loraplus_lr_embedding": only(None, says="Remove it: all weights of an adapter have one learning rate."),
+    "bench_dataset": only(None, says="Remove it: run benchmarks on a checkpoint."),
+    "sdp_attn_kernel": always(_KERNEL),
+    "load_best_model_at_end_metric": renamed("metric_for_best_model"),
     "rl_beta": renamed("beta"),
     "dpo_beta": renamed("beta"),
     "orpo_alpha": renamed("beta"),
-    "trl": never("Write what it holds beside the other options, and choose the pipeline: trl-ray grpo."),
+    "trl": never("Write what it holds beside the other options: some of it stands there as well."),
     "plugins": only(None, [], says="Set use_liger_kernel=true for Liger's kernels, and callbacks for the rest."),
     "liger_rope": always(_KERNEL),
     "liger_rms_norm": always(_KERNEL),
@@ -324,10 +457,9 @@ AXOLOTL: Rows = {
     "float16": only(False, None, says="Set bf16=true, or dtype=bfloat16 for the weights themselves."),
     "bfloat16": by_value({True: {"dtype": "bfloat16"}}, nothing=(False, None), says="Set dtype=bfloat16."),
     "unfrozen_parameters": only(None, [], says="Set use_peft with lora_target_modules to train a part of the weights."),
-    "mean_resizing_embeddings": always("Embeddings are not resized."),
+    "mean_resizing_embeddings": always("New rows are drawn from the distribution of the old ones."),
     "roles_to_train": only(
         ["assistant"], None, says="Set assistant_only_loss=true: the assistant's turns are trained."
     ),
     "train_on_eos": only("turn", "all", None, says="Remove it: what ends a turn is trained with it."),
 }
-"""Of entries under `datasets`, see `trl_ray.config.sections.DatasetConfig`."""

@@ -6,16 +6,26 @@ an option that is none --why_not--> what to do instead
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
+from trl_ray.config.trl_options.dataset_entries_table import ENTRIES
 from trl_ray.config.trl_options.foreign_option import ForeignOption, Reading, standing_for
+from trl_ray.config.trl_options.frameworks_table import OPEN_R1, OPENRLHF, PRIME_RL, VERL
 from trl_ray.config.trl_options.neighbours_table import AXOLOTL, FACTORY, HANDBOOK
 from trl_ray.config.trl_options.table_rows import Rows
 from trl_ray.config.trl_options.trainer_table import ENGINES, TEACHERS, TRAINERS
 from trl_ray.config.trl_options.training_table import TRAINING
 
-_TABLES: tuple[Rows, ...] = (TRAINING, TRAINERS, ENGINES, TEACHERS, FACTORY, AXOLOTL, HANDBOOK)
+_TABLES: tuple[Rows, ...] = (
+    *(TRAINING, TRAINERS, ENGINES, TEACHERS),
+    *(FACTORY, AXOLOTL, HANDBOOK, ENTRIES),
+    *(OPEN_R1, OPENRLHF, VERL, PRIME_RL),
+)
+_ENTRY = re.compile(r"\.\d+\.")
+_BLOCKS = ("trl",)
+"""Sections of axolotl's that hold options of the run."""
 ABSENT = object()
 """Stands for a value that was not given."""
 
@@ -37,7 +47,8 @@ def entry_of(name: str, known: Container[str]) -> ForeignOption | None:
         name: of the option.
         known: options of the configuration.
     """
-    entries = tuple(entry for table in _TABLES for entry in table.get(name, ()))
+    written = _ENTRY.sub(".", name)
+    entries = tuple(entry for table in _TABLES for entry in table.get(written, ()))
     found = standing_for(entries, known)
     if found is not None and found.becomes is not None and found.becomes not in known and "." not in found.becomes:
         # Another name of an option that is none of ours either.
@@ -45,28 +56,39 @@ def entry_of(name: str, known: Container[str]) -> ForeignOption | None:
     return found
 
 
-def read_foreign(values: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
+def read_foreign(values: Mapping[str, Any], known: Container[str], *, of: str = "") -> dict[str, Any]:
     """The same options in our names.
 
     Args:
         values: as they were written.
         known: options of the configuration.
+        of: the option that holds them, with a dot, where it is one that tables have rows for.
 
     Returns:
         What validation gets: options that ask for what happens anyway are gone, those that cannot be done, or that
         another option contradicts, stand where they stood.
     """
+    values = _flat(values, known)
     read = {name: value for name, value in values.items() if name in known}
     for name, value in values.items():
         if name in known:
             continue
-        reading = _reading(name, value, values, known)
+        reading = _reading(f"{of}{name}", value, values, known)
         if reading is None or _contradicted(reading, read):
             read[name] = value
             continue
         for path, item in reading.items():
             _put(read, path, item)
     return read
+
+
+def _flat(values: Mapping[str, Any], known: Container[str]) -> Mapping[str, Any]:
+    """What stands in a section of options of the run, beside the others; what is given twice stays where it is."""
+    for name in _BLOCKS:
+        block = values.get(name)
+        if name not in known and isinstance(block, Mapping) and not set(block) & set(values):
+            values = {**{key: value for key, value in values.items() if key != name}, **block}
+    return values
 
 
 def why_not(name: str, value: Any, known: Container[str], given: Mapping[str, Any]) -> str | None:
@@ -97,7 +119,8 @@ def _reading(name: str, value: Any, values: Mapping[str, Any], known: Container[
 
 
 def _contradicted(reading: Reading, read: Mapping[str, Any]) -> bool:
-    return any(found is not ABSENT and found != reading[path] for path, found in _found(reading, read))
+    # Who leaves a value empty, says nothing.
+    return any(found not in (ABSENT, None) and found != reading[path] for path, found in _found(reading, read))
 
 
 def _found(reading: Reading, read: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -26,10 +26,10 @@ def never(says: str, *needs: str) -> tuple[ForeignOption, ...]:
     return (ForeignOption(says=says, needs=needs),)
 
 
-def renamed(becomes: str, says: str = "") -> tuple[ForeignOption, ...]:
+def renamed(becomes: str, says: str = "", needs: tuple[str, ...] = ()) -> tuple[ForeignOption, ...]:
     """An option of ours under another name."""
     root, dot, _ = becomes.partition(".")
-    return (ForeignOption(says=says or f"Set {becomes}.", becomes=becomes, needs=(root,) if dot else ()),)
+    return (ForeignOption(says=says or f"Set {becomes}.", becomes=becomes, needs=(*needs, *([root] if dot else []))),)
 
 
 def by_value(

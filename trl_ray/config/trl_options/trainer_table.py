@@ -14,7 +14,6 @@ _SERVER = (
 _TEACHER_SERVER = (
     "List the teacher under teachers with its server: teachers: [{server: {url: http://HOST:PORT, protocol: trl}}]."
 )
-_WHOLE = "Remove it: completions are sampled from the whole distribution, which ratios are taken of."
 _CONTINUOUS = "Both engines batch continuously, rollout.max_num_seqs completions at once."
 _UNPADDED = "Nothing is padded."
 _NO_SYNC = "The reference of the pipeline kto does not move. Remove it."
@@ -80,8 +79,8 @@ ENGINES: Rows = {
     "vllm_gpu_memory_utilization": renamed("rollout.gpu_memory_utilization"),
     "vllm_max_model_length": renamed("rollout.max_model_len"),
     "vllm_max_model_len": renamed("rollout.max_model_len"),
-    "vllm_structured_outputs_regex": only(None, says=_WHOLE, needs=("rollout",)),
-    "vllm_guided_decoding_regex": only(None, says=_WHOLE, needs=("rollout",)),
+    "vllm_guided_decoding_regex": renamed("vllm_structured_outputs_regex"),
+    "guided_decoding_regex": renamed("vllm_structured_outputs_regex"),
     "vllm_sync_frequency": only(
         1,
         says="Set max_staleness: weights are pulled after every step, and generation runs ahead by so many.",
@@ -95,7 +94,7 @@ ENGINES: Rows = {
     "ds3_gather_for_generation": always(
         "Weights are gathered when they are published, whatever the ZeRO stage.", "rollout"
     ),
-    "max_tool_calling_iterations": only(None, says="Remove it: completions are a single turn.", needs=("rollout",)),
+    "max_tool_calling_iterations": always("Completions are a single turn, so that no tool is called.", "rollout"),
     "fork_threshold_tokens": always("Completions are a single turn, so that nothing forks.", "rollout"),
     "max_inflight_tasks": only(
         -1, says="Set rollout.max_num_seqs, and max_staleness for how far generation runs ahead.", needs=("rollout",)
@@ -142,32 +141,24 @@ TRAINERS: Rows = {
     "max_length": only(
         None, says="Set rollout.max_model_len: tokens of prompt and completion together.", needs=("rollout",)
     ),
-    "max_prompt_length": (
-        *only(
-            None,
-            says="Prompts are not cut: set rollout.max_model_len for prompt and completion together, and leave longer "
-            "prompts out of the dataset.",
-            needs=("rollout",),
-        ),
-        *only(
-            None,
-            says="As in TRL 1.16, max_length cuts prompt and answer together, and truncation_mode says at which end.",
-            needs=("max_length",),
-        ),
+    "max_prompt_length": only(
+        None,
+        says="As in TRL 1.16, max_length cuts prompt and answer together, and truncation_mode says at which end.",
+        needs=("max_length",),
     ),
-    "max_completion_length": only(
-        None, says="As in TRL 1.16, max_length cuts prompt and answer together.", needs=("max_length",)
+    "max_completion_length": always(
+        "In TRL it cuts what encoder-decoder models write; max_length cuts prompt and answer together.", "max_length"
     ),
     "max_target_length": only(
         None, says="As in TRL 1.16, max_length cuts prompt and answer together.", needs=("max_length",)
     ),
     "padding_free": always(_UNPADDED + " Pieces of a row do not see each other."),
-    "pad_token": always(_UNPADDED),
     "padding_value": always(_UNPADDED),
     "label_pad_token_id": always(_UNPADDED),
     "eval_packing": only(None, False, says="Remove it: only the pipeline sft packs examples."),
-    "activation_offloading": only(
-        False, says="Set gradient_checkpointing, or max_tokens_per_micro_batch, to save memory."
+    "activation_offloading": always(
+        "Activations stay where they are, with the same numbers; gradient_checkpointing and max_tokens_per_micro_batch "
+        "save memory."
     ),
     "use_liger_loss": renamed("use_liger_kernel"),
     "use_liger": renamed("use_liger_kernel"),
@@ -214,7 +205,12 @@ TRAINERS: Rows = {
         ),
         *only("CAUSAL_LM", None, says="It follows from the pipeline. Remove it."),
     ),
-    "lora_target_parameters": renamed("lora_kwargs.target_parameters"),
+    "lora_target_parameters": only(
+        None,
+        [],
+        says="Remove it: adapters stand beside linear layers, and experts in one parameter have none. Attention and "
+        "shared layers can be named in lora_target_modules.",
+    ),
     "bnb_4bit_quant_storage": only(
         None, "uint8", says="Remove it: 4-bit weights are stored as bitsandbytes does unless told otherwise."
     ),
@@ -230,7 +226,7 @@ TRAINERS: Rows = {
     ),
     "dataset_streaming": only(False, says="Remove it: prompts are read before training."),
     "gradient_checkpointing_use_reentrant": always("Recomputation gives the same numbers either way."),
-    "num_processes": never("Set runtime.num_learners: a run starts its own processes."),
+    "num_processes": renamed("runtime.num_learners"),
     "accelerate_config": never(
         "Set runtime.num_learners, and deepspeed to split weights: a run starts its own processes."
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from trl_ray.config.trl_options.table_rows import Rows, always, by_value, never,
 
 _CONSOLE = "The console shows every logging_steps-th step, and metrics.jsonl has all of them."
 _RANKS = "Ranks are actors of the run (runtime.num_learners); set deepspeed to split weights over them."
-_READING = "Rows are read and tokenised by the driver, in an order that does not depend on it."
+_READING = "Rows are read by the driver and by dataset_num_proc, in an order that does not depend on it."
 _CHECKPOINT = "A checkpoint is whole, on the driver's machine, and SIGTERM writes one."
 _REPOSITORY = "Set hub_model_id: ORGANISATION/NAME."
-_COMPILE = "Remove it: the learner runs uncompiled."
+_COMPILE = "The learner runs uncompiled, which computes the same numbers."
 _MEASURED = "What evaluations measure is fixed."
 _UNPADDED = "Micro-batches are packed without padding."
 
@@ -30,6 +31,23 @@ def _warmup(value: Any, given: Any) -> Reading | None:
     return {} if value in (None, 0, 0.0) or given.get("warmup_steps") else {"warmup_steps": value}
 
 
+def _counts_tokens(value: Any, given: Any) -> Reading | None:
+    """Of one rank alone there is nothing to average."""
+    runtime = given.get("runtime")
+    ranks = runtime.get("num_learners", 1) if isinstance(runtime, Mapping) else getattr(runtime, "num_learners", 1)
+    return {} if value is True or ranks == 1 else None
+
+
+def _accelerator(value: Any, given: Any) -> Reading | None:
+    """What accelerate does unless it is told otherwise, or how it hands rows to ranks."""
+    usual = {"split_batches": (False, None), "dispatch_batches": (True, False, None), "even_batches": (True, False),
+             "use_seedable_sampler": (True, None), "non_blocking": (True, False)}  # fmt: skip
+    held = value or {}
+    if not isinstance(held, Mapping) or any(held[name] not in usual.get(name, ()) for name in held):
+        return None
+    return {}
+
+
 def _repository(value: Any, given: Any) -> Reading | None:
     """Of an organisation and a name, whichever of the two this is; the name is the folder's where there is none."""
     if value is None:
@@ -43,16 +61,13 @@ def _repository(value: Any, given: Any) -> Reading | None:
 
 TRAINING: Rows = {
     # Precision and speed.
-    "fp16": only(False, None, says="Set bf16=true, or dtype=bfloat16 for the weights themselves."),
+    "fp16": only(False, None, says="Set bf16=true, which needs no scaling of the loss."),
     "fp16_full_eval": only(False, says="Remove it: evaluations compute as training does."),
-    "bf16_full_eval": only(False, says="Remove it: evaluations compute as training does."),
+    "bf16_full_eval": always("Evaluations compute as training does, with bf16 in bfloat16."),
     "fp16_opt_level": always("It is an option of fp16, which is not used."),
     "half_precision_backend": always("Mixed precision is torch's own."),
-    "tf32": always("With bf16 products are taken in bfloat16; float32 ones are left to torch's own setting."),
     "torch_dtype": renamed("dtype"),
-    "torch_compile": only(False, None, says=_COMPILE),
-    "torch_compile_backend": only(None, says=_COMPILE),
-    "torch_compile_mode": only(None, says=_COMPILE),
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), always(_COMPILE)),
     "gradient_checkpointing_kwargs": only(
         None,
         {},
@@ -63,8 +78,9 @@ TRAINING: Rows = {
     "liger_kernel_config": only(
         None, {}, says="Liger's own choice of kernels is what use_liger_kernel=true takes. Remove it."
     ),
-    "auto_find_batch_size": only(False, says="Set max_tokens_per_micro_batch: it bounds the memory of a pass."),
-    "torch_empty_cache_steps": always("Memory is bounded by max_tokens_per_micro_batch, not by emptying caches."),
+    "auto_find_batch_size": always(
+        "What does not fit ends the run; max_tokens_per_micro_batch bounds the memory of a pass, with the same numbers."
+    ),
     "use_cache": always("The learner computes without a cache, engines with one."),
     "use_cpu": by_value(
         {True: {"runtime.learner_num_gpus": 0.0}}, nothing=(False,), says="Set runtime.learner_num_gpus."
@@ -74,17 +90,19 @@ TRAINING: Rows = {
     ),
     "use_mps_device": only(False, says="Remove it: the learner computes on CPUs or NVIDIA GPUs."),
     "use_ipex": only(False, says="Remove it: the learner computes with plain torch."),
-    "jit_mode_eval": only(False, says=_COMPILE),
+    "jit_mode_eval": always(_COMPILE),
     # Optimizer.
     "warmup_ratio": read_by(_warmup, says="Set warmup_steps, a number of steps or a fraction of the run's below 1."),
     "optim_target_modules": only(None, says="Set use_peft with lora_target_modules to train a part of the weights."),
-    "adafactor": only(False, says="Remove it: the optimizer is torch's AdamW in its fused form."),
-    "average_tokens_across_devices": only(True, says="Remove it: tokens are always counted over all ranks."),
+    "adafactor": by_value({True: {"optim": "adafactor"}}, nothing=(False, None), says="Set optim=adafactor."),
+    "average_tokens_across_devices": read_by(
+        _counts_tokens, says="Remove it: tokens are always counted over all ranks."
+    ),
     "label_smoothing_factor": only(0, says="Remove it: only the pipeline sft has labels to smooth."),
     "neftune_noise_alpha": only(None, 0, says="Remove it: only the pipeline sft has noisy embeddings."),
     # When to log, save, evaluate.
     "evaluation_strategy": renamed("eval_strategy"),
-    "save_on_each_node": only(False, says=_CHECKPOINT + " Remove it."),
+    "save_on_each_node": always(_CHECKPOINT),
     "save_safetensors": only(True, says="Checkpoints are safetensors. Remove it."),
     "enable_jit_checkpoint": always(_CHECKPOINT),
     "ignore_data_skip": always("A resumed run takes up the very rows or prompts that it left."),
@@ -125,14 +143,17 @@ TRAINING: Rows = {
             "dataloader_multiprocessing_context",
             "dataloader_in_order",
             "dataset_num_proc",
-            "preprocessing_num_workers",
             "split_batches",
             "dispatch_batches",
         ),
         always(_READING),
     ),
+    "preprocessing_num_workers": renamed("dataset_num_proc"),
     # Ranks.
-    "accelerator_config": only(None, {}, says="Set runtime and deepspeed."),
+    "accelerator_config": read_by(
+        _accelerator,
+        says="Set runtime and deepspeed: batches are not split over ranks, and rows are seeded by data_seed.",
+    ),
     "parallelism_config": only(None, {}, says="Set runtime.num_learners and deepspeed."),
     "local_rank": always(_RANKS),
     "ddp_timeout": renamed("runtime.collective_timeout_s"),
@@ -176,7 +197,7 @@ TRAINING: Rows = {
     ),
     "tpu_num_cores": only(None, says="Remove it: the learner computes on CPUs or NVIDIA GPUs."),
     "past_index": only(-1, says="Remove it."),
-    "torchdynamo": only(None, says=_COMPILE),
+    "torchdynamo": always(_COMPILE),
     "ray_scope": never("Remove it: it belongs to searches of hyper-parameters."),
 }
 """By name."""

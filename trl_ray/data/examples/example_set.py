@@ -1,7 +1,7 @@
 """From datasets to examples, ready for an update: read, checked, tokenised, cut, packed.
 
-rows ─► placed_records.py ─► record ─► example_tasks.py: texts, tokens and samples of the task ─┬─► ExampleSet
-                                      supervised_texts.py, pairs.py, steps.py                   └─► stream, by windows
+rows ─► row_tokenisation.py: records, texts, tokens ─► TokenTable ─► example_tasks.py: finish ─┬─► ExampleSet
+                                                                                             └─► stream, by windows
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ import enum
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
 from trl_ray.config.example_options import PackingStrategy, SteppedExampleConfig, SupervisedExampleConfig
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
+from trl_ray.config.sections import OnBadRow
 from trl_ray.data.bad_rows import BadRows
-from trl_ray.data.chat.faithful_rendering import Finding, Unrendered
+from trl_ray.data.chat.faithful_rendering import Unrendered
 from trl_ray.data.chat.training_templates import TemplateTokenizer, training_template
 from trl_ray.data.examples.example_tasks import (
-    ExampleDraft,
     FinishedExamples,
     Making,
     PairMaking,
@@ -32,20 +31,19 @@ from trl_ray.data.examples.example_tasks import (
     StepMaking,
     SupervisedMaking,
 )
-from trl_ray.data.examples.left_out_rows import TokenCounts, Untrained, report_rows, report_tokens
-from trl_ray.data.examples.placed_records import PlacedRecord, UnreadSpeech, place_records, reader_of, readers_for
+from trl_ray.data.examples.left_out_rows import RowFindings, TokenCounts, Untrained, report_rows, report_tokens
+from trl_ray.data.examples.placed_records import reader_of, readers_for, report_unread
+from trl_ray.data.examples.row_tokenisation import RowTokeniser
 from trl_ray.data.examples.steps import StepRules, step_tokens
 from trl_ray.data.examples.supervised_texts import SupervisedRules
-from trl_ray.data.examples.tokenisation import ExampleTokenizer, Text, TextRules, encode
-from trl_ray.data.formats.record_reader import DatasetReader
-from trl_ray.data.formats.records import first_said
+from trl_ray.data.examples.token_cache import tokenised
+from trl_ray.data.examples.token_table import RowState, TokenTable
+from trl_ray.data.examples.tokenisation import ExampleTokenizer, TextRules
 from trl_ray.data.sources.dataset_loading import Origin, load_rows, open_rows
-from trl_ray.errors import DataError
+from trl_ray.errors import DataError, ModelError
 from trl_ray.types import Example
 
 _LOG = logging.getLogger(__name__)
-BATCH_ROWS = 1000
-"""Rows that are tokenised in one call."""
 
 
 class ExampleTask(enum.StrEnum):
@@ -76,7 +74,8 @@ class ExampleSet:
     """All examples of a dataset, and what became of the rows that are in none."""
 
     name: str
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
+    """Made when they are asked for: of many rows, ask for some at a time."""
     untrained: Mapping[int, Untrained]
     """Why a row is in no example, by row number."""
     num_rows: int
@@ -85,7 +84,7 @@ class ExampleSet:
     """Rows that lost tokens to `max_length` and are trained all the same."""
     diverging_rows: tuple[int, ...] = ()
     """Rows whose prompt is tokenised differently when an answer follows."""
-    findings: Mapping[int, Sequence[Finding]] = field(default_factory=dict)
+    findings: RowFindings | None = None
     """What the chat template does not write as a row has it, by row number."""
     is_conversational: bool = False
     """Some of the rows are messages."""
@@ -93,8 +92,12 @@ class ExampleSet:
     """Pairs whose answers differ only beyond `max_length`; they are trained all the same."""
     tokens: TokenCounts = field(default_factory=TokenCounts)
     """Before and after cuts."""
+    num_tokens: int = 0
+    """Of all examples, which is what an epoch takes."""
     notes: tuple[str, ...] = ()
     """What a user should know of how the rows were chosen."""
+    kept_in: str | None = None
+    """Where its tokens are on disk, and whether they were there; None where they are in memory alone."""
 
     def __len__(self) -> int:
         """Examples."""
@@ -177,35 +180,78 @@ def load_examples(
         DataError: there is no such dataset, it is empty, or a row cannot be used; names row and field.
         ModelError: the chat template is missing, refuses a row, or leaves out a tool or a call of it.
     """
-    rows = load_rows(config, seed=config.seed, dataset=dataset, evaluation=evaluation)
+    rows = load_rows(config, seed=config.seed, dataset=dataset, evaluation=evaluation, in_memory=False)
     making = making_for(config, tokenizer, task=task, evaluation=evaluation)
-    readers, bad = readers_for(rows, config, making), BadRows(config.on_bad_row)
-    unread = UnreadSpeech(told=[column for reader in readers.values() for column in reader.format.unread])
-    tokenised = _tokenise(unread.watch(place_records(rows, readers, bad)), making, tokenizer, bad)
-    bad.settle(total=len(rows.rows))
-    drafts, finished = tokenised.drafts, making.finish(tokenised.drafts, window=0)
-    return ExampleSet(
+    readers = readers_for(rows, config, making)
+    tokeniser = RowTokeniser(making=making, tokenizer=tokenizer, readers=readers, origin=rows.origin)
+    kept = tokenised(rows, tokeniser, processes=config.dataset_num_proc)
+    bad = _settled(kept.table, rows.origin, config.on_bad_row)
+    return _example_set(
+        kept.table,
+        making.finish(kept.table, window=0),
         name=rows.name,
-        examples=finished.examples,
-        untrained=_all_untrained(tokenised, finished),
-        num_rows=len(rows.rows),
-        cut_rows=tuple(draft.row for draft in drafts if draft.is_cut),
-        diverging_rows=tuple(draft.row for draft in drafts if draft.prompt_diverges),
-        equal_rows=tuple(draft.row for draft in drafts if draft.is_equal),
-        tokens=TokenCounts(
-            written=sum(draft.num_tokens for draft in drafts),
-            cut=sum(draft.cut_tokens for draft in drafts),
-            targets=finished.targets,
-            unpacked=finished.unpacked,
-        ),
+        bad=bad,
         notes=(
             *rows.notes,
             *(note for reader in readers.values() for note in reader.notes),
-            *unread.report(rows.name, total=len(rows.rows)),
+            *kept.notes,
+            *report_unread(
+                kept.table.column("unread"),
+                rows.name,
+                told=[column for reader in readers.values() for column in reader.format.unread],
+            ),
             *bad.report(),
         ),
-        findings=tokenised.findings,
-        is_conversational=tokenised.is_conversational,
+        kept_in=kept.place,
+    )
+
+
+def _settled(table: TokenTable, origin: Callable[[int], Origin], policy: OnBadRow) -> BadRows:
+    """The rows of a table that cannot be used, where they may be left out.
+
+    Raises:
+        DataError, ModelError: they may not; or a row cannot even be read.
+    """
+    bad = BadRows(policy)
+    for place, state, problem in table.problems():
+        if state is RowState.BROKEN:
+            raise DataError(problem)
+        error = ModelError(problem) if state is RowState.BAD_MODEL else DataError(problem)
+        number = table.start + place
+        bad.note(error, name=origin(number).name, number=origin(number).number, place=number)
+    bad.settle(total=len(table))
+    return bad
+
+
+def _example_set(
+    table: TokenTable,
+    finished: FinishedExamples,
+    *,
+    name: str,
+    bad: BadRows,
+    notes: tuple[str, ...] = (),
+    kept_in: str | None = None,
+) -> ExampleSet:
+    untrained = {**table.untrained(), **dict.fromkeys(bad.places, Untrained.BAD_ROW), **finished.untrained}
+    return ExampleSet(
+        name=name,
+        examples=finished.examples,
+        untrained=dict(sorted(untrained.items())),
+        num_rows=len(table),
+        cut_rows=table.where("cut_tokens"),
+        diverging_rows=table.where("prompt_diverges"),
+        equal_rows=table.where("is_equal"),
+        tokens=TokenCounts(
+            written=table.total("num_tokens"),
+            cut=table.total("cut_tokens"),
+            targets=finished.targets,
+            unpacked=finished.unpacked,
+        ),
+        num_tokens=finished.num_tokens,
+        notes=notes,
+        findings=table.findings(),
+        is_conversational=bool(table.column("is_conversational").any()),
+        kept_in=kept_in,
     )
 
 
@@ -242,33 +288,40 @@ def stream_examples(
         raise DataError(f"A dataset must have at least one row, {stream.name} has none. Check the file or the split.")
     reader = reader_of(enumerate(stream.read(0)), config, making, name=stream.name, columns=None)
 
+    def origin(number: int) -> Origin:
+        return Origin(name=stream.name, number=number)
+
+    tokeniser = RowTokeniser(making=making, tokenizer=tokenizer, readers={stream.name: reader}, origin=origin)
+
     def windows() -> Iterator[StreamedExample]:
         start = start_window * config.stream_window
         untrained: Counter[Untrained] = Counter()
         told: set[Unrendered] = set()
         rows = enumerate(stream.read(start), start=start)
         for window in itertools.count(start_window):
-            taken = list(itertools.islice(rows, config.stream_window))
+            taken = dict(itertools.islice(rows, config.stream_window))
             if not taken:
                 return
-            bad = BadRows(config.on_bad_row)
-            tokenised = _tokenise(_streamed(taken, stream.name, reader, bad), making, tokenizer, bad)
-            bad.settle(total=len(taken))
-            finished = making.finish(tokenised.drafts, window=window)
-            untrained.update(_all_untrained(tokenised, finished).values())
-            _warn_once(tokenised.findings, told, name=stream.name, total=len(taken))
-            end = taken[-1][0] + 1
-            yield from _placed(finished.examples, config, window, end=end, seed=seed, untrained=dict(untrained))
+            first = next(iter(taken))
+            table = TokenTable(tokeniser.table(taken, list(taken)), start=first)
+            bad = _settled(table, origin, config.on_bad_row)
+            found = _example_set(table, making.finish(table, window=window), name=stream.name, bad=bad)
+            untrained.update(found.untrained.values())
+            _warn_once(found, told)
+            end = first + len(taken)
+            yield from _placed(found.examples, config, window, end=end, seed=seed, untrained=dict(untrained))
 
     return windows()
 
 
-def _warn_once(findings: Mapping[int, Sequence[Finding]], told: set[Unrendered], *, name: str, total: int) -> None:
+def _warn_once(found: ExampleSet, told: set[Unrendered]) -> None:
     """Say what the template does with rows of a stream, each kind in the first window that has it."""
-    new = {row: [finding for finding in found if finding.kind not in told] for row, found in findings.items()}
-    for sentence in report_rows(name, total=total, untrained={}, cut=(), diverging=(), findings=new):
+    if not found.findings:
+        return
+    new = found.findings.without(told)
+    for sentence in report_rows(found.name, total=found.num_rows, untrained={}, cut=(), diverging=(), findings=new):
         _LOG.warning("%s Later rows of the stream of which this holds are not told.", sentence)
-    told |= {finding.kind for found in new.values() for finding in found}
+    told |= {kind for kind in Unrendered if len(new.rows_of(kind))}
 
 
 def _placed(
@@ -354,64 +407,3 @@ def _supervised(
         packing=config.packing_strategy if packs else None,
         row_length=config.max_length if packs else None,
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Tokenised:
-    drafts: Sequence[ExampleDraft]
-    untrained: Mapping[int, Untrained]
-    findings: Mapping[int, Sequence[Finding]]
-    is_conversational: bool
-
-
-def _streamed(
-    rows: Iterable[tuple[int, Mapping[str, object]]], name: str, reader: DatasetReader, bad: BadRows
-) -> Iterator[PlacedRecord]:
-    for number, row in rows:
-        with bad.guard(name=name, number=number, place=number):
-            origin = Origin(name=name, number=number)
-            yield PlacedRecord(row=number, origin=origin, record=reader.read(number, row))
-
-
-def _tokenise(records: Iterable[PlacedRecord], making: Making, tokenizer: ExampleTokenizer, bad: BadRows) -> _Tokenised:
-    drafts: list[ExampleDraft] = []
-    untrained: dict[int, Untrained] = {}
-    findings: dict[int, Sequence[Finding]] = {}
-    talks = False
-    for batch in _batches(records, BATCH_ROWS):
-        written: list[tuple[PlacedRecord, tuple[Text, ...]]] = []
-        for placed in batch:
-            with _guarded(placed, bad):
-                written.append((placed, making.write(placed.record, where=placed.where)))
-        tokens = iter(encode(tokenizer, [text for _, few in written for text in few], masks=making.masks))
-        for placed, few in written:
-            talks = talks or not isinstance(first_said(placed.record), str)
-            encoded = tuple(itertools.islice(tokens, len(few)))
-            told = tuple(dict.fromkeys(finding for text in few for finding in text.findings))
-            findings |= {placed.row: told} if told else {}
-            with _guarded(placed, bad):
-                found = making.read(placed.record, encoded, row=placed.row, where=placed.where)
-                if isinstance(found, Untrained):
-                    untrained[placed.row] = found
-                else:
-                    drafts.append(found)
-    # Where bad rows stop the run, nobody asks for the others.
-    left_out = {**untrained, **dict.fromkeys(bad.places, Untrained.BAD_ROW)}
-    return _Tokenised(drafts=drafts, untrained=left_out, findings=findings, is_conversational=talks)
-
-
-def _guarded(placed: PlacedRecord, bad: BadRows) -> AbstractContextManager[None]:
-    return bad.guard(name=placed.origin.name, number=placed.origin.number, place=placed.row)
-
-
-def _all_untrained(tokenised: _Tokenised, finished: FinishedExamples) -> dict[int, Untrained]:
-    return dict(sorted({**tokenised.untrained, **finished.untrained}.items()))
-
-
-Item = TypeVar("Item")
-
-
-def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch

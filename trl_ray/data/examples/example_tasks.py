@@ -1,7 +1,7 @@
 """What each task makes of records: which formats it reads, the texts it needs, the samples of an example.
 
-    record ─ write ─► texts ─ (all of a batch are tokenised at once) ─► read ─► ExampleDraft ─ finish ─► examples
-                                                                          └──► or why there is nothing to train
+    record ─ write ─► texts ─ (all of a batch are tokenised at once) ─► read ─► ExampleDraft ─► TokenTable ─ finish ─┐
+                                                                          └──► or why nothing is trained    examples ◄─┘
 
 `write` and `read` look at one row alone; `finish` sees a whole dataset, or a window of a stream, because rows are
 packed and completions change places among them.
@@ -11,24 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from trl_ray.config.example_options import PackingStrategy
 from trl_ray.data.examples.left_out_rows import Untrained
-from trl_ray.data.examples.packing import PackedPiece, pack
+from trl_ray.data.examples.made_examples import PackedExamples, RatedExamples, RowExamples
+from trl_ray.data.examples.packing import pack
 from trl_ray.data.examples.pairs import (
-    Comparison,
     PairSamples,
     answer_sample,
     compare,
     margin_of,
-    mismatched_sample,
     read_pair,
     read_scored,
     same_tokens,
+    whole_answer,
     write_pair,
     write_rated,
     write_scored,
@@ -36,11 +35,11 @@ from trl_ray.data.examples.pairs import (
 from trl_ray.data.examples.steps import StepRules, StepTokens, read_steps, write_steps
 from trl_ray.data.examples.supervised_texts import (
     SupervisedRules,
-    SupervisedSample,
     as_training_sample,
     read_supervised,
     write_supervised,
 )
+from trl_ray.data.examples.token_table import TokenTable
 from trl_ray.data.examples.tokenisation import Encoded, ExampleTokenizer, Text, TextRules
 from trl_ray.data.formats.detection import DatasetType
 from trl_ray.data.formats.records import (
@@ -51,7 +50,7 @@ from trl_ray.data.formats.records import (
     SteppedSolution,
     UnpairedPreference,
 )
-from trl_ray.types import BoolArray, Example, TrainingSample
+from trl_ray.types import Example, TrainingSample
 
 _PAIRED = frozenset({DatasetType.PREFERENCE, DatasetType.IMPLICIT_PREFERENCE})
 _WINDOW_SHIFT = 32
@@ -63,28 +62,27 @@ class ExampleDraft:
     """What `read` made of one row, whatever the task."""
 
     row: int
-    content: Any
-    """For `finish` of the same task."""
-    num_tokens: int = 0
+    samples: tuple[TrainingSample, ...]
+    """For `finish` of the same task; of rated answers, not cut."""
+    num_tokens: int
     """Of all its sequences, before anything was cut."""
-    cut_tokens: int = 0
+    cut_tokens: int
     """Of these, how many limits on lengths cut off."""
+    kept_tokens: int
+    """Of its examples, as they are trained."""
     is_equal: bool = False
     """Its answers differ only beyond what was kept."""
     prompt_diverges: bool = False
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether tokens were cut off."""
-        return self.cut_tokens > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FinishedExamples:
     """The examples of a dataset or of a window, and what was left out at last."""
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     untrained: Mapping[int, Untrained]
+    num_tokens: int = 0
+    """Of all examples."""
     targets: int = 0
     """Tokens to train before rows were packed; 0 where they are not."""
     unpacked: int = 0
@@ -116,7 +114,7 @@ class Making(Protocol):
         """What the tokens of its texts make of it."""
         ...
 
-    def finish(self, drafts: Sequence[ExampleDraft], *, window: int) -> FinishedExamples:
+    def finish(self, table: TokenTable, *, window: int) -> FinishedExamples:
         """The examples of all rows."""
         ...
 
@@ -152,72 +150,36 @@ class SupervisedMaking:
         return write_supervised(record, self.tokenizer, self.rules, where=where)
 
     def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> ExampleDraft | Untrained:
-        """A `SupervisedSample`."""
+        """One sample."""
         assert isinstance(record, (Document, PromptCompletion)), "readers are told which formats are accepted"
         found = read_supervised(record, encoded, self.rules, row=row)
         if isinstance(found, Untrained):
             return found
         return ExampleDraft(
             row=row,
-            content=found,
+            samples=(as_training_sample(found.token_ids, found.loss_mask, group_id=row),),
             num_tokens=len(found.token_ids) + found.cut_tokens,
             cut_tokens=found.cut_tokens,
+            kept_tokens=len(found.token_ids),
             prompt_diverges=found.prompt_diverges,
         )
 
-    def finish(self, drafts: Sequence[ExampleDraft], *, window: int) -> FinishedExamples:
+    def finish(self, table: TokenTable, *, window: int) -> FinishedExamples:
         """One example per row, or per packed row."""
-        samples: list[SupervisedSample] = [draft.content for draft in drafts]
-        if self.packing is not None:
-            return self._packed(samples, window)
-        examples = (
-            Example(
-                row=sample.row,
-                samples=(as_training_sample(sample.token_ids, sample.loss_mask, group_id=sample.row),),
-            )
-            for sample in samples
+        if self.packing is None:
+            return _one_per_row(table)
+        assert self.row_length is not None, "packed rows have a length"
+        kept = table.kept
+        packing = pack(table.column("kept_tokens")[kept], max_length=self.row_length, strategy=self.packing)
+        examples = PackedExamples(table, packing, first_group=window << _WINDOW_SHIFT)
+        lost = np.setdiff1d(np.arange(len(kept)), examples.trained)
+        return FinishedExamples(
+            examples=examples,
+            untrained=dict.fromkeys(table.numbers(kept[lost]), Untrained.TRUNCATED),
+            num_tokens=examples.num_tokens,
+            targets=table.total("num_targets"),
+            unpacked=examples.unpacked,
         )
-        return FinishedExamples(examples=tuple(examples), untrained={})
-
-    def _packed(self, samples: Sequence[SupervisedSample], window: int) -> FinishedExamples:
-        assert self.packing is not None and self.row_length is not None, "packed rows have a length"
-        lengths = [len(sample.token_ids) for sample in samples]
-        packing = pack(lengths, max_length=self.row_length, strategy=self.packing)
-        group, trained, examples = window << _WINDOW_SHIFT, set[int](), []
-        for row in packing.rows:
-            pieces = [piece for piece in row.pieces if _targets(samples[piece.example], piece).any()]
-            if not pieces:
-                continue
-            examples.append(
-                Example(
-                    row=samples[pieces[0].example].row,
-                    samples=tuple(
-                        as_training_sample(
-                            samples[piece.example].token_ids[piece.start : piece.stop],
-                            _targets(samples[piece.example], piece),
-                            group_id=group + number,
-                        )
-                        for number, piece in enumerate(pieces)
-                    ),
-                    num_rows=len(pieces),
-                )
-            )
-            group += len(pieces)
-            trained.update(piece.example for piece in pieces)
-        lost = {sample.row: Untrained.TRUNCATED for i, sample in enumerate(samples) if i not in trained}
-        targets = sum(int(sample.loss_mask.sum()) for sample in samples)
-        kept = sum(int(sample.loss_mask.sum()) for example in examples for sample in example.samples)
-        return FinishedExamples(examples=tuple(examples), untrained=lost, targets=targets, unpacked=targets - kept)
-
-
-def _targets(sample: SupervisedSample, piece: PackedPiece) -> BoolArray:
-    """The targets of a piece: nothing predicts its first token."""
-    mask = sample.loss_mask[piece.start : piece.stop]
-    if not mask[0]:
-        return mask
-    mask = mask.copy()
-    mask[0] = False
-    return mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,9 +202,9 @@ class PairMaking:
         """The samples of a pair."""
         return _pair_draft(read_pair(encoded, self.rules, row=row, likelihood=self.likelihood))
 
-    def finish(self, drafts: Sequence[ExampleDraft], *, window: int) -> FinishedExamples:
+    def finish(self, table: TokenTable, *, window: int) -> FinishedExamples:
         """One example per pair."""
-        return _one_per_row(drafts)
+        return _one_per_row(table)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,9 +228,9 @@ class ScoredMaking:
             read_scored(encoded, self.rules, row=row, end_id=0 if end is None else int(end), margin=margin)
         )
 
-    def finish(self, drafts: Sequence[ExampleDraft], *, window: int) -> FinishedExamples:
+    def finish(self, table: TokenTable, *, window: int) -> FinishedExamples:
         """One example per pair."""
-        return _one_per_row(drafts)
+        return _one_per_row(table)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,11 +253,17 @@ class StepMaking:
         found = read_steps(_of_kind(record, SteppedSolution), encoded, self.rules, self.tokens, row=row)
         if isinstance(found, Untrained):
             return found
-        return ExampleDraft(row=row, content=(found.sample,), num_tokens=found.num_tokens, cut_tokens=found.cut_tokens)
+        return ExampleDraft(
+            row=row,
+            samples=(found.sample,),
+            num_tokens=found.num_tokens,
+            cut_tokens=found.cut_tokens,
+            kept_tokens=_num_tokens((found.sample,)),
+        )
 
-    def finish(self, drafts: Sequence[ExampleDraft], *, window: int) -> FinishedExamples:
+    def finish(self, table: TokenTable, *, window: int) -> FinishedExamples:
         """One example per solution."""
-        return _one_per_row(drafts)
+        return _one_per_row(table)
 
 
 def _pair_draft(found: PairSamples | Untrained) -> ExampleDraft | Untrained:
@@ -303,27 +271,22 @@ def _pair_draft(found: PairSamples | Untrained) -> ExampleDraft | Untrained:
         return found
     return ExampleDraft(
         row=found.row,
-        content=found.samples,
+        samples=found.samples,
         num_tokens=found.num_tokens,
         cut_tokens=found.cut_tokens,
+        kept_tokens=_num_tokens(found.samples),
         is_equal=found.is_equal,
         prompt_diverges=found.prompt_diverges,
     )
 
 
-def _one_per_row(drafts: Sequence[ExampleDraft]) -> FinishedExamples:
-    return FinishedExamples(
-        examples=tuple(Example(row=draft.row, samples=draft.content) for draft in drafts), untrained={}
-    )
+def _num_tokens(samples: Sequence[TrainingSample]) -> int:
+    """Tokens of all samples, the prompts of each one included."""
+    return sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Rated:
-    """A rated answer: its tokens before and after they are cut."""
-
-    row: int
-    found: Comparison
-    sample: TrainingSample
+def _one_per_row(table: TokenTable) -> FinishedExamples:
+    return FinishedExamples(examples=RowExamples(table), untrained={}, num_tokens=table.total("kept_tokens"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,54 +316,39 @@ class RatedMaking:
         reason = Untrained.NO_TARGET
         for lane, (label, whole) in enumerate(zip(labels, encoded[1:], strict=True)):
             found = compare((encoded[0], whole), row=row)
-            sample = answer_sample(
-                found.prompt_ids, found.answers[0], self.rules, group_id=2 * row + lane, desirable=label
-            )
+            prompt, answer, group = found.prompt_ids, found.answers[0], 2 * row + lane
+            sample = answer_sample(prompt, answer, self.rules, group_id=group, desirable=label)
             if isinstance(sample, Untrained):
                 reason = sample
             else:
-                rated.append(_Rated(row=row, found=found, sample=sample))
+                uncut = whole_answer(prompt, answer, group_id=group, desirable=label)
+                rated.append(_Rated(uncut=uncut, sample=sample, prompt_diverges=found.prompt_diverges))
         if not rated:
             return reason
-        lengths = [len(each.found.prompt_ids) + len(each.found.answers[0].token_ids) for each in rated]
+        lengths = [len(each.uncut.prompt_ids) + len(each.uncut.completion_ids) for each in rated]
         return ExampleDraft(
             row=row,
-            content=tuple(rated),
+            samples=tuple(each.uncut for each in rated),
             num_tokens=sum(lengths),
             cut_tokens=sum(map(self.rules.num_cut, lengths)),
+            kept_tokens=_num_tokens([each.sample for each in rated]),
             is_equal=len(rated) > 1 and same_tokens(rated[0].sample, rated[1].sample),
-            prompt_diverges=any(each.found.prompt_diverges for each in rated),
+            prompt_diverges=any(each.prompt_diverges for each in rated),
         )
 
-    def finish(self, drafts: Sequence[ExampleDraft], *, window: int) -> FinishedExamples:
+    def finish(self, table: TokenTable, *, window: int) -> FinishedExamples:
         """One example per rated answer; the answer of a predecessor, in a ring, is the mismatched one."""
-        everything: list[_Rated] = [rated for draft in drafts for rated in draft.content]
-        if not self.mismatched:
-            examples = tuple(Example(row=rated.row, samples=(rated.sample,)) for rated in everything)
-            return FinishedExamples(examples=examples, untrained={})
-        rows = {draft.row for draft in drafts}
-        if len(rows) < 2:
-            return FinishedExamples(examples=(), untrained=dict.fromkeys(rows, Untrained.NO_PARTNER))
-        # Of pairs first all wanted answers, then all others (TRL's order), lest a prompt get its own other answer.
-        lanes = zip_longest(*(draft.content for draft in drafts))
-        ring: list[_Rated] = [rated for lane in lanes for rated in lane if rated is not None]
-        partners = {id(rated.sample): _predecessor(ring, place) for place, rated in enumerate(ring)}
-        examples = tuple(
-            Example(
-                row=rated.row,
-                samples=(rated.sample,),
-                mismatched=mismatched_sample(
-                    rated.found.prompt_ids,
-                    partners[id(rated.sample)].found.answers[0],
-                    self.rules,
-                    group_id=rated.sample.group_id,
-                ),
-            )
-            for rated in everything
-        )
-        return FinishedExamples(examples=examples, untrained={})
+        if self.mismatched and len(table.kept) < 2:
+            lonely = dict.fromkeys(table.numbers(table.kept), Untrained.NO_PARTNER)
+            return FinishedExamples(examples=(), untrained=lonely)
+        examples = RatedExamples(table, self.rules, mismatched=self.mismatched)
+        return FinishedExamples(examples=examples, untrained={}, num_tokens=table.total("kept_tokens"))
 
 
-def _predecessor(ring: Sequence[_Rated], place: int) -> _Rated:
-    """The nearest one before it, in a ring, that is of another row; there is one."""
-    return next(ring[place - back] for back in range(1, len(ring)) if ring[place - back].row != ring[place].row)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Rated:
+    """A rated answer before and after it is cut."""
+
+    uncut: TrainingSample
+    sample: TrainingSample
+    prompt_diverges: bool

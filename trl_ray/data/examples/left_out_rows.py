@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trl_ray.data.chat.faithful_rendering import Finding, Unrendered
 
@@ -62,6 +65,42 @@ _UNRENDERED = {
 }
 
 
+class RowFindings(Mapping[int, Sequence[Finding]]):
+    """What a chat template does not write, by row number; equal ones are kept once.
+
+    Args:
+        rows: [F] numbers, in order.
+        codes: [F] for each which of `kinds` it is.
+        kinds: what rows have.
+    """
+
+    def __init__(self, rows: NDArray[np.int64], codes: NDArray[np.int64], kinds: Sequence[tuple[Finding, ...]]) -> None:
+        self._rows, self._codes, self._kinds = rows, codes, kinds
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._rows.tolist())
+
+    def __getitem__(self, row: int) -> Sequence[Finding]:
+        place = int(np.searchsorted(self._rows, row))
+        if place == len(self._rows) or self._rows[place] != row:
+            raise KeyError(row)
+        return self._kinds[int(self._codes[place])]
+
+    def without(self, kinds: Collection[Unrendered]) -> RowFindings:
+        """The rows with the findings of other kinds."""
+        others = [tuple(finding for finding in found if finding.kind not in kinds) for found in self._kinds]
+        left = np.asarray([bool(found) for found in others], np.bool_)[self._codes] if others else self._rows > 0
+        return RowFindings(self._rows[left], self._codes[left], others)
+
+    def rows_of(self, kind: Unrendered) -> NDArray[np.int64]:
+        """The numbers of the rows that have a finding of a kind, in order."""
+        having = [any(finding.kind is kind for finding in found) for found in self._kinds]
+        return self._rows[np.asarray(having, np.bool_)[self._codes]] if having else self._rows
+
+
 def report_rows(
     name: str,
     *,
@@ -69,7 +108,7 @@ def report_rows(
     untrained: Mapping[int, Untrained],
     cut: Iterable[int],
     diverging: Iterable[int],
-    findings: Mapping[int, Sequence[Finding]] | None = None,
+    findings: RowFindings | None = None,
     equal: Iterable[int] = (),
 ) -> tuple[str, ...]:
     """One sentence for each thing to be known about the rows of a dataset; none when all is well."""
@@ -78,20 +117,19 @@ def report_rows(
         (_CUT, list(cut)),
         (_EQUAL, list(equal)),
         (_DIVERGING, list(diverging)),
-        *(_unrendered(kind, text, findings or {}) for kind, text in _UNRENDERED.items()),
+        *(_unrendered(kind, text, findings) for kind, text in _UNRENDERED.items() if findings),
     ]
     return tuple(
         f"{len(rows)} of {total} rows of {name} {text.format(rows=_numbers(rows))}" for text, rows in told if rows
     )
 
 
-def _unrendered(kind: Unrendered, text: str, findings: Mapping[int, Sequence[Finding]]) -> tuple[str, list[int]]:
-    found = [(row, finding) for row, several in findings.items() for finding in several if finding.kind is kind]
-    if not found:
+def _unrendered(kind: Unrendered, text: str, findings: RowFindings) -> tuple[str, list[int]]:
+    rows = findings.rows_of(kind)
+    if not len(rows):
         return text, []
-    first = found[0][1]
-    rows = list(dict.fromkeys(row for row, _ in found))
-    return f"{text}; first: message {first.message}, field {first.field!r}.", rows
+    first = next(finding for finding in findings[int(rows[0])] if finding.kind is kind)
+    return f"{text}; first: message {first.message}, field {first.field!r}.", rows.tolist()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -73,19 +73,34 @@ class PackedRow:
         return mask
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Packing:
     """All rows of a data set, and what they leave over."""
 
-    rows: tuple[PackedRow, ...]
+    pieces: NDArray[np.int32]
+    """[P, 3] example, start, stop of each piece, row by row in the order they stand there."""
+    row_numbers: NDArray[np.int32]
+    """[P] the row of each piece, from 0 on without gaps."""
     max_length: int
     cut_tokens: int
     """Tokens of examples beyond `max_length` that are in no row; only `bfd` cuts."""
 
+    @property
+    def num_rows(self) -> int:
+        return int(self.row_numbers[-1]) + 1 if len(self.row_numbers) else 0
+
+    @property
+    def rows(self) -> tuple[PackedRow, ...]:
+        """All rows as objects; of many examples, rather look at `pieces`."""
+        found: list[list[PackedPiece]] = [[] for _ in range(self.num_rows)]
+        for row, (example, start, stop) in zip(self.row_numbers.tolist(), self.pieces.tolist(), strict=True):
+            found[row].append(PackedPiece(example=example, start=start, stop=stop))
+        return tuple(PackedRow(pieces=tuple(pieces)) for pieces in found)
+
     def fill(self) -> float:
         """The share of the rows' room that holds tokens, 0 to 1; 1.0 where there is no row."""
-        room = self.max_length * len(self.rows)
-        return sum(map(len, self.rows)) / room if room else 1.0
+        room = self.max_length * self.num_rows
+        return int(_sizes(self.pieces).sum(dtype=np.int64)) / room if room else 1.0
 
 
 def pack(lengths: Sequence[int] | NDArray[Any], *, max_length: int, strategy: PackingStrategy | str) -> Packing:
@@ -105,55 +120,62 @@ def pack(lengths: Sequence[int] | NDArray[Any], *, max_length: int, strategy: Pa
     if strategy not in list(PackingStrategy):
         known = ", ".join(PackingStrategy)
         raise ConfigError(f"packing_strategy must be one of {known}, got {strategy!r}.")
-    sizes = [int(length) for length in lengths]
+    sizes = np.asarray(lengths, dtype=np.int64)
     if strategy == PackingStrategy.WRAPPED:
-        return Packing(rows=tuple(_wrapped(sizes, max_length)), max_length=max_length, cut_tokens=0)
-    split = strategy == PackingStrategy.BFD_SPLIT
-    pieces = [piece for example, size in enumerate(sizes) for piece in _pieces(example, size, max_length, split=split)]
-    rows = _best_fit_decreasing(pieces, max_length)
-    return Packing(rows=tuple(rows), max_length=max_length, cut_tokens=sum(sizes) - sum(map(len, pieces)))
+        pieces, rows = _wrapped(sizes, max_length)
+    else:
+        pieces = _pieces(sizes, max_length, split=strategy == PackingStrategy.BFD_SPLIT)
+        pieces, rows = _best_fit_decreasing(pieces, max_length)
+    cut = int(sizes.sum()) - int(_sizes(pieces).sum(dtype=np.int64))
+    return Packing(pieces=pieces, row_numbers=rows, max_length=max_length, cut_tokens=cut)
 
 
-def _pieces(example: int, size: int, max_length: int, *, split: bool) -> Iterator[PackedPiece]:
-    for start in range(0, size if split else min(size, 1), max_length):
-        yield PackedPiece(example=example, start=start, stop=min(start + max_length, size))
+def _sizes(pieces: NDArray[np.int32]) -> NDArray[np.int32]:
+    return pieces[:, 2] - pieces[:, 1]
 
 
-def _best_fit_decreasing(pieces: Sequence[PackedPiece], max_length: int) -> Iterator[PackedRow]:
-    rows: list[list[PackedPiece]] = []
+def _pieces(sizes: NDArray[np.int64], max_length: int, *, split: bool) -> NDArray[np.int32]:
+    """[P, 3] the examples, cut to `max_length` or split at its multiples, in order."""
+    counts = -(-sizes // max_length) if split else np.minimum(sizes, 1)
+    examples = np.repeat(np.arange(len(sizes)), counts)
+    starts = (np.arange(len(examples)) - np.repeat(np.cumsum(counts) - counts, counts)) * max_length
+    return np.stack([examples, starts, np.minimum(starts + max_length, sizes[examples])], axis=1).astype(np.int32)
+
+
+def _best_fit_decreasing(pieces: NDArray[np.int32], max_length: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The pieces row by row, and the row of each."""
+    pieces = pieces[np.argsort(-_sizes(pieces), kind="stable")]
+    numbers = np.empty(len(pieces), np.int32)
     waiting: dict[int, deque[int]] = defaultdict(deque)  # rows by the room they have left, oldest first
     rooms: list[int] = []  # the keys of `waiting` in ascending order: fewer than max_length, however many rows
-    for piece in sorted(pieces, key=len, reverse=True):
-        place = bisect_left(rooms, len(piece))
+    opened = 0
+    for index, size in enumerate(_sizes(pieces).tolist()):
+        place = bisect_left(rooms, size)
         if place == len(rooms):
-            room, number = max_length, len(rows)
-            rows.append([])
+            room, number = max_length, opened
+            opened += 1
         else:
             room = rooms[place]
             number = waiting[room].popleft()
             if not waiting[room]:
                 del waiting[room], rooms[place]
-        rows[number].append(piece)
-        left = room - len(piece)
+        numbers[index] = number
+        left = room - size
         if left:
             if left not in waiting:
                 insort(rooms, left)
             waiting[left].append(number)
-    return (PackedRow(pieces=tuple(row)) for row in rows)
+    order = np.argsort(numbers, kind="stable")
+    return pieces[order], numbers[order]
 
 
-def _wrapped(sizes: Sequence[int], max_length: int) -> Iterator[PackedRow]:
-    row: list[PackedPiece] = []
-    room = max_length
-    for example, size in enumerate(sizes):
-        start = 0
-        while start < size:
-            stop = min(size, start + room)
-            row.append(PackedPiece(example=example, start=start, stop=stop))
-            room -= stop - start
-            start = stop
-            if not room:
-                yield PackedRow(pieces=tuple(row))
-                row, room = [], max_length
-    if row:
-        yield PackedRow(pieces=tuple(row))
+def _wrapped(sizes: NDArray[np.int64], max_length: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The examples one behind the other, cut where a row is full: the pieces, and the row of each."""
+    ends = np.cumsum(sizes)
+    total = int(ends[-1]) if len(ends) else 0
+    borders = np.unique(np.concatenate([[0], ends, np.arange(0, total, max_length), [total]]))
+    starts, stops = borders[:-1], borders[1:]
+    examples = np.searchsorted(ends, starts, side="right")
+    begins = (ends - sizes)[examples]
+    pieces = np.stack([examples, starts - begins, stops - begins], axis=1).astype(np.int32)
+    return pieces, (starts // max_length).astype(np.int32)

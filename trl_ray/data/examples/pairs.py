@@ -186,6 +186,12 @@ def answer_sample(
     return _sample(context, ids, heard, group_id=group_id, label=label)
 
 
+def whole_answer(prompt_ids: IntArray, answer: Answer, *, group_id: int, desirable: bool) -> TrainingSample:
+    """A prompt ``[P]`` and a rated answer ``[L]``, not cut: what `answer_sample` is made of."""
+    label = SampleLabel(desirable=desirable)
+    return _sample(prompt_ids, answer.token_ids, answer.heard, group_id=group_id, label=label)
+
+
 def mismatched_sample(prompt_ids: IntArray, answer: Answer, rules: TextRules, *, group_id: int) -> TrainingSample:
     """A prompt with the answer to another one; where nothing of the answer is trained, its mask says so."""
     sample = answer_sample(prompt_ids, answer, rules, group_id=group_id)

@@ -1,18 +1,19 @@
 """Reads the rows of a dataset, a mixture or a stream as records that know their place.
 
-rows ─► a reader for each source, told from its first usable row ─► PlacedRecord   (bad rows ─► BadRows)
+rows ─► a reader for each source, told from its first usable row ─► PlacedRecord
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trl_ray.config.messages import nearest
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
-from trl_ray.data.bad_rows import BadRows
 from trl_ray.data.examples.example_tasks import Making
 from trl_ray.data.formats.detection import SPEECH
 from trl_ray.data.formats.record_reader import DatasetReader, reader_for
@@ -53,44 +54,37 @@ def readers_for(rows: Rows, config: SupervisedRunConfig, making: Making) -> dict
     }
 
 
-class UnreadSpeech:
-    """Counts rows that say something in a column which nobody reads; mutable, one for each dataset."""
+def unread_speech(record: Record) -> int:
+    """Which columns of a record say something that nobody reads: a bit for each of `SPEECH`."""
+    found = 0
+    for bit, column in enumerate(SPEECH):
+        value = record.columns.get(column)
+        if isinstance(value, str) and value.strip() and value.strip() not in _said(record):
+            found |= 1 << bit
+    return found
 
-    def __init__(self, *, told: Collection[str] = ()) -> None:
-        """Watch all such columns but those that the user is told of already."""
-        self._columns = [column for column in SPEECH if column not in told]
-        self._rows: Counter[str] = Counter()
 
-    def watch(self, records: Iterable[PlacedRecord]) -> Iterator[PlacedRecord]:
-        """The records, looked at as they pass."""
-        for placed in records:
-            for column in self._columns:
-                value = placed.record.columns.get(column)
-                if isinstance(value, str) and value.strip() and value.strip() not in _said(placed.record):
-                    self._rows[column] += 1
-            yield placed
+def report_unread(unread: NDArray[np.int16], name: str, *, told: Collection[str] = ()) -> tuple[str, ...]:
+    """A sentence for each column that says something in some rows and is not read.
 
-    def report(self, name: str, *, total: int) -> tuple[str, ...]:
-        """A sentence for each column."""
-        return tuple(
-            f"{count} of {total} rows of {name} have a text in the column {column!r}, which is not trained: map it to "
-            f"what it is, as in column_mapping={{{column}: system}}, which begins conversations with it, or to null."
-            for column, count in self._rows.items()
-        )
+    Args:
+        unread: [N] `unread_speech` of all rows.
+        name: of the dataset.
+        told: columns that the user is told of already.
+    """
+    counts = {column: int((unread >> bit & 1).sum()) for bit, column in enumerate(SPEECH) if column not in told}
+    return tuple(
+        f"{count} of {len(unread)} rows of {name} have a text in the column {column!r}, which is not trained: map it "
+        f"to what it is, as in column_mapping={{{column}: system}}, which begins conversations with it, or to null."
+        for column, count in counts.items()
+        if count
+    )
 
 
 def _said(record: Record) -> str:
     """What a record is asked, or all of it, as one text."""
     said = record.content if isinstance(record, Document) else record.prompt
     return said if isinstance(said, str) else "\n".join(message["content"] or "" for message in said)
-
-
-def place_records(rows: Rows, readers: Mapping[str, DatasetReader], bad: BadRows) -> Iterator[PlacedRecord]:
-    """All usable records; each source of a mixture has a format of its own, and numbers of its own in messages."""
-    for index, row in enumerate(rows.rows):
-        origin = rows.origin(index)
-        with bad.guard(name=origin.name, number=origin.number, place=index):
-            yield PlacedRecord(row=index, origin=origin, record=readers[origin.name].read(origin.number, row))
 
 
 def reader_of(

@@ -9,11 +9,13 @@ Plain texts get the tokenizer's special tokens, but none that they bring themsel
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import xxhash
 
 from trl_ray.config.example_options import TruncationMode
 from trl_ray.data.chat.chat_rendering import assistant_mask
@@ -166,3 +168,26 @@ def common_prefix_length(first: IntArray, second: IntArray) -> int:
     shorter = min(len(first), len(second))
     different = np.flatnonzero(first[:shorter] != second[:shorter])
     return int(different[0]) if len(different) else shorter
+
+
+def tokenizer_key(tokenizer: ExampleTokenizer) -> str | None:
+    """A hash of all that the tokens of a tokenizer, and of its chat template, depend on; None where it has none."""
+    kind = type(tokenizer)
+    facts = [
+        f"{kind.__module__}.{kind.__qualname__}",
+        repr(tokenizer.chat_template),
+        repr(sorted(tokenizer.special_tokens_map.items())),
+        repr((tokenizer.eos_token_id, tokenizer.bos_token_id, getattr(tokenizer, "split_special_tokens", None))),
+    ]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    is_known = kind.__module__.partition(".")[0] == "transformers"
+    if is_known and callable(getattr(backend, "to_str", None)):
+        facts.append(backend.to_str())  # type: ignore[union-attr]
+    else:
+        from datasets.fingerprint import Hasher
+
+        try:
+            facts.append(Hasher.hash(tokenizer))
+        except (TypeError, AttributeError, ValueError, RecursionError, pickle.PicklingError):
+            return None
+    return xxhash.xxh3_128("\0".join(facts).encode(errors="surrogatepass")).hexdigest()

@@ -10,8 +10,10 @@ Nothing is remembered between calls, so a resumed run asks for the next ordinal 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,13 +79,21 @@ class PromptSource:
         """Names of the columns that reward functions receive, in the order they first appear."""
         return tuple(dict.fromkeys(key for row in self._rows for key in row.columns))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hex digest over the token ids of all rows: tells a resumed run that its dataset has changed."""
         digest = hashlib.sha256()
         for row in self._rows:
             for ids in (row.token_ids, *(() if row.given is None else (row.given.prompt_ids, row.given.token_ids))):
                 digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def columns_fingerprint(self) -> str:
+        """Hex digest over what reward functions receive of all rows."""
+        digest = hashlib.sha256()
+        for row in self._rows:
+            digest.update(json.dumps(row.columns, sort_keys=True).encode() + b"\n")
         return digest.hexdigest()
 
     @property

@@ -14,8 +14,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from trl_ray.config.messages import nearest
 from trl_ray.config.sections import DataConfig, DatasetConfig, MixtureStopping
@@ -24,6 +27,8 @@ from trl_ray.data.sources.column_names import check_mapping, rename
 from trl_ray.data.sources.dataset_files import FILE_TYPES, Row, is_data_file, read_file
 from trl_ray.data.sources.generated import PREFIX, generated_rows
 from trl_ray.data.sources.mixtures import Mixture, Share, Source, hold_out, join, mix
+from trl_ray.data.sources.row_sequences import ChangedRows, RowSequence, array_key, combined_key, content_key
+from trl_ray.data.sources.stored_rows import StoredRows, is_large, is_stored, stored_dataset, stored_file
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
 
@@ -38,7 +43,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """A dataset in memory: where it came from, its columns, its rows."""
+    """A dataset, in memory or where it is stored: where it came from, its columns, its rows."""
 
     name: str
     columns: tuple[str, ...]
@@ -72,10 +77,12 @@ class RowStream:
     name: str
     read: Callable[[int], Iterator[Row]]
     """The rows from a number on; may be called again and again."""
+    stored: Callable[[], StoredRows] | None = None
+    """The same rows where they are stored, by number; None where they are few, or are not stored."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _MixedRows(Sequence[Row]):
+@dataclass(frozen=True, kw_only=True)
+class _MixedRows(RowSequence):
     """The rows of a mixture by their place in it."""
 
     mixture: Mixture
@@ -86,19 +93,33 @@ class _MixedRows(Sequence[Row]):
     def __getitem__(self, place: Any) -> Any:
         return self.mixture[place].row
 
+    def content_key(self) -> str | None:
+        mixture = self.mixture
+        places = np.stack([mixture.source_ids, mixture.row_numbers])
+        keys = [content_key(source.rows) for source in mixture.sources]
+        return combined_key(array_key(places), *(source.name for source in mixture.sources), *keys)
 
-def load_rows(config: DataConfig, *, seed: int, dataset: object | None = None, evaluation: bool = False) -> Rows:
+
+def load_rows(
+    config: DataConfig,
+    *,
+    seed: int,
+    dataset: object | None = None,
+    evaluation: bool = False,
+    in_memory: bool = True,
+) -> Rows:
     """Read all rows of the training or the held-out split; with `test_split_size` the latter is a part of the former.
 
     `dataset` overrides `config.dataset_name` and `config.datasets`. `seed` only matters for generated tasks, and for
-    the order in which a mixture draws from its datasets.
+    the order in which a mixture draws from its datasets. Where they need not be `in_memory`, many rows stay in their
+    file or in Arrow's memory map; they are quick to read in order only.
 
     Raises:
         DataError: there is no such dataset, split or task, it cannot be read, or it is empty.
     """
     size = config.test_split_size
     if dataset is None:
-        return _load_named(config, seed=seed, evaluation=evaluation, test_split_size=size)
+        return _load_named(config, seed=seed, evaluation=evaluation, test_split_size=size, in_memory=in_memory)
     if size is not None and not evaluation:
         raise DataError(
             f"test_split_size must be left out where rows are passed as an object, got {size:g}. Split them with "
@@ -111,12 +132,12 @@ def load_rows(config: DataConfig, *, seed: int, dataset: object | None = None, e
             f"{type(dataset).__name__} is a stream. Take as many rows as you need: "
             "datasets.Dataset.from_list(list(stream.take(n)))."
         )
-    return _alone(_open(config, seed=seed, dataset=dataset, evaluation=evaluation), config)
+    return _alone(_open(config, seed=seed, dataset=dataset, evaluation=evaluation), config, in_memory=in_memory)
 
 
-def _alone(stream: RowStream, config: DataConfig) -> Rows:
-    """One dataset in memory, its columns renamed."""
-    rows = _in_memory(stream)
+def _alone(stream: RowStream, config: DataConfig, *, in_memory: bool) -> Rows:
+    """One dataset, its columns renamed."""
+    rows = _whole(stream, in_memory=in_memory)
     check_mapping(config.column_mapping, rows.columns, name=rows.name)
     return _renamed(rows, config)
 
@@ -125,22 +146,35 @@ def _renamed(rows: Rows, config: DataConfig) -> Rows:
     mapping = config.column_mapping
     if not mapping:
         return rows
-    named = [rename(row, mapping, where=rows.where(index)) for index, row in enumerate(rows.rows)]
+    named = _changed(
+        rows,
+        lambda index, row: rename(row, mapping, where=rows.where(index)),
+        told=f"column_mapping {list(mapping.items())} of {rows.name}",
+    )
     columns = dict.fromkeys(mapping.get(column, column) for column in rows.columns)
     return replace(rows, rows=named, columns=tuple(column for column in columns if column is not None))
 
 
-def _load_named(config: DataConfig, *, seed: int, evaluation: bool, test_split_size: float | None) -> Rows:
+def _changed(rows: Rows, change: Callable[[int, Row], Row], *, told: str) -> Sequence[Row]:
+    """Rows in memory at once, others when they are read."""
+    if isinstance(rows.rows, RowSequence):
+        return ChangedRows(rows=rows.rows, change=change, told=told)
+    return [change(index, row) for index, row in enumerate(rows.rows)]
+
+
+def _load_named(
+    config: DataConfig, *, seed: int, evaluation: bool, test_split_size: float | None, in_memory: bool
+) -> Rows:
     if test_split_size is not None:
-        whole = _load_named(config, seed=seed, evaluation=False, test_split_size=None)
+        whole = _load_named(config, seed=seed, evaluation=False, test_split_size=None, in_memory=in_memory)
         mixture = whole.mixture or join([Source(name=whole.name, rows=whole.rows)])
         part = hold_out(mixture, size=test_split_size, seed=seed)[evaluation]
         notes = () if evaluation else whole.notes  # said once
         parts = whole.sources or (whole,)
         return replace(whole, rows=_MixedRows(mixture=part), mixture=part, notes=notes, sources=parts)
     if config.datasets:
-        return _load_mixture(config, seed=seed, evaluation=evaluation)
-    return _alone(_open(config, seed=seed, evaluation=evaluation), config)
+        return _load_mixture(config, seed=seed, evaluation=evaluation, in_memory=in_memory)
+    return _alone(_open(config, seed=seed, evaluation=evaluation), config, in_memory=in_memory)
 
 
 def open_rows(
@@ -195,7 +229,7 @@ def _open(
     return _from_name(source, split, seed=seed, evaluation=evaluation, lazily=lazily)
 
 
-def _load_mixture(config: DataConfig, *, seed: int, evaluation: bool) -> Rows:
+def _load_mixture(config: DataConfig, *, seed: int, evaluation: bool, in_memory: bool) -> Rows:
     if config.dataset_name is not None:
         raise DataError(
             f"dataset_name must be left out where datasets are named, got {config.dataset_name!r}. Add it to datasets, "
@@ -206,7 +240,7 @@ def _load_mixture(config: DataConfig, *, seed: int, evaluation: bool) -> Rows:
         # What is trained on is not held out: evaluation has a split of its own.
         split = config.dataset_test_split if evaluation else source.split or config.dataset_train_split
         stream = _from_name(source, split, seed=seed, evaluation=evaluation, lazily=False)
-        parts.append(_with_columns(_in_memory(stream), source.columns))
+        parts.append(_with_columns(_whole(stream, in_memory=in_memory), source.columns))
     everywhere = dict.fromkeys(column for part in parts for column in part.columns)
     check_mapping(config.column_mapping, tuple(everywhere), name=" + ".join(part.name for part in parts))
     parts = [_renamed(part, config) for part in parts]
@@ -265,11 +299,19 @@ def _with_columns(rows: Rows, columns: Sequence[str] | None) -> Rows:
                 f"{rows.name} must have the column {column!r}, which datasets.columns keeps; its columns are "
                 f"{', '.join(rows.columns)}. {f'Did you mean {guess!r}?' if guess else 'Name others.'}"
             )
-    kept = [{column: row[column] for column in columns if column in row} for row in rows.rows]
+    kept = _changed(
+        rows,
+        lambda _, row: {column: row[column] for column in columns if column in row},
+        told=f"columns {list(columns)}",
+    )
     return Rows(name=rows.name, columns=tuple(columns), rows=kept)
 
 
-def _in_memory(stream: RowStream) -> Rows:
+def _whole(stream: RowStream, *, in_memory: bool) -> Rows:
+    if stream.stored is not None and not in_memory:
+        stored = stream.stored()
+        if len(stored.rows):
+            return Rows(name=stream.name, columns=stored.columns, rows=stored.rows)
     rows: list[Row] = []
     columns: dict[str, None] = {}
     for number, row in enumerate(stream.read(0)):
@@ -325,7 +367,8 @@ def _from_file(path: Path, split: str) -> RowStream:
             f"A single file has only the split 'train', got {split!r} of {path}. Put the splits into a folder "
             "(train.jsonl, test.jsonl) and name the folder."
         )
-    return RowStream(name=str(path), read=lambda start: read_file(path, start))
+    stored = partial(stored_file, path) if is_large(path) else None
+    return RowStream(name=str(path), read=lambda start: read_file(path, start), stored=stored)
 
 
 def _from_hub(source: DatasetConfig, split: str, *, lazily: bool) -> RowStream:
@@ -373,13 +416,14 @@ def _from_object(dataset: object, split: str | None, *, name: str | None = None)
             raise DataError(f"The dataset must have the split {split!r}, it has {sorted(map(str, dataset))}. Name one.")
         return _from_object(dataset[split], split, name=name)
     _require_rows(dataset)
-    label = name or f"the given {type(dataset).__name__}"
+    label = name or ("the rows" if isinstance(dataset, RowSequence) else f"the given {type(dataset).__name__}")
     if isinstance(dataset, Iterator):
         raise DataError(
             f"A dataset must be one that can be read again from its start, {label} is used up by reading. Pass a list "
             "of dicts, or datasets.IterableDataset.from_generator."
         )
-    return RowStream(name=label, read=lambda start: _guarded(dataset, label, start))
+    stored = partial(stored_dataset, dataset, name=label) if is_stored(dataset) else None
+    return RowStream(name=label, read=lambda start: _guarded(dataset, label, start), stored=stored)
 
 
 def _guarded(dataset: Any, name: str, start: int) -> Iterator[Row]:

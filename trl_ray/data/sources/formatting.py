@@ -1,6 +1,7 @@
 """Texts that a function of the user's makes of rows, in their place.
 
-rows --formatting_func--> [{text_column: text}, ...]      (a dataset of the library's by its own map, a list at once)
+rows --formatting_func--> [{text_column: text}, ...]      many rows: when they are read; a list at once;
+                                                          a small dataset of the library's, or a stream, by its own map
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from trl_ray.data.sources.row_sequences import ChangedRows, function_key
+from trl_ray.data.sources.stored_rows import is_stored, stored_dataset
 from trl_ray.errors import DataError
 
 
@@ -34,6 +37,9 @@ def formatted_rows(rows: Any, make: Callable[[Any], str], *, column: str) -> Any
             raise DataError(f"formatting_func must give the text of one row, got a {type(made).__name__}. Mend it.")
         return {column: made}
 
+    if is_stored(rows):
+        stored = stored_dataset(rows, name=f"the given {type(rows).__name__}").rows
+        return ChangedRows(rows=stored, change=lambda _, row: text(row), told=function_key(make))
     if callable(getattr(rows, "map", None)):
         return rows.map(text, remove_columns=list(rows.column_names or ()))
     return [text(row) for row in rows]

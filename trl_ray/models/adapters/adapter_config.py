@@ -65,8 +65,7 @@ _REFUSED = {
     "in lora_target_modules.",
     "trainable_token_indices": "trainable_token_indices must be left out. Set lora_modules_to_save=[embed_tokens, "
     "lm_head], which trains these rows among all.",
-    "bias": "bias must be 'none': with other biases trained there would be no reference beneath the adapter. Remove "
-    "it.",
+    "bias": "bias must be 'none': with biases trained there would be no reference beneath the adapter. Remove it.",
     "lora_bias": "lora_bias must be false: a bias of the adapter has no place in layers without one. Remove it.",
 }
 """Fields that recipes hold and cannot be had, and what to do."""
@@ -118,14 +117,29 @@ def task_of_adapter(folder: str | Path) -> str | None:
     Raises:
         ModelError: its configuration cannot be read.
     """
+    return _said(folder, "task_type")
+
+
+def require_lora(folder: str | Path) -> None:
+    """Check that an adapter is of a kind that can be trained on.
+
+    Raises:
+        ModelError: it is not, or its configuration cannot be read.
+    """
+    kind = _said(folder, "peft_type")
+    if kind != "LORA":
+        raise ModelError(f"the adapter in {folder} must be LoRA or DoRA, but is {kind}. Merge it first.")
+
+
+def _said(folder: str | Path, key: str) -> str | None:
     file = Path(folder).expanduser() / ADAPTER_CONFIG
     try:
-        task = json.loads(file.read_text(encoding="utf-8")).get("task_type")
+        value = json.loads(file.read_text(encoding="utf-8")).get(key)
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(
             f"{file} must be an adapter's configuration, but: {error!r}. Copy the adapter again."
         ) from None
-    return None if task is None else str(task)
+    return None if value is None else str(value)
 
 
 def adapter_size(folder: str | Path) -> int:
@@ -191,7 +205,7 @@ def adapter_options(peft_config: object) -> dict[str, Any]:
     require_peft()
     import peft
 
-    if not isinstance(peft_config, peft.LoraConfig):
+    if type(peft_config) is not peft.LoraConfig:  # what builds on it computes something else
         raise ModelError(
             f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}. Other kinds of adapters cannot "
             "be merged into the weights that engines receive."

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from trl_ray.config.sections import TrainingConfig
 from trl_ray.errors import CheckpointError
+from trl_ray.models.backends.master_weights import MasterWeights
 from trl_ray.models.backends.optimizer import build_optimizer, build_scheduler, load_optimizer
 from trl_ray.models.backends.ranks import Ranks
 from trl_ray.models.scoring.scoring_module import PredictorModule
@@ -40,6 +41,7 @@ class TorchBackend:
         self._max_norm = training.max_grad_norm or math.inf
         self._ranks = ranks
         self._optimizer = build_optimizer(self._policy, training)
+        self._masters = MasterWeights(self._optimizer, self._trained, keep=training.float32_master_weights)
         self._scheduler = build_scheduler(self._optimizer, training, total_steps=total_updates)
 
     @property
@@ -54,7 +56,8 @@ class TorchBackend:
     def reduce(self) -> float:
         if self._ranks.size > 1:
             self._sum_over_ranks()
-        return float(torch.nn.utils.clip_grad_norm_(self._trained, self._max_norm))
+        self._masters.take_gradients()
+        return float(torch.nn.utils.clip_grad_norm_(self._masters.moved, self._max_norm))
 
     def _sum_over_ranks(self) -> None:
         # A parameter without a gradient anywhere must keep none, or the optimizer would decay it.
@@ -70,10 +73,12 @@ class TorchBackend:
 
     def update(self) -> None:
         self._optimizer.step()
+        self._masters.write_back()
         self.discard()
 
     def discard(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
+        self._masters.forget_gradients()
         with warnings.catch_warnings():
             # torch warns when the very first step is one that is skipped.
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
@@ -91,12 +96,16 @@ class TorchBackend:
     def save_state(self, directory: Path) -> dict[str, Any]:
         """All ranks hold the same, and no file is written."""
         del directory
-        return {"optimizer": self._optimizer.state_dict(), "scheduler": self._scheduler.state_dict()}
+        state = {"optimizer": self._optimizer.state_dict(), "scheduler": self._scheduler.state_dict()}
+        masters = self._masters.state()
+        return {**state, "masters": masters} if masters else state
 
     def load_state(self, directory: Path, state: dict[str, Any]) -> None:
         """The number of ranks may have changed."""
         try:
+            self._masters.load(state.get("masters"))
             load_optimizer(self._optimizer, state["optimizer"])
+            self._masters.widen(self._optimizer)
             self._scheduler.load_state_dict(state["scheduler"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(

@@ -97,7 +97,14 @@ def _initial_model(model: ModelConfig) -> ModelConfig:
     name = model.ref_model_name_or_path
     if name is None:
         return model.replace(gradient_checkpointing=False)
-    shared = ("dtype", "bf16", "attn_implementation", "trust_remote_code", "use_liger_kernel")
+    shared = (
+        "dtype",
+        "bf16",
+        "attn_implementation",
+        "trust_remote_code",
+        "use_liger_kernel",
+        "model_init_kwargs",
+    )
     options = {option: getattr(model, option) for option in shared}
     return ModelConfig(
         model_name_or_path=name, gradient_checkpointing=False, use_peft=is_adapter_folder(name), **options

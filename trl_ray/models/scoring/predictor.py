@@ -20,6 +20,7 @@ from transformers.trainer_utils import PredictionOutput, denumpify_detensorize
 
 from trl_ray.algorithms.batches.prediction_batches import IGNORED
 from trl_ray.errors import CallbackError
+from trl_ray.models.scoring.rope_regimes import rope_regimes
 from trl_ray.types import IntArray, PredictedBatch, PredictionBatch, PredictionForm, PredictionPiece
 
 Preprocess = Callable[[Any, Any], Any]
@@ -81,8 +82,11 @@ class Predictor:
         rows = [_whole(piece.token_ids) for piece in pieces]
         ids = pad_sequence(rows, batch_first=True, padding_value=self._pad).to(device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
+        places: dict[str, Tensor] = {}
+        if rope_regimes(self._model.config) is not None:  # padding must make no row longer than its sequence
+            places["position_ids"] = (mask.cumsum(dim=1) - 1) * mask
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._bf16):
-            logits: Tensor = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits: Tensor = self._model(input_ids=ids, attention_mask=mask, use_cache=False, **places).logits
         return logits.float() if self._bf16 else logits
 
     def _laid_out(self, batch: PredictionBatch, values: Sequence[Tensor], *, fill: int) -> Tensor:

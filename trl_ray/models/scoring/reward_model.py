@@ -40,6 +40,7 @@ from trl_ray.models.adapters.adapter_config import (
 )
 from trl_ray.models.policy_loading import LOAD_ERRORS, check_model_path, require_weights, torch_dtype
 from trl_ray.models.scoring.classifier import AUTO_CLASSES, ENDINGS
+from trl_ray.models.scoring.rope_regimes import compute_by_sequence, rope_regimes
 from trl_ray.models.vocabulary import num_tokens
 from trl_ray.types import IntArray
 
@@ -285,6 +286,7 @@ class RewardModel:
         self._model = cast(Any, model)
         self._model.eval().requires_grad_(False)
         self._model.config.use_cache = False
+        compute_by_sequence(self._model)
         self._kind, self._aggregation, self._bf16 = kind, aggregation, bf16
         self._text_config: Any = model.config.get_text_config()
         self._pad: int | None = None if reads_last_token else self._text_config.pad_token_id
@@ -326,10 +328,11 @@ class RewardModel:
         for index, row in enumerate(rows):
             ids[index, : len(row)], mask[index, : len(row)] = row, 1
         device = self._model.device
+        inputs = {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
+        if rope_regimes(self._model.config) is not None:  # padding must make no row longer than its sequence
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1) * inputs["attention_mask"]
         with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
-            output = self._model(
-                input_ids=torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(mask).to(device)
-            )
+            output = self._model(**inputs)
         logits: Tensor = output.logits.float().cpu()
         return logits
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trl_ray.algorithms.batches.layout import AttentionKind, Layout, additive_mask, build_layout
+from trl_ray.algorithms.batches.layout import AttentionKind, Layout, additive_mask, build_layout, input_length
 from trl_ray.algorithms.head.head_problem import ExtraOutputs
 from trl_ray.algorithms.head.logprobs import TokenLogprobs
 from trl_ray.algorithms.loss import LossNeeds
@@ -22,6 +22,7 @@ from trl_ray.config.sections import SharePrompt
 from trl_ray.errors import ModelError
 from trl_ray.models.scoring.embedding_noise import noise_bounds
 from trl_ray.models.scoring.head import head_weight
+from trl_ray.models.scoring.rope_regimes import RopeRegimes, rope_regimes
 from trl_ray.models.scoring.router_loss import RouterLoss
 from trl_ray.models.scoring.scoring_module import HeadQuestion, PredictorModule, ScoringModule, token_scores
 from trl_ray.models.scoring.segment_attention import SEGMENT_ATTENTION, attention_kind
@@ -81,6 +82,7 @@ class SampleScorer:
             sum_squared_probs=needs.sum_squared_probs, top1=needs.top1, mean_logprobs=needs.mean_logprobs
         )
         self._device = head_weight(self._model).device
+        self._regimes = rope_regimes(self._model.config)
         self._hidden_size = int(self._model.config.get_text_config().hidden_size)
         self.routers: RouterLoss | None = None
         """Of a mixture of experts whose routers have a loss."""
@@ -199,6 +201,8 @@ class SampleScorer:
     def _lay_out(
         self, samples: Sequence[TrainingSample], *, share: SharePrompt, attention: AttentionKind
     ) -> Layout | None:
+        if self._regimes is not None:
+            samples = [_apart(sample, self._regimes) for sample in samples]
         return build_layout(samples, share=share, hidden_size=self._hidden_size, attention=attention)
 
     def _bounds(self, layout: Layout) -> Tensor | None:
@@ -222,11 +226,14 @@ class SampleScorer:
         if self.routers is not None:
             # A real token's sequence has a prompt and a completion; padding stands alone.
             self.routers.real = (layout.lengths > 1).flatten()
+        positions = layout.position_ids
+        if self._regimes is not None:  # padding counts on, and would make a row longer than its sequence
+            positions = positions.masked_fill(layout.lengths == 1, 0)
         # Classifiers are never asked about teachers, and take no such question.
         asked = {} if question is None else {"question": question}
         return self._forward(
             layout.input_ids,
-            layout.position_ids,
+            positions,
             self._mask(layout),
             layout.predictors,
             layout.targets if with_head else None,
@@ -316,6 +323,12 @@ def _probe_sample(prompt: IntArray, completion: IntArray) -> TrainingSample:
         advantage=0.0,
         min_version=0,
     )
+
+
+def _apart(sample: TrainingSample, regimes: RopeRegimes) -> TrainingSample:
+    """A sample that shares its prompt with those of its regime alone."""
+    length = len(sample.prompt_ids) + (input_length(sample) or 0)
+    return replace(sample, group_id=hash((sample.group_id, regimes.of(length))))
 
 
 def _without_padding(sample: TrainingSample, pad: int) -> TrainingSample:

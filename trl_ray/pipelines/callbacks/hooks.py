@@ -14,11 +14,12 @@ from __future__ import annotations
 import asyncio
 import enum
 import inspect
+import json
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ from trl_ray.config.sections import RuntimeKind
 from trl_ray.config.step_counts import steps_of
 from trl_ray.errors import CallbackError
 from trl_ray.pipelines.callbacks.callback_states import read_states, write_states
+from trl_ray.pipelines.callbacks.shown_objects import (
+    ShownArguments,
+    ShownOptimizer,
+    ShownSchedule,
+    with_their_names,
+)
 from trl_ray.types import EventKind
 
 MAX_LOG_HISTORY = 1000
@@ -120,6 +127,10 @@ class TrainerState:
     trial_params: dict[str, Any] | None = None
     stateful_callbacks: dict[str, Any] = field(default_factory=dict)
 
+    def save_to_json(self, json_path: str) -> None:
+        """Write it to a file, as transformers does."""
+        Path(json_path).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSpan:
@@ -149,7 +160,9 @@ class CallbackList:
         self.stopped_by: str | None = None
         """Who asked for the end of training."""
         self._callbacks, self._args = tuple(callbacks), args
-        self._shown_args = _as_transformers_has_them(args)
+        self._shown_args = ShownArguments(args)
+        self._optimizer = ShownOptimizer(args.learning_rate)
+        self._shown: dict[str, Any] = {"optimizer": self._optimizer, "lr_scheduler": ShownSchedule(self._optimizer)}
         self._course: TrainingSpan | None = None
         self._say: Say | None = None
         self._initial: bytes | None = None
@@ -158,6 +171,15 @@ class CallbackList:
         # all callbacks the same. Without actors of their own there is nobody to lose, and breakpoints are simpler.
         has_actors = bool(callbacks) and args.runtime.kind is RuntimeKind.RAY
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="callbacks") if has_actors else None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nobody to tell."""
+        return not self._callbacks
+
+    def show(self, **objects: Any) -> None:
+        """Give every hook of transformers these, too: model, processing_class, train_dataloader, ..."""
+        self._shown |= objects
 
     def has(self, hook: Hook) -> bool:
         """Whether any callback wants to hear of it."""
@@ -193,6 +215,8 @@ class CallbackList:
         state.log_history[:] = [line for line in state.log_history if line["step"] <= span.step]
         self.control.should_training_stop, self.stopped_by = False, None
         if not restarted:
+            for sentence in _uncalled(self._callbacks):
+                say(EventKind.WARNING, "driver", detail=sentence)
             await self.dispatch(Hook.INIT_END)
             await self.dispatch(Hook.TRAIN_BEGIN)
 
@@ -204,8 +228,10 @@ class CallbackList:
         self.control.clear_step()
         await self.dispatch(Hook.STEP_BEGIN)
 
-    async def step_end(self, *, step: int, epoch: float) -> None:
-        """A step is trained; `epoch` counts the passes done with it."""
+    async def step_end(self, *, step: int, epoch: float, lr: float | None = None) -> None:
+        """A step is trained; `epoch` counts the passes done with it, and `lr` is its learning rate."""
+        if lr is not None:
+            self._optimizer.move(lr)
         self._epoch_before = self.state.epoch
         self.state.global_step, self.state.epoch = step, epoch
         await self.dispatch(Hook.STEP_END)
@@ -216,7 +242,9 @@ class CallbackList:
         """Held-out numbers are known, by their names without ``eval_``; `best` is that of `metric_for_best_model`."""
         self.control.should_evaluate = False
         metrics = {f"eval_{name}": value for name, value in numbers.items()}
-        # As in transformers they compare with the best before, which EarlyStoppingCallback relies on.
+        # As in transformers they are a line of the log, before they are an evaluation.
+        await self._tell_log({**metrics, "epoch": self.state.epoch})
+        # They compare with the best before, which EarlyStoppingCallback relies on.
         await self.dispatch(Hook.EVALUATE, metrics=metrics)
         self.set_best(best, best_step)
 
@@ -231,9 +259,12 @@ class CallbackList:
         if not self._log_is_due and not control.should_log:
             return
         control.should_log = False
-        state.log_history.append({**record, "step": state.global_step})
-        del state.log_history[:-MAX_LOG_HISTORY]
-        await self.dispatch(Hook.LOG, logs=dict(record))
+        await self._tell_log(with_their_names(record, epoch=state.epoch))
+
+    async def _tell_log(self, logs: dict[str, float]) -> None:
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        del self.state.log_history[:-MAX_LOG_HISTORY]
+        await self.dispatch(Hook.LOG, logs=logs)
 
     @property
     def _log_is_due(self) -> bool:
@@ -305,7 +336,8 @@ class CallbackList:
         if hook.is_of_self_distillation:
             call = partial(method, args=self._shown_args, state=self.state, control=self.control, **payload)
         else:
-            call = partial(method, self._shown_args, self.state, self.control, **payload)
+            given = _taken(method, {**self._shown, **payload})
+            call = partial(method, self._shown_args, self.state, self.control, **given)
         if self._thread is None or inspect.iscoroutinefunction(method):
             answer = _guarded(call, callback, hook)
         else:
@@ -361,12 +393,37 @@ class CallbackList:
             )
 
 
-def _as_transformers_has_them(args: RunConfig) -> RunConfig:
-    """The configuration with what is None here and never None there; callbacks of transformers compare with it."""
-    strategy, best = args.evaluation, args.best_metric if args.evaluates else args.metric_for_best_model
-    return args.model_copy(
-        update={"eval_strategy": strategy, "metric_for_best_model": best, "greater_is_better": args.wants_greater}
-    )
+_UNCALLED = {
+    "on_substep_end": "micro-batches are the learner's own. Use on_step_end",
+    "on_pre_optimizer_step": "gradients are in the learner. Use on_step_end, and grad_norm in on_log",
+    "on_optimizer_step": "the optimizer is in the learner. Use on_step_end",
+    "on_prediction_step": "held-out rows are measured in one go. Use on_evaluate",
+    "on_predict": "predict() gives its answer to who calls it. Use what it returns",
+    "on_push_begin": "pushes go beside training. Use on_save",
+}
+"""Hooks of transformers that nothing calls here, and why."""
+
+
+def _uncalled(callbacks: Sequence[Any]) -> list[str]:
+    """A sentence for each hook that a user wrote and nobody will call; those that transformers wrote count for none."""
+    said = []
+    for callback in callbacks:
+        for hook, why in _UNCALLED.items():
+            written = getattr(type(callback), hook, None)
+            if callable(written) and not str(getattr(written, "__module__", "")).startswith("transformers."):
+                said.append(f"{name_of(callback)}.{hook} is never called: {why}")
+    return said
+
+
+def _taken(method: Callable[..., Any], payload: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the payload a hook has room for: one may leave out the `**kwargs` that transformers asks for."""
+    try:
+        parameters = inspect.signature(method).parameters.values()
+    except (TypeError, ValueError):  # some callables written in C have no signature
+        return dict(payload)
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
+        return dict(payload)
+    return {each.name: payload[each.name] for each in parameters if each.name in payload}
 
 
 def _guarded(call: Callable[[], Any], callback: Any, hook: Hook) -> Any:

@@ -1,6 +1,6 @@
-"""Counts groups that lose their rewards or their teachers, and ends a run in which nothing else happens any more.
+"""Ends a run in which groups are given up and nothing else happens any more.
 
-events of the actors --count--> RewardError, TeacherError          a step that trained --forget--> 0
+events of the queue: GROUP_DROPPED {reason, in_a_row or since_step} --count--> RewardError, TeacherError, ...
 """
 
 from __future__ import annotations
@@ -8,46 +8,74 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
-from trl_ray.errors import RewardError, TeacherError
-from trl_ray.types import Event, EventKind
+from trl_ray.errors import EngineError, RewardError, RunError, StallError, TeacherError
+from trl_ray.types import DropReason, Event, EventKind
+
+_REFUSED_IN_A_ROW = 20
 
 
 class FailuresInARow:
-    """How many groups were dropped for want of rewards or teachers since the last step that trained.
+    """How many groups may be given up; the queue counts groups, not attempts, and begins anew with each that is ready.
 
     Args:
         config: of the run; says how many may be.
     """
 
     def __init__(self, config: RolloutRunConfig) -> None:
-        self._rewards: int | None = config.reward.max_failures_in_a_row
-        self._teachers = min((source.options.max_failures_in_a_row for source in config.teacher_sources), default=None)
-        self._counts = {EventKind.REWARD_FAILED: 0, EventKind.TEACHER_FAILED: 0}
-
-    def forget(self) -> None:
-        """A step was trained."""
-        self._counts = dict.fromkeys(self._counts, 0)
+        patience = min((source.options.max_failures_in_a_row for source in config.teacher_sources), default=None)
+        self._in_a_row: dict[str, tuple[int | None, type[RunError], str, str]] = {
+            DropReason.REWARD_FAILED: (
+                config.reward.max_failures_in_a_row,
+                RewardError,
+                "lose their rewards (reward.max_failures_in_a_row)",
+                "Mend the reward function, then resume.",
+            ),
+            DropReason.TEACHER_FAILED: (
+                patience,
+                TeacherError,
+                "lose their teacher (max_failures_in_a_row)",
+                "Bring the teacher back, then resume.",
+            ),
+            DropReason.REFUSED: (
+                _REFUSED_IN_A_ROW,
+                EngineError,
+                "be refused",
+                "Mend the prompts or the options of sampling, then resume.",
+            ),
+        }
+        self._resampled, self._groups = config.resampled_limit, config.groups_per_step
 
     def count(self, events: Sequence[Event]) -> None:
         """Take what the actors have told.
 
         Raises:
-            RewardError, TeacherError: it happened too often in a row.
+            RewardError, TeacherError, EngineError: too many groups in a row were given up for one reason.
+            StallError: of too many groups of one step there is nothing to learn.
         """
-        what = "their rewards (reward.max_failures_in_a_row)"
-        if (told := self._too_many(EventKind.REWARD_FAILED, events, self._rewards, what)) is not None:
-            raise RewardError(f"{told} Mend the reward function, then resume.")
-        what = "their teacher (max_failures_in_a_row)"
-        if (told := self._too_many(EventKind.TEACHER_FAILED, events, self._teachers, what)) is not None:
-            raise TeacherError(f"{told} Bring the teacher back, then resume.")
+        for event in events:
+            if event.kind is not EventKind.GROUP_DROPPED:
+                continue
+            reason, because = str(event.detail.get("reason")), event.detail.get("because")
+            allowed, error, what, remedy = self._in_a_row.get(reason, (None, RunError, "", ""))
+            number = int(event.detail.get("in_a_row", 0))
+            if allowed is not None and number >= allowed:
+                raise error(
+                    f"fewer than {allowed} groups in a row may {what}, but {number} did without one that was ready. "
+                    f"The last one: {because}. {remedy}"
+                )
+            self._check_resampled(reason, int(event.detail.get("since_step", 0)))
 
-    def _too_many(self, kind: EventKind, events: Sequence[Event], allowed: int | None, what: str) -> str | None:
-        """What must hold, and what was given, if it does not."""
-        failed = [event for event in events if event.kind is kind]
-        self._counts[kind] += len(failed)
-        if not failed or allowed is None or self._counts[kind] < allowed:
-            return None
-        return (
-            f"fewer than {allowed} groups in a row may lose {what}, but {self._counts[kind]} did without one trained "
-            f"step. The last one: {dict(failed[-1].detail)}."
+    def _check_resampled(self, reason: str, number: int) -> None:
+        if self._resampled is None or number <= self._resampled:
+            return
+        remedies = {
+            DropReason.ZERO_VARIANCE: "all their rewards being equal: look at the reward functions (a reward that is "
+            "always the same teaches nothing) and at how hard the prompts are, or set zero_variance_groups=keep",
+            DropReason.TRUNCATED: "all their completions being cut off: raise max_completion_length, or set "
+            "mask_truncated_completions=false",
+        }
+        raise StallError(
+            f"a step of {self._groups} groups may replace at most {self._resampled} of which there is nothing to learn "
+            f"(max_resampled_groups), but {number} were dropped since the last one, the last as {reason}, "
+            f"{remedies.get(DropReason(reason), '')}. Then resume."
         )

@@ -6,6 +6,7 @@ args, model, reward_funcs, datasets --> tokenizer, prompts, reward specs, length
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,18 @@ from trl_ray.config.sections import GenerationConfig, ModelConfig, PromptConfig,
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
 from trl_ray.engines.factory import resolve_engine_kind
-from trl_ray.errors import ConfigError
+from trl_ray.errors import ConfigError, DataError
 from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.loadable import check_loadable
-from trl_ray.models.policy_loading import count_parameters, load_model_config, load_shape, load_tokenizer, max_positions
+from trl_ray.models.policy_loading import (
+    count_parameters,
+    load_model_config,
+    load_shape,
+    load_tokenizer,
+    max_positions,
+    unscaled_positions,
+)
 from trl_ray.models.runnable import check_runnable, unproved_notes
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.reward_model_actors import (
@@ -36,7 +44,7 @@ from trl_ray.pipelines.rollouts.reward_model_actors import (
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
 from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_teachers
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
-from trl_ray.pipelines.run.model_notes import model_notes
+from trl_ray.pipelines.run.model_notes import model_notes, precision_notes, sampling_notes
 from trl_ray.pipelines.run.planning import (
     GIB,
     PROCESS,
@@ -46,7 +54,15 @@ from trl_ray.pipelines.run.planning import (
     teacher_memory,
     total_steps,
 )
-from trl_ray.rewards.reward_registry import RewardSpec, load_function, make_specs, required_columns, row_check
+from trl_ray.rewards.reward_registry import (
+    RewardSpec,
+    load_function,
+    make_specs,
+    required_columns,
+    row_check,
+    wants_raw_texts,
+)
+from trl_ray.rewards.scoring import TrainingCourse
 from trl_ray.runtime.runtime import Role
 from trl_ray.types import IntArray, Prompt
 
@@ -58,6 +74,8 @@ FROM_PYTHON = "python:"
 """Stands in config.yaml before the name of a reward function that was given as an object."""
 OBJECTIVE_STATE = "objective.json"
 """The file of a checkpoint with what the objective remembers."""
+PROMPTS = "prompts.json"
+"""The file of a checkpoint that tells its rows from others."""
 _WEIGHT_CHECK_TOKENS = 32
 _LONG_CHECK_TOKENS = 160
 """More than one block of any engine's KV cache: those have 16 to 128 tokens."""
@@ -103,6 +121,30 @@ class Preparation:
     """What to know of a template whose end of turn generation does not stop at."""
     model_notes: tuple[str, ...] = ()
 
+    def check_prompts(self, checkpoint: str | None) -> None:
+        """See that the run goes on with the rows that it began with.
+
+        Raises:
+            DataError: the checkpoint was made with other rows.
+        """
+        file = None if checkpoint is None else Path(checkpoint) / PROMPTS
+        if file is None or not file.is_file():
+            return
+        before, now = json.loads(file.read_text(encoding="utf-8")), self.prompts_state()
+        differing = [what for what in now if before[what] != now[what]]
+        if differing:
+            raise DataError(
+                f"A run must go on with the rows that it began with, those of {self.prompts.name} are other ones now: "
+                f"{before['rows']} rows then and {now['rows']} now, with other {' and '.join(differing)}. Give the "
+                "same rows in the same order, or begin a new run from the checkpoint: model_name_or_path="
+                f"{checkpoint}."
+            )
+
+    def prompts_state(self) -> dict[str, Any]:
+        """What `check_prompts` compares, as JSON values."""
+        prompts = self.prompts
+        return {"rows": len(prompts), "prompts": prompts.fingerprint, "columns": prompts.columns_fingerprint}
+
     def restore_objective(self, checkpoint: str | None) -> None:
         """Have the objective go on from what it had remembered at a checkpoint; None: from the beginning."""
         file = None if checkpoint is None else Path(checkpoint) / OBJECTIVE_STATE
@@ -135,6 +177,8 @@ class Preparation:
                 "max_attempts": config.max_attempts,
                 "lease_s": config.rollout.lease_s,
                 "drop_zero_variance": config.drops_zero_variance,
+                "reward_clip_range": config.clip_range,
+                "max_resampled_groups": config.resampled_limit,
                 "mask_truncated": config.masks_truncated,
                 "adaptive_slots": config.adapts_slots,
                 "resume_from_step": resume_from,
@@ -149,6 +193,7 @@ class Preparation:
                 "max_model_len": self.max_model_len,
                 "agreement": AgreementRule.of(config),
                 "teaching": None if teachers is None else teachers.plan,
+                "scores_raw_texts": any(wants_raw_texts(load_function(spec)) for spec in self.rewards),
             },
             reward=self._reward_arguments() if config.has_rewards else None,
             reward_models=reward_model_arguments(config),
@@ -162,6 +207,7 @@ class Preparation:
             "weights": config.reward_weights,
             "timeout_s": config.reward.timeout_s,
             "isolation": config.reward.isolation,
+            "course": TrainingCourse(max_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch or math.inf),
         }
 
     def actors(self) -> dict[str, ActorPlan]:
@@ -203,6 +249,7 @@ class Preparation:
             "updates per step": config.updates_per_step,
             "learner ranks": config.runtime.num_learners,
             "learner computes in": config.computes_in,
+            "engines compute in": (config.rollout.dtype or config.dtype).value,
             "prompt groups per step": config.groups_per_step,
             "completions per step": config.completions_per_step,
             "training prompts": len(self.prompts),
@@ -230,8 +277,13 @@ class Preparation:
         parameters = count_parameters(model).base
         engine = parameters * dtype_bytes(config.rollout.dtype or config.dtype)
         return {
-            Role.LEARNER: learner_memory(model, has_reference=self._has_reference, optim=self.config.optim)
-            + self._resident_memory(),
+            Role.LEARNER: self._resident_memory()
+            + learner_memory(
+                model,
+                has_reference=self._has_reference,
+                optim=config.optim,
+                float32_master_weights=config.float32_master_weights,
+            ),
             Role.QUEUE: 0.2 * GIB,
             Role.ROLLOUT: engine + config.rollout.kv_cache_memory_gib * GIB + PROCESS,
             Role.REWARD: 0.2 * GIB,
@@ -273,9 +325,10 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     check_loadable(model)
     _check_runnable(config, model)
     check_reference(model, resolve_options(objective.loss))
+    drawn = sampling_notes(config.part(GenerationConfig), config.rollout)
     tokenizer = load_tokenizer(model)
     shape = load_shape(model, tokenizer)
-    max_model_len = _max_model_len(config, max_positions(model))
+    max_model_len = _max_model_len(config, max_positions(model), unscaled=unscaled_positions(model))
     data, limit = config.part(PromptConfig), max_model_len - config.max_completion_length
     prompts = load_prompts(
         data,
@@ -301,7 +354,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         config=config,
         objective=objective,
         end_of_turn=end_of_turn_warning(model, tokenizer) if talks else None,
-        model_notes=(*model_notes(model, tokenizer), *unproved_notes(model)),
+        model_notes=(*model_notes(model, tokenizer), *unproved_notes(model), *precision_notes(config), *drawn),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,
@@ -344,8 +397,14 @@ def _check_weights(config: RolloutRunConfig, functions: Sequence[str | RewardFun
         )
 
 
-def _max_model_len(config: RolloutRunConfig, positions: int | None) -> int:
-    wanted = config.rollout.max_model_len or positions
+def _max_model_len(config: RolloutRunConfig, positions: int | None, *, unscaled: int | None) -> int:
+    if unscaled is not None and (config.rollout.max_model_len or 0) > unscaled:
+        raise ConfigError(
+            f"rollout.max_model_len must be at most {unscaled} with this model, whose rotary positions are scaled by "
+            f"length beyond {unscaled + 1} tokens, where engines and learner compute differently; got "
+            f"{config.rollout.max_model_len}. Lower it."
+        )
+    wanted = config.rollout.max_model_len or unscaled or positions
     if wanted is None:
         raise ConfigError(
             "rollout.max_model_len must be set, as the model's configuration does not say how long its context is."

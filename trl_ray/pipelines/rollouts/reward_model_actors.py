@@ -5,6 +5,7 @@ reward_funcs --separate_reward_models--> functions | models        options --fin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from trl_ray.types import Prompt
 
 GivenReward: TypeAlias = Any
 """A name, a function, a folder of a model, or a model."""
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARE_OF_LEASE = 0.9
 """A reward worker gives up on a model before the rollout worker, which waits for a lease, gives up on the reward
 worker; so the failure has the model's name."""
@@ -87,7 +89,7 @@ def separate_reward_models(
         models: folders that are yet to be written.
     """
     given = list(args.reward_funcs) if reward_funcs is None else list(reward_funcs)
-    folders = [isinstance(each, str) and (each in models or is_model_folder(each)) for each in given]
+    folders = [isinstance(each, str) and (each in models or names_model(each)) for each in given]
     functions = [each for each, is_model in zip(given, folders, strict=True) if not is_model]
     as_given = None if reward_funcs is None else functions
     if not any(folders):
@@ -108,9 +110,11 @@ def separate_reward_models(
     return SeparatedRewards(functions=functions, given=as_given, changes=changes)
 
 
-def is_model_folder(name: str) -> bool:
-    """Whether a string is the folder of a model or adapter, and so no name of a function."""
+def names_model(name: str) -> bool:
+    """Whether a string is a model's, by its folder or its name on the Hub, and so no name of a function."""
     folder = Path(name).expanduser()
+    if _HUB_NAME.fullmatch(name) and not folder.exists():
+        return True
     return folder.is_dir() and ((folder / "config.json").is_file() or is_adapter_folder(folder))
 
 

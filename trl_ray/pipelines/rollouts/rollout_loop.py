@@ -31,7 +31,7 @@ from trl_ray.pipelines.rollouts.agreement_check import AgreementCheck
 from trl_ray.pipelines.rollouts.evaluation import evaluate, held_out_loss
 from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
 from trl_ray.pipelines.rollouts.objective import with_metrics
-from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, Preparation
+from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, PROMPTS, Preparation
 from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.updates import Updated, prepare_step, train_on
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
@@ -242,8 +242,6 @@ class RolloutLoop(StepLoop[_Trained]):
         await self._actors.ask_queue("skip" if result.skipped else "trained", step=step)
         if result.skipped:
             self._recorder.skipped(step, what="groups")
-        else:
-            self._failures.forget()
 
     async def _publish(self, step: int, *, wait_s: float, step_s: float) -> int:
         """Publish, and pull beside the next step; a pull must have ended before the next one begins."""
@@ -300,6 +298,7 @@ class RolloutLoop(StepLoop[_Trained]):
         kept = {
             "ledger.json": snapshot.to_json(),
             OBJECTIVE_STATE: self._plan.objective.state_dict(),
+            PROMPTS: self._plan.prompts_state(),
             AGREEMENT: {"sampled": self._agreement.state_dict(), "weights": self._actors.weights.state_dict()},
         }
         if self._can_evaluate:

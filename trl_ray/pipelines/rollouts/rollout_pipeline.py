@@ -20,8 +20,10 @@ from trl_ray.pipelines.rollouts.reward_model_actors import GivenReward, name_rew
 from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop
 from trl_ray.pipelines.run.given_objects import GivenFolders, trainer_objects
+from trl_ray.pipelines.run.given_rows import given_rows
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.run.recording import Recorder
+from trl_ray.rewards.reward_registry import function_name
 from trl_ray.types import EventKind
 
 
@@ -115,7 +117,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
         if named is not None or changes:
             # Functions given as objects cannot be written to config.yaml; a run of named ones resumes by its folder.
             changes["reward_funcs"] = [
-                function if isinstance(function, str) else f"{FROM_PYTHON}{getattr(function, '__name__', 'reward')}"
+                function if isinstance(function, str) else f"{FROM_PYTHON}{function_name(function)}"
                 for function in separated.functions
             ]
         super().__init__(
@@ -127,7 +129,11 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
             folders=folders,
             **changes,
         )
-        self._inputs = Inputs(train_dataset=train_dataset, eval_dataset=eval_dataset, reward_funcs=separated.given)
+        self._inputs = Inputs(
+            train_dataset=given_rows(train_dataset),
+            eval_dataset=given_rows(eval_dataset, evaluation=True),
+            reward_funcs=separated.given,
+        )
 
     def _prepare(self) -> Preparation:
         return prepare(self.config, self._inputs, objective=self.objective_class(self.config))
@@ -148,6 +154,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
             resume_from=opening.step if opening.resuming else None,
             incarnation=uuid.uuid4().hex,
         )
+        plan.check_prompts(opening.checkpoint)
         plan.restore_objective(opening.checkpoint)
         actors = RolloutActors(
             runtime=opening.runtime,

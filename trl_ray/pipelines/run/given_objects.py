@@ -11,7 +11,7 @@ import uuid
 import weakref
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trl_ray.config.messages import unknown_key
 from trl_ray.config.sections import ModelConfig
@@ -77,6 +77,30 @@ class TrainerObjects:
     preprocess_logits_for_metrics: object | None = None
     compute_loss_func: object | None = None
     data_collator: object | None = None
+    teacher_model: object | None = None
+    """Of distillation, as the model."""
+    model_init: object | None = None
+    """Makes the model, where none is given."""
+    tools: object | None = None
+    rollout_func: object | None = None
+    environment_factory: object | None = None
+    rollout_worker: object | None = None
+    weight_transfer: object | None = None
+
+    def made_model(self, model: object | None) -> object | None:
+        """The model that is given, or made by `model_init`.
+
+        Raises:
+            ConfigError: both are given, or `model_init` is no function.
+        """
+        if self.model_init is None:
+            return model
+        if model is not None or not callable(self.model_init):
+            raise ConfigError(
+                f"model_init must be a function that makes the model, without a model beside it, got "
+                f"{type(self.model_init).__name__} and {type(model).__name__}. Remove one of the two."
+            )
+        return cast(object, self.model_init())
 
     def options(self, *, model: object, folders: GivenFolders) -> dict[str, Any]:
         """The options that stand for them and for the model.
@@ -98,6 +122,11 @@ class TrainerObjects:
         elif self.ref_model is not None:
             given_options(self.ref_model)
             options["ref_model_name_or_path"] = folders.add("reference", self.ref_model, self.processing_class)
+        if isinstance(self.teacher_model, str):
+            options["teacher_model_name_or_path"] = self.teacher_model
+        elif self.teacher_model is not None:
+            given_options(self.teacher_model)
+            options["teacher_model_name_or_path"] = folders.add("teacher", self.teacher_model, self.processing_class)
         if self.quantization_config is not None:
             options |= quantization_options(self.quantization_config)
         return options | optimizer_options(self.optimizers, self.optimizer_cls_and_kwargs)
@@ -110,6 +139,12 @@ class TrainerObjects:
             "compute_loss_func": "a loss divides by totals of a whole update. Write a Loss and name it: "
             "loss=package.module:Class",
             "data_collator": "micro-batches are packed without padding. Remove it",
+            "tools": "a completion is sampled in one go, and nothing calls a tool. Describe tools in the dataset's "
+            "column `tools`",
+            "rollout_func": "completions are sampled by the engines of the rollout workers. Name one: rollout.engine",
+            "environment_factory": "a completion is sampled in one go, and there is no environment. Remove it",
+            "rollout_worker": "rollout workers are actors of the run's own. Set rollout.num_workers",
+            "weight_transfer": "weights travel to the rollout workers by the run's own means. Remove it",
         }
         for name, why in instead.items():
             if getattr(self, name) is not None:

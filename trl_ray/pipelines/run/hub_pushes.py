@@ -6,6 +6,7 @@ save -> HubCallback -> push_run -> models.hub          train() -> push_run
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,51 @@ def hub_place(config: RunConfig, revision: str | None = None) -> HubPlace:
     )
 
 
-def push_run(config: RunConfig, model: Path, *, pipeline: str, message: str, revision: str | None = None) -> str:
+def run_card(
+    config: RunConfig,
+    *,
+    pipeline: str,
+    model_name: str | None = None,
+    dataset: str | None = None,
+    tags: Sequence[str] = (),
+) -> str:
+    """The model card of a run.
+
+    Args:
+        config: of the run.
+        pipeline: its name.
+        model_name: None takes the one on the Hub.
+        dataset: None takes that of the configuration.
+        tags: of the user's.
+    """
+    return model_card(
+        repo_id=model_name or hub_place(config).repo_id,
+        base_model=config.model_name_or_path,
+        pipeline=pipeline,
+        dataset=dataset or config.dataset_name,
+        options={name: str(getattr(config, name)) for name in _TOLD},
+        tags=tags,
+    )
+
+
+def push_run(
+    config: RunConfig,
+    model: Path,
+    *,
+    pipeline: str,
+    message: str,
+    revision: str | None = None,
+    card: str | None = None,
+) -> str:
     """Upload the model of a checkpoint, with a card that says how it was trained.
+
+    Args:
+        config: of the run.
+        model: folder of the checkpoint.
+        pipeline: its name.
+        message: of the commit.
+        revision: a branch; None takes the configuration's.
+        card: None writes the usual one.
 
     Returns:
         The address of the commit.
@@ -41,14 +85,8 @@ def push_run(config: RunConfig, model: Path, *, pipeline: str, message: str, rev
         RunError: the Hub cannot be reached, or refuses.
     """
     place = hub_place(config, revision)
-    card = model_card(
-        repo_id=place.repo_id,
-        base_model=config.model_name_or_path,
-        pipeline=pipeline,
-        dataset=config.dataset_name,
-        options={name: str(getattr(config, name)) for name in _TOLD},
-    )
     whole = _WHOLE.get(config.hub_strategy, 0)
+    card = card or run_card(config, pipeline=pipeline)
     return push_model(model, place, card=card, message=message, with_checkpoints=whole)
 
 

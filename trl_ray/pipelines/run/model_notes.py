@@ -4,15 +4,62 @@ from __future__ import annotations
 
 from typing import Any
 
-from trl_ray.config.sections import ModelConfig
-from trl_ray.models.policy_loading import load_model_config
+from trl_ray.config.keywords.generation_fields import reshaping, unknown_to
+from trl_ray.config.runs.rollout_config import RolloutRunConfig
+from trl_ray.config.sections import Dtype, GenerationConfig, ModelConfig, RolloutConfig
+from trl_ray.engines.factory import resolve_engine_kind
+from trl_ray.errors import ConfigError
+from trl_ray.models.policy_loading import knows_padding_token, load_model_config
 from trl_ray.models.vocabulary import vocabulary_warning
 
 
 def model_notes(model: ModelConfig, tokenizer: Any) -> tuple[str, ...]:
     """Of the policy and its tokenizer."""
+    return (*_of_padding(model, tokenizer), *_of_rows(model, tokenizer))
+
+
+def _of_padding(model: ModelConfig, tokenizer: Any) -> tuple[str, ...]:
+    if model.pad_token is None or knows_padding_token(tokenizer, model):
+        return ()
+    return (
+        f"pad_token={model.pad_token!r} is no token of the tokenizer, which keeps {tokenizer.pad_token!r}: nothing is "
+        "padded in training, and checkpoints have that one.",
+    )
+
+
+def _of_rows(model: ModelConfig, tokenizer: Any) -> tuple[str, ...]:
     rows = int(load_model_config(model).get_text_config().vocab_size)
     note = vocabulary_warning(tokenizer, rows)
     if note is None:
         return ()
     return (f"{note} Beside the adapter they are trained in full." if model.use_peft else note,)
+
+
+def sampling_notes(generation: GenerationConfig, rollout: RolloutConfig) -> tuple[str, ...]:
+    """Of what completions are drawn from.
+
+    Raises:
+        ConfigError: the engine of the run does not know a field of `generation_kwargs`.
+    """
+    fields = generation.engine_fields
+    wrong = unknown_to(resolve_engine_kind(rollout.engine).value, fields) if fields else None
+    if wrong is not None:
+        raise ConfigError(wrong)
+    names = [*reshaping(fields), *(["repetition_penalty"] if generation.repetition_penalty != 1 else [])]
+    if not names:
+        return ()
+    return (
+        f"{', '.join(names)}: completions are drawn from another distribution than the learner scores, as in TRL, so "
+        "that ratios and kl/sampler compare the two even on fresh tokens.",
+    )
+
+
+def precision_notes(config: RolloutRunConfig) -> tuple[str, ...]:
+    """Of number formats that differ between learner and engines, as bf16 alone leaves the weights, which engines have,
+    in float32."""
+    if not config.bf16 or config.dtype is not Dtype.FLOAT32 or config.rollout.dtype is not None:
+        return ()
+    return (
+        "bf16 is of the learner's products alone: engines have the weights in float32, and compute in it. Set "
+        "rollout.dtype=bfloat16 for half the memory and more speed, or rollout.dtype=float32 to keep it.",
+    )

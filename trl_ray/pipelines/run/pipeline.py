@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 from trl_ray.buffer.entry import LedgerSnapshot
-from trl_ray.config.load import dump_yaml, load_config
+from trl_ray.config.load import dump_yaml
 from trl_ray.config.runs.cadence_options import Strategy
+from trl_ray.config.runs.resumed_config import resumed_config
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import Dtype, ModelConfig, RuntimeKind
 from trl_ray.config.step_counts import steps_of
@@ -27,25 +29,27 @@ from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, RunErr
 from trl_ray.models.adapters.adapter_config import adapter_options
 from trl_ray.models.checkpoint import (
     checkpoint_step,
-    export_model,
     latest_checkpoint,
     leave_after,
     list_checkpoints,
     verify_checkpoint,
 )
 from trl_ray.models.hub import check_hub
-from trl_ray.models.policy_loading import check_model_path, checkpoint_dtype
+from trl_ray.models.policy_loading import checkpoint_dtype, find_source
 from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report.report_page import build_report
 from trl_ray.observe.run_directory import RunDirectory
+from trl_ray.observe.run_files import read_json_lines
 from trl_ray.observe.service_sinks import services_of
 from trl_ray.observe.sinks import Observer
 from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
 from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
-from trl_ray.pipelines.run.hub_pushes import hub_place, push_run
+from trl_ray.pipelines.run.given_rows import given_rows
+from trl_ray.pipelines.run.hub_pushes import hub_place
 from trl_ray.pipelines.run.recording import RunRecorder
 from trl_ray.pipelines.run.signals import run_to_end
+from trl_ray.pipelines.run.trainer_methods import TrainerMethods
 from trl_ray.runtime.local import LocalRuntime
 from trl_ray.runtime.runtime import Runtime
 from trl_ray.types import EventKind
@@ -68,6 +72,17 @@ class TrainOutput:
     """Folder with the run's model: the last checkpoint, or the best with `load_best_model_at_end`."""
     worst_age: int | None = None
     """The oldest token trained on, in optimizer steps; None where nothing was sampled."""
+
+    @property
+    def global_step(self) -> int:
+        """`steps`, as transformers calls them."""
+        return self.steps
+
+    @property
+    def training_loss(self) -> float:
+        """The mean loss over all steps; NaN of those that met one."""
+        losses = [float(line["loss"]) for line in read_json_lines(self.run_dir / "metrics.jsonl") if line.get("loss")]
+        return sum(losses) / len(losses) if losses else math.nan
 
 
 class Plan(Protocol):
@@ -177,7 +192,7 @@ def evaluation_config(config: ConfigT, folder: str) -> ConfigT:
     )
 
 
-class Pipeline(ABC, Generic[ConfigT, PlanT]):
+class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
     """The life of a run; subclasses say what is prepared and what a session does."""
 
     config_class: ClassVar[type[RunConfig]]
@@ -206,8 +221,14 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
                 be written down.
         """
         given = self.checked(args)
-        objects = objects or TrainerObjects()
+        self._objects = objects = objects or TrainerObjects()
         self._given = folders or GivenFolders(given.output_dir)
+        model = objects.made_model(model)
+        if peft_config is not None and hasattr(model, "peft_config"):
+            raise ConfigError(
+                f"peft_config must be None with a {type(model).__name__}, whose own adapter is trained on, got a "
+                f"{type(peft_config).__name__}. Remove it, or merge_and_unload() the model first."
+            )
         changes |= objects.options(model=model or given.model_name_or_path, folders=self._given)
         if isinstance(model, str) and "model_name_or_path" not in changes:
             changes["model_name_or_path"] = model
@@ -217,6 +238,8 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             changes["callbacks"] = specs_with(given.callbacks, callbacks)
         self.config: ConfigT = given.replace(**changes) if changes else given
         self._resume = False
+        self._is_changed = False
+        """The run goes on with other options than it began with."""
         self._resume_at: int | None = None
         self._trained: TrainOutput | None = None
         self._given_callbacks = callbacks
@@ -234,16 +257,21 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
         return cast(ConfigT, cls.config_class()) if args is None else args
 
     @classmethod
-    def from_run(cls, run_dir: str | Path, **inputs: Any) -> Self:
-        """The pipeline of an interrupted run, ready to go on; `inputs` are those that Python gave the first time.
+    def from_run(cls, run_dir: str | Path, *, changes: Sequence[str] = (), **inputs: Any) -> Self:
+        """The pipeline of an interrupted run, ready to go on.
+
+        Args:
+            run_dir: of the run.
+            changes: of its options, as ``key=value``.
+            inputs: those that Python gave the first time.
 
         Raises:
-            ConfigError: there is no run, or not of this pipeline.
+            ConfigError: there is no run, or not of this pipeline, or an option must not change.
         """
         directory = RunDirectory.open_existing(run_dir)
-        config = load_config(cls.config_class, directory.config).replace(output_dir=str(directory.path))
+        config = resumed_config(cls.config_class, directory.config, changes).replace(output_dir=str(directory.path))
         pipeline = cls(args=config, **inputs)  # type: ignore[arg-type]
-        pipeline._resume = True
+        pipeline._resume, pipeline._is_changed = True, bool(changes)
         return pipeline
 
     @abstractmethod
@@ -275,9 +303,12 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
         self._callbacks = make_callbacks(self.config, self._given_callbacks)
         self._given.write(self.config.part(ModelConfig))
         if self.config.dtype is Dtype.AUTO:
-            check_model_path(self.config.model_name_or_path)
+            find_source(self.config.part(ModelConfig))
             self.config = self.config.replace(dtype=checkpoint_dtype(self.config.part(ModelConfig)))
-        return self._prepare()
+        plan = self._prepare()
+        if not self._callbacks.is_empty:
+            self._callbacks.show(**self._shown_objects(plan.steps_per_epoch))
+        return plan
 
     def _checkpoint_to_resume(self, given: str | bool) -> int | None:
         """The step of the checkpoint to go on from; None is the last one.
@@ -306,17 +337,24 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
         verify_checkpoint(path)
         return checkpoint_step(path)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: None = None, ignore_keys_for_eval: Any = None
+    ) -> TrainOutput:
         """Run to the end.
 
         Args:
             resume_from_checkpoint: as the option of this name, before which it goes.
+            trial: must be None; a run has one configuration.
+            ignore_keys_for_eval: taken for TRL's sake; nothing but logits is looked at.
 
         Raises:
             InputError: the input was wrong; nothing was started.
             RunError: the run failed; its last checkpoint and its journal are kept.
             InterruptedRun: it was interrupted, and a checkpoint was written.
         """
+        del ignore_keys_for_eval
+        if trial is not None:
+            raise ConfigError(f"trial must be None, got {trial!r}: a run has one configuration. Start one for each.")
         if resume_from_checkpoint is not None:
             self.config = self.config.replace(resume_from_checkpoint=resume_from_checkpoint)
         plan = self.prepare()
@@ -327,49 +365,6 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             except RunError as error:  # the run is over and whole; only its way to the Hub is not
                 _LOG.warning("%s", error)
         return self._trained
-
-    @property
-    def model(self) -> Path | None:
-        """Folder of the run's model: the one it ended with, else its last checkpoint; None before there is one."""
-        if self._trained is not None:
-            return self._trained.model
-        if not self._resume:
-            return None
-        found = latest_checkpoint(RunDirectory.open_existing(self.config.output_dir).checkpoints).path
-        return None if found is None else Path(found)
-
-    def save_model(self, output_dir: str | Path | None = None) -> Path:
-        """Copy the run's model, with its tokenizer, to a folder of its own; None: ``model`` in the run directory.
-
-        Returns:
-            The folder.
-
-        Raises:
-            ConfigError: there is no model yet.
-            CheckpointError: the folder cannot be written.
-        """
-        return export_model(self._require_model("saved"), output_dir or Path(self.config.output_dir) / "model")
-
-    def push_to_hub(self, commit_message: str = "End of training", *, revision: str | None = None) -> str:
-        """Upload the run's model with its card to `hub_model_id`.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            ConfigError: there is no model yet.
-            RunError: the Hub cannot be reached, or refuses.
-        """
-        return push_run(
-            self.config, self._require_model("pushed"), pipeline=self.name, message=commit_message, revision=revision
-        )
-
-    def _require_model(self, what: str) -> Path:
-        if (model := self.model) is None:
-            raise ConfigError(
-                f"a model must be trained before it is {what}, but there is none yet. Call train() first."
-            )
-        return model
 
     def _with_held_out(self, eval_dataset: Any) -> Any:
         """The inputs with other held-out rows; None keeps those there are."""
@@ -384,6 +379,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
                     f"{', '.join(map(str, named)) or 'none'}; got {eval_dataset!r}."
                 )
             eval_dataset = {eval_dataset: named[eval_dataset]}
+        eval_dataset = given_rows(eval_dataset, evaluation=True)
         train = inputs.train_dataset
         if train is None and config.dataset_name is None and not config.datasets:
             train = eval_dataset
@@ -553,7 +549,7 @@ class Pipeline(ABC, Generic[ConfigT, PlanT]):
             directory = RunDirectory.open_existing(self.config.output_dir)
             if self._resume_at is not None:
                 leave_after(directory.checkpoints, step=self._resume_at)
-            if self.config.resume_from_checkpoint:
+            if self.config.resume_from_checkpoint or self._is_changed:
                 directory.write_config(dump_yaml(config))
             return directory
         directory = RunDirectory.create(self.config.output_dir, overwrite=self.config.overwrite_output_dir)

@@ -73,16 +73,30 @@ def optimizer_copies(optim: Optim) -> float:
     return kept / 4 if "8bit" in optim.value else kept
 
 
-def learner_memory(model: ModelConfig, *, has_reference: bool, optim: Optim = Optim.ADAMW_TORCH_FUSED) -> float:
+def learner_memory(
+    model: ModelConfig,
+    *,
+    has_reference: bool,
+    optim: Optim = Optim.ADAMW_TORCH_FUSED,
+    float32_master_weights: bool = True,
+) -> float:
     """Bytes of one rank of the learner that shares nothing.
 
     Weights and the published copy; of what is trained also gradients and what the optimizer keeps (two moments of
-    AdamW), which ZeRO splits. With an adapter the frozen weights are the reference.
+    AdamW), which ZeRO splits; of 16-bit weights these are float32, and so are a copy of each and its gradient. With an
+    adapter the frozen weights are the reference, and what is trained is float32.
     """
     count, weight = count_parameters(model), _BYTES[model.dtype]
+    if model.dtype is not Dtype.FLOAT32 and (float32_master_weights or model.use_peft):
+        full = _BYTES[Dtype.FLOAT32]
+        copies = 0 if model.use_peft else full
+        extra = count.trained * (copies + (full - weight) * (1 + optimizer_copies(optim)))
+    else:
+        extra = 0.0
     has_copy = has_reference and (model.ref_model_name_or_path is not None or not model.use_peft)
     reference = count.base * weight if has_copy else 0
-    return count.base * weight * 2 + count.trained * weight * (1 + optimizer_copies(optim)) + reference + PROCESS
+    trained = count.trained * weight * (1 + optimizer_copies(optim)) + extra
+    return count.base * weight * 2 + trained + reference + PROCESS
 
 
 def teacher_memory(source: TeacherSource) -> float:

@@ -191,7 +191,7 @@ class StepLoop(ABC, Generic[TrainedT]):
             trained = await self._train_step(self.step + 1)
             self.step += 1
             self._enter_epoch(trained.epoch)
-            await self._callbacks.step_end(step=self.step, epoch=trained.epoch)
+            await self._callbacks.step_end(step=self.step, epoch=trained.epoch, lr=trained.result.lr)
             await self._report(trained)
             await self._finish_step()
         await self._save_last()

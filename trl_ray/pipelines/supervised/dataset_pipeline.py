@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -21,9 +22,10 @@ from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import ModelConfig
 from trl_ray.data.examples.example_set import ExampleTask
 from trl_ray.errors import ConfigError, DataError
-from trl_ray.models.policy_loading import check_model_path, max_positions
+from trl_ray.models.policy_loading import find_source, max_positions
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.given_objects import trainer_objects
+from trl_ray.pipelines.run.given_rows import given_rows, is_stream
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
@@ -71,7 +73,7 @@ class SupervisedSession(Session):
             recorder=recorder,
             opening=self._opening,
             feed=plan.feed(accounts.place or StreamPlace(), sets.train),
-            held_out={name: found.examples for name, found in sets.held_out.items()},
+            held_out={name: tuple(found.examples) for name, found in sets.held_out.items()},
             accounts=accounts,
             stopping=stopping,
             stop=stop,
@@ -101,7 +103,10 @@ class SupervisedSession(Session):
                 await initial.dismiss()
 
     def _say_rows(self) -> None:
-        """What a user should know of the rows, once."""
+        """Where their tokens come from, and once what a user should know of the rows."""
+        for place in (each.kept_in for each in (self._plan.train, *self._plan.held_out.values()) if each is not None):
+            if place is not None:
+                self.recorder.say(EventKind.SLOTS, "data", detail=f"tokenised rows {place}")
         if self._opening.resuming:
             return
         for sentence in self._plan.notes:
@@ -117,10 +122,8 @@ class SupervisedSession(Session):
             self._check_rows(kept["examples"])
             stopping.load_state_dict(kept["stopping"])
             return Accounts.from_state(kept["accounts"]), stopping
-        untrained: dict[str, int] = {}
-        for reason in train.untrained.values() if train is not None else ():
-            untrained[str(reason)] = untrained.get(str(reason), 0) + 1
-        return Accounts(untrained=untrained), stopping
+        untrained = Counter(map(str, train.untrained.values() if train is not None else ()))
+        return Accounts(untrained=dict(untrained)), stopping
 
     def _check_rows(self, before: int | None) -> None:
         """In another dataset the steps to come would be other ones, with rows trained twice and rows left out."""
@@ -196,10 +199,12 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
             callbacks=callbacks,
             objects=trainer_objects(ref_model=ref_model, **objects),
         )
+        if is_stream(train_dataset) and self.config.max_steps > 0:
+            self.config = self.config.replace(dataset_streaming=True)
         self._fitted = False
         self._inputs = DatasetInputs(
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=given_rows(train_dataset),
+            eval_dataset=given_rows(eval_dataset, evaluation=True),
             formatting_func=formatting_func,
             metrics=MetricFunctions(
                 form=self.prediction_form, compute=compute_metrics, preprocess=preprocess_logits_for_metrics
@@ -216,7 +221,7 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
 
     def _fit_positions(self) -> None:
         """The default of `max_length` gives way to a model that holds less, and the run says so."""
-        check_model_path(self.config.model_name_or_path)
+        find_source(self.config.part(ModelConfig))
         positions, default = (
             max_positions(self.config.part(ModelConfig)),
             self.config_class.model_fields["max_length"].default,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_ray.algorithms.batches.micro_batches import TotalsOf
 from trl_ray.algorithms.batches.work_sharing import CutRules
-from trl_ray.algorithms.loss import HeadKind
+from trl_ray.algorithms.loss import HeadKind, Loss
 from trl_ray.algorithms.loss_registry import build_loss
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
@@ -73,7 +73,7 @@ class DatasetInputs:
             if rows is None:
                 if evaluation and not config.evaluates:
                     return None
-                rows = load_rows(config, seed=config.seed, evaluation=evaluation)
+                rows = load_rows(config, seed=config.seed, evaluation=evaluation, in_memory=False).rows
             return formatted_rows(rows, make, column=config.text_column)
 
         return replace(
@@ -90,8 +90,8 @@ class SupervisedPlan:
     config: SupervisedRunConfig
     task: ExampleTask
     loss: LossSection
-    totals_of: TotalsOf
-    """What the loss divides an update by."""
+    built: Loss
+    """The loss itself."""
     inputs: DatasetInputs
     tokenizer: Any
     train: ExampleSet | None
@@ -102,6 +102,11 @@ class SupervisedPlan:
     cut: CutRules
     """How the examples of a step become micro-batches."""
     eval_cut: CutRules
+
+    @property
+    def totals_of(self) -> TotalsOf:
+        """What the loss divides an update by."""
+        return self.built.totals
 
     @property
     def steps_per_epoch(self) -> float | None:
@@ -182,9 +187,10 @@ class SupervisedPlan:
         }
         if train is not None:
             rows = {"training rows": train.num_rows, "rows left out": len(train.untrained)}
-            tokens = sum(example.num_tokens for example in train.examples)
-            numbers |= {**rows, "training examples": len(train.examples), "tokens per epoch": tokens}
+            numbers |= {**rows, "training examples": len(train.examples), "tokens per epoch": train.num_tokens}
             numbers |= train.losses()
+            if train.kept_in is not None:
+                numbers["tokenised rows"] = train.kept_in
         for name, held_out in self.held_out.items():
             numbers[f"held-out examples of {name}" if name else "held-out examples"] = len(held_out.examples)
         return numbers
@@ -197,9 +203,14 @@ class SupervisedPlan:
         return end_of_turn_warning(self.config.part(ModelConfig), self.tokenizer)
 
     def expected_memory(self) -> Mapping[str, float]:
-        has_reference = build_loss(self.loss).needs.reference
+        has_reference = self.built.needs.reference
         config = self.config
-        memory = learner_memory(config.part(ModelConfig), has_reference=has_reference, optim=config.optim)
+        memory = learner_memory(
+            config.part(ModelConfig),
+            has_reference=has_reference,
+            optim=config.optim,
+            float32_master_weights=config.float32_master_weights,
+        )
         return {Role.LEARNER: memory}
 
 
@@ -213,7 +224,8 @@ def prepare_supervised(
     """
     check_optimizer(config.part(TrainingConfig))
     model = config.part(ModelConfig)
-    head = build_loss(loss).needs.head
+    built = build_loss(loss)
+    head = built.needs.head
     check_loadable(model, num_labels=None if head is HeadKind.LANGUAGE else head.num_labels)
     check_reference(model, loss)
     if inputs.metrics is not None:
@@ -233,7 +245,7 @@ def prepare_supervised(
         config=config,
         task=task,
         loss=loss,
-        totals_of=build_loss(loss).totals,
+        built=built,
         inputs=inputs,
         tokenizer=tokenizer,
         train=train,

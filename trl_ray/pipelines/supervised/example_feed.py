@@ -58,7 +58,7 @@ class Feed(Protocol):
 
 
 class ShuffledFeed:
-    """A dataset in memory; every epoch in an order of its own, whose last step may have fewer examples.
+    """A whole dataset; every epoch in an order of its own, whose last step may have fewer examples.
 
     Args:
         examples: in the order of the dataset.

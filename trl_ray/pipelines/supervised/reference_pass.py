@@ -10,21 +10,24 @@ Nothing holds a second model then. Answers are written as they come, so that a r
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trl_ray.algorithms.batches.example_batches import asked_of, example_references, reference_batch
 from trl_ray.algorithms.batches.example_batches import with_references as labelled
 from trl_ray.config.sections import ModelConfig
 from trl_ray.data.examples.example_set import ExampleSet
+from trl_ray.data.examples.made_examples import MadeExamples
 from trl_ray.errors import InterruptedRun
 from trl_ray.models.companions.reference_cache import ReferenceCache, reference_key, token_digest
 from trl_ray.pipelines.run.learner_actors import LearnerActors
 from trl_ray.pipelines.run.signals import heed_signals
 from trl_ray.pipelines.supervised.dataset_preparation import SupervisedPlan
-from trl_ray.types import EventKind, Example
+from trl_ray.types import EventKind, Example, FloatArray, TrainingSample
 
 Say = Callable[..., None]
 _EXAMPLES_AT_ONCE = 256
@@ -67,30 +70,57 @@ async def with_references(
     return LabelledSets(train=train, held_out=held_out)
 
 
+class LabelledExamples(MadeExamples):
+    """Examples with what the reference says of them, put together when they are asked for.
+
+    Args:
+        examples: [N]
+        starts: [N+1] where the values of each begin.
+        values: log-probs in nats.
+    """
+
+    def __init__(self, examples: Sequence[Example], starts: NDArray[np.int64], values: FloatArray) -> None:
+        self._examples, self._starts, self._values = examples, starts, values
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def make(self, index: int) -> Example:
+        known = self._values[self._starts[index] : self._starts[index + 1]]
+        return labelled(self._examples[index], known.tolist())
+
+
+def _noted(examples: Iterable[Example], widths: NDArray[np.int64]) -> Iterator[TrainingSample]:
+    """All that a reference is asked of examples, one by one; how much it is of each is written into `widths`."""
+    for index, example in enumerate(examples):
+        samples = asked_of(example)
+        widths[index] = len(samples)
+        yield from samples
+
+
 class _Oracle:
     """The reference policy, asked only about what no earlier run has asked."""
 
     def __init__(self, *, plan: SupervisedPlan, actors: LearnerActors, say: Say, stop: asyncio.Event) -> None:
         self._plan, self._actors, self._say, self._stop = plan, actors, say, stop
 
-    async def label(self, examples: Sequence[Example], *, what: str) -> tuple[Example, ...]:
+    async def label(self, examples: Sequence[Example], *, what: str) -> LabelledExamples:
         config, ld_alpha = self._plan.config, getattr(self._plan.loss, "ld_alpha", None)
-        widths = [len(asked_of(example)) for example in examples]
-        starts = [0, *itertools.accumulate(widths)]
-        folder, samples = config.ref_log_probs_cache_dir, [sample for one in examples for sample in asked_of(one)]
-        tokens = token_digest(samples)
+        widths = np.zeros(len(examples), np.int64)
+        tokens = token_digest(_noted(examples, widths))
+        starts = np.concatenate([[0], np.cumsum(widths)])
+        folder = config.ref_log_probs_cache_dir
         key = reference_key(config.part(ModelConfig), tokens=tokens, ld_alpha=ld_alpha, directory=folder)
-        cache = ReferenceCache.open(folder, key=key, size=len(samples))
+        cache = ReferenceCache.open(folder, key=key, size=int(starts[-1]))
         if cache.problem is not None:
             self._say(EventKind.WARNING, "driver", detail=cache.problem)
-        unknown = set(cache.missing().tolist())
-        asked = [i for i in range(len(examples)) if not unknown.isdisjoint(range(starts[i], starts[i + 1]))]
+        asked = np.unique(np.searchsorted(starts, cache.missing(), side="right") - 1)
         begin = time.time()
         for first in range(0, len(asked), _EXAMPLES_AT_ONCE):
-            places = asked[first : first + _EXAMPLES_AT_ONCE]
+            places = asked[first : first + _EXAMPLES_AT_ONCE].tolist()
             chosen = [examples[place] for place in places]
             values = await self._ask(chosen, ld_alpha)
-            indices = [index for place in places for index in range(starts[place], starts[place + 1])]
+            indices = [index for place in places for index in range(int(starts[place]), int(starts[place + 1]))]
             cache.put(indices, [value for row in values for value in row])
             await self._heed(f"{first + len(places)} of {len(asked)} {what} examples")
         self._say(
@@ -101,8 +131,7 @@ class _Oracle:
             from_cache=len(examples) - len(asked),
             seconds=round(time.time() - begin, 3),
         )
-        known = cache.values().tolist()
-        return tuple(labelled(one, known[starts[i] : starts[i + 1]]) for i, one in enumerate(examples))
+        return LabelledExamples(examples, starts, cache.values())
 
     async def _heed(self, done: str) -> None:
         await heed_signals()

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trl_ray.algorithms.policy.reward_shaping import clip_reward, overlong_penalty, sequence_kl, sequence_kls
+from trl_ray.algorithms.policy.advantages import clip_reward
+from trl_ray.algorithms.policy.reward_shaping import overlong_penalty, sequence_kl, sequence_kls
 from trl_ray.config.losses.policy_options import KLEstimator
 from trl_ray.types import SampleScores, TrainingSample
 

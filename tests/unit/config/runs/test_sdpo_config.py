@@ -222,20 +222,26 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"steps_per_generation": None},
     ),
     (
-        {"generation_kwargs": {"top_p": 0.9}},
-        "generation_kwargs must hold nothing but min_tokens, min_new_tokens, stop, stop_strings, got 'top_p'",
-        {"generation_kwargs": None},
+        {"generation_kwargs": {"presense_penalty": 0.9}},
+        "generation_kwargs must hold fields of vLLM's SamplingParams or of transformers' GenerationConfig, got "
+        "'presense_penalty'. Did you mean 'presence_penalty'?",
+        {"generation_kwargs": {"presence_penalty": 0.9}},
     ),
     (
-        {"generation_kwargs": {"stop": "\n"}, "stop": ["."]},
-        "stop must be given once, got ['.'] and generation_kwargs['stop']=['\\n']",
-        {"stop": ["\n"]},
+        {"generation_kwargs": {"n": 4}},
+        "generation_kwargs cannot hold n=4. Set num_generations.",
+        {"generation_kwargs": {"n": 1}},
+    ),
+    (
+        {"generation_kwargs": {"structured_outputs": {"regexp": "[ab]+"}}},
+        "generation_kwargs.structured_outputs must be a mapping with one of choice, grammar, json, json_object, regex, "
+        "structural_tag, got {'regexp': '[ab]+'}",
+        {"generation_kwargs": {"structured_outputs": {"regex": "[ab]+"}}},
     ),
     # The model
     (
         {"model_init_kwargs": {"device_map": "auto"}},
-        "model_init_kwargs must hold nothing but dtype, torch_dtype, attn_implementation, revision, trust_remote_code, "
-        "got 'device_map'",
+        "model_init_kwargs cannot hold device_map='auto'. The run places the model itself (runtime). Remove it.",
         {"model_init_kwargs": {}},
     ),
     (
@@ -324,6 +330,9 @@ def test_keyword_arguments_become_the_options_that_they_mean() -> None:
             "attn_implementation": "eager",
             "revision": "v1",
             "trust_remote_code": True,
+            "use_cache": False,
+            "device_map": None,
+            "sliding_window": 64,
         },
         generation_kwargs={"min_new_tokens": 4, "stop_strings": "\n"},
     )
@@ -331,7 +340,43 @@ def test_keyword_arguments_become_the_options_that_they_mean() -> None:
     assert (model.dtype.value, model.attn_implementation) == ("bfloat16", "eager")
     assert (model.model_revision, model.trust_remote_code) == ("v1", True)
     assert (generation.min_tokens, generation.stop) == (4, ["\n"])
-    assert (config.model_init_kwargs, config.generation_kwargs) == ({}, {})
+    assert (config.model_init_kwargs, config.generation_kwargs) == ({"sliding_window": 64}, {})
+
+
+def test_generation_kwargs_win_over_options_as_in_trl_and_what_engines_alone_know_is_left() -> None:
+    given = {
+        "temperature": 0.7,
+        "top_k": -1,
+        "max_tokens": 32,
+        "do_sample": True,
+        "num_beams": 1,
+        "use_cache": True,
+        "stop": "\n",
+        "eos_token_id": 7,
+        "logit_bias": {"5": -100},
+        "bad_words": None,
+    }
+    generation = SDPOConfig(generation_kwargs=given, temperature=1.0, top_k=5).part(GenerationConfig)
+    assert (generation.temperature, generation.top_k, generation.max_completion_length) == (0.7, 0, 32)
+    assert (generation.stop, generation.engine_fields) == (
+        ["\n"],
+        {"stop_token_ids": [7], "logit_bias": {"5": -100}},
+    )
+    assert generation.part(GenerationConfig) == generation
+    text = SDPOConfig(generation_kwargs='{"top_p": 0.9}')  # type: ignore[arg-type]
+    assert text.top_p == 0.9
+
+
+def test_a_structure_is_asked_for_under_all_of_its_names() -> None:
+    wanted = {"structured_outputs": {"regex": "[ab]+"}}
+    for given in (
+        {"vllm_structured_outputs_regex": "[ab]+"},
+        {"vllm_guided_decoding_regex": "[ab]+"},
+        {"generation_kwargs": wanted},
+        {"generation_kwargs": {"guided_decoding": {"regex": "[ab]+"}}},
+        {"generation_kwargs": {"guided_regex": "[ab]+"}},
+    ):
+        assert build(SDPOConfig, given).part(GenerationConfig).engine_fields == wanted
 
 
 def test_evaluations_take_as_many_completions_as_training_unless_told() -> None:

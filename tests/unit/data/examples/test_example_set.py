@@ -268,7 +268,7 @@ def test_examples_do_not_depend_on_how_rows_are_batched(task: ExampleTask, monke
     more = [{"prompt": f"q{i}", "chosen": f"good{i}", "rejected": f"b{i}"} for i in range(7)]
     config, rows = kinds.get(task, (DPOConfig(), more))
     at_once = load(config, task, rows)
-    monkeypatch.setattr("trl_ray.data.examples.example_set.BATCH_ROWS", 2)
+    monkeypatch.setattr("trl_ray.data.examples.row_tokenisation.BATCH_ROWS", 2)
     in_batches = load(config, task, rows)
     assert len(at_once) == len(in_batches) >= 7
     for one, other in zip(at_once.examples, in_batches.examples, strict=True):

@@ -61,11 +61,11 @@ def test_hooks_come_in_order_with_epochs_around_steps_and_the_save_before_the_en
     diary = Diary()
     Run(tmp_path, config=config(eval_steps=3, save_steps=4), total=4, held_out=2, callbacks=[diary]).go()
     assert diary.book == [
-        "train_begin 0", "evaluate 0",
+        "train_begin 0", "log 0", "evaluate 0",
         "epoch_begin 0", "step_begin 0", "step_end 1", "log 1",
         "step_begin 1", "step_end 2", "log 2",
-        "step_begin 2", "step_end 3", "evaluate 3", "log 3", "epoch_end 3",
-        "epoch_begin 3", "step_begin 3", "step_end 4", "evaluate 4", "log 4",
+        "step_begin 2", "step_end 3", "log 3", "evaluate 3", "log 3", "epoch_end 3",
+        "epoch_begin 3", "step_begin 3", "step_end 4", "log 4", "evaluate 4", "log 4",
         "save 4", "epoch_end 4", "train_end 4",
     ]  # fmt: skip
 
@@ -76,7 +76,13 @@ def test_logs_are_the_lines_of_the_metrics_file_and_metrics_are_named_as_transfo
     diary = Diary()
     run = Run(tmp_path, config=config(eval_steps=2), total=2, held_out=2, callbacks=[diary]).go()
     written = [{k: v for k, v in line.items() if k not in ("step", "time")} for line in run.lines("metrics.jsonl")]
-    assert [payload["logs"] for payload in diary.of("on_log")] == written
+    logs = [payload["logs"] for payload in diary.of("on_log")]
+    assert [told for told in logs if "loss" in told] == [{**line, "learning_rate": line["lr"]} for line in written]
+    # Evaluations are lines of the log, too, as in transformers.
+    assert [told for told in logs if "loss" not in told] == [
+        {"eval_loss": 5.0, "eval_accuracy": 0.5, "epoch": 0.0},
+        {"eval_loss": 4.0, "eval_accuracy": 0.5, "epoch": 2 / 3},
+    ]
     assert [payload["metrics"] for payload in diary.of("on_evaluate")] == [
         {"eval_loss": 5.0, "eval_accuracy": 0.5},
         {"eval_loss": 4.0, "eval_accuracy": 0.5},
@@ -88,8 +94,9 @@ def test_state_counts_steps_and_epochs_and_knows_the_best_metric(tmp_path: Path)
     before: list[float | None] = []
 
     class Looks:
-        def on_log(self, args: Any, state: Any, control: Any, **payload: Any) -> None:
-            seen.append((state.global_step, round(state.epoch, 2), state.best_metric, state.best_global_step))
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **payload: Any) -> None:
+            if "loss" in logs:
+                seen.append((state.global_step, round(state.epoch, 2), state.best_metric, state.best_global_step))
 
         def on_evaluate(self, args: Any, state: Any, control: Any, **payload: Any) -> None:
             before.append(state.best_metric)
@@ -273,7 +280,7 @@ def test_the_log_history_is_bounded_and_goes_back_with_the_run() -> None:
 
     asyncio.run(logs(MAX_LOG_HISTORY + 2))
     history = callbacks.state.log_history
-    assert (len(history), history[0]) == (MAX_LOG_HISTORY, {"loss": 1.0 / 3, "step": 3})
+    assert (len(history), history[0]) == (MAX_LOG_HISTORY, {"loss": 1.0 / 3, "epoch": 0.1, "step": 3})
     asyncio.run(callbacks.begin(span(step=10), checkpoint=None, say=quiet))
     assert [line["step"] for line in history] == [3, 4, 5, 6, 7, 8, 9, 10]
 

@@ -10,7 +10,8 @@ from objectives import prepare
 from tiny_models import MAX_POSITIONS, build_tiny_model
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig
 from trl_ray.errors import ConfigError, DataError
-from trl_ray.pipelines.rollouts.preparation import Inputs
+from trl_ray.pipelines.rollouts.preparation import PROMPTS, Inputs
+from trl_ray.rewards.scoring import TrainingCourse
 
 ROWS = [{"prompt": f"count to {number}: "} for number in range(1, 11)]
 
@@ -48,6 +49,15 @@ def test_sequences_longer_than_the_model_are_refused(model):
         prepared(model, rollout={"max_model_len": MAX_POSITIONS + 1})
 
 
+def test_rope_that_depends_on_length_keeps_sequences_to_the_context_where_nothing_is_scaled(model):
+    scaled = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    changes = {"model_init_kwargs": {"rope_scaling": scaled}}
+    assert prepared(model, **changes).max_model_len == MAX_POSITIONS - 1
+    assert prepared(model, rollout={"max_model_len": 100}, **changes).max_model_len == 100
+    with pytest.raises(ConfigError, match=r"rollout\.max_model_len must be at most 511 with this model.*got 512"):
+        prepared(model, rollout={"max_model_len": MAX_POSITIONS}, **changes)
+
+
 def test_a_model_that_does_not_say_how_long_it_is_must_be_told(model, tmp_path, monkeypatch):
     monkeypatch.setattr("trl_ray.pipelines.rollouts.preparation.max_positions", lambda model: None)
     with pytest.raises(ConfigError, match=r"rollout\.max_model_len must be set"):
@@ -67,6 +77,10 @@ def test_a_prompt_may_fill_what_the_completion_leaves_and_no_more(model):
     assert prepared(model, rows=[{"prompt": "x" * 24}], **limits).prompts.longest == 24
     with pytest.raises(DataError, match="24 tokens"):
         prepared(model, rows=[{"prompt": "x" * 25}], **limits)
+    whole = prepared(model, rows=[{"prompt": "x" * 20}], **limits).prompts
+    cut = prepared(model, rows=[{"prompt": "y" * 5 + "x" * 20}], max_prompt_length=20, **limits).prompts
+    assert cut.longest == 20 and cut.prompt(0).token_ids.tolist() == whole.prompt(0).token_ids.tolist()
+    assert any("5 of 25 (20.0%) tokens" in note and "max_prompt_length" in note for note in cut.notes)
 
 
 def test_steps_are_given_or_follow_from_the_epochs(model):
@@ -187,6 +201,7 @@ def test_the_plan_in_numbers(model):
         "updates per step": 1,
         "learner ranks": 1,
         "learner computes in": "float32 (bf16 is the default where runtime.learner_num_gpus is above 0)",
+        "engines compute in": "float32",
         "prompt groups per step": 4,
         "completions per step": 8,
         "training prompts": 10,
@@ -200,3 +215,35 @@ def test_the_plan_in_numbers(model):
 def test_a_run_of_functions_given_in_python_says_how_to_resume_it(model):
     with pytest.raises(ConfigError, match=r"python:judge.*from_run"):
         prepared(model, reward_funcs=["python:judge"], inputs={"reward_funcs": None})
+
+
+def test_a_run_goes_on_with_the_rows_that_it_began_with_and_no_others(model, tmp_path):
+    def plan(rows):
+        return prepared(model, rows=rows, inputs={"reward_funcs": [score]})
+
+    rows = [{"prompt": f"count to {number}: ", "answer": str(number)} for number in range(1, 11)]
+    begun = plan(rows)
+    (tmp_path / PROMPTS).write_text(json.dumps(begun.prompts_state()))
+    plan(rows).check_prompts(str(tmp_path))
+    begun.check_prompts(None)
+    begun.check_prompts(str(tmp_path / "of an older release"))
+    for other, told in (
+        (rows[:9], "9 now, with other rows and prompts and columns"),
+        (rows[::-1], "10 now, with other prompts and columns"),
+        ([*rows[:9], {"prompt": "count to 99: ", "answer": "10"}], "10 now, with other prompts"),
+        ([{**row, "answer": "0"} for row in rows], "10 now, with other columns"),
+    ):
+        with pytest.raises(DataError, match=rf"go on with the rows that it began with.*10 rows then and {told}\."):
+            plan(other).check_prompts(str(tmp_path))
+
+
+def test_reward_workers_know_how_long_the_run_is_and_who_asks_for_special_tokens(model):
+    def arguments(*functions, **changes):
+        made = prepared(model, inputs={"reward_funcs": list(functions)}, **changes)
+        return made.arguments(journal="j", checkpoint=None, resume_from=None, incarnation="i")
+
+    plain = arguments(score, max_steps=-1, num_train_epochs=2.0)
+    # 10 rows, 4 groups a step
+    assert plain.reward["course"] == TrainingCourse(max_steps=5, steps_per_epoch=2.5)
+    assert plain.rollout["scores_raw_texts"] is False
+    assert arguments(score, "think_format").rollout["scores_raw_texts"] is True

@@ -79,6 +79,9 @@ def test_a_folder_in_the_file_is_a_reward_model_too(folders):
 
 def test_what_is_no_folder_of_a_model_stays_a_function_with_its_own_error(folders, tmp_path):
     assert separate_reward_models([str(tmp_path), "arithmetc"], args(folders)).changes == {}
+    # A name on the Hub is a model's, as all strings are in TRL.
+    [named] = separate_reward_models(["someone/judge"], args(folders)).changes["reward_models"]
+    assert named.model_name_or_path == "someone/judge"
     with pytest.raises(ConfigError, match="Did you mean 'arithmetic'"):
         prepared(folders, reward_funcs=["arithmetc"])
 

@@ -12,12 +12,20 @@ import pytest
 from callbacks_for_tests import Asks, Counter
 from rollout_loops import RolloutRun, config
 from trl_ray.config.runs.distill_config import DistillConfig
-from trl_ray.errors import AgreementError, InterruptedRun, LearnerLostError, RewardError, StallError, TeacherError
+from trl_ray.errors import (
+    AgreementError,
+    EngineError,
+    InterruptedRun,
+    LearnerLostError,
+    RewardError,
+    StallError,
+    TeacherError,
+)
 from trl_ray.pipelines.callbacks.callback_states import CALLBACKS
 from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
-from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE
+from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, PROMPTS
 from trl_ray.pipelines.rollouts.rollout_loop import AGREEMENT
-from trl_ray.types import Event, EventKind
+from trl_ray.types import DropReason, Event, EventKind
 
 
 def failure(kind: EventKind, number: int = 0) -> Event:
@@ -77,7 +85,9 @@ def test_a_step_is_told_before_it_is_evaluated_and_its_line_has_the_numbers_of_w
     run.actors.on_step = lambda step: run.actors.may_pull.clear()
 
     class LetsPull:
-        def on_log(self, args: Any, state: Any, control: Any, **payload: Any) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **payload: Any) -> None:
+            if "loss" not in logs:
+                return
             released.append(run.log[-1])
             asyncio.get_running_loop().call_later(0.05, run.actors.may_pull.set)
 
@@ -85,9 +95,9 @@ def test_a_step_is_told_before_it_is_evaluated_and_its_line_has_the_numbers_of_w
     run.go()
     assert released == ["log 1", "log 2"]
     assert run.logged("step_end", "log", "pull ends", "evaluate") == [
-        "evaluate by version 0", "evaluate 0",
-        "step_end 1", "log 1", "pull ends", "evaluate by version 1", "evaluate 1",
-        "step_end 2", "log 2", "pull ends", "evaluate by version 2", "evaluate 2",
+        "evaluate by version 0", "log 0", "evaluate 0",
+        "step_end 1", "log 1", "pull ends", "evaluate by version 1", "log 1", "evaluate 1",
+        "step_end 2", "log 2", "pull ends", "evaluate by version 2", "log 2", "evaluate 2",
     ]  # fmt: skip
     assert [line["eval/reward"] for line in run.lines("metrics.jsonl")] == [1.0, 1.0]
     assert [event["detail"]["eval/reward"] for event in run.lines("events.jsonl") if event["kind"] == "evaluated"] == [
@@ -100,7 +110,7 @@ def test_what_callbacks_ask_for_is_done_once_and_an_epoch_ends_before_the_checkp
     run = RolloutRun(tmp_path, total=3, eval_steps=100, callbacks=asks).go()
     # Four prompts, two a step: an epoch has two steps.
     assert run.logged("log 2", "evaluate ", "epoch_end", "save", "train_end") == [
-        "evaluate by version 0", "evaluate 0", "log 2", "epoch_end 2", "evaluate by version 2", "evaluate 2",
+        "evaluate by version 0", "evaluate 0", "log 2", "epoch_end 2", "evaluate by version 2", "log 2", "evaluate 2",
         "save 2", "save 2", "save 3", "save 3", "epoch_end 3", "train_end 3",
     ]  # fmt: skip
 
@@ -111,9 +121,9 @@ def test_strategies_follow_the_passes_over_the_prompts_and_the_best_reward_is_ke
         tmp_path, total=5, eval_strategy="epoch", save_strategy="epoch", eval_on_start=False, logging_strategy="epoch"
     ).go()
     assert run.logged("log", "evaluate ", "save ") == [
-        "log 2", "evaluate by version 2", "evaluate 2", "save 2", "save 2",
-        "log 4", "evaluate by version 4", "evaluate 4", "save 4", "save 4",
-        "evaluate by version 5", "evaluate 5", "save 5", "save 5",
+        "log 2", "evaluate by version 2", "log 2", "evaluate 2", "save 2", "save 2",
+        "log 4", "evaluate by version 4", "log 4", "evaluate 4", "save 4", "save 4",
+        "evaluate by version 5", "log 5", "evaluate 5", "save 5", "save 5",
     ]  # fmt: skip
     assert json.loads(run.actors.files[5]["best.json"]) == {"best": 1.0, "best_step": 2, "worse": 2}
 
@@ -130,7 +140,7 @@ def test_the_journal_forgets_up_to_the_checkpoint_before_the_newest(tmp_path: Pa
     assert run.logged("save", "checkpoint") == [
         "save 2", "save 2", "save 4", "checkpoint 2", "save 4", "save 5", "checkpoint 4", "save 5",
     ]  # fmt: skip
-    assert list(run.actors.files[4]) == ["ledger.json", OBJECTIVE_STATE, AGREEMENT, CALLBACKS]
+    assert list(run.actors.files[4]) == ["ledger.json", OBJECTIVE_STATE, PROMPTS, AGREEMENT, CALLBACKS]
     assert json.loads(run.actors.files[4]["ledger.json"])["step"] == 4
 
 
@@ -247,29 +257,30 @@ def test_a_run_in_which_nothing_moves_names_who_it_waits_for(tmp_path: Path) -> 
         run.go()
 
 
-def test_rewards_that_fail_in_a_row_end_the_run_unless_a_step_is_trained_between(tmp_path: Path) -> None:
+def dropped(reason: DropReason, **count: int) -> Event:
+    detail = {"group_id": 7, "reason": reason.value, "because": "no judge today", **count}
+    return Event(kind=EventKind.GROUP_DROPPED, actor="queue", time=0.0, detail=detail)
+
+
+def test_groups_that_lose_their_rewards_in_a_row_end_the_run_and_the_last_one_is_told(tmp_path: Path) -> None:
     run = RolloutRun(tmp_path, total=3, reward={"max_failures_in_a_row": 2})
-    one = [failure(EventKind.REWARD_FAILED)]
-    run.actors.failed = {1: one, 2: one, 3: one}
+    one, two = (dropped(DropReason.REWARD_FAILED, in_a_row=number) for number in (1, 2))
+    run.actors.failed = {1: [one], 2: [one], 3: [one]}
     run.go()
     again = RolloutRun(tmp_path, total=3, reward={"max_failures_in_a_row": 2})
-    again.actors.failed, again.actors.skips = {1: one, 2: one}, frozenset({2})
-    with pytest.raises(RewardError, match="but 2 did without one trained step"):
+    again.actors.failed = {1: [one], 2: [two]}
+    with pytest.raises(RewardError) as raised:
         again.go()
+    assert str(raised.value) == (
+        "fewer than 2 groups in a row may lose their rewards (reward.max_failures_in_a_row), but 2 did without one "
+        "that was ready. The last one: no judge today. Mend the reward function, then resume."
+    )
     assert len(again.lines("metrics.jsonl")) == 1
 
 
-def test_failures_are_counted_by_kind_and_the_last_one_is_told() -> None:
-    counted = FailuresInARow(config(reward={"max_failures_in_a_row": 3}))
-    counted.count([failure(EventKind.REWARD_FAILED), failure(EventKind.TEACHER_FAILED), failure(EventKind.WARNING)])
-    counted.count([failure(EventKind.REWARD_FAILED)])
-    counted.count([failure(EventKind.WARNING)])
-    with pytest.raises(RewardError) as raised:
-        counted.count([failure(EventKind.REWARD_FAILED, 7)])
-    assert str(raised.value) == (
-        "fewer than 3 groups in a row may lose their rewards (reward.max_failures_in_a_row), but 3 did without one "
-        "trained step. The last one: {'group': 7}. Mend the reward function, then resume."
-    )
+def test_attempts_that_fail_are_no_groups_that_do() -> None:
+    counted = FailuresInARow(config(reward={"max_failures_in_a_row": 1}))
+    counted.count([failure(EventKind.REWARD_FAILED), failure(EventKind.TEACHER_FAILED), failure(EventKind.WARNING)] * 9)
 
 
 def test_the_least_patient_teacher_decides_how_many_groups_may_lose_theirs() -> None:
@@ -278,11 +289,39 @@ def test_the_least_patient_teacher_decides_how_many_groups_may_lose_theirs() -> 
         for name, allowed in (("first", 5), ("second", 2))
     ]
     counted = FailuresInARow(DistillConfig(teachers=teachers, teacher_column="who"))
-    counted.count([failure(EventKind.TEACHER_FAILED)])
-    counted.forget()
-    counted.count([failure(EventKind.TEACHER_FAILED)])
+    counted.count([dropped(DropReason.TEACHER_FAILED, in_a_row=1)])
     with pytest.raises(TeacherError, match="fewer than 2 groups in a row may lose their teacher"):
-        counted.count([failure(EventKind.TEACHER_FAILED)])
+        counted.count([dropped(DropReason.TEACHER_FAILED, in_a_row=2)])
+
+
+def test_requests_that_an_engine_refuses_without_end_end_the_run() -> None:
+    counted = FailuresInARow(config())
+    counted.count([dropped(DropReason.REFUSED, in_a_row=19)])
+    with pytest.raises(EngineError, match=r"fewer than 20 groups in a row may be refused, but 20 did.*no judge today"):
+        counted.count([dropped(DropReason.REFUSED, in_a_row=20)])
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        (DropReason.ZERO_VARIANCE, "all their rewards being equal: look at the reward functions"),
+        (DropReason.TRUNCATED, "all their completions being cut off: raise max_completion_length"),
+    ],
+)
+def test_groups_of_which_there_is_nothing_to_learn_are_not_replaced_without_end(
+    tmp_path: Path, reason: DropReason, told: str
+) -> None:
+    run = RolloutRun(tmp_path, total=2, zero_variance_groups="drop", max_resampled_groups=5)
+    run.actors.failed = {1: [dropped(reason, since_step=5)], 2: [dropped(reason, since_step=6)]}
+    with pytest.raises(StallError) as raised:
+        run.go()
+    message = str(raised.value)
+    assert "a step of 2 groups may replace at most 5" in message and "(max_resampled_groups), but 6 were" in message
+    assert f"the last as {reason.value}" in message and told in message
+    by_default = FailuresInARow(config(zero_variance_groups="drop"))
+    by_default.count([dropped(reason, since_step=20)])  # ten times a step's
+    with pytest.raises(StallError, match="at most 20"):
+        by_default.count([dropped(reason, since_step=21)])
 
 
 def test_rows_that_no_prompt_could_be_made_of_are_in_the_ledger_as_dropped(tmp_path: Path) -> None:

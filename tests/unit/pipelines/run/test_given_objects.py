@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dataset_runs import rows, values
 from runs import PROMPTS
@@ -16,7 +20,7 @@ from trl_ray.config.load import build
 from trl_ray.config.runs.dataset_config import DPOConfig, SFTConfig
 from trl_ray.config.runs.grpo_config import GRPOConfig
 from trl_ray.config.sections import ModelConfig
-from trl_ray.errors import ConfigError
+from trl_ray.errors import ConfigError, ModelError
 from trl_ray.pipelines.grpo import GRPOPipeline
 from trl_ray.pipelines.preference import DPOPipeline
 from trl_ray.pipelines.rollouts.reward_model_actors import name_reward_models
@@ -61,6 +65,18 @@ def test_a_formatting_function_makes_the_texts_that_are_trained(tmp_path: Path, 
     [sample] = plan.train.examples[0].samples
     tokenizer = build_tokenizer()
     trained = tokenizer.decode([*sample.prompt_ids, *sample.completion_ids])
+    assert trained == "text: " + rows("sft", 1)[0]["completion"] + "<|im_end|>"
+
+
+def test_a_formatting_function_makes_texts_of_rows_that_the_configuration_names(tmp_path: Path, model: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows("sft", 8)))
+    options = {**values(model, tmp_path / "run"), "dataset_name": str(path)}
+    pipeline = SFTPipeline(args=build(SFTConfig, options), formatting_func=lambda row: "text: " + row["completion"])
+    train = pipeline.prepare().train
+    assert train is not None
+    [sample] = train.examples[0].samples
+    trained = build_tokenizer().decode([*sample.prompt_ids, *sample.completion_ids])
     assert trained == "text: " + rows("sft", 1)[0]["completion"] + "<|im_end|>"
 
 
@@ -121,3 +137,50 @@ def test_a_pipeline_takes_a_reward_model_among_its_functions_with_its_weight(tmp
     [scoring] = pipeline.config.scoring_models
     assert "run-reward1-" in str(scoring.model_name_or_path) and scoring.weight == 2.0
     assert pipeline.config.reward_weights == [0.5]
+
+
+def test_a_model_with_an_adapter_is_trained_on_and_keeps_what_was_changed_of_it(tmp_path: Path, model: str) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model)
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    before = {name: value.clone() for name, value in peft.get_peft_model_state_dict(wrapped).items()}
+    output = sft(tmp_path, model=wrapped, processing_class=AutoTokenizer.from_pretrained(model)).train()
+    saved = load_file(output.model / "adapter_model.safetensors")
+    assert saved.keys() == before.keys()
+    moved = max(float((saved[name] - value).abs().max()) for name, value in before.items())
+    # Four steps of Adam at 1e-3: the adapter that was given has moved a little, and was not drawn anew.
+    assert 0 < moved < 0.01
+    with pytest.raises(ConfigError, match=r"peft_config must be None with a PeftModel.*merge_and_unload"):
+        sft(tmp_path, model=wrapped, peft_config=peft.LoraConfig(r=2))
+
+
+def test_a_resized_model_with_more_tokens_and_another_template_is_saved_as_it_was_given(
+    tmp_path: Path, model: str
+) -> None:
+    given, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<tool>"])
+    given.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    given.config.kept = "by hand"
+    output = sft(tmp_path, model=given.to(torch.bfloat16), processing_class=tokenizer).train()
+    found, config = AutoModelForCausalLM.from_pretrained(output.model), AutoConfig.from_pretrained(output.model)
+    assert found.get_input_embeddings().weight.shape[0] == len(tokenizer) and found.dtype is torch.bfloat16
+    assert config.kept == "by hand"
+    again = AutoTokenizer.from_pretrained(output.model)
+    assert (
+        again.chat_template == tokenizer.chat_template and again.convert_tokens_to_ids("<tool>") == len(tokenizer) - 1
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        peft.AdaLoraConfig(r=4, target_modules=["q_proj"], total_step=10),
+        {"r": 4},
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_adapters_of_other_kinds_are_answered(tmp_path: Path, model: str, other: Any) -> None:
+    with pytest.raises(ModelError, match=rf"must be a peft\.LoraConfig, got {type(other).__name__}\. Other kinds"):
+        sft(tmp_path, model=model, peft_config=other)

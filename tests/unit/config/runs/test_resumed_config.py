@@ -1,0 +1,91 @@
+"""What of a run's options may change while it goes on, and what is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trl_ray.config.load import dump_yaml
+from trl_ray.config.runs.dataset_config import SFTConfig
+from trl_ray.config.runs.grpo_config import AsyncGRPOConfig
+from trl_ray.config.runs.resumed_config import resumed_config
+from trl_ray.errors import ConfigError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(AsyncGRPOConfig(max_steps=10, learning_rate=1e-5)), encoding="utf-8")
+    return path
+
+
+def test_without_changes_the_options_are_those_of_the_file(file: Path) -> None:
+    assert resumed_config(AsyncGRPOConfig, file) == AsyncGRPOConfig(max_steps=10, learning_rate=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "max_steps=20",
+        "num_train_epochs=5",
+        "save_steps=7",
+        "save_strategy=epoch",
+        "save_total_limit=2",
+        "logging_steps=7",
+        "eval_num_prompts=3",
+        "report_to=none",
+        "html_report=false",
+        "max_resampled_groups=99",
+        "reward.timeout_s=120",
+        "reward.num_workers=4",
+        "rollout.lease_s=600",
+        "rollout.num_workers=2",
+        "runtime.stall_deadline_s=1800",
+    ],
+)
+def test_how_long_and_how_often_may_change(file: Path, change: str) -> None:
+    found = resumed_config(AsyncGRPOConfig, file, [change])
+    assert found != AsyncGRPOConfig(max_steps=10, learning_rate=1e-5) or change in ("report_to=none",)
+    assert (found.learning_rate, found.pipeline) == (1e-5, "async-grpo")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("learning_rate=1e-6", "learning_rate"),
+        ("temperature=0.5", "temperature"),
+        ("dataset_name=other", "dataset_name"),
+        ("beta=0.1", "beta"),
+        ("seed=1", "seed"),
+        ("model_name_or_path=other", "model_name_or_path"),
+        ("max_staleness=1", "max_staleness"),
+        ("runtime.num_learners=2", "runtime.num_learners"),
+        ("rollout.max_model_len=99", "rollout.max_model_len"),
+        ("reward_funcs=[arithmetic]", "reward_funcs"),
+    ],
+)
+def test_what_was_trained_with_so_far_stays_and_is_named(file: Path, change: str, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resumed_config(AsyncGRPOConfig, file, [change, "save_steps=1"])
+    message = str(caught.value)
+    assert message.startswith(f"{named} must stay as the run began with") and "save_steps" not in message
+
+
+def test_all_that_must_stay_is_named_at_once_and_the_same_value_is_no_change(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^(?=.*learning_rate)(?=.*beta).* must stay"):
+        resumed_config(AsyncGRPOConfig, file, ["learning_rate=1e-6", "beta=0.1"])
+    assert resumed_config(AsyncGRPOConfig, file, ["learning_rate=1e-5", "seed=42"]).seed == 42
+
+
+def test_an_option_that_is_none_is_told_as_always(file: Path) -> None:
+    with pytest.raises(ConfigError, match="max_step"):
+        resumed_config(AsyncGRPOConfig, file, ["max_stepz=3"])
+
+
+def test_a_run_on_a_dataset_is_no_exception(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(SFTConfig(max_steps=3)), encoding="utf-8")
+    assert resumed_config(SFTConfig, path, ["max_steps=6"]).max_steps == 6
+    with pytest.raises(ConfigError, match=r"^packing must stay"):
+        resumed_config(SFTConfig, path, ["packing=true"])

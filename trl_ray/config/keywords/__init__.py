@@ -1,0 +1,1 @@
+"""Options of TRL that hold keyword arguments of a library."""

@@ -1,0 +1,83 @@
+"""The options of a run that goes on, with changes for what is left of it.
+
+config.yaml, overrides ─ resumed_config ─► options      only those change that say how long, how often, how much
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from trl_ray.config.base import Section
+from trl_ray.config.load import apply_overrides, build, read_yaml
+from trl_ray.config.runs.run_config import RunConfig
+from trl_ray.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+_FREE = frozenset(
+    {
+        *(
+            "max_steps",
+            "num_train_epochs",
+            "max_skipped_steps",
+            "on_non_finite",
+            "max_attempts",
+            "max_resampled_groups",
+        ),
+        *("logging_steps", "logging_strategy", "logging_first_step", "log_completions", "num_completions_to_print"),
+        *("report_to", "project", "run_name", "trackio_space_id", "wandb_project", "html_report"),
+        *("save_steps", "save_strategy", "save_total_limit"),
+        *("eval_steps", "eval_strategy", "eval_delay", "eval_on_start", "eval_num_prompts"),
+        *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        *("early_stopping_patience", "early_stopping_threshold"),
+        *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+        *("reward.timeout_s", "reward.num_workers", "reward.num_cpus", "reward.max_failures_in_a_row"),
+        *("rollout.num_workers", "rollout.num_cpus", "rollout.num_gpus", "rollout.lease_s", "rollout.hang_deadline_s"),
+        *("rollout.kv_cache_memory_gib", "rollout.gpu_memory_utilization", "rollout.max_num_seqs"),
+        *("rollout.canary_every", "rollout.canary_tolerance", "rollout.on_disagreement"),
+    }
+)
+_BOUND_OF_RUNTIME = frozenset({"runtime.kind", "runtime.num_learners"})
+
+
+def resumed_config(section: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """The options of a run with changes, all of which may be made while it goes on.
+
+    Args:
+        section: of its pipeline.
+        path: of its config.yaml.
+        overrides: ``key=value`` or ``section.key=value``.
+
+    Raises:
+        ConfigError: the file or a change is wrong, or a change is of what was trained with so far; names all of these.
+    """
+    values = read_yaml(path)
+    before = build(section, values)
+    if not overrides:
+        return before
+    after = build(section, apply_overrides(values, overrides))
+    bound = [key for key in _changed(before, after) if not _is_free(key)]
+    if bound:
+        raise ConfigError(
+            f"{', '.join(bound)} must stay as the run began with when it goes on, got another value: what was trained "
+            "so far would not fit to what comes. How long it trains, how often it saves, evaluates and logs, deadlines "
+            "and numbers of workers may change. For another run from its weights set model_name_or_path to its last "
+            "checkpoint."
+        )
+    return after
+
+
+def _is_free(key: str) -> bool:
+    return key in _FREE or (key.startswith("runtime.") and key not in _BOUND_OF_RUNTIME)
+
+
+def _changed(before: Section, after: Section, parent: str = "") -> Iterator[str]:
+    """Names of the options that differ, those of sections with their section's."""
+    for name in type(before).model_fields:
+        old, new = getattr(before, name), getattr(after, name)
+        if isinstance(old, Section) and isinstance(new, Section):
+            yield from _changed(old, new, f"{parent}{name}.")
+        elif old != new:
+            yield f"{parent}{name}"
