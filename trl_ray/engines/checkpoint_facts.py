@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from trl_ray.engines.checkpoint_layout import CheckpointLayout, empty_model
 from trl_ray.errors import ModelError
 from trl_ray.models.vocabulary import missing_rows
 from trl_ray.models.weight_payload import build_manifest
@@ -34,10 +35,22 @@ class CheckpointFacts:
     """Rows of the embedding, which may exceed the tokenizer's."""
     grown: bool
     """Whether these are more than the checkpoint has, as the tokenizer needs them."""
-    max_positions: int
+    max_positions: int | None
+    """Tokens of the longest sequence; None: its configuration does not say, as of state-space models."""
     manifest: tuple[TensorEntry, ...]
     """Names and shapes of all parameters; tied ones once. Dtypes are not binding."""
     kv_bytes_per_token: int
+    layout: CheckpointLayout
+    base_class: type[Any]
+    """Of transformers, without the head."""
+    is_recurrent: bool = False
+    """Whether layers keep a state of their own (state spaces, linear attention, short convolutions)."""
+
+
+def is_recurrent(model: Any) -> bool:
+    """Whether what a model remembers is more than the keys and values of its tokens."""
+    layers = DynamicCache(config=model.config).layers
+    return bool(model._is_stateful) or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 def stop_ids_of(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> tuple[int, ...]:
@@ -58,6 +71,12 @@ def read_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, *, revision: s
     return stop_ids_of(tokenizer, generation)
 
 
+def positions_of(text: Any) -> int | None:
+    """Positions that a text configuration allows; None where there is no limit."""
+    value = getattr(text, "max_position_embeddings", None)
+    return int(value) if value else None
+
+
 def at_revision(revision: str | None) -> dict[str, Any]:
     """The keyword by which transformers takes a revision; none for the default."""
     return {} if revision is None else {"revision": revision}
@@ -66,7 +85,9 @@ def at_revision(revision: str | None) -> dict[str, Any]:
 def kv_bytes_per_token(config: Any, dtype: str) -> int:
     """Bytes of key and value cache one token needs: 2 x layers x KV heads x head size x element size."""
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:  # no attention, and no keys
+        return 0
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
     element = 4 if dtype == "float32" else 2
@@ -105,9 +126,7 @@ def read_facts(
         rows = missing_rows(tokenizer, config.get_text_config().vocab_size)
         if rows is not None:
             config.get_text_config().vocab_size = rows
-        with torch.device("meta"):
-            auto: Any = AutoModelForCausalLM
-            skeleton = auto.from_config(config, trust_remote_code=trust_remote_code)
+        skeleton = empty_model(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model must be a directory or hub name with config and tokenizer, but {model!r} cannot be read: {error}"
@@ -124,9 +143,12 @@ def read_facts(
         stop_ids=read_stop_ids(model, tokenizer, revision=revision),
         vocab_size=text.vocab_size,
         grown=rows is not None,
-        max_positions=text.max_position_embeddings,
+        max_positions=positions_of(text),
         manifest=build_manifest((name, parameter) for name, parameter in skeleton.named_parameters()),
         kv_bytes_per_token=kv_bytes_per_token(config, dtype),
+        layout=CheckpointLayout.of(skeleton),
+        base_class=type(skeleton.base_model),
+        is_recurrent=is_recurrent(skeleton),
     )
 
 

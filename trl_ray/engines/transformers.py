@@ -5,6 +5,7 @@
 
     queue of questions -> [as many completions as fit one pass] -> TeacherAnswer each      (before the next token)
 
+Models with recurrent layers (state spaces, linear attention, short convolutions) are read anew for every token.
 A row is one sample of one request. A batch takes all rows that are ready, up to max_num_seqs; rows that arrive later
 wait for the next batch. B rows, S positions so far, V vocabulary.
 """
@@ -15,6 +16,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,14 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizer
 from transformers.utils import logging
 
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
-from trl_ray.engines.checkpoint_facts import at_revision, read_facts, stop_ids_of
+from trl_ray.engines.checkpoint_facts import at_revision, is_recurrent, positions_of, read_facts, stop_ids_of
 from trl_ray.engines.logit_rules import LogitRules
 from trl_ray.engines.sampling import BatchSampling, draw, processed_logprobs, sample_seed
 from trl_ray.engines.thread import EngineThread
 from trl_ray.models.companions.teacher_model import TeacherModel
 from trl_ray.models.scoring.head import check_head
 from trl_ray.models.scoring.rope_regimes import compute_by_sequence
+from trl_ray.models.scoring.segment_attention import heed_soft_cap
 from trl_ray.models.vocabulary import add_rows
 from trl_ray.models.weight_payload import build_manifest, named_tensors
 from trl_ray.types import (
@@ -219,6 +222,8 @@ class TransformersBackend:
             options |= at_revision(self._revision) | self._config_changes | self._engine_kwargs
             model: Any = AutoModelForCausalLM.from_pretrained(self._source, **options)
             compute_by_sequence(model)
+            if "attn_implementation" not in self._engine_kwargs:
+                heed_soft_cap(model)
             if facts.grown:
                 add_rows(model, facts.vocab_size)
             self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -230,7 +235,7 @@ class TransformersBackend:
             self._stop_ids = stop_ids_of(self._tokenizer, getattr(self._source, "generation_config", None))
         text = self._model.config.get_text_config()
         self._vocab_size = text.vocab_size
-        self._max_model_len = min(self._max_model_len, text.max_position_embeddings)
+        self._max_model_len = min(self._max_model_len, positions_of(text) or self._max_model_len)
         return Limits(
             max_model_len=self._max_model_len,
             vocab_size=self._vocab_size,
@@ -343,6 +348,8 @@ class TransformersBackend:
 
     def _forward(self, batch: _Batch) -> torch.Tensor:
         """Logits [B, V] of the next token of every row."""
+        if not self._keeps_cache:
+            return self._read_whole(batch)
         if batch.cache is None:
             return self._prefill(batch)
         assert batch.mask is not None
@@ -356,6 +363,24 @@ class TransformersBackend:
         )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
+
+    @cached_property
+    def _keeps_cache(self) -> bool:
+        """Whether what the model remembers can be dealt out to rows, and taken from them."""
+        return not is_recurrent(self._model)
+
+    def _read_whole(self, batch: _Batch) -> torch.Tensor:
+        """Logits [B, V] without a cache, of sequences as they are: padding would enter the states of recurrent layers.
+
+        The work of a token grows with its place; vLLM keeps such states.
+        """
+        sequences = [tuple(row.prompt + row.tokens) for row in batch.rows]
+        found: dict[tuple[int, ...], torch.Tensor] = {}
+        for length in sorted({len(ids) for ids in sequences}):
+            alike = [ids for ids in dict.fromkeys(sequences) if len(ids) == length]
+            logits = self._model(input_ids=self._tensor(alike), use_cache=False).logits[:, -1]
+            found |= dict(zip(alike, logits, strict=True))
+        return torch.stack([found[ids] for ids in sequences])
 
     def _prefill(self, batch: _Batch) -> torch.Tensor:
         """Run every distinct sequence once, then give each row its copy of cache and logits [B, V]."""

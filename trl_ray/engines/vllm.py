@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
 from trl_ray.engines.checkpoint_facts import CheckpointFacts, default_kv_bytes, read_facts
+from trl_ray.engines.checkpoint_layout import CheckpointLayout, in_checkpoint_layout
 from trl_ray.engines.completion_scoring import answer_of, top_width
 from trl_ray.engines.sampling import sample_seed
 from trl_ray.engines.thread import EngineThread
@@ -190,13 +191,15 @@ class VLLMBackend:
             config_changes=self._config_changes,
         )
         self._facts = facts
-        self._max_model_len = min(self._max_model_len, facts.max_positions)
+        self._max_model_len = min(self._max_model_len, facts.max_positions or self._max_model_len)
         prepare_environment(on_gpu=torch.cuda.is_available())
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        with _random_state_kept():
-            self._llm = LLMEngine.from_engine_args(EngineArgs(**self._arguments(facts)))
+        arguments = self._arguments(facts)
+        kept = _class_kept(facts.base_class) if arguments["enforce_eager"] else contextlib.nullcontext()
+        with _random_state_kept(), kept:
+            self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self._llm.set_weight_version(str(CHECKPOINT_VERSION.version))
         most = int(self._llm.model_config.max_logprobs)
         self._max_logprobs = most if most >= 0 else facts.vocab_size
@@ -294,7 +297,8 @@ class VLLMBackend:
     def load(self, payload: WeightPayload) -> None:
         """Preempt running requests (they keep their tokens), drop all KV, load, and label what follows."""
         self._llm.reset_prefix_cache(reset_running_requests=True)
-        self._llm.collective_rpc(reload_worker, args=(payload,))
+        assert self._facts is not None, "an engine is built before weights are loaded"
+        self._llm.collective_rpc(reload_worker, args=(payload, self._facts.layout))
         self._llm.set_weight_version(str(payload.identity.version))
         self._version = payload.identity.version
 
@@ -351,6 +355,8 @@ class VLLMBackend:
             # A split prompt makes vLLM rewind the request's generator, which CPU generators cannot: the engine dies.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(length, _CPU_BATCHED_TOKENS),
+            # States of recurrent layers are kept for prefixes only where prompts may be split.
+            **({"enable_prefix_caching": False} if facts.is_recurrent else {}),
         }
 
     def _params(self, request: GenerationRequest, index: int, *, room: int) -> Any:
@@ -447,6 +453,25 @@ def _random_state_kept() -> Iterator[None]:
     torch.set_rng_state(states[2])
 
 
+@contextlib.contextmanager
+def _class_kept(cls: type[Any]) -> Iterator[None]:
+    """vLLM makes models that it has no code for of transformers' classes, which it changes so that they compile.
+
+    Where nothing is compiled these are put back: a learner in this process has models of the same classes.
+    """
+    bases, own = cls.__bases__, {name: vars(cls).get(name) for name in ("__init__", "__call__")}
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            if value is not None:
+                setattr(cls, name, value)
+            elif name in vars(cls):
+                delattr(cls, name)
+        if cls.__bases__ != bases:
+            cls.__bases__ = bases
+
+
 def prepare_environment(*, on_gpu: bool) -> None:
     """Set what vLLM reads from the environment; what the user has set stays, except for the process layout."""
     # The engine lives in this process: with "1" vLLM would start a child, and on CPU even two.
@@ -463,10 +488,14 @@ def prepare_environment(*, on_gpu: bool) -> None:
 
 
 @torch.no_grad()
-def reload_worker(worker: Any, payload: WeightPayload) -> None:
+def reload_worker(worker: Any, payload: WeightPayload, layout: CheckpointLayout) -> None:
     """Load a payload into the model of one vLLM worker; runs inside the worker."""
-    worker.reload_weights(weights_iterator=named_tensors(payload))
-    repack_tied_heads(worker.model_runner.get_model())
+    weights = in_checkpoint_layout(layout, named_tensors(payload))
+    worker.reload_weights(weights_iterator=iter(weights))
+    model = worker.model_runner.get_model()
+    reload_written_past(model, weights)
+    repack_tied_heads(model)
+    repack_experts(model)
 
 
 def repack_tied_heads(model: torch.nn.Module) -> None:
@@ -480,3 +509,34 @@ def repack_tied_heads(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
             module.quant_method.process_weights_after_loading(module)
+
+
+def reload_written_past(model: torch.nn.Module, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Load once more what vLLM's loader of gpt-oss writes into parameters by itself: experts and attention sinks.
+
+    A reload gathers what is given to loaders of parameters; what is written past them gets lost, and old values stay.
+    """
+    if type(model).__name__ != "GptOssForCausalLM":
+        return
+    # Copies, as the loader of some ranks writes zeros into biases.
+    past = [(name, tensor.clone()) for name, tensor in weights if ".experts." in name or name.endswith(".sinks")]
+    model.load_weights(iter(past))  # type: ignore[operator]
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.process_weights_after_loading(module)
+
+
+def repack_experts(model: torch.nn.Module) -> None:
+    """Pack experts anew where vLLM computes with a packed layout of them (CPU).
+
+    vLLM packs them when their kernel is made, which is once: a reload would leave plain weights for a kernel that reads
+    packed ones.
+    """
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        if isinstance(experts, CPUUnquantizedExperts):
+            experts.process_weights_after_loading(module)

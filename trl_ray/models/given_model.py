@@ -19,6 +19,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl_ray.config.sections import Dtype, ModelConfig, QuantType
 from trl_ray.errors import ModelError
 from trl_ray.models.adapters.adapter_config import ADAPTER_CONFIG
+from trl_ray.models.generation_settings import mend_generation
 from trl_ray.models.policy_loading import load_tokenizer
 
 _BASE = "base"
@@ -75,6 +76,11 @@ def quantization_options(given: object) -> dict[str, Any]:
             "quantization_config must leave llm_int8_skip_modules and llm_int8_enable_fp32_cpu_offload alone, got "
             f"{given.llm_int8_skip_modules} and {given.llm_int8_enable_fp32_cpu_offload}. Remove them."
         )
+    if given.load_in_4bit and given.bnb_4bit_compute_dtype is torch.float16:
+        raise ModelError(
+            "quantization_config must have bnb_4bit_compute_dtype bfloat16 or float32, got float16, which is not "
+            "trained in here. Set torch.bfloat16."
+        )
     return {
         "load_in_4bit": given.load_in_4bit,
         "load_in_8bit": given.load_in_8bit,
@@ -114,6 +120,7 @@ def write_given(folder: Path, *, model: object, tokenizer: object | None, option
 
 def _write_model(model: Any, folder: Path) -> None:
     base = _adapted(model)
+    mend_generation(model if base is None else base)
     if base is None:
         model.save_pretrained(folder)
         return

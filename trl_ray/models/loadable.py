@@ -6,15 +6,15 @@ ModelConfig --> folder, weight files, libraries --> the architecture on no devic
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
 from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import ModelError
+from trl_ray.models.adapters.adapter_config import require_lora
+from trl_ray.models.adapters.lora import attach_adapter
 from trl_ray.models.policy_loading import (
     LOAD_ERRORS,
     find_source,
@@ -22,8 +22,10 @@ from trl_ray.models.policy_loading import (
     require_weights,
     torch_dtype,
 )
+from trl_ray.models.quantised_checkpoints import check_trainable
 from trl_ray.models.scoring.classifier import AUTO_CLASSES, has_class_head
 from trl_ray.models.scoring.head import head_module, logit_transform
+from trl_ray.models.weight_files import check_shapes, read_shapes
 
 
 def check_loadable(model: ModelConfig, *, num_labels: int | None = None) -> None:
@@ -38,9 +40,13 @@ def check_loadable(model: ModelConfig, *, num_labels: int | None = None) -> None
     """
     source, config = find_source(model), load_model_config(model)
     require_weights(source.base)
-    _check_files(source.base)
+    if source.adapter is not None:
+        require_lora(source.adapter)
+    shapes = read_shapes(source.base)
     _check_libraries(model)
+    check_trainable(model, config, source.base)
     if num_labels is None:
+        _check_decoder(source.base, config)
         auto: Any = AutoModelForCausalLM
     else:
         auto = AUTO_CLASSES[num_labels]
@@ -56,18 +62,24 @@ def check_loadable(model: ModelConfig, *, num_labels: int | None = None) -> None
     if num_labels is None:
         head_module(empty)
         logit_transform(empty)
+        if shapes is not None and getattr(config, "quantization_config", None) is None:
+            check_shapes(source.base, shapes, empty)
+    if model.use_peft and source.adapter is None:
+        with torch.device("meta"):
+            attach_adapter(empty, model, seed=0)
 
 
-def _check_files(name: str) -> None:
-    """Of a folder: every weight file has the length that its header says."""
-    for file in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else ():
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"the model in {name} must load, but: {file.name} is truncated or damaged ({error}). Copy it again."
-            ) from error
+def _check_decoder(name: str, config: Any) -> None:
+    """Tokens of a language model see what is before them, and nothing else."""
+    written = getattr(config, "architectures", None) or ()
+    # The flag alone does not tell: some decoders have it, and leave it false.
+    sees_all = getattr(config, "is_decoder", True) is False and any(each.endswith("ForMaskedLM") for each in written)
+    if config.is_encoder_decoder or sees_all:
+        kind = "an encoder, which sees what comes after" if sees_all else "an encoder and a decoder"
+        raise ModelError(
+            f"model_name_or_path must name a decoder, got {name} of the type {config.model_type}, which is {kind}. "
+            "Take a causal language model."
+        )
 
 
 def _check_libraries(model: ModelConfig) -> None:

@@ -31,8 +31,11 @@ from trl_ray.errors import ModelError
 from trl_ray.models.adapters.adapter_config import adapter_size, base_of_adapter, is_adapter_folder
 from trl_ray.models.adapters.lora import REFERENCE, attach_adapter, load_adapter
 from trl_ray.models.dropout import check_without_dropout, switch_off_dropout
+from trl_ray.models.generation_settings import mend_generation
+from trl_ray.models.quantised_checkpoints import dequantising, forget_quantisation
 from trl_ray.models.scoring.head import check_head
 from trl_ray.models.scoring.rope_regimes import compute_by_sequence, rope_regimes
+from trl_ray.models.scoring.segment_attention import heed_soft_cap
 from trl_ray.models.vocabulary import add_rows, adopt_template, missing_rows, names_tokenizer, template_text
 
 Policy: TypeAlias = PreTrainedModel
@@ -211,11 +214,19 @@ def load_base(
     if _is_quantised(model):
         options |= {"quantization_config": quantization(model, torch.device(device)), "device_map": {"": device}}
     try:
+        plain = None if _is_quantised(model) else dequantising(name, source.revision)
+        options |= {} if plain is None else {"quantization_config": plain}
         loaded = auto.from_pretrained(name, output_loading_info=True, **options)
     except LOAD_ERRORS as error:
         raise ModelError(_why_not(name, error)) from error
     policy, info = cast("tuple[Policy, dict[str, Any]]", loaded)
+    if plain is not None:
+        forget_quantisation(policy)
+        nn.Module.to(policy, torch_dtype(model.dtype))
+    mend_generation(policy)
     policy.config.use_cache = False
+    if model.attn_implementation is None:
+        heed_soft_cap(policy)
     compute_by_sequence(policy)
     _follow_tokenizer(policy, model, source)
     return policy, set(info["missing_keys"])
@@ -367,7 +378,12 @@ def _apply_liger(policy: Policy, *, device: torch.device) -> None:
 
 
 def _why_not(name: str, error: BaseException) -> str:
-    first_line = str(error).strip().split("\n")[0]
+    first_line = str(error).strip().split("\n")[0].rstrip(". ")
+    if "custom code" in first_line:
+        return (
+            f"trust_remote_code must be true for {name}, whose model is code of its own, which runs here. Look at it, "
+            "then set trust_remote_code=true."
+        )
     if Path(name).is_dir():
         damaged = isinstance(error, SafetensorError) or "safetensors" in first_line.lower()
         hint = "A weight file is truncated or damaged: copy the model again." if damaged else "Check its config.json."
@@ -395,7 +411,7 @@ def _read_config(model: ModelConfig, source: ModelSource, changes: Mapping[str, 
             name, trust_remote_code=model.trust_remote_code, return_unused_kwargs=True, **options, **changes
         )
     except LOAD_ERRORS as error:
-        raise ModelError(f"the configuration of {name} must load, but: {_why_not(name, error)}") from error
+        raise ModelError(_why_not(name, error)) from error
     wrong = sorted(unknown.keys() & changes.keys())
     if wrong:
         guess = nearest(wrong[0], config.to_dict())
@@ -535,7 +551,11 @@ def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrained
             name, trust_remote_code=model.trust_remote_code, **options
         )
     except LOAD_ERRORS as error:
-        raise ModelError(f"the tokenizer of {name} must load, but: {str(error).strip().split(chr(10))[0]}") from error
+        first_line = str(error).strip().split("\n")[0].rstrip(". :")
+        raise ModelError(
+            f"the tokenizer of {name} must load, but: {first_line}. Copy its files (tokenizer.json, "
+            "tokenizer_config.json) from the model that it belongs to."
+        ) from error
     clones = model.chat_template is not None and names_tokenizer(model.chat_template)
     if clones:
         adopt_template(tokenizer, cast(str, model.chat_template))
@@ -547,7 +567,10 @@ def load_tokenizer(model: ModelConfig, *, path: str | None = None) -> PreTrained
             )
         tokenizer.eos_token = model.eos_token
     if tokenizer.eos_token is None:
-        raise ModelError(f"the tokenizer of {name} must have an end-of-sequence token: completions could not end.")
+        raise ModelError(
+            f"the tokenizer of {name} must have an end-of-sequence token: completions could not end. "
+            "Set eos_token to the token that ends a turn."
+        )
     if knows_padding_token(tokenizer, model):
         tokenizer.pad_token = model.pad_token
     if tokenizer.pad_token is None:

@@ -39,6 +39,10 @@ class PolicyObjective(Objective[ConfigT]):
     def loss(self) -> LossSection:
         return self._policy
 
+    @property
+    def max_prompt_length(self) -> int | None:
+        return self.config.max_prompt_length
+
     def build(self, groups: Sequence[RolloutGroup], *, scores: Sequence[SampleScores] | None = None) -> BuiltStep:
         return build_step(groups, config=self._advantages, rules=self._rules, scores=scores)
 

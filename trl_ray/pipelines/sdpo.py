@@ -54,10 +54,6 @@ class SelfDistillation(PolicyObjective[SDPOConfig]):
             metrics={name: Metric(value=value) for name, value in metrics.items()}, warnings=tuple(warnings)
         )
 
-    @property
-    def max_prompt_length(self) -> int | None:
-        return self.config.max_prompt_length
-
     def check_prompts(self, prompts: PromptSource) -> None:
         if self.config.distils:
             for ordinal in range(len(prompts)):

@@ -39,6 +39,8 @@ class GRPOConfig(RolloutRunConfig, LossConfig, AdvantageConfig):
 
     num_generations: Annotated[int, Field(ge=2)] = 8
     """Completions per prompt: the group size G; one alone cannot be compared with anything."""
+    max_prompt_length: Positive | None = None
+    """Longer prompts lose their head, as in past versions of TRL. None refuses what the model does not hold."""
 
     @property
     def passes_per_step(self) -> int:

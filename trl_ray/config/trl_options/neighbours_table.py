@@ -14,6 +14,9 @@ from trl_ray.config.trl_options.table_rows import Rows, always, by_value, never,
 _READING = "Rows are read and tokenised by the driver; nothing of them is kept."
 _TEMPLATE = "Remove it: rows are rendered by the tokenizer's own chat template, or by chat_template, a jinja file."
 _HELD_OUT = "Set test_split_size to a share below 1 or a number of rows, or dataset_test_split to a split."
+_TOKENIZER = "The tokenizer is the one in the model's folder, in its fast form."
+_PIPELINE = "Choose the pipeline: trl-ray dpo, kto, orpo, cpo (SimPO) or grpo."
+_TABLES = "Evaluations measure held-out rows; completions are in the run directory."
 _KERNEL = "Kernels are chosen by attn_implementation and use_liger_kernel."
 _NO_QUANTISING = "Set load_in_4bit or load_in_8bit, with use_peft."
 
@@ -92,6 +95,20 @@ def _special_tokens(value: Any, given: Mapping[str, Any]) -> Reading | None:
     return {name: token for name, token in value.items() if token is not None}
 
 
+def _vllm(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """Of a server's options, those of an engine; where it listens, is nobody's business."""
+    names = {"tensor_parallel_size": "tensor_parallel_size", "gpu_memory_utilization": "gpu_memory_utilization"}
+    names |= {"max_model_len": "max_model_len"}
+    nothing = {"host", "port", "dtype", "enable_prefix_caching"}
+    if (
+        not isinstance(value, Mapping)
+        or not set(value) <= {*names, *nothing}
+        or value.get("dtype") not in ("auto", None)
+    ):
+        return None
+    return {f"rollout.{names[key]}": item for key, item in value.items() if key in names and item is not None}
+
+
 def _targets(value: Any, given: Mapping[str, Any]) -> Reading | None:
     """``all`` or names with commas."""
     if value == "all":
@@ -122,7 +139,44 @@ def _per_epoch(option: str) -> tuple[ForeignOption, ...]:
     return read_by(read, says=f"Set {option}: a number of steps, or a fraction of the run's below 1.")
 
 
+def _rpo(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """The weight of the chosen answers' likelihood beside DPO's loss."""
+    if value is None:
+        return {}
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or given.get("loss_type") is not None:
+        return None
+    return {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, float(value)]}
+
+
+def _stage(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """Supervised fine-tuning trains what the assistant says there, unless it is told otherwise."""
+    if value == "pt":
+        return {}
+    if value != "sft":
+        return None
+    return {} if given.get("train_on_prompt") else {"assistant_only_loss": True}
+
+
+def _inputs(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """Whether what is answered is trained: prompts beside completions, and in conversations what others say."""
+    if value is True:
+        return {"completion_only_loss": False}
+    if value not in (False, None):
+        return None
+    entries = [each for each in given.get("datasets") or () if isinstance(each, Mapping)]
+    talks = any(
+        str(each.get("type") or "").startswith(("chat_template", "sharegpt")) or "field_messages" in each
+        for each in entries
+    )
+    return {"assistant_only_loss": True} if talks else {"completion_only_loss": None}
+
+
 HANDBOOK: Rows = {
+    "rpo_alpha": read_by(
+        _rpo, says="Set loss_type=[sigmoid, sft] with loss_weights=[1.0, ALPHA].", needs=("loss_weights",)
+    ),
+    "base_model_attribute_name": always("The base of a model is found by transformers."),
+    "packing": only(False, None, says="Remove it: only the pipeline sft packs examples."),
     "dataset_mixer": read_by(
         _mixer,
         says="Shares must be from 0 to 1. List them under datasets: [{path: NAME, share: 0.1}].",
@@ -150,7 +204,7 @@ HANDBOOK: Rows = {
 
 FACTORY: Rows = {
     "stage": (
-        *only("sft", "pt", says="Choose the pipeline: trl-ray sft, dpo, kto, reward or grpo.", needs=("packing",)),
+        *read_by(_stage, says="Choose the pipeline: trl-ray sft, dpo, kto, reward or grpo.", needs=("packing",)),
         *only(
             "rm",
             says="Choose the pipeline: trl-ray sft, dpo, kto, reward or grpo.",
@@ -195,8 +249,8 @@ FACTORY: Rows = {
     "use_unsloth": only(False, says="Set use_liger_kernel=true for faster layers."),
     "neat_packing": renamed("packing"),
     "train_on_prompt": by_value(
-        {True: {"completion_only_loss": False}, False: {"completion_only_loss": True}},
-        says="Set completion_only_loss.",
+        {True: {"completion_only_loss": False}, False: {"assistant_only_loss": True}},
+        says="Set completion_only_loss, or assistant_only_loss for conversations.",
         needs=("completion_only_loss",),
     ),
     "mask_history": only(False, says="Remove it: assistant_only_loss trains every turn of the assistant."),
@@ -237,6 +291,71 @@ FACTORY: Rows = {
         {True: {"shuffle_dataset": False}, False: {"shuffle_dataset": True}}, says="Set shuffle_dataset."
     ),
     "mix_strategy": only("concat", says="Set weight of each of the datasets, and mixture_stopping."),
+    "interleave_probs": read_by(
+        lambda value, given: {} if value is None or given.get("mix_strategy", "concat") == "concat" else None,
+        says="Set weight of each of the datasets, and mixture_stopping.",
+    ),
+    "streaming": renamed("dataset_streaming"),
+    "buffer_size": read_by(
+        lambda value, given: None if value is not None and given.get("streaming") else {},
+        says="Set stream_window: rows of a stream that are shuffled together.",
+    ),
+    "add_tokens": only(None, "", says="Add them to the tokenizer's files: embeddings get rows for them."),
+    "add_special_tokens": only(None, "", says="Add them to the tokenizer's files: embeddings get rows for them."),
+    "new_special_tokens": only(None, "", says="Add them to the tokenizer's files: embeddings get rows for them."),
+    "ignore_pad_token_for_loss": only(True, says="Remove it: nothing is padded."),
+    **dict.fromkeys(
+        ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model"), always("Rows are text.")
+    ),
+    **dict.fromkeys(
+        ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
+        never("Set use_peft with lora_target_modules to train a part of the weights."),
+    ),
+    **dict.fromkeys(
+        ("use_badam", "use_llama_pro", "use_apollo", "use_adam_mini", "pissa_init"),
+        only(False, None, says="Set use_peft=true to save memory."),
+    ),
+    **dict.fromkeys(
+        ("galore_layerwise", "galore_target", "galore_rank", "galore_scale", "galore_update_interval"),
+        never("Set use_peft=true to save memory."),
+    ),
+    "use_muon": by_value({True: {"optim": "muon"}}, nothing=(False, None), says="Set optim=muon."),
+    "use_dft_loss": by_value(
+        {True: {"loss_type": "dft"}}, nothing=(False, None), says="Set loss_type=dft in trl-ray sft."
+    ),
+    "use_swanlab": only(False, None, says="Set report_to: wandb, tensorboard, mlflow or trackio."),
+    **dict.fromkeys(
+        ("swanlab_project", "swanlab_run_name", "swanlab_mode", "swanlab_api_key", "swanlab_workspace"),
+        only(None, says="Set report_to, run_name and project."),
+    ),
+    "create_new_adapter": always("An adapter is new unless model_name_or_path names one."),
+    "train_from_scratch": only(False, None, says="Save a model of random weights, and name its folder."),
+    "compute_accuracy": always("Token accuracy is always measured."),
+    "disable_gradient_checkpointing": by_value(
+        {True: {"gradient_checkpointing": False}, False: {"gradient_checkpointing": True}},
+        says="Set gradient_checkpointing.",
+    ),
+    "use_cache": always("Training keeps no cache, and generation always does."),
+    "print_param_status": always("The dry run counts parameters."),
+    "eval_on_each_dataset": only(False, None, says="Pass eval_dataset={NAME: rows} in Python."),
+    "enable_thinking": renamed("chat_template_kwargs.enable_thinking"),
+    "default_system": only(None, "", says="Set system_prompt, or give rows a column system."),
+    "tool_format": only(None, says=_TEMPLATE),
+    "cache_dir": only(None, says="Set the environment variable HF_HOME."),
+    "hf_hub_token": only(None, says="Set the environment variable HF_TOKEN."),
+    "infer_backend": always("rollout.engine says who generates."),
+    "data_shared_file_system": always(_READING),
+    "moe_aux_loss_coef": renamed("router_aux_loss_coef"),
+    **dict.fromkeys(
+        ("export_dir", "export_size", "export_device", "export_legacy_format", "export_hub_model_id"),
+        never("Checkpoints load with from_pretrained; models.adapters.merging.export_merged merges an adapter."),
+    ),
+    **dict.fromkeys(
+        ("use_ray", "ray_run_name", "ray_storage_path"), always("Runs are on Ray, with output_dir as their folder.")
+    ),
+    **dict.fromkeys(
+        ("ray_num_workers", "resources_per_worker", "placement_strategy"), never("Set runtime.num_learners.")
+    ),
 }
 
 AXOLOTL: Rows = {
@@ -262,9 +381,9 @@ AXOLOTL: Rows = {
     "sample_packing_group_size": always(_READING),
     "sample_packing_bin_size": always(_READING),
     "pad_to_sequence_len": always("Nothing is padded."),
-    "train_on_inputs": by_value(
-        {True: {"completion_only_loss": False}, False: {"completion_only_loss": None}},
-        says="Set completion_only_loss.",
+    "train_on_inputs": read_by(
+        _inputs,
+        says="Set completion_only_loss, or assistant_only_loss for conversations.",
         needs=("completion_only_loss",),
     ),
     "adapter": by_value(
@@ -313,11 +432,41 @@ AXOLOTL: Rows = {
         says="Set eos_token and pad_token, and others in the tokenizer's files.",
     ),
     "tokens": only(None, [], says="Add them to the tokenizer's files: embeddings grow with it."),
-    "rl": never("Choose the pipeline: trl-ray dpo, kto, orpo, cpo (SimPO) or grpo."),
+    "rl": (
+        *only("kto", says=_PIPELINE, needs=("desirable_weight",)),
+        *by_value({"ipo": {"loss_type": "ipo"}}, nothing=("dpo",), says=_PIPELINE, needs=("f_divergence_type",)),
+        *by_value(
+            {"simpo": {"loss_type": "simpo", "cpo_alpha": 0.0}}, says=_PIPELINE, needs=("cpo_alpha", "simpo_gamma")
+        ),
+        *only("grpo", says=_PIPELINE, needs=("num_generations", "loss_type", "epsilon")),
+        *never(_PIPELINE),
+    ),
+    "vllm": read_by(_vllm, says="Set rollout: tensor_parallel_size, gpu_memory_utilization, max_model_len."),
+    "tokenizer_use_fast": always(_TOKENIZER),
+    "tokenizer_legacy": always(_TOKENIZER),
+    "resize_token_embeddings_to_32x": always("Embeddings get a row for each token of the tokenizer."),
+    "push_dataset_to_hub": only(None, "", says="Remove it: rows are not sent."),
+    "skip_prepare_dataset": always(_READING),
+    "torchdistx_path": only(None, "", says="Remove it."),
+    **dict.fromkeys(
+        ("gptq", "gptq_groupsize", "gptq_model_v1"),
+        only(None, False, "", says="A checkpoint says how it is quantised."),
+    ),
+    "gc_steps": always("Memory is the run's own business."),
+    "eval_max_new_tokens": always(_TABLES),
+    "eval_table_size": always(_TABLES),
+    "save_first_step": only(False, None, says="Set save_steps."),
+    "eot_tokens": only(None, [], says="Set eos_token: the token that ends a turn."),
+    "lora_on_cpu": only(False, None, says="Remove it: adapters are read where the model is."),
+    "relora_steps": only(None, says="Remove it: an adapter is one for the whole run."),
+    "loraplus_lr_embedding": only(None, says="Remove it: all weights of an adapter have one learning rate."),
+    "bench_dataset": only(None, says="Remove it: run benchmarks on a checkpoint."),
+    "sdp_attn_kernel": always(_KERNEL),
+    "load_best_model_at_end_metric": renamed("metric_for_best_model"),
     "rl_beta": renamed("beta"),
     "dpo_beta": renamed("beta"),
     "orpo_alpha": renamed("beta"),
-    "trl": never("Write what it holds beside the other options, and choose the pipeline: trl-ray grpo."),
+    "trl": never("Write what it holds beside the other options: some of it stands there as well."),
     "plugins": only(None, [], says="Set use_liger_kernel=true for Liger's kernels, and callbacks for the rest."),
     "liger_rope": always(_KERNEL),
     "liger_rms_norm": always(_KERNEL),
@@ -337,41 +486,3 @@ AXOLOTL: Rows = {
     ),
     "train_on_eos": only("turn", "all", None, says="Remove it: what ends a turn is trained with it."),
 }
-
-_USUAL_SPEAKERS = frozenset({"user", "human", "assistant", "gpt", "system", "tool"})
-
-
-def _usual_fields(value: Any, given: Mapping[str, Any]) -> Reading | None:
-    usual = {"role": ("role", "from"), "content": ("content", "value")}
-    held = value or {}
-    if not isinstance(held, Mapping) or any(field not in usual.get(name, ()) for name, field in held.items()):
-        return None
-    return {}
-
-
-def _usual_roles(value: Any, given: Mapping[str, Any]) -> Reading | None:
-    """{user: [human, user], assistant: [gpt, assistant]}"""
-    held = value or {}
-    if not isinstance(held, Mapping) or any(not isinstance(each, list) for each in held.values()):
-        return None
-    return {} if {name for names in (held, *held.values()) for name in names} <= _USUAL_SPEAKERS else None
-
-
-_RECOGNISED = "Rows are recognised by their columns; column_mapping={COLUMN: messages} names others."
-AXOLOTL_DATASETS: Rows = {
-    "datasets.type": only("chat_template", "sharegpt", "alpaca", "completion", "", None, says=_RECOGNISED),
-    "datasets.conversation": only("chatml", None, says=_TEMPLATE),
-    "datasets.chat_template": only("tokenizer_default", None, says=_TEMPLATE),
-    "datasets.ds_type": always("The kind of a file is told by its name."),
-    "datasets.field_messages": only("messages", "conversations", None, says=_RECOGNISED),
-    "datasets.field": only("text", None, says="Set dataset_text_field to the column."),
-    "datasets.message_field_role": only("role", "from", None, says=_RECOGNISED),
-    "datasets.message_field_content": only("content", "value", None, says=_RECOGNISED),
-    "datasets.message_property_mappings": read_by(_usual_fields, says=_RECOGNISED),
-    "datasets.roles": read_by(_usual_roles, says="Set role_mapping={NAME: ROLE}."),
-    "datasets.roles_to_train": only(["assistant"], None, says="Set assistant_only_loss=true."),
-    "datasets.train_on_split": renamed("split"),
-    "datasets.config": renamed("name"),
-    "datasets.shards": only(None, says="Set share, a part of the dataset's rows."),
-}
-"""Of entries under `datasets`, see `trl_ray.config.sections.DatasetConfig`."""

@@ -10,15 +10,22 @@ import re
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
+from trl_ray.config.trl_options.dataset_entries_table import ENTRIES
 from trl_ray.config.trl_options.foreign_option import ForeignOption, Reading, standing_for
-from trl_ray.config.trl_options.neighbours_table import AXOLOTL, AXOLOTL_DATASETS, FACTORY, HANDBOOK
+from trl_ray.config.trl_options.frameworks_table import OPEN_R1, OPENRLHF, PRIME_RL, VERL
+from trl_ray.config.trl_options.neighbours_table import AXOLOTL, FACTORY, HANDBOOK
 from trl_ray.config.trl_options.table_rows import Rows
 from trl_ray.config.trl_options.trainer_table import ENGINES, TEACHERS, TRAINERS
 from trl_ray.config.trl_options.training_table import TRAINING
 
-_TABLES: tuple[Rows, ...] = (TRAINING, TRAINERS, ENGINES, TEACHERS, FACTORY, AXOLOTL, AXOLOTL_DATASETS, HANDBOOK)
-_PLACE = re.compile(r"\.\d+(?=\.)")
-"""Of an entry of a list: ``datasets.0.type`` is ``datasets.type``."""
+_TABLES: tuple[Rows, ...] = (
+    *(TRAINING, TRAINERS, ENGINES, TEACHERS),
+    *(FACTORY, AXOLOTL, HANDBOOK, ENTRIES),
+    *(OPEN_R1, OPENRLHF, VERL, PRIME_RL),
+)
+_ENTRY = re.compile(r"\.\d+\.")
+_BLOCKS = ("trl",)
+"""Sections of axolotl's that hold options of the run."""
 ABSENT = object()
 """Stands for a value that was not given."""
 
@@ -40,8 +47,8 @@ def entry_of(name: str, known: Container[str]) -> ForeignOption | None:
         name: of the option.
         known: options of the configuration.
     """
-    name = _PLACE.sub("", name)
-    entries = tuple(entry for table in _TABLES for entry in table.get(name, ()))
+    written = _ENTRY.sub(".", name)
+    entries = tuple(entry for table in _TABLES for entry in table.get(written, ()))
     found = standing_for(entries, known)
     if found is not None and found.becomes is not None and found.becomes not in known and "." not in found.becomes:
         # Another name of an option that is none of ours either.
@@ -61,6 +68,7 @@ def read_foreign(values: Mapping[str, Any], known: Container[str], *, of: str = 
         What validation gets: options that ask for what happens anyway are gone, those that cannot be done, or that
         another option contradicts, stand where they stood.
     """
+    values = _flat(values, known)
     read = {name: value for name, value in values.items() if name in known}
     for name, value in values.items():
         if name in known:
@@ -72,6 +80,15 @@ def read_foreign(values: Mapping[str, Any], known: Container[str], *, of: str = 
         for path, item in reading.items():
             _put(read, path, item)
     return read
+
+
+def _flat(values: Mapping[str, Any], known: Container[str]) -> Mapping[str, Any]:
+    """What stands in a section of options of the run, beside the others; what is given twice stays where it is."""
+    for name in _BLOCKS:
+        block = values.get(name)
+        if name not in known and isinstance(block, Mapping) and not set(block) & set(values):
+            values = {**{key: value for key, value in values.items() if key != name}, **block}
+    return values
 
 
 def why_not(name: str, value: Any, known: Container[str], given: Mapping[str, Any]) -> str | None:
@@ -102,7 +119,8 @@ def _reading(name: str, value: Any, values: Mapping[str, Any], known: Container[
 
 
 def _contradicted(reading: Reading, read: Mapping[str, Any]) -> bool:
-    return any(found is not ABSENT and found != reading[path] for path, found in _found(reading, read))
+    # Who leaves a value empty, says nothing.
+    return any(found not in (ABSENT, None) and found != reading[path] for path, found in _found(reading, read))
 
 
 def _found(reading: Reading, read: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

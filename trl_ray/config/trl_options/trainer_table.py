@@ -141,21 +141,24 @@ TRAINERS: Rows = {
     "max_length": only(
         None, says="Set rollout.max_model_len: tokens of prompt and completion together.", needs=("rollout",)
     ),
-    "max_prompt_length": (
-        *only(
-            None,
-            says="Prompts are not cut: set rollout.max_model_len for prompt and completion together, and leave longer "
-            "prompts out of the dataset.",
-            needs=("rollout",),
-        ),
-        *only(
-            None,
-            says="As in TRL 1.16, max_length cuts prompt and answer together, and truncation_mode says at which end.",
-            needs=("max_length",),
-        ),
+    "max_prompt_length": only(
+        None,
+        says="max_length cuts a text or a conversation as a whole.",
+        needs=("max_length",),
     ),
-    "max_completion_length": always(
-        "In TRL it cuts what encoder-decoder models write; max_length cuts prompt and answer together.", "max_length"
+    "max_completion_length": (
+        *(
+            entry
+            for option in ("f_divergence_type", "desirable_weight", "packing", "center_rewards_coefficient")
+            for entry in only(
+                None, says="As in TRL 1.16, max_length cuts prompt and answer together.", needs=(option, "max_length")
+            )
+        ),
+        # CPO and ORPO.
+        *always(
+            "In TRL it cuts what encoder-decoder models write; max_length cuts prompt and answer together.",
+            "max_length",
+        ),
     ),
     "max_target_length": only(
         None, says="As in TRL 1.16, max_length cuts prompt and answer together.", needs=("max_length",)

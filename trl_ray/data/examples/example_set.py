@@ -395,6 +395,7 @@ def making_for(
         max_length=config.max_length,
         truncation_mode=config.truncation_mode,
         template_kwargs=config.chat_template_kwargs,
+        max_prompt_length=getattr(config, "max_prompt_length", None),
     )
     match task:
         case ExampleTask.SUPERVISED:
@@ -415,7 +416,7 @@ def making_for(
                 template_kwargs=rules.template_kwargs,
                 step_separator=stepped.step_separator,
                 last_step_only=stepped.train_on_last_step_only and not evaluation,
-                max_prompt_length=stepped.max_prompt_length,
+                max_prompt_length=rules.max_prompt_length,
                 max_completion_length=stepped.max_completion_length,
             )
             return StepMaking(tokenizer=tokenizer, rules=step_rules, tokens=step_tokens(tokenizer, step_rules))

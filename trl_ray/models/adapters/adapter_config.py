@@ -43,6 +43,7 @@ _FURTHER = frozenset(
         "layers_pattern",
         "layers_to_transform",
         "rank_pattern",
+        "target_parameters",
     }
 )
 """Fields that `lora_kwargs` may set."""
@@ -60,9 +61,6 @@ _BOOKKEEPING = frozenset(
     }
 )
 _REFUSED = {
-    "target_parameters": "lora_target_parameters must be left out: adapters stand beside linear layers here, and "
-    "experts that keep their weights in one parameter have none. Remove it; attention and shared layers can be named "
-    "in lora_target_modules.",
     "trainable_token_indices": "trainable_token_indices must be left out. Set lora_modules_to_save=[embed_tokens, "
     "lm_head], which trains these rows among all.",
     "bias": "bias must be 'none': with biases trained there would be no reference beneath the adapter. Remove it.",
@@ -117,14 +115,29 @@ def task_of_adapter(folder: str | Path) -> str | None:
     Raises:
         ModelError: its configuration cannot be read.
     """
+    return _said(folder, "task_type")
+
+
+def require_lora(folder: str | Path) -> None:
+    """Check that an adapter is of a kind that can be trained on.
+
+    Raises:
+        ModelError: it is not, or its configuration cannot be read.
+    """
+    kind = _said(folder, "peft_type")
+    if kind != "LORA":
+        raise ModelError(f"the adapter in {folder} must be LoRA or DoRA, but is {kind}. Merge it first.")
+
+
+def _said(folder: str | Path, key: str) -> str | None:
     file = Path(folder).expanduser() / ADAPTER_CONFIG
     try:
-        task = json.loads(file.read_text(encoding="utf-8")).get("task_type")
+        value = json.loads(file.read_text(encoding="utf-8")).get(key)
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(
             f"{file} must be an adapter's configuration, but: {error!r}. Copy the adapter again."
         ) from None
-    return None if task is None else str(task)
+    return None if value is None else str(value)
 
 
 def adapter_size(folder: str | Path) -> int:
@@ -218,7 +231,7 @@ def _refuse(names: Iterable[str]) -> None:
 
 
 def check_lora_config(config: LoraConfig) -> None:
-    """Refuse what changes anything but linear layers, or moves the frozen weights."""
+    """Refuse what changes anything but linear layers and parameters of experts, or moves the frozen weights."""
     default = type(config)()
     known = _FROM_OPTIONS.keys() | _FURTHER | _BOOKKEEPING
     odd = [

@@ -139,7 +139,10 @@ def logit_transform(model: nn.Module) -> LogitTransform:
 def hidden_states(model: nn.Module, **inputs: Tensor | None) -> Tensor:
     """Final hidden states [R, T, H], after the last norm and before the head."""
     states: Tensor = causal_model(model).base_model(**inputs, use_cache=False).last_hidden_state
-    return states
+    dtype = head_weight(model).dtype
+    # State-space models keep float32 between their layers; their heads, as all, read what they compute in.
+    is_narrower = states.dtype is torch.float32 and dtype in {torch.bfloat16, torch.float16}
+    return states.to(dtype) if is_narrower else states
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def _by_sequence(plain: Callable[..., Any], regimes: RopeRegimes) -> Callable[..
         lengths = sequence_lengths(position_ids)
         keys = lengths.clamp(min=regimes.original) if regimes.each else lengths > regimes.original
         found: tuple[Tensor, ...] | None = None
-        for key in keys.unique():
+        for key in torch.unique(keys):
             chosen = keys == key
             if regimes.each:  # it remembers the longest so far, until it meets a short one
                 plain(x, torch.zeros_like(position_ids[:1, :1]), *further, **named)

@@ -26,6 +26,9 @@ SEGMENT_ATTENTION = "trl_ray_segments"
 QUERY_CHUNK = 256
 """Queries under one mask: the keys after the last of them are not looked at."""
 
+_ALIBI = ("build_alibi_tensor", "build_mpt_alibi_tensor")
+"""Methods of models that take distances from a mask of two axes, and no positions (Bloom, MPT)."""
+
 
 def attention_kind(model: PreTrainedModel) -> AttentionKind:
     """What the model's attention, as far as its configuration says, can be told."""
@@ -35,12 +38,21 @@ def attention_kind(model: PreTrainedModel) -> AttentionKind:
     # Layers with a window see less than our masks and segments would let them.
     if any(kind != "full_attention" for kind in kinds) or (window is not None and not hasattr(config, "layer_types")):
         return AttentionKind.CAUSAL
+    if getattr(config, "alibi", False) or any(hasattr(getattr(model, "base_model", None), name) for name in _ALIBI):
+        return AttentionKind.CAUSAL
     implementation = str(config._attn_implementation)
     if implementation in {"sdpa", SEGMENT_ATTENTION} and getattr(model, "_supports_attention_backend", False):
         return AttentionKind.SEGMENTS
     if implementation in {"sdpa", "eager"}:
         return AttentionKind.MASKED
     return AttentionKind.RESTARTS if implementation.startswith("flash_attention") else AttentionKind.CAUSAL
+
+
+def heed_soft_cap(model: PreTrainedModel) -> None:
+    """Have attention scores capped where the configuration says so: `sdpa` leaves the cap out, engines do not."""
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) and str(config._attn_implementation) == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def segment_attention(

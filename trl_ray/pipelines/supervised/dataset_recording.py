@@ -159,14 +159,16 @@ class SupervisedRecorder(RunRecorder):
             Its numbers, without ``eval/``.
         """
         found = {"loss": evaluation.loss, **merged_values([evaluation.metrics])}
-        found |= self._own_numbers(own or {}, name)
+        mine = self._own_numbers(own or {}, name)
+        found |= mine
         numbers = {f"{name}_{key}" if name else key: value for key, value in found.items()}
         self.say(
             EventKind.EVALUATED,
             "evaluation",
             step=step,
             examples=examples,
-            **{f"eval/{name}": value for name, value in numbers.items()},
+            **{f"eval/{key}": value for key, value in numbers.items()},
+            **({"own": [f"{name}_{key}" if name else key for key in mine]} if mine else {}),
             seconds=round(time.time() - begin, 3),
         )
         return numbers

@@ -77,6 +77,10 @@ def test_a_prompt_may_fill_what_the_completion_leaves_and_no_more(model):
     assert prepared(model, rows=[{"prompt": "x" * 24}], **limits).prompts.longest == 24
     with pytest.raises(DataError, match="24 tokens"):
         prepared(model, rows=[{"prompt": "x" * 25}], **limits)
+    whole = prepared(model, rows=[{"prompt": "x" * 20}], **limits).prompts
+    cut = prepared(model, rows=[{"prompt": "y" * 5 + "x" * 20}], max_prompt_length=20, **limits).prompts
+    assert cut.longest == 20 and cut.prompt(0).token_ids.tolist() == whole.prompt(0).token_ids.tolist()
+    assert any("5 of 25 (20.0%) tokens" in note and "max_prompt_length" in note for note in cut.notes)
 
 
 def test_steps_are_given_or_follow_from_the_epochs(model):

@@ -1,0 +1,175 @@
+"""Tiny random models of many architectures, for proofs that sampler and learner compute the same.
+
+    build_tiny_architecture(path, "mixtral") -> config.json, model.safetensors, tokenizer.json
+
+Sizes are those of `tiny_models`. `ARCHITECTURES` has, by name, the model type of transformers and what its
+configuration needs beside them; weights are drawn wide, so that wrong log-probs cannot hide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from tiny_models import MAX_POSITIONS, VOCAB_SIZE, build_tokenizer
+
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+_PAIRED = ["sliding_attention", "full_attention"]
+_LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+_MAMBA: dict[str, Any] = {"state_size": 16, "num_heads": 8, "head_dim": 32, "n_groups": 1, "chunk_size": 16}
+# The sizes of DeepSeek's own models: kernels on CPUs know no others.
+_LATENT: dict[str, Any] = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "head_dim": 64,
+    "num_key_value_heads": 4,
+}
+
+ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "gemma": ("gemma", {"tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {"tie_word_embeddings": True, "sliding_window": 64, "layer_types": _PAIRED}),
+    "gemma3": ("gemma3_text", {"tie_word_embeddings": True, "sliding_window": 64, "layer_types": _PAIRED}),
+    "phi": ("phi", {}),
+    "phi3": ("phi3", {}),
+    "stablelm": ("stablelm", {}),
+    "olmo": ("olmo", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 64, "layer_types": _PAIRED}),
+    "granite": ("granite", {"logits_scaling": 2.0, "residual_multiplier": 0.5}),
+    "cohere": ("cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}),
+    "cohere2": ("cohere2", {"logit_scale": 0.25, "sliding_window": 64, "layer_types": _PAIRED}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "starcoder2": ("starcoder2", {"sliding_window": None}),
+    "falcon": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 512, "head_dim": None},
+    ),
+    "gpt2": ("gpt2", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": MAX_POSITIONS}),
+    "gpt_neox": ("gpt_neox", {}),
+    "opt": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 128}),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "glm4": ("glm4", {"pad_token_id": 259}),
+    "exaone4": ("exaone4", {"sliding_window": 64, "layer_types": _PAIRED}),
+    "nemotron": ("nemotron", {}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
+    ),
+    "qwen3_moe": ("qwen3_moe", {**_EXPERTS, "num_experts": 4, "decoder_sparse_step": 1}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 64,
+            "layer_types": _PAIRED,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 8.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **_EXPERTS,
+            **_LATENT,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+        },
+    ),
+    "granitemoe": ("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phimoe": ("phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "glm4_moe": (
+        "glm4_moe",
+        {**_EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "qwen3_next": (
+        "qwen3_next",
+        {**_EXPERTS, **_LINEAR, "num_experts": 4, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
+    ),
+    "qwen3_5": ("qwen3_5_text", _LINEAR),
+    "mamba": ("mamba", {"state_size": 16, "intermediate_size": 256}),
+    "mamba2": ("mamba2", {**_MAMBA, "intermediate_size": 256}),
+    "falcon_h1": (
+        "falcon_h1",
+        {"mamba_d_ssm": 256, "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16},
+    ),
+    "recurrent_gemma": ("recurrent_gemma", {"lru_width": 128, "attention_window_size": 64}),
+}
+"""By name: transformers' model type, and options beside the common ones."""
+
+
+def tiny_config(name: str) -> Any:
+    """The configuration of an architecture."""
+    model_type, options = ARCHITECTURES[name]
+    common: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": MAX_POSITIONS,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "bos_token_id": 256,
+        "eos_token_id": 258,
+        "pad_token_id": 259,
+    }
+    given = {option: value for option, value in {**common, **options}.items() if (option, value) != ("head_dim", None)}
+    return AutoConfig.for_model(model_type, **given)
+
+
+def random_architecture(name: str, *, seed: int = 0) -> PreTrainedModel:
+    """A tiny float32 causal language model with random weights; leaves the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(name))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Biases and norms start at 0 and 1, and experts at whatever a model makes of them.
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.float().eval()
+
+
+def build_tiny_architecture(path: str | Path, name: str, *, seed: int = 0) -> str:
+    """Save a tiny random model with its tokenizer to `path` (made when missing); gives the path back."""
+    logging.disable_progress_bar()
+    random_architecture(name, seed=seed).save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return str(path)
