@@ -194,7 +194,17 @@ def test_a_run_goes_on_with_the_rows_that_it_began_with(model: str, tmp_path: Pa
     train("dpo", model, run)
     with pytest.raises(DataError, match="28 examples then and 29 examples now"):
         PIPELINES["dpo"].from_run(run, train_dataset=rows("dpo", 29)).train()
+    with pytest.raises(DataError, match="28 examples then and 28 examples now with another content"):
+        PIPELINES["dpo"].from_run(run, train_dataset=rows("dpo", 28, start=1)).train()
     assert ledger(run)["trained"] == 28
+
+
+def test_a_finished_run_goes_on_for_more_steps(model: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train("dpo", model, run)
+    output = PIPELINES["dpo"].from_run(run, changes=["max_steps=6", "save_steps=2"], train_dataset=rows("dpo", 28))
+    assert output.train().steps == 6
+    assert "max_steps: 6" in (run / "config.yaml").read_text()
 
 
 def test_the_command_is_interrupted_by_ctrl_c_and_resumed_by_its_folder(model: str, tmp_path: Path) -> None:
