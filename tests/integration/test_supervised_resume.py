@@ -29,6 +29,12 @@ NOISY = {"neftune_noise_alpha": 5.0, "disable_dropout": False}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft with noise, dropout and packing": ("sft", {**NOISY, "packing": True, "max_steps": STEPS}),
     "sft with an adapter's dropout": ("sft", {"use_peft": True, "lora_dropout": 0.3, "disable_dropout": False}),
+    "sft with an adapter, embeddings and head": (
+        "sft",
+        {"use_peft": True, "lora_modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+    "sft in bfloat16": ("sft", {"dtype": "bfloat16", "learning_rate": 1e-5}),
+    "sft in bfloat16 with muon": ("sft", {"dtype": "bfloat16", "optim": "muon"}),
     "dpo": ("dpo", {}),
     "dpo, precomputed": ("dpo", {"precompute_ref_log_probs": True, "ref_log_probs_cache_dir": "{folder}/cache"}),
     "dpo, synchronised": ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 2}),

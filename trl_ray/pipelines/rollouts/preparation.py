@@ -21,6 +21,7 @@ from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.sections import GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
+from trl_ray.engines.factory import resolve_engine_kind
 from trl_ray.errors import ConfigError, DataError
 from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
@@ -33,6 +34,7 @@ from trl_ray.models.policy_loading import (
     max_positions,
     unscaled_positions,
 )
+from trl_ray.models.runnable import check_runnable, unproved_notes
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.reward_model_actors import (
     PreparedRewardModel,
@@ -325,6 +327,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     _check_weights(config, functions)
     model = config.part(ModelConfig)
     check_loadable(model)
+    _check_runnable(config, model)
     check_reference(model, resolve_options(objective.loss))
     drawn = sampling_notes(config.part(GenerationConfig), config.rollout)
     tokenizer = load_tokenizer(model)
@@ -355,7 +358,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         config=config,
         objective=objective,
         end_of_turn=end_of_turn_warning(model, tokenizer) if talks else None,
-        model_notes=(*model_notes(model, tokenizer), *precision_notes(config), *drawn),
+        model_notes=(*model_notes(model, tokenizer), *unproved_notes(model), *precision_notes(config), *drawn),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,
@@ -367,6 +370,16 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         weight_check_ids=_check_text(prompts, min(_WEIGHT_CHECK_TOKENS, max_model_len)),
         first_check_ids=tuple(_check_text(prompts, length) for length in _first_lengths(model, max_model_len)),
         cut=cut_rules(config, shape, max_samples=config.per_device_train_batch_size),
+    )
+
+
+def _check_runnable(config: RolloutRunConfig, model: ModelConfig) -> None:
+    rollout = config.rollout
+    check_runnable(
+        model,
+        resolve_engine_kind(rollout.engine),
+        on_gpu=rollout.num_gpus > 0,
+        dtype=(rollout.dtype or model.dtype).value,
     )
 
 

@@ -21,6 +21,7 @@ from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import ModelConfig
 from trl_ray.data.examples.example_set import ExampleTask
+from trl_ray.data.examples.left_out_rows import report_losses
 from trl_ray.errors import ConfigError, DataError
 from trl_ray.models.policy_loading import find_source, max_positions
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
@@ -81,6 +82,8 @@ class SupervisedSession(Session):
         )
         await loop.run()
         recorder.report(await self._actors.drain())
+        for sentence in report_losses("the stream, as far as it was read,", loop.accounts.losses):
+            recorder.say(EventKind.WARNING, "data", detail=sentence)
         snapshot = loop.accounts.snapshot()
         recorder.directory.write_ledger(snapshot.to_json())
         return TrainOutput(
