@@ -56,6 +56,7 @@ class PromptSource:
         shuffle: bool,
         completions: GivenCompletions | None = None,
         num_left_out: int = 0,
+        num_cut: int = 0,
         notes: tuple[str, ...] = (),
     ) -> None:
         if not rows:
@@ -65,6 +66,8 @@ class PromptSource:
         """What a user should know of the rows, a sentence each."""
         self.num_left_out = num_left_out
         """Rows that cannot be used, where such rows are dropped."""
+        self.num_cut = num_cut
+        """Prompts of which `max_prompt_length` cut tokens off."""
         self._rows = rows
         self._seed = seed
         self._shuffle = shuffle
@@ -225,6 +228,7 @@ def load_prompts(
         shuffle=shuffle,
         completions=completions,
         num_left_out=len(bad.places),
+        num_cut=sum(map(bool, cut)),
         notes=(*rows.notes, *bad.report(), *prompt_notes(rows.name, drafts, ready, cut, sum(map(len, token_ids)))),
     )
 

@@ -257,6 +257,7 @@ class Preparation:
             "completions per step": config.completions_per_step,
             "training prompts": len(self.prompts),
             **({"rows left out": self.prompts.num_left_out} if self.prompts.num_left_out else {}),
+            **({"prompts cut to max_prompt_length": self.prompts.num_cut} if self.prompts.num_cut else {}),
             "staleness bound (steps)": config.max_age_at_use,
             "admission slots": config.slots,
             "tokens per sequence": self.max_model_len,

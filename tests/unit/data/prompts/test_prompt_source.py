@@ -304,3 +304,4 @@ def test_what_limits_cut_off_prompts_is_counted_in_tokens():
         "2 of 7 (28.6%) tokens of the prompts of the given list are beyond max_prompt_length and cut off their "
         "beginnings, in 1 rows.",
     )
+    assert source.num_cut == 1
