@@ -3,7 +3,7 @@
     tiny random model --> learner: publish --> engine: load, sample --> learner: step --> mean |difference| of age 0
                           ^------------------------ three updates ----------------------------'
 
-python benchmarks/agreement_matrix.py [--models mixtral,gemma2] [--engines transformers,vllm] [--dtypes float32,bfloat16]
+python benchmarks/agreement_matrix.py [--models mixtral,gemma2] [--engines vllm] [--dtypes float32]
 
 Each model has a process of its own, so that none of them can spoil another's engine. A cell is the mean |learner -
 sampler| in nats over all sampled tokens, at version 0 and at version 3, and in brackets the same of a fixed text that
@@ -89,7 +89,7 @@ def _measure(engine: str, dtype: str, folder: str, *, updates: int) -> tuple[Any
     from trl_ray.models.runnable import check_runnable
 
     model = ModelConfig(model_name_or_path=folder, dtype=Dtype(dtype), gradient_checkpointing=False, bf16=False)
-    check_runnable(model, engine)
+    check_runnable(model, engine, dtype=dtype)
     learner = PolicyLearner(
         model=model,
         training=TrainingConfig(learning_rate=1e-2, lr_scheduler_type="constant", max_grad_norm=0),
@@ -147,6 +147,7 @@ def _of_one_model(model: str, engines: Sequence[str], dtypes: Sequence[str]) -> 
     """In a process of its own: print the cells of one model as JSON."""
     sys.path.insert(0, str(ROOT / "tests"))
     import torch
+
     from tiny_architectures import build_tiny_architecture
 
     torch.set_num_threads(1)

@@ -62,7 +62,7 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "starcoder2": ("starcoder2", {"sliding_window": None}),
     "falcon": (
         "falcon",
-        {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 128, "head_dim": None},
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 512, "head_dim": None},
     ),
     "gpt2": ("gpt2", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": MAX_POSITIONS}),
     "gpt_neox": ("gpt_neox", {}),

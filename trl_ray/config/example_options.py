@@ -2,7 +2,7 @@
 
 ExampleConfig            every supervised pipeline: reading, length, streaming, evaluation
 SupervisedExampleConfig  SFT: what is trained, packing
-ComparedExampleConfig    DPO, KTO, CPO, ORPO: how much of a prompt is kept
+AnsweredExampleConfig    DPO, KTO, CPO, ORPO: how much of a prompt is kept
 SteppedExampleConfig     PRM: separators, which steps
 """
 
@@ -85,11 +85,11 @@ class SupervisedExampleConfig(ExampleConfig):
         return self.dataset_text_field
 
 
-class ComparedExampleConfig(ExampleConfig):
-    """What answers are compared after."""
+class AnsweredExampleConfig(ExampleConfig):
+    """What is kept of prompts whose answers are compared or rated."""
 
     max_prompt_length: Positive | None = None
-    """Longer prompts lose their head before `max_length` cuts, as in past versions of TRL. None keeps all."""
+    """Tokens of a prompt, the last ones are kept, before `max_length` cuts prompt and answer; None keeps all."""
 
 
 class SteppedExampleConfig(ExampleConfig):

@@ -384,6 +384,8 @@ class TrainingConfig(Section):
     disable_dropout: bool = True
     """Set every dropout probability of the model and its adapter to 0."""
     share_prompt: Annotated[SharePrompt, FROM_STRING] = SharePrompt.AUTO
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the load-balancing loss of a mixture of experts; None takes the model's own, 0 is none."""
     chunk_lm_head_size: Positive | None = None
     """Vocabulary entries in one tile of the language-model head; None lets the device decide. Excludes Liger."""
     on_non_finite: Annotated[NonFinite, FROM_STRING] = NonFinite.SKIP

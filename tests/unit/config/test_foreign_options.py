@@ -151,6 +151,9 @@ REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
     (SFTConfig, {"rl": "dpo"}, "trl-ray dpo"),
     (SFTConfig, {"trackio_static_space_id": "me/page"}, "trackio_space_id"),
     (SFTConfig, {"lora_target_parameters": ["experts.w"]}, "beside linear layers"),
+    (DPOConfig, {"max_completion_length": 128}, "max_length cuts prompt and answer together"),
+    (KTOConfig, {"max_completion_length": 128}, "max_length cuts prompt and answer together"),
+    (SFTConfig, {"max_prompt_length": 128}, "max_length cuts a text or a conversation"),
     (SFTConfig, {"accelerator_config": {"split_batches": True}}, "not split over ranks"),
 ]
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from trl_ray.config.base import rule
 from trl_ray.config.example_options import (
-    ComparedExampleConfig,
+    AnsweredExampleConfig,
     ExampleConfig,
     PackingStrategy,
     SteppedExampleConfig,
@@ -87,7 +87,7 @@ class SFTConfig(SupervisedRunConfig, SupervisedExampleConfig, SupervisedLossConf
             )
 
 
-class DPOConfig(SupervisedRunConfig, ComparedExampleConfig, PreferenceLossConfig):
+class DPOConfig(SupervisedRunConfig, AnsweredExampleConfig, PreferenceLossConfig):
     """Preference optimisation against a reference; names and defaults are those of TRL's DPOConfig."""
 
     pipeline: Literal["dpo"] = "dpo"
@@ -101,7 +101,7 @@ class DPOConfig(SupervisedRunConfig, ComparedExampleConfig, PreferenceLossConfig
             )
 
 
-class KTOConfig(SupervisedRunConfig, ComparedExampleConfig, UnpairedLossConfig):
+class KTOConfig(SupervisedRunConfig, AnsweredExampleConfig, UnpairedLossConfig):
     """Preference optimisation on rated completions; names and defaults are those of TRL's KTOConfig."""
 
     pipeline: Literal["kto"] = "kto"
@@ -115,13 +115,13 @@ class KTOConfig(SupervisedRunConfig, ComparedExampleConfig, UnpairedLossConfig):
             )
 
 
-class CPOConfig(SupervisedRunConfig, ComparedExampleConfig, CPOLossConfig):
+class CPOConfig(SupervisedRunConfig, AnsweredExampleConfig, CPOLossConfig):
     """Preference optimisation without a reference (CPO, SimPO); names and defaults are those of TRL's CPOConfig."""
 
     pipeline: Literal["cpo"] = "cpo"
 
 
-class ORPOConfig(SupervisedRunConfig, ComparedExampleConfig, ORPOLossConfig):
+class ORPOConfig(SupervisedRunConfig, AnsweredExampleConfig, ORPOLossConfig):
     """Odds-ratio preference optimisation; names and defaults are those of TRL's ORPOConfig."""
 
     pipeline: Literal["orpo"] = "orpo"

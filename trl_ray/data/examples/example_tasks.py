@@ -333,12 +333,11 @@ class RatedMaking:
         if not rated:
             return reason
         lengths = [len(each.uncut.prompt_ids) + len(each.uncut.completion_ids) for each in rated]
-        beyond = sum(each.prompt_cut for each in rated)
         return ExampleDraft(
             row=row,
             samples=tuple(each.uncut for each in rated),
-            num_tokens=sum(lengths) + beyond,
-            cut_tokens=sum(map(self.rules.num_cut, lengths)) + beyond,
+            num_tokens=sum(lengths) + (prompts := sum(each.prompt_cut for each in rated)),
+            cut_tokens=sum(map(self.rules.num_cut, lengths)) + prompts,
             kept_tokens=_num_tokens([each.sample for each in rated]),
             is_equal=len(rated) > 1 and same_tokens(rated[0].sample, rated[1].sample),
             prompt_diverges=any(each.prompt_diverges for each in rated),
@@ -355,7 +354,7 @@ class RatedMaking:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Rated:
-    """A rated answer before and after it is cut; of its prompt, what `max_prompt_length` keeps."""
+    """A rated answer before and after it is cut."""
 
     uncut: TrainingSample
     sample: TrainingSample
