@@ -472,9 +472,8 @@ class PolicyLearner:
         """
         self._require_language_head("weight_check")
         with self._busy("weight_check"), keep_random_state():
-            return self._scorer.weight_check(
-                token_ids, version=self._version, further=further, asks_training=asks_training
-            )
+            asked: dict[str, Any] = {"further": further, "asks_training": asks_training}
+            return self._scorer.weight_check(token_ids, version=self._version, **asked)
 
     def save(
         self,
