@@ -221,3 +221,16 @@ def test_a_stalled_run_stops_and_names_who_it_waits_for(model, tmp_path, monkeyp
     config = grpo(model, tmp_path / "run", runtime={"stall_deadline_s": 3.0})
     with pytest.raises(StallError, match=r"leased by rollout-0"):
         GRPOPipeline(args=config, train_dataset=PROMPTS).train()
+
+
+def always_one(completions, **columns):
+    return [1.0] * len(completions)
+
+
+def test_rewards_that_never_differ_stop_a_run_that_drops_such_groups_with_the_reason(model, tmp_path):
+    run = tmp_path / "run"
+    config = grpo(model, run, reward_funcs=[], zero_variance_groups="drop", max_resampled_groups=7)
+    with pytest.raises(StallError, match=r"at most 7 .*\(max_resampled_groups\), but 8 were .*all their rewards"):
+        GRPOPipeline(args=config, train_dataset=PROMPTS, reward_funcs=[always_one]).train()
+    assert len(events(run, "group_dropped")) == 8
+    assert lines(run / "metrics.jsonl") == []

@@ -2,6 +2,7 @@
 
 ExampleConfig            every supervised pipeline: reading, length, streaming, evaluation
 SupervisedExampleConfig  SFT: what is trained, packing
+AnsweredExampleConfig    DPO, KTO, CPO, ORPO: how much of a prompt is kept
 SteppedExampleConfig     PRM: separators, which steps
 """
 
@@ -82,6 +83,13 @@ class SupervisedExampleConfig(ExampleConfig):
     @property
     def text_column(self) -> str:
         return self.dataset_text_field
+
+
+class AnsweredExampleConfig(ExampleConfig):
+    """What is kept of prompts whose answers are compared or rated."""
+
+    max_prompt_length: Positive | None = None
+    """Tokens of a prompt, the last ones are kept, before `max_length` cuts prompt and answer; None keeps all."""
 
 
 class SteppedExampleConfig(ExampleConfig):

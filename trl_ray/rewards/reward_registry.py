@@ -19,6 +19,7 @@ import cloudpickle
 
 from trl_ray.config.messages import nearest
 from trl_ray.config.object_paths import find_object
+from trl_ray.config.trl_options.reward_names import read_reward_names
 from trl_ray.errors import ConfigError
 from trl_ray.rewards import functions
 from trl_ray.rewards.functions import RewardFunction
@@ -67,6 +68,7 @@ def make_spec(function: str | Callable[..., Any]) -> RewardSpec:
         ConfigError: no such name, module, file or function, not callable, or cannot be pickled.
     """
     if isinstance(function, str):
+        [function] = [function] if ":" in function else read_reward_names([function])
         loaded = resolve(function)
         name = function if function in REGISTERED else getattr(loaded, "__name__", function)
         return RewardSpec(name=name, reference=function)

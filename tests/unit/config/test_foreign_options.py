@@ -86,7 +86,7 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     (GRPOConfig, {"trackio_static_space_id": False}, {}),
     # LLaMA-Factory
     (SFTConfig, {"stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all"},
-     {"use_peft": True, "lora_r": 8, "lora_target_modules": "all-linear"}),
+     {"use_peft": True, "lora_r": 8, "lora_target_modules": "all-linear", "assistant_only_loss": True}),
     (SFTConfig, {"lora_target": "q_proj,v_proj", "use_peft": True},
      {"lora_target_modules": ["q_proj", "v_proj"], "use_peft": True}),
     (SFTConfig, {"cutoff_len": 2048, "overwrite_cache": True, "preprocessing_num_workers": 16, "plot_loss": True},
@@ -151,6 +151,9 @@ REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
     (SFTConfig, {"rl": "dpo"}, "trl-ray dpo"),
     (SFTConfig, {"trackio_static_space_id": "me/page"}, "trackio_space_id"),
     (SFTConfig, {"lora_target_parameters": ["experts.w"]}, "beside linear layers"),
+    (DPOConfig, {"max_completion_length": 128}, "max_length cuts prompt and answer together"),
+    (KTOConfig, {"max_completion_length": 128}, "max_length cuts prompt and answer together"),
+    (SFTConfig, {"max_prompt_length": 128}, "max_length cuts a text or a conversation"),
     (SFTConfig, {"accelerator_config": {"split_batches": True}}, "not split over ranks"),
 ]
 

@@ -23,6 +23,11 @@ def test_names_paths_files_and_callables_all_resolve(tmp_path):
     assert (make_spec("arithmetic").name, make_spec(f"{file}:best").name) == ("arithmetic", "best")
 
 
+def test_trls_names_and_its_way_to_write_a_path_are_read_in_python_too():
+    assert make_spec("think_format_reward").name == "think_format"
+    assert make_spec("trl_ray.rewards.functions.arithmetic").name == "arithmetic"
+
+
 def test_a_factory_takes_literal_arguments_by_name():
     spec = make_spec("soft_overlong(max_completion_len=10, soft_punish_cache=5)")
     assert spec.name == "soft_overlong"

@@ -10,7 +10,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trl_ray.config.base import rule
-from trl_ray.config.example_options import ExampleConfig, PackingStrategy, SteppedExampleConfig, SupervisedExampleConfig
+from trl_ray.config.example_options import (
+    AnsweredExampleConfig,
+    ExampleConfig,
+    PackingStrategy,
+    SteppedExampleConfig,
+    SupervisedExampleConfig,
+)
 from trl_ray.config.losses.preference_options import (
     CPOLossConfig,
     ORPOLossConfig,
@@ -81,7 +87,7 @@ class SFTConfig(SupervisedRunConfig, SupervisedExampleConfig, SupervisedLossConf
             )
 
 
-class DPOConfig(SupervisedRunConfig, PreferenceLossConfig):
+class DPOConfig(SupervisedRunConfig, AnsweredExampleConfig, PreferenceLossConfig):
     """Preference optimisation against a reference; names and defaults are those of TRL's DPOConfig."""
 
     pipeline: Literal["dpo"] = "dpo"
@@ -95,7 +101,7 @@ class DPOConfig(SupervisedRunConfig, PreferenceLossConfig):
             )
 
 
-class KTOConfig(SupervisedRunConfig, UnpairedLossConfig):
+class KTOConfig(SupervisedRunConfig, AnsweredExampleConfig, UnpairedLossConfig):
     """Preference optimisation on rated completions; names and defaults are those of TRL's KTOConfig."""
 
     pipeline: Literal["kto"] = "kto"
@@ -109,13 +115,13 @@ class KTOConfig(SupervisedRunConfig, UnpairedLossConfig):
             )
 
 
-class CPOConfig(SupervisedRunConfig, CPOLossConfig):
+class CPOConfig(SupervisedRunConfig, AnsweredExampleConfig, CPOLossConfig):
     """Preference optimisation without a reference (CPO, SimPO); names and defaults are those of TRL's CPOConfig."""
 
     pipeline: Literal["cpo"] = "cpo"
 
 
-class ORPOConfig(SupervisedRunConfig, ORPOLossConfig):
+class ORPOConfig(SupervisedRunConfig, AnsweredExampleConfig, ORPOLossConfig):
     """Odds-ratio preference optimisation; names and defaults are those of TRL's ORPOConfig."""
 
     pipeline: Literal["orpo"] = "orpo"

@@ -143,11 +143,22 @@ TRAINERS: Rows = {
     ),
     "max_prompt_length": only(
         None,
-        says="As in TRL 1.16, max_length cuts prompt and answer together, and truncation_mode says at which end.",
+        says="max_length cuts a text or a conversation as a whole.",
         needs=("max_length",),
     ),
-    "max_completion_length": always(
-        "In TRL it cuts what encoder-decoder models write; max_length cuts prompt and answer together.", "max_length"
+    "max_completion_length": (
+        *(
+            entry
+            for option in ("f_divergence_type", "desirable_weight", "packing", "center_rewards_coefficient")
+            for entry in only(
+                None, says="As in TRL 1.16, max_length cuts prompt and answer together.", needs=(option, "max_length")
+            )
+        ),
+        # CPO and ORPO.
+        *always(
+            "In TRL it cuts what encoder-decoder models write; max_length cuts prompt and answer together.",
+            "max_length",
+        ),
     ),
     "max_target_length": only(
         None, says="As in TRL 1.16, max_length cuts prompt and answer together.", needs=("max_length",)

@@ -315,22 +315,29 @@ class RatedMaking:
         rated: list[_Rated] = []
         reason = Untrained.NO_TARGET
         for lane, (label, whole) in enumerate(zip(labels, encoded[1:], strict=True)):
-            found = compare((encoded[0], whole), row=row)
+            found = compare((encoded[0], whole), self.rules, row=row)
             prompt, answer, group = found.prompt_ids, found.answers[0], 2 * row + lane
             sample = answer_sample(prompt, answer, self.rules, group_id=group, desirable=label)
             if isinstance(sample, Untrained):
                 reason = sample
             else:
                 uncut = whole_answer(prompt, answer, group_id=group, desirable=label)
-                rated.append(_Rated(uncut=uncut, sample=sample, prompt_diverges=found.prompt_diverges))
+                rated.append(
+                    _Rated(
+                        uncut=uncut,
+                        sample=sample,
+                        prompt_cut=found.prompt_cut,
+                        prompt_diverges=found.prompt_diverges,
+                    )
+                )
         if not rated:
             return reason
         lengths = [len(each.uncut.prompt_ids) + len(each.uncut.completion_ids) for each in rated]
         return ExampleDraft(
             row=row,
             samples=tuple(each.uncut for each in rated),
-            num_tokens=sum(lengths),
-            cut_tokens=sum(map(self.rules.num_cut, lengths)),
+            num_tokens=sum(lengths) + (prompts := sum(each.prompt_cut for each in rated)),
+            cut_tokens=sum(map(self.rules.num_cut, lengths)) + prompts,
             kept_tokens=_num_tokens([each.sample for each in rated]),
             is_equal=len(rated) > 1 and same_tokens(rated[0].sample, rated[1].sample),
             prompt_diverges=any(each.prompt_diverges for each in rated),
@@ -351,4 +358,5 @@ class _Rated:
 
     uncut: TrainingSample
     sample: TrainingSample
+    prompt_cut: int
     prompt_diverges: bool

@@ -9,7 +9,8 @@
     scored (reward)        [what both begin with | rest, end token]           "trained": the end token, a stand-in; the
                                                                               score is read at the token before it
 
-Borders, end-of-sequence tokens and cuts are those of TRL's trainers: with `keep_start` a row whose prompt fills
+Borders, end-of-sequence tokens and cuts are those of TRL's trainers (and, of what is compared or rated, of earlier ones
+whose `max_prompt_length` cuts prompts first): with `keep_start` a row whose prompt fills
 `max_length` is left out; of what is scored, nothing is cut and longer rows are left out.
 """
 
@@ -42,7 +43,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Comparison:
-    """A prompt and what was answered to it, as tokens, not cut."""
+    """A prompt and what was answered to it, as tokens; of these the prompt is cut, where it has a limit of its own."""
 
     row: int
     prompt_ids: IntArray
@@ -50,6 +51,8 @@ class Comparison:
     prompt_heard: BoolArray
     """``[P]``, False where a message has the weight 0: for who trains prompts as well."""
     answers: tuple[Answer, ...]
+    prompt_cut: int
+    """Tokens that were cut off the prompt's beginning."""
     prompt_diverges: bool
     """The prompt alone is tokenised differently from the prompt before its answers."""
 
@@ -106,14 +109,16 @@ def write_scored(
     return write_pair(pair, tokenizer, rules, where=where)[1:]
 
 
-def compare(encoded: Sequence[Encoded], *, row: int) -> Comparison:
+def compare(encoded: Sequence[Encoded], rules: TextRules, *, row: int) -> Comparison:
     """The tokens of a prompt alone, and of the prompt with each answer, taken apart where they part."""
     prompt_ids = encoded[0].token_ids
     shared = min(common_prefix_length(prompt_ids, whole.token_ids) for whole in encoded[1:])
+    start = rules.num_cut_off_prompt(shared)
     return Comparison(
         row=row,
-        prompt_ids=encoded[1].token_ids[:shared],
-        prompt_heard=_heard(encoded[1])[:shared],
+        prompt_ids=encoded[1].token_ids[start:shared],
+        prompt_heard=_heard(encoded[1])[start:shared],
+        prompt_cut=start,
         answers=tuple(
             Answer(token_ids=whole.token_ids[shared:], heard=_heard(whole)[shared:]) for whole in encoded[1:]
         ),
@@ -132,7 +137,7 @@ def read_pair(encoded: Sequence[Encoded], rules: TextRules, *, row: int, likelih
     """
     if not encoded or np.array_equal(encoded[1].token_ids, encoded[2].token_ids):
         return Untrained.TIE
-    found = compare(encoded, row=row)
+    found = compare(encoded, rules, row=row)
     samples = []
     for answer in found.answers:
         sample = answer_sample(found.prompt_ids, answer, rules, group_id=row)
@@ -148,8 +153,8 @@ def read_pair(encoded: Sequence[Encoded], rules: TextRules, *, row: int, likelih
     return PairSamples(
         row=row,
         samples=tuple(samples),
-        num_tokens=sum(lengths),
-        cut_tokens=sum(map(rules.num_cut, lengths)),
+        num_tokens=sum(lengths) + 2 * found.prompt_cut,
+        cut_tokens=sum(map(rules.num_cut, lengths)) + 2 * found.prompt_cut,
         is_equal=same_tokens(samples[0], samples[1]),
         prompt_diverges=found.prompt_diverges,
     )

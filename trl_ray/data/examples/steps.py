@@ -31,8 +31,6 @@ class StepRules(TextRules):
     step_separator: str = "\n"
     last_step_only: bool = False
     """Score the last step alone."""
-    max_prompt_length: int | None = None
-    """Tokens of the prompt, the last are kept; None keeps all."""
     max_completion_length: int | None = None
     """Tokens of all steps, the first are kept; None keeps all."""
 
@@ -111,8 +109,7 @@ def read_steps(
     if rules.last_step_only:
         ends, rated = ends[-1:], rated[-1:]
     full = len(prompt) + int(ends[-1]) + 1
-    if rules.max_prompt_length is not None:
-        prompt = prompt[max(0, len(prompt) - rules.max_prompt_length) :]
+    prompt = prompt[rules.num_cut_off_prompt(len(prompt)) :]
     answer = np.concatenate(steps)[: rules.max_completion_length]
     kept = rules.kept(len(prompt) + len(answer))
     ids = np.concatenate([prompt, answer])[kept]

@@ -51,6 +51,8 @@ class TextRules:
     max_length: int | None = None
     """Tokens of an example; None keeps all, as packing wants it."""
     truncation_mode: TruncationMode = TruncationMode.KEEP_START
+    max_prompt_length: int | None = None
+    """Tokens of a prompt, the last are kept; None keeps all."""
     chat_template: str | None = None
     """The template's source; None takes the tokenizer's own. `training_templates` finds one with markers."""
     locate_turns: bool = False
@@ -71,6 +73,10 @@ class TextRules:
         if self.truncation_mode is TruncationMode.KEEP_START:
             return slice(0, self.max_length)
         return slice(length - self.max_length, length)
+
+    def num_cut_off_prompt(self, length: int) -> int:
+        """How many of a prompt's `length` tokens are not kept, whatever `max_length` cuts."""
+        return 0 if self.max_prompt_length is None else max(0, length - self.max_prompt_length)
 
     def num_cut(self, length: int) -> int:
         """How many of `length` tokens are not kept."""

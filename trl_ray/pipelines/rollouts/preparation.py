@@ -41,6 +41,7 @@ from trl_ray.pipelines.rollouts.reward_model_actors import (
     prepare_reward_models,
     reward_model_arguments,
 )
+from trl_ray.pipelines.rollouts.reward_model_notes import reward_model_notes
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
 from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_teachers
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
@@ -227,7 +228,9 @@ class Preparation:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the rows, a sentence each."""
         turns = () if self.end_of_turn is None else (self.end_of_turn,)
-        return (*self.prompts.notes, *turns, *self.model_notes, *self._missing_values())
+        kwargs = self.config.chat_template_kwargs
+        rated = reward_model_notes(self.reward_models, self.prompts, template_kwargs=kwargs)
+        return (*self.prompts.notes, *turns, *self.model_notes, *self._missing_values(), *rated)
 
     def _missing_values(self) -> Iterator[str]:
         name, total = self.prompts.name, len(self.prompts)
