@@ -3,12 +3,12 @@
     tiny random model --> learner: publish --> engine: load, sample --> learner: step --> mean |difference| of age 0
                           ^------------------------ three updates ----------------------------'
 
-python benchmarks/agreement_matrix.py [--models mixtral,gemma2] [--engines transformers,vllm] [--dtypes float32,bfloat16]
+python benchmarks/agreement_matrix.py [--models mixtral,gemma2] [--engines vllm] [--dtypes float32]
 
 Each model has a process of its own, so that none of them can spoil another's engine. A cell is the mean |learner -
 sampler| in nats over all sampled tokens, at version 0 and at version 3, and in brackets the same of a fixed text that
-the engine scores. `proved` are models whose cells are within the agreement rule, and before the first cell all others
-are told in the words in which a run refuses them.
+the engine scores. A model is `proved` where its cell is within the agreement rule; what a run refuses before it starts
+is told in the words of the refusal.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 UPDATES = 3
 ENGINES, DTYPES = ("transformers", "vllm"), ("float32", "bfloat16")
-LIMITS = {"float32": 1e-4, "bfloat16": 0.1}
-"""Mean |difference| in nats that a proved model may show at any version."""
+RULES = {"float32": (1e-3, 2e-4), "bfloat16": (0.2, 0.02)}
+"""Largest mean |difference| in nats at version 0, and what later ones may always be: see `AgreementRule`."""
 _MARK = "agreement: "
 
 
@@ -51,7 +51,11 @@ class Cell:
         """Whether sampler and learner are one policy."""
         if self.sampled is None or self.scored is None:
             return False
-        return all(value <= LIMITS[self.dtype] for value in (*self.sampled, *self.scored))
+        ceiling, floor = RULES[self.dtype]
+        return all(
+            before <= ceiling and after <= min(ceiling, max(floor, 4 * before))
+            for before, after in (self.sampled, self.scored)
+        )
 
     def __str__(self) -> str:
         if self.sampled is None or self.scored is None:
@@ -89,7 +93,7 @@ def _measure(engine: str, dtype: str, folder: str, *, updates: int) -> tuple[Any
     from trl_ray.models.runnable import check_runnable
 
     model = ModelConfig(model_name_or_path=folder, dtype=Dtype(dtype), gradient_checkpointing=False, bf16=False)
-    check_runnable(model, engine)
+    check_runnable(model, engine, dtype=dtype)
     learner = PolicyLearner(
         model=model,
         training=TrainingConfig(learning_rate=1e-2, lr_scheduler_type="constant", max_grad_norm=0),
@@ -147,6 +151,7 @@ def _of_one_model(model: str, engines: Sequence[str], dtypes: Sequence[str]) -> 
     """In a process of its own: print the cells of one model as JSON."""
     sys.path.insert(0, str(ROOT / "tests"))
     import torch
+
     from tiny_architectures import build_tiny_architecture
 
     torch.set_num_threads(1)

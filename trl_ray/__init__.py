@@ -48,6 +48,26 @@ if TYPE_CHECKING:
     from trl_ray.pipelines.sdpo import SDPOPipeline
     from trl_ray.pipelines.sft import SFTPipeline
 
+    SFTTrainer, DPOTrainer, KTOTrainer, CPOTrainer, ORPOTrainer = (
+        SFTPipeline,
+        DPOPipeline,
+        KTOPipeline,
+        CPOPipeline,
+        ORPOPipeline,
+    )
+    RewardTrainer, PRMTrainer, GRPOTrainer, AsyncGRPOTrainer = (
+        RewardPipeline,
+        PRMPipeline,
+        GRPOPipeline,
+        AsyncGRPOPipeline,
+    )
+    RLOOTrainer, SDPOTrainer, DistillationTrainer, DistillationConfig = (
+        RLOOPipeline,
+        SDPOPipeline,
+        DistillPipeline,
+        DistillConfig,
+    )
+
 _HOMES = {
     "algorithms.loss": ("FixedLoss", "Loss", "LossInputs", "LossNeeds", "LossOutput"),
     "algorithms.policy.policy_loss": ("PolicyLoss",),
@@ -83,14 +103,25 @@ _HOMES = {
     "pipelines.sdpo": ("SDPOPipeline",),
     "pipelines.sft": ("SFTPipeline",),
 }
+TRL_NAMES = {
+    **{f"{name}Trainer": f"{name}Pipeline" for name in ("SFT", "DPO", "KTO", "CPO", "ORPO", "Reward", "PRM")},
+    **{f"{name}Trainer": f"{name}Pipeline" for name in ("GRPO", "AsyncGRPO", "RLOO", "SDPO")},
+    "DistillationTrainer": "DistillPipeline",
+    "DistillationConfig": "DistillConfig",
+}
+"""What TRL calls them, so that a script of TRL's needs another import and no other name.
+
+`RewardConfig` is what it is here: TRL's is `RewardModelConfig`.
+"""
 _MODULE_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    name = TRL_NAMES.get(name, name)
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF})
+    return sorted({*globals(), *_MODULE_OF, *TRL_NAMES})

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from runs import PROMPTS, async_grpo, events, grpo, lines
+from tiny_architectures import build_tiny_architecture
 from tiny_models import build_tiny_model
 from trl_ray.engines import sampling
 from trl_ray.engines.transformers import TransformersBackend
@@ -68,6 +69,15 @@ def test_stale_parts(model, tmp_path, monkeypatch):
     plant_in_load(monkeypatch, spoil)
     with pytest.raises(RunError, match="are not all computed with"):
         train(model, tmp_path / "run")
+
+
+def test_stale_experts_of_vllm(tmp_path, monkeypatch):
+    pytest.importorskip("vllm")
+    if torch.cuda.is_available():
+        pytest.skip("only CPU computes with packed experts")
+    monkeypatch.setattr("trl_ray.engines.vllm.repack_experts", lambda model: None)
+    with pytest.raises(WeightError, match=r"are not all computed with: engine and learner agreed before.*experts"):
+        train(build_tiny_architecture(tmp_path / "model", "mixtral"), tmp_path / "run", rollout={"engine": "vllm"})
 
 
 def test_pinned_weights_in_bfloat16_are_found_against_version_0_although_they_are_within_the_ceiling(

@@ -29,6 +29,12 @@ NOISY = {"neftune_noise_alpha": 5.0, "disable_dropout": False}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft with noise, dropout and packing": ("sft", {**NOISY, "packing": True, "max_steps": STEPS}),
     "sft with an adapter's dropout": ("sft", {"use_peft": True, "lora_dropout": 0.3, "disable_dropout": False}),
+    "sft with an adapter, embeddings and head": (
+        "sft",
+        {"use_peft": True, "lora_modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+    "sft in bfloat16": ("sft", {"dtype": "bfloat16", "learning_rate": 1e-5}),
+    "sft in bfloat16 with muon": ("sft", {"dtype": "bfloat16", "optim": "muon"}),
     "dpo": ("dpo", {}),
     "dpo, precomputed": ("dpo", {"precompute_ref_log_probs": True, "ref_log_probs_cache_dir": "{folder}/cache"}),
     "dpo, synchronised": ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 2}),
@@ -188,7 +194,17 @@ def test_a_run_goes_on_with_the_rows_that_it_began_with(model: str, tmp_path: Pa
     train("dpo", model, run)
     with pytest.raises(DataError, match="28 examples then and 29 examples now"):
         PIPELINES["dpo"].from_run(run, train_dataset=rows("dpo", 29)).train()
+    with pytest.raises(DataError, match="28 examples then and 28 examples now with another content"):
+        PIPELINES["dpo"].from_run(run, train_dataset=rows("dpo", 28, start=1)).train()
     assert ledger(run)["trained"] == 28
+
+
+def test_a_finished_run_goes_on_for_more_steps(model: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train("dpo", model, run)
+    output = PIPELINES["dpo"].from_run(run, changes=["max_steps=6", "save_steps=2"], train_dataset=rows("dpo", 28))
+    assert output.train().steps == 6
+    assert "max_steps: 6" in (run / "config.yaml").read_text()
 
 
 def test_the_command_is_interrupted_by_ctrl_c_and_resumed_by_its_folder(model: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from tiny_architectures import build_tiny_architecture, random_architecture
 from tiny_models import FAMILIES, build_tiny_model, random_model
 from trl_ray.engines.factory import create_engine
 from trl_ray.models.weight_payload import export_weights
@@ -10,9 +11,8 @@ pytestmark = pytest.mark.integration
 SEQUENCE = np.frombuffer(b"Once upon a time there was a tokenizer.", dtype=np.uint8).astype(np.int32)
 
 
-def updated_error(kind, path, *, family, tied):
-    """Largest |engine - transformers| over the scores of SEQUENCE after an update to new random weights."""
-    new = random_model(family=family, tied=tied, seed=1)
+def updated_error(kind, path, new):
+    """Largest |engine - transformers| over the scores of SEQUENCE after an update to the weights of a new model."""
     engine = create_engine(kind, model=path, dtype="float32", max_model_len=256, max_num_seqs=4)
     try:
         before = engine.score([SEQUENCE], deadline_s=60)[0]
@@ -34,7 +34,32 @@ def test_an_updated_engine_scores_like_the_new_weights(kind, family, tied, tmp_p
     if kind == "vllm":
         pytest.importorskip("vllm")
     path = build_tiny_model(tmp_path, family=family, tied=tied)
-    assert updated_error(kind, path, family=family, tied=tied) < 1e-3
+    assert updated_error(kind, path, random_model(family=family, tied=tied, seed=1)) < 1e-3
+
+
+# A sample; benchmarks/agreement_matrix.py has the whole table.
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("transformers", name) for name in ("mixtral", "gpt_oss", "deepseek_v3", "gemma2", "lfm2", "mamba2")),
+        *(("vllm", name) for name in ("mixtral", "gpt_oss")),
+    ],
+)
+def test_an_updated_engine_of_another_architecture_scores_like_the_new_weights(kind, name, tmp_path):
+    if kind == "vllm":
+        pytest.importorskip("vllm")
+    path = build_tiny_architecture(tmp_path, name)
+    assert updated_error(kind, path, random_architecture(name, seed=1)) < 1e-3
+
+
+@pytest.mark.parametrize(("name", "mended"), [("mixtral", "repack_experts"), ("gpt_oss", "reload_written_past")])
+def test_without_loading_experts_anew_an_update_on_cpu_would_be_wrong(tmp_path, monkeypatch, name, mended):
+    pytest.importorskip("vllm")
+    if torch.cuda.is_available():
+        pytest.skip("only CPU computes with packed experts")
+    monkeypatch.setattr(f"trl_ray.engines.vllm.{mended}", lambda *given: None)
+    path = build_tiny_architecture(tmp_path, name)
+    assert updated_error("vllm", path, random_architecture(name, seed=1)) > 0.1
 
 
 def test_without_packing_the_tied_head_anew_an_update_on_cpu_would_be_wrong(tmp_path, monkeypatch):
@@ -43,4 +68,4 @@ def test_without_packing_the_tied_head_anew_an_update_on_cpu_would_be_wrong(tmp_
         pytest.skip("only CPU computes with a packed copy of the head")
     monkeypatch.setattr("trl_ray.engines.vllm.repack_tied_heads", lambda model: None)
     path = build_tiny_model(tmp_path, family="qwen2", tied=True)
-    assert updated_error("vllm", path, family="qwen2", tied=True) > 1
+    assert updated_error("vllm", path, random_model(family="qwen2", tied=True, seed=1)) > 1

@@ -10,8 +10,9 @@ import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -98,8 +99,9 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def all_modules() -> list[Module]:
-    return [module(name_of(path), path.read_text(encoding="utf-8")) for path in package_files()]
+@cache
+def all_modules() -> tuple[Module, ...]:
+    return tuple(module(name_of(path), path.read_text(encoding="utf-8")) for path in package_files())
 
 
 def is_type_checking(test: ast.expr) -> bool:
@@ -213,7 +215,7 @@ def classes_of(subject: Module) -> list[ast.ClassDef]:
     return [node for node in subject.tree.body if isinstance(node, ast.ClassDef)]
 
 
-def section_names(modules: list[Module]) -> set[str]:
+def section_names(modules: Sequence[Module]) -> set[str]:
     """Names of configuration classes: `Section` and all that derive from it, by name."""
     bases = {
         found.name: {base.id for base in found.bases if isinstance(base, ast.Name)}

@@ -15,6 +15,8 @@ import pytest
 
 import trl_ray
 from trl_ray.config.base import Section
+from trl_ray.errors import ConfigError
+from trl_ray.pipelines.pipeline_registry import PIPELINES
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "public_names.txt"
 NAMES = sorted(trl_ray._MODULE_OF)
@@ -56,8 +58,18 @@ def test_type_checkers_see_the_same_names_from_the_same_modules() -> None:
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="GRPOTrainer"):
-        trl_ray.GRPOTrainer  # noqa: B018
+    with pytest.raises(AttributeError, match="PPOTrainer"):
+        trl_ray.PPOTrainer  # noqa: B018
+
+
+def test_trls_names_are_other_names_of_ours() -> None:
+    for theirs, ours in trl_ray.TRL_NAMES.items():
+        assert getattr(trl_ray, theirs) is getattr(trl_ray, ours) and theirs in dir(trl_ray)
+    trainers = {pipeline.__name__ for pipeline in PIPELINES.values()}
+    assert trainers == {ours for theirs, ours in trl_ray.TRL_NAMES.items() if theirs.endswith("Trainer")}
+    # TRL's RewardConfig is of a reward model's run; here it says how rewards are computed.
+    with pytest.raises(ConfigError, match=r"TRL's RewardConfig is RewardModelConfig here"):
+        trl_ray.RewardConfig(output_dir="rm")  # type: ignore[call-arg]
 
 
 def test_importing_the_package_and_its_options_imports_no_library_of_models() -> None:

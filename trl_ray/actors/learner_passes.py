@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -136,7 +137,7 @@ class Passes:
                 inputs = self._inputs(part, totals, tokens, asks_reference=asks_reference)
                 if inputs is None:
                     continue
-                output = self._loss(inputs)
+                output = self._with_aux_loss(self._loss(inputs), totals)
                 agreement.add(inputs)
                 value = float(output.loss.detach())
                 problem = problem or self._check(batch.step, number, samples, part, inputs, value)
@@ -183,9 +184,19 @@ class Passes:
         known = known or precomputed_references(batch.samples) is not None
         return not all(self._ranks.gather(known) if self._backend.in_step else [known])
 
+    def _with_aux_loss(self, output: LossOutput, totals: StepTotals) -> LossOutput:
+        """The loss with that of the routers of the same pass, a mean over micro-batches."""
+        routers = self._scorer.routers
+        aux = None if routers is None else routers.take()
+        if routers is None or aux is None:
+            return output
+        loss = output.loss + routers.coefficient * aux / max(totals.num_micro_batches, 1)
+        return LossOutput(loss=loss, metrics={**output.metrics, "aux_loss": Metric(value=float(aux.detach()))})
+
     def _parts(self, samples: Samples) -> Iterator[_Part]:
         """Samples without gradient still count in the metrics, at a third of the work."""
-        if self._backend.in_step:
+        # Routers learn from every token.
+        if self._backend.in_step or self._scorer.routers is not None:
             yield _Part(samples=samples, with_gradient=True)
             return
         moving = [sample for sample in samples if self._loss.has_gradient(sample)]
@@ -195,7 +206,8 @@ class Passes:
 
     def _inputs(self, part: _Part, totals: StepTotals, tokens: int, *, asks_reference: bool) -> LossInputs | None:
         """Everything the loss wants to know of some samples; None when none of their tokens is trained on."""
-        with torch.set_grad_enabled(part.with_gradient):
+        routers = self._scorer.routers if part.with_gradient else None
+        with torch.set_grad_enabled(part.with_gradient), nullcontext() if routers is None else routers.listening():
             found = (self._taught or self._scorer).score(part.samples)
         if found is None:
             return None

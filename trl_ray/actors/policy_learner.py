@@ -57,6 +57,7 @@ from trl_ray.models.companions.resident_teacher import build_resident_teacher
 from trl_ray.models.policy_loading import load_policy, load_tokenizer
 from trl_ray.models.scoring.classifier import ClassifierModule, load_classifier, load_classifier_tokenizer
 from trl_ray.models.scoring.predictor import Predictor, Preprocess
+from trl_ray.models.scoring.router_loss import router_loss
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
 from trl_ray.models.scoring.scoring_module import PredictorModule
 from trl_ray.models.weight_payload import build_manifest, export_weights
@@ -72,7 +73,6 @@ from trl_ray.types import (
     PredictionBatch,
     Reduce,
     SampleScores,
-    ScoredSequence,
     StepResult,
     TensorEntry,
     TrainBatch,
@@ -201,6 +201,8 @@ class PolicyLearner:
             forward=self._backend.module,
             needs=self._loss.needs,
         )
+        if self._loss.needs.head is HeadKind.LANGUAGE:
+            self._scorer.routers = router_loss(self._model, training.router_aux_loss_coef)
         self._reference = build_reference(
             model=model,
             training=training,
@@ -464,27 +466,14 @@ class PolicyLearner:
     def weight_check(
         self, token_ids: IntArray, *, further: Sequence[IntArray] = (), asks_training: bool = False
     ) -> WeightCheck:
-        """Log-probs of a fixed sequence [T] at temperature 1, for engines to be held against.
+        """Log-probs of a fixed sequence [T] and `further` ones at temperature 1, for engines to be held against.
 
-        Args:
-            token_ids: [T]
-            further: more sequences, to be compared in the same way.
-            asks_training: hold the training passes over the longest of them against evaluation, too.
+        With `asks_training` the longest of them passes in training mode, too, and is held against evaluation.
         """
         self._require_language_head("weight_check")
         with self._busy("weight_check"), keep_random_state():
-            logprobs, *others = (self._scorer.sequence_logprobs(ids) for ids in (token_ids, *further))
-            longest = max((token_ids, *further), key=len)
-            training = self._scorer.training_gap(longest) if asks_training and len(longest) >= 4 else None
-        return WeightCheck(
-            token_ids=token_ids,
-            logprobs=logprobs,
-            version=self._version,
-            further=tuple(
-                ScoredSequence(token_ids=ids, logprobs=values) for ids, values in zip(further, others, strict=True)
-            ),
-            training=training,
-        )
+            asked: dict[str, Any] = {"further": further, "asks_training": asks_training}
+            return self._scorer.weight_check(token_ids, version=self._version, **asked)
 
     def save(
         self,

@@ -261,7 +261,7 @@ class DataConfig(Section):
     """The files within `dataset_name` that are read, or those that a builder (``dataset_name: json``) reads."""
     dataset_train_split: str = "train"
     dataset_test_split: str | None = None
-    """Held-out split for evaluation; for generated tasks, another seed stands in for it."""
+    """Held-out split for evaluation; None takes ``test``. For generated tasks, another seed stands in for it."""
     dataset_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Options of a generated task, e.g. its size and the range of its numbers."""
     datasets: list[DatasetConfig] = Field(default_factory=list)
@@ -384,6 +384,8 @@ class TrainingConfig(Section):
     disable_dropout: bool = True
     """Set every dropout probability of the model and its adapter to 0."""
     share_prompt: Annotated[SharePrompt, FROM_STRING] = SharePrompt.AUTO
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the load-balancing loss of a mixture of experts; None takes the model's own, 0 is none."""
     chunk_lm_head_size: Positive | None = None
     """Vocabulary entries in one tile of the language-model head; None lets the device decide. Excludes Liger."""
     on_non_finite: Annotated[NonFinite, FROM_STRING] = NonFinite.SKIP
@@ -461,6 +463,16 @@ class RewardConfig(Section):
     isolation: Annotated[Isolation, FROM_STRING] = Isolation.PROCESS
     max_failures_in_a_row: Positive = 20
     """Groups in a row whose rewards failed, after which the run stops."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_run(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "output_dir" in values:
+            raise ValueError(
+                "RewardConfig says how rewards are computed, got output_dir, an option of a run. TRL's RewardConfig is "
+                "RewardModelConfig here."
+            )
+        return values
 
 
 class RolloutConfig(Section):

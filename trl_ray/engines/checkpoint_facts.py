@@ -14,7 +14,7 @@ from typing import Any, cast
 from transformers import AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from trl_ray.engines.checkpoint_layout import empty_model
+from trl_ray.engines.checkpoint_layout import CheckpointLayout, empty_model
 from trl_ray.errors import ModelError
 from trl_ray.models.vocabulary import missing_rows
 from trl_ray.models.weight_payload import build_manifest
@@ -40,6 +40,9 @@ class CheckpointFacts:
     manifest: tuple[TensorEntry, ...]
     """Names and shapes of all parameters; tied ones once. Dtypes are not binding."""
     kv_bytes_per_token: int
+    layout: CheckpointLayout
+    base_class: type[Any]
+    """Of transformers, without the head."""
     is_recurrent: bool = False
     """Whether layers keep a state of their own (state spaces, linear attention, short convolutions)."""
 
@@ -143,6 +146,8 @@ def read_facts(
         max_positions=positions_of(text),
         manifest=build_manifest((name, parameter) for name, parameter in skeleton.named_parameters()),
         kv_bytes_per_token=kv_bytes_per_token(config, dtype),
+        layout=CheckpointLayout.of(skeleton),
+        base_class=type(skeleton.base_model),
         is_recurrent=is_recurrent(skeleton),
     )
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 
 def empty_model(config: Any, *, trust_remote_code: bool) -> Any:
@@ -29,29 +30,37 @@ def empty_model(config: Any, *, trust_remote_code: bool) -> Any:
         return auto.from_config(config, trust_remote_code=trust_remote_code)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CheckpointLayout:
-    """How the files of one model are laid out; travels to the processes of an engine."""
+    """What transformers does to one model's files when it loads them; travels to the processes of an engine."""
 
-    model: str
-    """Path or hub name."""
-    trust_remote_code: bool = False
-    revision: str | None = None
-    """Of a hub name; None: the default."""
+    config: Any
+    conversions: tuple[Any, ...]
+    """In the order of loading; empty where parameters are as files have them."""
 
-    def empty(self) -> Any:
-        """The model that knows how it is saved."""
-        options = {} if self.revision is None else {"revision": self.revision}
-        config = AutoConfig.from_pretrained(self.model, trust_remote_code=self.trust_remote_code, **options)
-        return empty_model(config, trust_remote_code=self.trust_remote_code)
+    @classmethod
+    def of(cls, model: Any) -> CheckpointLayout:
+        """That of a model, which may be empty.
+
+        NOTE: vLLM may change classes of transformers in the process it runs in; make this before it starts.
+        """
+        # As transformers saves a model that was not read from files: names of old files are not written again.
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        return cls(config=model.config, conversions=tuple(each for each in found if not isinstance(each, PrefixChange)))
+
+
+@dataclass(frozen=True, slots=True)
+class _StandIn:
+    """What `revert_weight_conversion` asks of a model."""
+
+    config: Any
+    _weight_conversions: list[Any]
 
 
 @torch.no_grad()
-def in_checkpoint_layout(empty: Any, tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Named parameters as files hold them; views where that is possible.
-
-    Args:
-        empty: a model of that architecture, whose weights are not looked at.
-        tensors: all of its parameters.
-    """
-    return list(revert_weight_conversion(empty, dict(tensors)).items())
+def in_checkpoint_layout(layout: CheckpointLayout, tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Named parameters, all of a model, as files hold them; views where that is possible."""
+    if not layout.conversions:
+        return list(tensors)
+    model: Any = _StandIn(layout.config, list(layout.conversions))
+    return list(revert_weight_conversion(model, dict(tensors)).items())

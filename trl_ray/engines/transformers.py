@@ -32,6 +32,7 @@ from trl_ray.engines.thread import EngineThread
 from trl_ray.models.companions.teacher_model import TeacherModel
 from trl_ray.models.scoring.head import check_head
 from trl_ray.models.scoring.rope_regimes import compute_by_sequence
+from trl_ray.models.scoring.segment_attention import heed_soft_cap
 from trl_ray.models.vocabulary import add_rows
 from trl_ray.models.weight_payload import build_manifest, named_tensors
 from trl_ray.types import (
@@ -221,6 +222,8 @@ class TransformersBackend:
             options |= at_revision(self._revision) | self._config_changes | self._engine_kwargs
             model: Any = AutoModelForCausalLM.from_pretrained(self._source, **options)
             compute_by_sequence(model)
+            if "attn_implementation" not in self._engine_kwargs:
+                heed_soft_cap(model)
             if facts.grown:
                 add_rows(model, facts.vocab_size)
             self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -171,11 +171,6 @@ class VLLMBackend:
         self._scores: set[str] = set()
         self._questions: dict[str, _Question] = {}
         self._version = CHECKPOINT_VERSION.version
-        self._layout = CheckpointLayout(
-            model=common["model"],
-            trust_remote_code=common["trust_remote_code"],
-            revision=common.get("revision"),
-        )
         self._max_logprobs = 0
         self._llm: Any = None
         self._facts: CheckpointFacts | None = None
@@ -201,8 +196,10 @@ class VLLMBackend:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        with _random_state_kept():
-            self._llm = LLMEngine.from_engine_args(EngineArgs(**self._arguments(facts)))
+        arguments = self._arguments(facts)
+        kept = _class_kept(facts.base_class) if arguments["enforce_eager"] else contextlib.nullcontext()
+        with _random_state_kept(), kept:
+            self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self._llm.set_weight_version(str(CHECKPOINT_VERSION.version))
         most = int(self._llm.model_config.max_logprobs)
         self._max_logprobs = most if most >= 0 else facts.vocab_size
@@ -300,7 +297,8 @@ class VLLMBackend:
     def load(self, payload: WeightPayload) -> None:
         """Preempt running requests (they keep their tokens), drop all KV, load, and label what follows."""
         self._llm.reset_prefix_cache(reset_running_requests=True)
-        self._llm.collective_rpc(reload_worker, args=(payload, self._layout))
+        assert self._facts is not None, "an engine is built before weights are loaded"
+        self._llm.collective_rpc(reload_worker, args=(payload, self._facts.layout))
         self._llm.set_weight_version(str(payload.identity.version))
         self._version = payload.identity.version
 
@@ -455,6 +453,25 @@ def _random_state_kept() -> Iterator[None]:
     torch.set_rng_state(states[2])
 
 
+@contextlib.contextmanager
+def _class_kept(cls: type[Any]) -> Iterator[None]:
+    """vLLM makes models that it has no code for of transformers' classes, which it changes so that they compile.
+
+    Where nothing is compiled these are put back: a learner in this process has models of the same classes.
+    """
+    bases, own = cls.__bases__, {name: vars(cls).get(name) for name in ("__init__", "__call__")}
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            if value is not None:
+                setattr(cls, name, value)
+            elif name in vars(cls):
+                delattr(cls, name)
+        if cls.__bases__ != bases:
+            cls.__bases__ = bases
+
+
 def prepare_environment(*, on_gpu: bool) -> None:
     """Set what vLLM reads from the environment; what the user has set stays, except for the process layout."""
     # The engine lives in this process: with "1" vLLM would start a child, and on CPU even two.
@@ -473,9 +490,7 @@ def prepare_environment(*, on_gpu: bool) -> None:
 @torch.no_grad()
 def reload_worker(worker: Any, payload: WeightPayload, layout: CheckpointLayout) -> None:
     """Load a payload into the model of one vLLM worker; runs inside the worker."""
-    if not hasattr(worker, "trl_ray_empty_model"):  # made once: large models take a second
-        worker.trl_ray_empty_model = layout.empty()
-    weights = in_checkpoint_layout(worker.trl_ray_empty_model, named_tensors(payload))
+    weights = in_checkpoint_layout(layout, named_tensors(payload))
     worker.reload_weights(weights_iterator=iter(weights))
     model = worker.model_runner.get_model()
     reload_written_past(model, weights)
@@ -507,7 +522,7 @@ def reload_written_past(model: torch.nn.Module, weights: Sequence[tuple[str, tor
     past = [(name, tensor.clone()) for name, tensor in weights if ".experts." in name or name.endswith(".sinks")]
     model.load_weights(iter(past))  # type: ignore[operator]
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.process_weights_after_loading(module)
 

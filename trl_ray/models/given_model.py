@@ -76,6 +76,11 @@ def quantization_options(given: object) -> dict[str, Any]:
             "quantization_config must leave llm_int8_skip_modules and llm_int8_enable_fp32_cpu_offload alone, got "
             f"{given.llm_int8_skip_modules} and {given.llm_int8_enable_fp32_cpu_offload}. Remove them."
         )
+    if given.load_in_4bit and given.bnb_4bit_compute_dtype is torch.float16:
+        raise ModelError(
+            "quantization_config must have bnb_4bit_compute_dtype bfloat16 or float32, got float16, which is not "
+            "trained in here. Set torch.bfloat16."
+        )
     return {
         "load_in_4bit": given.load_in_4bit,
         "load_in_8bit": given.load_in_8bit,

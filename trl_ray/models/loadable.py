@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import ModelError
 from trl_ray.models.adapters.adapter_config import require_lora
+from trl_ray.models.adapters.lora import attach_adapter
 from trl_ray.models.policy_loading import (
     LOAD_ERRORS,
     find_source,
@@ -63,6 +64,9 @@ def check_loadable(model: ModelConfig, *, num_labels: int | None = None) -> None
         logit_transform(empty)
         if shapes is not None and getattr(config, "quantization_config", None) is None:
             check_shapes(source.base, shapes, empty)
+    if model.use_peft and source.adapter is None:
+        with torch.device("meta"):
+            attach_adapter(empty, model, seed=0)
 
 
 def _check_decoder(name: str, config: Any) -> None:

@@ -35,6 +35,7 @@ from trl_ray.models.generation_settings import mend_generation
 from trl_ray.models.quantised_checkpoints import dequantising, forget_quantisation
 from trl_ray.models.scoring.head import check_head
 from trl_ray.models.scoring.rope_regimes import compute_by_sequence, rope_regimes
+from trl_ray.models.scoring.segment_attention import heed_soft_cap
 from trl_ray.models.vocabulary import add_rows, adopt_template, missing_rows, names_tokenizer, template_text
 
 Policy: TypeAlias = PreTrainedModel
@@ -224,6 +225,8 @@ def load_base(
         nn.Module.to(policy, torch_dtype(model.dtype))
     mend_generation(policy)
     policy.config.use_cache = False
+    if model.attn_implementation is None:
+        heed_soft_cap(policy)
     compute_by_sequence(policy)
     _follow_tokenizer(policy, model, source)
     return policy, set(info["missing_keys"])

@@ -1,9 +1,104 @@
-"""Which architectures a run can have."""
+"""Which architectures sampler and learner compute alike: proved ones, and why others are refused before a run starts.
+
+    ModelConfig --> model type --> proved | refused, with a sentence | not proved yet: told, and watched at every step
+
+`benchmarks/agreement_matrix.py` is the proof, with tiny random models: mean |difference| of sampled tokens at version
+0 and after three updates, float32 and bfloat16, both engines.
+"""
 
 from __future__ import annotations
 
-from trl_ray.config.sections import ModelConfig
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from trl_ray.config.sections import EngineChoice, ModelConfig
+from trl_ray.errors import ModelError
+from trl_ray.models.policy_loading import load_model_config
+
+PROVED = frozenset(
+    {
+        "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "stablelm", "olmo",
+        "olmo2", "olmo3", "granite", "cohere", "cohere2", "smollm3", "starcoder2", "falcon", "gpt2", "gpt_neox", "opt",
+        "bloom", "glm4", "exaone4", "nemotron", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3",
+        "granitemoe", "glm4_moe", "lfm2", "qwen3_next", "qwen3_5_text", "mamba", "mamba2", "falcon_h1",
+        "recurrent_gemma",
+    }
+)  # fmt: skip
+"""Model types whose sampler and learner were seen to agree, on the engines that run them."""
+_REFUSED: Mapping[str, str] = {
+    "phimoe": "its routers draw experts by lot in training, so that what is trained is never what sampled",
+}
+_REFUSED_BY_VLLM: Mapping[str, str] = {
+    "lfm2": "vLLM reads an option of its configuration (conv_dim) that transformers 5 does not write",
+    "recurrent_gemma": "vLLM has no such model",
+    "gpt_neox": "what vLLM makes of transformers' code is off by more than a nat with the same files",
+}
+_REFUSED_BY_VLLM_ON_CPU: Mapping[str, str] = {
+    "mamba": "vLLM has no kernel for its scan on a CPU",
+    "deepseek_v2": "vLLM's latent attention on a CPU is off by more than a nat with the same files",
+    "deepseek_v3": "vLLM's latent attention on a CPU is off by more than a nat with the same files",
+}
+_BF16_ON_CPU = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
+"""Model types whose linear attention vLLM computes in bfloat16 alone, on a CPU."""
+_TIED = frozenset({"cohere", "cohere2"})
+"""Model types whose head vLLM takes for the embedding, whatever the configuration says."""
+_NEEDS_TORCHVISION = frozenset({"qwen3_5_text", "qwen3_5_moe_text"})
+"""Model types whose module of vLLM reads images, too."""
+_USE = "Set rollout.engine=transformers, or take another model."
 
 
-def check_runnable(model: ModelConfig, engine: str) -> None:
-    """To be written."""
+def check_runnable(model: ModelConfig, engine: EngineChoice | str, *, on_gpu: bool = False, dtype: str = "") -> None:
+    """Refuse a model that this engine and the learner are known to compute differently, or that it cannot run.
+
+    Args:
+        model: the policy.
+        engine: vllm or transformers.
+        on_gpu: whether the engine has one.
+        dtype: of the engine.
+
+    Raises:
+        ModelError: why.
+    """
+    config: Any = load_model_config(model).get_text_config()
+    why = _why_not(config, EngineChoice(engine), on_gpu=on_gpu, dtype=dtype or model.dtype.value)
+    if why is not None:
+        raise ModelError(f"sampler and learner must be one policy, but with a {config.model_type} {why}")
+
+
+def unproved_notes(model: ModelConfig) -> tuple[str, ...]:
+    """What to know of an architecture that nobody has proved."""
+    kind = load_model_config(model).get_text_config().model_type
+    if kind in PROVED:
+        return ()
+    return (
+        f"that sampler and learner compute the same is not proved for a {kind}; weight check and agreement check watch "
+        "it. benchmarks/agreement_matrix.py is how it is proved.",
+    )
+
+
+def _why_not(config: Any, engine: EngineChoice, *, on_gpu: bool, dtype: str) -> str | None:
+    kind = config.model_type
+    if kind in _REFUSED:
+        return f"they are not: {_REFUSED[kind]}. Take another model."
+    if engine is not EngineChoice.VLLM:
+        return None
+    if kind in _REFUSED_BY_VLLM:
+        return f"they are not: {_REFUSED_BY_VLLM[kind]}. {_USE}"
+    if kind in _NEEDS_TORCHVISION and importlib.util.find_spec("torchvision") is None:
+        return "vLLM needs torchvision, which is not installed. Install it, or set rollout.engine=transformers."
+    if kind in _TIED and not config.tie_word_embeddings:
+        return f"vLLM takes the embedding for the head, which is another here (tie_word_embeddings=false). {_USE}"
+    if kind == "gpt_oss" and getattr(config, "quantization_config", None):
+        return (
+            "vLLM would keep the 4-bit experts of the files and be sent 16-bit ones. Save the model once with "
+            "from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)), or set "
+            "rollout.engine=transformers."
+        )
+    if on_gpu:
+        return None
+    if kind in _REFUSED_BY_VLLM_ON_CPU:
+        return f"they are not: {_REFUSED_BY_VLLM_ON_CPU[kind]}. {_USE}"
+    if kind in _BF16_ON_CPU and dtype != "bfloat16":
+        return f"vLLM needs bfloat16 on a CPU, got {dtype}. Set rollout.dtype=bfloat16, or rollout.engine=transformers."
+    return None

@@ -87,7 +87,7 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     (GRPOConfig, {"trackio_static_space_id": False}, {}),
     # LLaMA-Factory
     (SFTConfig, {"stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all"},
-     {"use_peft": True, "lora_r": 8, "lora_target_modules": "all-linear"}),
+     {"use_peft": True, "lora_r": 8, "lora_target_modules": "all-linear", "assistant_only_loss": True}),
     (SFTConfig, {"lora_target": "q_proj,v_proj", "use_peft": True},
      {"lora_target_modules": ["q_proj", "v_proj"], "use_peft": True}),
     (SFTConfig, {"cutoff_len": 2048, "overwrite_cache": True, "preprocessing_num_workers": 16, "plot_loss": True},

@@ -113,3 +113,5 @@ def test_a_quantisation_becomes_options() -> None:
         quantization_options(BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"]))
     with pytest.raises(ModelError, match=r"must be a transformers\.BitsAndBytesConfig, got a dict"):
         quantization_options({"load_in_4bit": True})
+    with pytest.raises(ModelError, match="must have bnb_4bit_compute_dtype bfloat16 or float32, got float16"):
+        quantization_options(BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16))

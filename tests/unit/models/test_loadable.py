@@ -77,6 +77,20 @@ def test_a_truncated_file_is_refused(model: str, tmp_path: Path, kept: int) -> N
         check_loadable(ModelConfig(model_name_or_path=str(tmp_path / "torn")))
 
 
+def test_an_adapter_that_does_not_fit_is_refused(model: str) -> None:
+    with pytest.raises(ModelError, match=r"the adapter must fit Qwen2ForCausalLM.*Check lora_target_modules"):
+        check_loadable(ModelConfig(model_name_or_path=model, use_peft=True, lora_target_modules=["nowhere"]))
+    options: list[dict[str, Any]] = [
+        {},
+        {"lora_modules_to_save": ["embed_tokens", "lm_head"]},
+        {"use_dora": True, "lora_kwargs": {"init_lora_weights": "orthogonal"}},
+        {"lora_kwargs": {"init_lora_weights": "gaussian"}},
+    ]
+    for changes in options:
+        for num_labels in (None, 1):
+            check_loadable(ModelConfig(model_name_or_path=model, use_peft=True, **changes), num_labels=num_labels)
+
+
 def changed(model: str, folder: Path, **options: Any) -> ModelConfig:
     """A copy with other entries in config.json."""
     shutil.copytree(model, folder)

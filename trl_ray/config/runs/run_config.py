@@ -66,7 +66,8 @@ class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig, CadenceCo
         if self.bf16:
             return "bfloat16 (autocast)"
         if self.dtype is not Dtype.FLOAT32:
-            return self.dtype.value
+            copies = self.float32_master_weights and self.deepspeed is None and not self.use_peft
+            return self.dtype.value + (" (weights have copies in float32)" if copies else "")
         on_cpu = self.runtime.learner_num_gpus == 0
         return "float32" + (" (bf16 is the default where runtime.learner_num_gpus is above 0)" if on_cpu else "")
 

@@ -148,6 +148,29 @@ def _rpo(value: Any, given: Mapping[str, Any]) -> Reading | None:
     return {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, float(value)]}
 
 
+def _stage(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """Supervised fine-tuning trains what the assistant says there, unless it is told otherwise."""
+    if value == "pt":
+        return {}
+    if value != "sft":
+        return None
+    return {} if given.get("train_on_prompt") else {"assistant_only_loss": True}
+
+
+def _inputs(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """Whether what is answered is trained: prompts beside completions, and in conversations what others say."""
+    if value is True:
+        return {"completion_only_loss": False}
+    if value not in (False, None):
+        return None
+    entries = [each for each in given.get("datasets") or () if isinstance(each, Mapping)]
+    talks = any(
+        str(each.get("type") or "").startswith(("chat_template", "sharegpt")) or "field_messages" in each
+        for each in entries
+    )
+    return {"assistant_only_loss": True} if talks else {"completion_only_loss": None}
+
+
 HANDBOOK: Rows = {
     "rpo_alpha": read_by(
         _rpo, says="Set loss_type=[sigmoid, sft] with loss_weights=[1.0, ALPHA].", needs=("loss_weights",)
@@ -181,7 +204,7 @@ HANDBOOK: Rows = {
 
 FACTORY: Rows = {
     "stage": (
-        *only("sft", "pt", says="Choose the pipeline: trl-ray sft, dpo, kto, reward or grpo.", needs=("packing",)),
+        *read_by(_stage, says="Choose the pipeline: trl-ray sft, dpo, kto, reward or grpo.", needs=("packing",)),
         *only(
             "rm",
             says="Choose the pipeline: trl-ray sft, dpo, kto, reward or grpo.",
@@ -226,8 +249,8 @@ FACTORY: Rows = {
     "use_unsloth": only(False, says="Set use_liger_kernel=true for faster layers."),
     "neat_packing": renamed("packing"),
     "train_on_prompt": by_value(
-        {True: {"completion_only_loss": False}, False: {"completion_only_loss": True}},
-        says="Set completion_only_loss.",
+        {True: {"completion_only_loss": False}, False: {"assistant_only_loss": True}},
+        says="Set completion_only_loss, or assistant_only_loss for conversations.",
         needs=("completion_only_loss",),
     ),
     "mask_history": only(False, says="Remove it: assistant_only_loss trains every turn of the assistant."),
@@ -358,9 +381,9 @@ AXOLOTL: Rows = {
     "sample_packing_group_size": always(_READING),
     "sample_packing_bin_size": always(_READING),
     "pad_to_sequence_len": always("Nothing is padded."),
-    "train_on_inputs": by_value(
-        {True: {"completion_only_loss": False}, False: {"completion_only_loss": None}},
-        says="Set completion_only_loss.",
+    "train_on_inputs": read_by(
+        _inputs,
+        says="Set completion_only_loss, or assistant_only_loss for conversations.",
         needs=("completion_only_loss",),
     ),
     "adapter": by_value(

@@ -100,7 +100,6 @@ TRAINING: Rows = {
     ),
     "label_smoothing_factor": only(0, says="Remove it: only the pipeline sft has labels to smooth."),
     "neftune_noise_alpha": only(None, 0, says="Remove it: only the pipeline sft has noisy embeddings."),
-    "router_aux_loss_coef": only(None, 0, says="Remove it: routers of experts have no loss of their own here."),
     # When to log, save, evaluate.
     "evaluation_strategy": renamed("eval_strategy"),
     "save_on_each_node": always(_CHECKPOINT),

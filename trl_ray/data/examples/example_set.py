@@ -31,7 +31,7 @@ from trl_ray.data.examples.example_tasks import (
     StepMaking,
     SupervisedMaking,
 )
-from trl_ray.data.examples.left_out_rows import RowFindings, TokenCounts, Untrained, report_rows, report_tokens
+from trl_ray.data.examples.left_out_rows import Lost, RowFindings, TokenCounts, Untrained, report_rows, report_tokens
 from trl_ray.data.examples.placed_records import reader_of, readers_for, report_unread
 from trl_ray.data.examples.row_tokenisation import RowTokeniser
 from trl_ray.data.examples.steps import StepRules, step_tokens
@@ -44,6 +44,7 @@ from trl_ray.errors import DataError, ModelError
 from trl_ray.types import Example
 
 _LOG = logging.getLogger(__name__)
+TOLD_ONCE = "Later rows of the stream of which this holds are not told."
 
 
 class ExampleTask(enum.StrEnum):
@@ -116,6 +117,30 @@ class ExampleSet:
         )
         return (*self.notes, *rows, *report_tokens(self.name, self.tokens))
 
+    def news(self, told: set[str]) -> tuple[str, ...]:
+        """What `report` says of rows, but for kinds that are told already; all that are here are told then."""
+        reasons = {reason for reason in Untrained if reason not in told}
+        findings = None if self.findings is None else self.findings.without(told)
+        new = {
+            "cut": self.cut_rows if "cut" not in told else (),
+            "diverging": self.diverging_rows if "diverging" not in told else (),
+            "equal": self.equal_rows if "equal" not in told else (),
+        }
+        untrained = {row: reason for row, reason in self.untrained.items() if reason in reasons}
+        told |= {kind for kind, rows in new.items() if rows} | {str(reason) for reason in untrained.values()}
+        told |= {str(kind) for kind in Unrendered if findings is not None and len(findings.rows_of(kind))}
+        return report_rows(self.name, total=self.num_rows, untrained=untrained, findings=findings, **new)
+
+    def counts(self) -> dict[str, int]:
+        """What of the rows is lost, in numbers that can be added."""
+        return {
+            Lost.TOKENS: self.tokens.written,
+            Lost.CUT: self.tokens.cut,
+            Lost.TARGETS: self.tokens.targets,
+            Lost.UNPACKED: self.tokens.unpacked,
+            Lost.EQUAL: len(self.equal_rows),
+        }
+
     def losses(self) -> dict[str, int | str]:
         """What of the rows is not trained, in numbers; nothing where all is."""
         found: dict[str, int | str] = {
@@ -155,6 +180,8 @@ class StreamedExample:
     """Rows of the stream that are used up with this example and all before it; exact at the end of a window."""
     untrained: Mapping[Untrained, int] = field(default_factory=dict)
     """Rows since `start_window` that are in no example, counted by reason, up to the end of this window."""
+    losses: Mapping[str, int] = field(default_factory=dict)
+    """Tokens and pairs since `start_window` that are lost, by `Lost`, up to the end of this window."""
 
 
 def load_examples(
@@ -263,6 +290,7 @@ def stream_examples(
     dataset: object | None = None,
     start_window: int = 0,
     seed: int,
+    told: set[str] | None = None,
 ) -> Iterator[StreamedExample]:
     """The examples of one pass over a stream, window by window; rows are read when their window is asked for.
 
@@ -277,11 +305,42 @@ def stream_examples(
         dataset: a `datasets.IterableDataset`, or anything else that can be iterated more than once.
         start_window: the first window to give.
         seed: of the order within windows; another one for each pass gives each its own order.
+        told: kinds of things that the user knows of the rows; others are logged in the first window that has them, and
+            put there.
 
     Raises:
         DataError: at once, if there is no such dataset; when its row is reached, if one cannot be used.
         ModelError: see `load_examples`.
     """
+    windows = stream_windows(config, tokenizer, task=task, dataset=dataset, start_window=start_window)
+    known = set[str]() if told is None else told
+
+    def examples() -> Iterator[StreamedExample]:
+        untrained, losses = Counter[Untrained](), Counter[str]()
+        for window, found in enumerate(windows, start=start_window):
+            untrained.update(found.untrained.values())
+            losses.update(found.counts())
+            for sentence in found.news(known):
+                _LOG.warning("%s %s", sentence, TOLD_ONCE)
+            end = window * config.stream_window + found.num_rows
+            left_out, lost = dict(untrained), dict(losses)
+            for place, example, used in _ordered(found.examples, config, window, end=end, seed=seed):
+                yield StreamedExample(
+                    example=example, window=window, place=place, next_row=used, untrained=left_out, losses=lost
+                )
+
+    return examples()
+
+
+def stream_windows(
+    config: SupervisedRunConfig,
+    tokenizer: DatasetTokenizer,
+    *,
+    task: ExampleTask,
+    dataset: object | None = None,
+    start_window: int = 0,
+) -> Iterator[ExampleSet]:
+    """The windows of one pass over a stream, each a set of examples of its own; see `stream_examples`."""
     stream = open_rows(config, seed=config.seed, dataset=dataset, lazily=True)
     making = making_for(config, tokenizer, task=task, evaluation=False)
     if next(stream.read(0), None) is None:
@@ -293,53 +352,34 @@ def stream_examples(
 
     tokeniser = RowTokeniser(making=making, tokenizer=tokenizer, readers={stream.name: reader}, origin=origin)
 
-    def windows() -> Iterator[StreamedExample]:
+    def windows() -> Iterator[ExampleSet]:
         start = start_window * config.stream_window
-        untrained: Counter[Untrained] = Counter()
-        told: set[Unrendered] = set()
         rows = enumerate(stream.read(start), start=start)
         for window in itertools.count(start_window):
             taken = dict(itertools.islice(rows, config.stream_window))
             if not taken:
                 return
-            first = next(iter(taken))
-            table = TokenTable(tokeniser.table(taken, list(taken)), start=first)
+            table = TokenTable(tokeniser.table(taken, list(taken)), start=next(iter(taken)))
             bad = _settled(table, origin, config.on_bad_row)
-            found = _example_set(table, making.finish(table, window=window), name=stream.name, bad=bad)
-            untrained.update(found.untrained.values())
-            _warn_once(found, told)
-            end = first + len(taken)
-            yield from _placed(found.examples, config, window, end=end, seed=seed, untrained=dict(untrained))
+            unread = report_unread(table.column("unread"), stream.name, told=reader.format.unread)
+            notes = (*reader.notes, *unread, *bad.report())
+            yield _example_set(table, making.finish(table, window=window), name=stream.name, bad=bad, notes=notes)
 
     return windows()
 
 
-def _warn_once(found: ExampleSet, told: set[Unrendered]) -> None:
-    """Say what the template does with rows of a stream, each kind in the first window that has it."""
-    if not found.findings:
-        return
-    new = found.findings.without(told)
-    for sentence in report_rows(found.name, total=found.num_rows, untrained={}, cut=(), diverging=(), findings=new):
-        _LOG.warning("%s Later rows of the stream of which this holds are not told.", sentence)
-    told |= {kind for kind in Unrendered if len(new.rows_of(kind))}
-
-
-def _placed(
-    examples: Sequence[Example],
-    config: SupervisedRunConfig,
-    window: int,
-    *,
-    end: int,
-    seed: int,
-    untrained: Mapping[Untrained, int],
-) -> Iterator[StreamedExample]:
+def _ordered(
+    examples: Sequence[Example], config: SupervisedRunConfig, window: int, *, end: int, seed: int
+) -> Iterator[tuple[int, Example, int]]:
+    """The place of each example of a window, the example, and the rows that are used up with it."""
     order = np.arange(len(examples))
     if config.shuffle_dataset:
         order = np.random.default_rng([seed, window]).permutation(len(examples))
     used = window * config.stream_window
     for place, index in enumerate(map(int, order)):
-        used = min(end, used + examples[index].num_rows) if place + 1 < len(order) else end
-        yield StreamedExample(example=examples[index], window=window, place=place, next_row=used, untrained=untrained)
+        example = examples[index]
+        used = min(end, used + example.num_rows) if place + 1 < len(order) else end
+        yield place, example, used
 
 
 def making_for(

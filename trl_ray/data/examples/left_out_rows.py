@@ -89,7 +89,7 @@ class RowFindings(Mapping[int, Sequence[Finding]]):
             raise KeyError(row)
         return self._kinds[int(self._codes[place])]
 
-    def without(self, kinds: Collection[Unrendered]) -> RowFindings:
+    def without(self, kinds: Collection[str]) -> RowFindings:
         """The rows with the findings of other kinds."""
         others = [tuple(finding for finding in found if finding.kind not in kinds) for found in self._kinds]
         left = np.asarray([bool(found) for found in others], np.bool_)[self._codes] if others else self._rows > 0
@@ -152,6 +152,32 @@ class TokenCounts:
     @property
     def unpacked_share(self) -> str:
         return _share(self.unpacked, self.targets)
+
+
+class Lost(enum.StrEnum):
+    """What is counted of a stream, window after window; the values stand in checkpoints."""
+
+    TOKENS = "tokens"
+    CUT = "tokens_cut"
+    TARGETS = "targets"
+    UNPACKED = "targets_unpacked"
+    EQUAL = "pairs_equal"
+
+
+def report_losses(name: str, counts: Mapping[str, int]) -> tuple[str, ...]:
+    """One sentence for each way in which a stream has lost tokens or preferences, of counts by `Lost`."""
+    equal = counts.get(Lost.EQUAL, 0)
+    tokens = TokenCounts(
+        written=counts.get(Lost.TOKENS, 0),
+        cut=counts.get(Lost.CUT, 0),
+        targets=counts.get(Lost.TARGETS, 0),
+        unpacked=counts.get(Lost.UNPACKED, 0),
+    )
+    pairs = (
+        f"{equal} pairs of {name} have answers that are the same once cut to max_length, and prefer nothing: raise "
+        "max_length."
+    )
+    return (*((pairs,) if equal else ()), *report_tokens(name, tokens))
 
 
 def report_tokens(name: str, tokens: TokenCounts) -> tuple[str, ...]:

@@ -5,9 +5,9 @@ drafts, rows, how many tokens were cut ─► prompt_notes ─► sentences
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from trl_ray.data.chat.faithful_rendering import Unrendered
+from trl_ray.data.chat.faithful_rendering import Finding, Unrendered
 from trl_ray.data.chat.row_format import TOOLS
 from trl_ray.data.formats.detection import SYSTEM_TEXTS
 from trl_ray.data.prompts.prompt_drafts import PromptDraft, PromptRow
@@ -61,6 +61,12 @@ def _about_columns(name: str, drafts: Sequence[PromptDraft]) -> Iterator[str]:
             f"{split} of {len(drafts)} rows of {name} are conversations that end with an answer: the prompt is what "
             "stands before the assistant's last turn."
         )
+    asked = sum(draft.is_asked for draft in drafts)
+    if asked:
+        yield (
+            f"{asked} of {len(drafts)} prompts of {name} are texts: each is the user's message after system_prompt, "
+            "rendered by the chat template."
+        )
     for column in SYSTEM_TEXTS:
         count = sum(isinstance(text := draft.columns.get(column), str) and bool(text.strip()) for draft in drafts)
         if count:
@@ -86,14 +92,25 @@ def _about_columns(name: str, drafts: Sequence[PromptDraft]) -> Iterator[str]:
 
 
 def _about_template(name: str, drafts: Sequence[PromptDraft]) -> Iterator[str]:
+    found = {draft.origin.number: draft.findings for draft in drafts if draft.findings}
+    return unrendered_notes(found, what=f"{len(drafts)} prompts of {name}")
+
+
+def unrendered_notes(findings: Mapping[int, Sequence[Finding]], *, what: str) -> Iterator[str]:
+    """A sentence for each kind of thing that a chat template does not write as rows have it.
+
+    Args:
+        findings: by number of the row.
+        what: all rows that were looked at, such as ``10 prompts of the dataset``.
+    """
     for kind, text in _UNRENDERED.items():
-        found = [(draft, finding) for draft in drafts for finding in draft.findings if finding.kind is kind]
+        found = [(row, finding) for row, several in findings.items() for finding in several if finding.kind is kind]
         if found:
             first = found[0][1]
-            rows = dict.fromkeys(draft.origin.number for draft, _ in found)
+            rows = list(dict.fromkeys(row for row, _ in found))
             yield (
-                f"{len(rows)} of {len(drafts)} prompts of {name} have {text} ({_numbers(list(rows))}); first: message "
-                f"{first.message}, field {first.field!r}."
+                f"{len(rows)} of {what} have {text} ({_numbers(rows)}); first: message {first.message}, field "
+                f"{first.field!r}."
             )
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from trl_ray.config.reward_model_options import RewardModelKind, StepFormat
-from trl_ray.data.chat.chat_rendering import ChatFormat, own_template, render_chat
+from trl_ray.data.chat.chat_rendering import ChatFormat, own_template
+from trl_ray.data.chat.faithful_rendering import FaithfulChat, Finding, render_faithfully
 from trl_ray.data.chat.row_format import row_format
 from trl_ray.data.examples.step_parser import split_steps
 from trl_ray.data.examples.steps import StepRules, step_tokens
@@ -79,6 +80,12 @@ class RewardReader:
             )
         self._render(prompt, (*prompt.messages, {"role": "assistant", "content": "1"}))
 
+    def findings(self, prompt: Prompt) -> tuple[Finding, ...]:
+        """What its chat template does not write of a prompt as the row has it."""
+        if prompt.messages is None:
+            return ()
+        return self._faithful(prompt, (*prompt.messages, {"role": "assistant", "content": "1"})).findings
+
     def read(self, prompt: Prompt, completion: Completion) -> RatedText:
         """What the model reads of one completion.
 
@@ -123,15 +130,19 @@ class RewardReader:
         return ids if start is None or ids[:1].tolist() == [start] else np.append(np.int32(start), ids)
 
     def _render(self, prompt: Prompt, messages: Sequence[Message], *, answers: bool = False) -> str:
+        return self._faithful(prompt, messages, answers=answers).rendered.text
+
+    def _faithful(self, prompt: Prompt, messages: Sequence[Message], *, answers: bool = False) -> FaithfulChat:
+        """As reward models are trained on conversations: thoughts that their template has no place for are kept."""
         unfinished = messages[-1]["role"] == "assistant"
-        return render_chat(
+        return render_faithfully(
             self._tokenizer,
             messages,
             self._format(prompt),
             add_generation_prompt=answers and not unfinished,
             continue_final_message=answers and unfinished,
             where="a conversation to be rated",
-        ).text
+        )
 
     def _format(self, prompt: Prompt) -> ChatFormat:
         chat = ChatFormat(template=own_template(self._tokenizer), template_kwargs=self._rules.template_kwargs)

@@ -32,6 +32,9 @@ from trl_ray.data.sources.stored_rows import StoredRows, is_large, is_stored, st
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
 
+_HELD_OUT = "test"
+"""The split that is held out where none is named, as in TRL."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
@@ -335,10 +338,12 @@ def _from_name(source: DatasetConfig, split: str | None, *, seed: int, evaluatio
             f"dataset_name={name!r}. Remove them."
         )
     if split is None:
-        raise DataError(
-            f"Evaluation needs held-out rows and {name} names no split for them. Set dataset_test_split, pass "
-            "eval_dataset, or set eval_steps to 0."
-        )
+        if Path(name).is_file():
+            raise DataError(
+                f"Evaluation needs held-out rows and {name} names no split for them. Set dataset_test_split with a "
+                "folder, or test_split_size to hold out a part of the file, pass eval_dataset, or set eval_steps to 0."
+            )
+        split = _HELD_OUT
     if source.data_files is not None or source.data_dir is not None:
         return _from_hub(source, split, lazily=lazily)
     path = Path(name)
@@ -413,7 +418,8 @@ def _from_object(dataset: object, split: str | None, *, name: str | None = None)
     """Rows of a list of dicts, a `datasets` object, or one split of a dictionary of them."""
     if isinstance(dataset, Mapping):
         if split not in dataset:
-            raise DataError(f"The dataset must have the split {split!r}, it has {sorted(map(str, dataset))}. Name one.")
+            option = "Set test_split_size, or name one: dataset_test_split." if split == _HELD_OUT else "Name one."
+            raise DataError(f"The dataset must have the split {split!r}, it has {sorted(map(str, dataset))}. {option}")
         return _from_object(dataset[split], split, name=name)
     _require_rows(dataset)
     label = name or ("the rows" if isinstance(dataset, RowSequence) else f"the given {type(dataset).__name__}")

@@ -43,6 +43,7 @@ _FURTHER = frozenset(
         "layers_pattern",
         "layers_to_transform",
         "rank_pattern",
+        "target_parameters",
     }
 )
 """Fields that `lora_kwargs` may set."""
@@ -60,9 +61,6 @@ _BOOKKEEPING = frozenset(
     }
 )
 _REFUSED = {
-    "target_parameters": "lora_target_parameters must be left out: adapters stand beside linear layers here, and "
-    "experts that keep their weights in one parameter have none. Remove it; attention and shared layers can be named "
-    "in lora_target_modules.",
     "trainable_token_indices": "trainable_token_indices must be left out. Set lora_modules_to_save=[embed_tokens, "
     "lm_head], which trains these rows among all.",
     "bias": "bias must be 'none': with biases trained there would be no reference beneath the adapter. Remove it.",
@@ -233,7 +231,7 @@ def _refuse(names: Iterable[str]) -> None:
 
 
 def check_lora_config(config: LoraConfig) -> None:
-    """Refuse what changes anything but linear layers, or moves the frozen weights."""
+    """Refuse what changes anything but linear layers and parameters of experts, or moves the frozen weights."""
     default = type(config)()
     known = _FROM_OPTIONS.keys() | _FURTHER | _BOOKKEEPING
     odd = [

@@ -43,8 +43,8 @@ REFERENCE = "ref"
 """The name of the frozen adapter that a run started from, TRL's own."""
 _PREFIX = "base_model.model."
 """Before every name in an adapter file: PEFT wraps models where this package does not."""
-_LINEAR = frozenset({"Linear", "Linear4bit", "Linear8bitLt"})
-"""PEFT's layers that stand in for a linear one."""
+_LINEAR = frozenset({"Linear", "Linear4bit", "Linear8bitLt", "ParamWrapper"})
+"""PEFT's layers that stand in for a linear one, or for a module of experts with all their weights in one parameter."""
 
 
 def attach_adapter(policy: PreTrainedModel, model: ModelConfig, *, seed: int) -> None:
@@ -160,8 +160,8 @@ def _inject(policy: PreTrainedModel, config: LoraConfig, name: str) -> None:
             peft.inject_adapter_in_model(config, policy, name)
         except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, KeyError) as error:
             raise ModelError(
-                f"the adapter must fit {type(policy).__name__}, but: {error}. Check lora_target_modules; all-linear "
-                "takes every linear layer but the head."
+                f"the adapter must fit {type(policy).__name__}, but: {error}. Check lora_target_modules (all-linear "
+                "takes every linear layer but the head); lora_target_parameters needs lora_dropout=0."
             ) from error
     _check_layers(policy)
     for layer in lora_layers(policy).values():
@@ -190,7 +190,7 @@ def _check_layers(policy: PreTrainedModel) -> None:
     if odd:
         raise ModelError(
             f"adapters must stand beside linear layers, got {sorted(odd)[:3]}. Change lora_target_modules or "
-            "lora_modules_to_save."
+            "lora_modules_to_save; parameters of experts are named in lora_target_parameters."
         )
 
 
@@ -216,6 +216,8 @@ def _tie(policy: PreTrainedModel, config: LoraConfig) -> None:
 
 
 def _check_tied(policy: PreTrainedModel) -> None:
+    if policy.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+        return
     copied = [end for end in _ends(policy) if hasattr(policy.get_submodule(end), "modules_to_save")]
     if copied and policy.config.get_text_config().tie_word_embeddings and not _is_tied(policy):
         raise ModelError(

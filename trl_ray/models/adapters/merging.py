@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import ModelError
@@ -56,13 +57,17 @@ def merged_weights(policy: PreTrainedModel, *, gather: Gather = _whole) -> Itera
     layers = lora_layers(policy) if has_adapter(policy) else {}
     for name, parameter in policy.named_parameters():
         owner, wrapped, leaf = name.rpartition(".base_layer.")
-        if wrapped and leaf == "weight":
+        if ".lora_" in name:
+            continue
+        if wrapped and isinstance(layers[owner].get_base_layer(), nn.Linear | Conv1D) and leaf == "weight":
             layer = layers[owner]
             with gather(_factors(layer)):
                 yield f"{owner}.{leaf}", _merge(layer)
         elif wrapped:
-            with gather([parameter]):
-                yield f"{owner}.{leaf}", parameter.detach()
+            adapter = _wrapper_of(leaf, owner, layers)
+            plain = ".".join(part for part in name.split(".") if part != "base_layer")
+            with gather([parameter] if adapter is None else [parameter, *_low_rank(adapter)]):
+                yield plain, parameter.detach() if adapter is None else _merge_parameter(parameter, adapter)
         elif ".original_module." in name:
             owner, _, leaf = name.partition(".original_module.")
             wrapper: Any = policy.get_submodule(owner)
@@ -74,6 +79,25 @@ def merged_weights(policy: PreTrainedModel, *, gather: Gather = _whole) -> Itera
                 yield name, _plain(policy.get_submodule(name.rpartition(".")[0]), parameter)
 
 
+def _wrapper_of(leaf: str, owner: str, layers: dict[str, Any]) -> Any | None:
+    """The adapter of one parameter of a module; those of several are nested in each other."""
+    found = [layers[owner]]
+    while owner.endswith(".base_layer"):
+        owner = owner.removesuffix(".base_layer")
+        found.append(layers[owner])
+    return next((each for each in found if getattr(each, "parameter_name", None) == leaf), None)
+
+
+def _low_rank(layer: Any) -> list[nn.Parameter]:
+    return [layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight]
+
+
+def _merge_parameter(parameter: nn.Parameter, wrapper: Any) -> Tensor:
+    sums = torch.promote_types(parameter.dtype, torch.float32)
+    merged: Tensor = parameter.detach().to(sums) + wrapper.get_delta_weight(TRAINED).to(sums)
+    return merged.to(parameter.dtype)
+
+
 def _is_adapter(name: str, layers: dict[str, Any]) -> bool:
     """A, B and magnitudes, and the copies of layers trained in full."""
     parts = name.split(".")
@@ -81,7 +105,7 @@ def _is_adapter(name: str, layers: dict[str, Any]) -> bool:
 
 
 def _factors(layer: Any) -> list[nn.Parameter]:
-    factors = [layer.get_base_layer().weight, layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight]
+    factors = [layer.get_base_layer().weight, *_low_rank(layer)]
     if TRAINED in layer.lora_magnitude_vector:
         factors.append(layer.lora_magnitude_vector[TRAINED].weight)
     return factors

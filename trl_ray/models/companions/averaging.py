@@ -227,7 +227,11 @@ def lora_factors(policy: nn.Module) -> dict[str, LoraFactors]:
         ConfigError: something is trained that is no plain low-rank adapter.
     """
     layers = lora_layers(policy)
-    others = [name for name, layer in layers.items() if TRAINED in layer.lora_magnitude_vector]
+    others = [
+        name
+        for name, layer in layers.items()
+        if TRAINED in layer.lora_magnitude_vector or hasattr(layer, "parameter_name")
+    ]
     others += [
         name
         for name, parameter in policy.named_parameters()
@@ -237,7 +241,7 @@ def lora_factors(policy: nn.Module) -> dict[str, LoraFactors]:
         raise ConfigError(
             "an average of a low-rank adapter needs a policy in which nothing else is trained, but there is "
             f"{sorted(others)[:3] or 'no adapter'}. Set teacher_model_kind to base or live, use_dora=false and no "
-            "lora_modules_to_save, or train the whole model."
+            "lora_modules_to_save or lora_target_parameters, or train the whole model."
         )
     return {
         name: LoraFactors(

@@ -1,6 +1,6 @@
 """The auxiliary loss of a mixture of experts: routers that send all tokens to few experts pay for it.
 
-    routers of the model --hooks, while a training pass runs--> logits [tokens, E] a layer --take--> scalar
+    routers of the model --hooks, while a training pass listens--> logits [tokens, E] a layer --take--> scalar
 
     loss = E sum_e f_e p_e         f_e  assignments to expert e a token, p_e  mean probability that routers give to e
                                    https://arxiv.org/abs/2101.03961, eq. 4 to 6, over all layers and tokens together
@@ -41,21 +41,33 @@ def aux_loss_coefficient(config: Any, asked: float | None) -> float:
     return float(coefficient or 0.0) if has_loss else 0.0
 
 
+def router_loss(policy: nn.Module, asked: float | None) -> RouterLoss | None:
+    """The loss of a policy's routers; None where it has no weight.
+
+    Raises:
+        ModelError: it is asked for and cannot be had.
+    """
+    coefficient = aux_loss_coefficient(policy.config, asked)
+    return RouterLoss(policy, coefficient) if coefficient else None
+
+
 class RouterLoss:
     """Gathers what the routers of a model say, and makes the loss of it::
 
-        with routers.listening(real):
+        with routers.listening():
             scores = scorer.score(samples)
         aux_loss = routers.take()
 
     Args:
         policy: a mixture of experts.
+        coefficient: weight of the loss.
 
     Raises:
         ModelError: its routers or its numbers of experts are not known.
     """
 
-    def __init__(self, policy: nn.Module) -> None:
+    def __init__(self, policy: nn.Module, coefficient: float) -> None:
+        self.coefficient = coefficient
         config: Any = policy.config.get_text_config()  # type: ignore[operator,union-attr]
         found = [int(value) for name in _EXPERTS if (value := getattr(config, name, None))]
         recorders = _recorders(policy)
@@ -73,6 +85,9 @@ class RouterLoss:
         self._num_experts, self._top_k = found[0], int(config.num_experts_per_tok)
         self._logits: list[Tensor] = []
         self._listens = False
+        self._real: Tensor | None = None
+        self.real: Tensor | None = None
+        """[R*T] bool, False for padding of the pass at hand; None: there is none."""
         for router, index in routers:
             router.register_forward_hook(lambda module, given, output, index=index: self._hear(output, index))
 
@@ -81,7 +96,9 @@ class RouterLoss:
         # Passes without gradient are of references and teachers, and layers that are computed again come when this is
         # over.
         if self._listens and logits.requires_grad:
-            self._logits.append(logits.reshape(-1, logits.shape[-1]))
+            # As they are: layers that are computed again would miss what is computed of them here.
+            self._logits.append(logits)
+            self._real = self.real
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -96,7 +113,8 @@ class RouterLoss:
         """The loss of what was gathered, a scalar with gradient; None where no router was asked."""
         if not self._logits:
             return None
-        logits, self._logits = self._logits, []
+        rows, self._logits = [layer.reshape(-1, layer.shape[-1]) for layer in self._logits], []
+        logits = rows if self._real is None else [layer[self._real] for layer in rows]
         return load_balancing_loss(logits, num_experts=self._num_experts, top_k=self._top_k)
 
 

@@ -23,9 +23,10 @@ from trl_ray.errors import ModelError
 from trl_ray.models.scoring.embedding_noise import noise_bounds
 from trl_ray.models.scoring.head import head_weight
 from trl_ray.models.scoring.rope_regimes import RopeRegimes, rope_regimes
+from trl_ray.models.scoring.router_loss import RouterLoss
 from trl_ray.models.scoring.scoring_module import HeadQuestion, PredictorModule, ScoringModule, token_scores
 from trl_ray.models.scoring.segment_attention import SEGMENT_ATTENTION, attention_kind
-from trl_ray.types import FloatArray, IntArray, TrainingGap, TrainingSample
+from trl_ray.types import FloatArray, IntArray, ScoredSequence, TrainingGap, TrainingSample, WeightCheck
 
 __all__ = ["ClassScores", "SampleScorer", "ScoringModule"]
 
@@ -83,6 +84,8 @@ class SampleScorer:
         self._device = head_weight(self._model).device
         self._regimes = rope_regimes(self._model.config)
         self._hidden_size = int(self._model.config.get_text_config().hidden_size)
+        self.routers: RouterLoss | None = None
+        """Of a mixture of experts whose routers have a loss."""
         # Proved rather than believed: a mask that is not obeyed gives wrong numbers and no error.
         self._attention = self._prove_attention(attention_kind(self._model))
 
@@ -152,6 +155,22 @@ class SampleScorer:
             values: FloatArray = self._run(layout, temperature=1.0)[0].cpu().numpy()
         return values
 
+    def weight_check(
+        self, token_ids: IntArray, *, version: int, further: Sequence[IntArray], asks_training: bool
+    ) -> WeightCheck:
+        """What engines that have these weights are held against; see `PolicyLearner.weight_check`."""
+        logprobs, *others = (self.sequence_logprobs(ids) for ids in (token_ids, *further))
+        longest = max((token_ids, *further), key=len)
+        return WeightCheck(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            version=version,
+            further=tuple(
+                ScoredSequence(token_ids=ids, logprobs=values) for ids, values in zip(further, others, strict=True)
+            ),
+            training=self.training_gap(longest) if asks_training and len(longest) >= 4 else None,
+        )
+
     @torch.no_grad()
     def training_gap(self, token_ids: IntArray) -> TrainingGap:
         """How far training passes over a sequence [T], T >= 4, are from an evaluation; only for language heads.
@@ -204,6 +223,9 @@ class SampleScorer:
     ) -> tuple[Tensor, ...]:
         """One forward pass; hidden states alone without the head."""
         layout = layout.to(self._device)
+        if self.routers is not None:
+            # A real token's sequence has a prompt and a completion; padding stands alone.
+            self.routers.real = (layout.lengths > 1).flatten()
         positions = layout.position_ids
         if self._regimes is not None:  # padding counts on, and would make a row longer than its sequence
             positions = positions.masked_fill(layout.lengths == 1, 0)

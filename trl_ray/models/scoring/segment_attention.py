@@ -48,6 +48,13 @@ def attention_kind(model: PreTrainedModel) -> AttentionKind:
     return AttentionKind.RESTARTS if implementation.startswith("flash_attention") else AttentionKind.CAUSAL
 
 
+def heed_soft_cap(model: PreTrainedModel) -> None:
+    """Have attention scores capped where the configuration says so: `sdpa` leaves the cap out, engines do not."""
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) and str(config._attn_implementation) == "sdpa":
+        model.set_attn_implementation("eager")
+
+
 def segment_attention(
     module: nn.Module,
     query: Tensor,

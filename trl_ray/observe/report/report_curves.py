@@ -16,6 +16,7 @@ from trl_ray.types import EventKind
 _SMOOTHING_FRACTION = 0.1
 _PART = re.compile(r"reward/(.+)/mean")
 _HELD_OUT_REWARD = re.compile(r"eval/(.+)_reward")
+_HELD_OUT_LOSS = re.compile(r"eval/(.+)(?<!_nll)_loss")
 _HISTOGRAM = re.compile(r"staleness/hist_(\d+)")
 
 
@@ -141,6 +142,8 @@ def curves(run: RunData) -> list[PlacedChart]:
     charts = [
         _rewards(run),
         _reward_parts(run),
+        _sets(run),
+        _own(run),
         *(_plain(run, card) for card in _AFTER_REWARDS),
         _staleness(run),
         _token_ages(run),
@@ -195,11 +198,37 @@ def _rewards(run: RunData) -> Chart:
     return Chart(title="Reward", steps=_steps(run), series=series)
 
 
+def _sets(run: RunData) -> Chart:
+    """The losses of held-out sets that have names."""
+    keys = _evaluated_keys(run)
+    # A set alone has no name; what else ends in `_loss` then is a number of its own.
+    found = () if "eval/loss" in keys else keys
+    named = [(match[1], key) for key in found if (match := _HELD_OUT_LOSS.fullmatch(key))]
+    return _evaluated_chart(run, "Held-out loss by set", named)
+
+
+def _own(run: RunData) -> Chart:
+    """What the user's own `compute_metrics` said."""
+    told = [event["detail"].get("own") for event in run.events if isinstance(event.get("detail"), dict)]
+    names = dict.fromkeys(str(name) for found in told if isinstance(found, list) for name in found)
+    return _evaluated_chart(run, "Metrics of your own", [(name, f"eval/{name}") for name in names])
+
+
+def _evaluated_chart(run: RunData, title: str, named: Sequence[tuple[str, str]]) -> Chart:
+    series = [
+        _dots(run, _evaluations(run, key), name=name, color=hue(index)) for index, (name, key) in enumerate(named)
+    ]
+    return Chart(title=title, steps=_steps(run), series=series)
+
+
+def _evaluated_keys(run: RunData) -> list[str]:
+    told = [event.get("detail") for event in run.events if event.get("kind") == EventKind.EVALUATED]
+    return list(dict.fromkeys(key for detail in told if isinstance(detail, dict) for key in detail))
+
+
 def _held_out_rewards(run: RunData) -> list[tuple[str, str]]:
     """Names of the held-out sets, "" for one without, and the keys of their mean rewards."""
-    told = [event.get("detail") for event in run.events if event.get("kind") == EventKind.EVALUATED]
-    keys = dict.fromkeys(key for detail in told if isinstance(detail, dict) for key in detail)
-    named = [(match[1], key) for key in keys if (match := _HELD_OUT_REWARD.fullmatch(key))]
+    named = [(match[1], key) for key in _evaluated_keys(run) if (match := _HELD_OUT_REWARD.fullmatch(key))]
     return [("", "eval/reward"), *named]
 
 

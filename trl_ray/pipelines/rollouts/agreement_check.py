@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from trl_ray.algorithms.policy.sampler_agreement import OLDEST, PREFIX
+from trl_ray.config.keywords.generation_fields import reshaping
 from trl_ray.config.runs.agreement_rule import FEWEST_TOKENS, AgreementRule
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.sections import GenerationConfig
@@ -96,7 +97,7 @@ class AgreementCheck:
     def __init__(self, config: RolloutRunConfig, *, rule: AgreementRule | None = None, first_step: int = 1) -> None:
         self._rule = rule or AgreementRule.of(config)
         self._first_step = first_step
-        self._reshapes = reshaping(config)
+        self._reshapes = reshaping_options(config)
         self._has_dropout = not config.disable_dropout
         self._baseline: float | None = None
         self._in_a_row = dict.fromkeys(range(OLDEST + 1), 0)
@@ -220,8 +221,8 @@ class AgreementCheck:
         self._baseline = state.get("level")
 
 
-def reshaping(config: GenerationConfig) -> tuple[str, ...]:
-    """The options, as ``name=value``, under which sampling is not that of the temperature alone."""
+def reshaping_options(config: GenerationConfig) -> tuple[str, ...]:
+    """The options, numbers as ``name=value``, under which sampling is not that of the temperature alone."""
     asked = {
         "top_p": config.top_p < 1,
         "top_k": config.top_k > 0,
@@ -229,7 +230,8 @@ def reshaping(config: GenerationConfig) -> tuple[str, ...]:
         "repetition_penalty": config.repetition_penalty != 1,
         "min_tokens": config.min_tokens > 0,
     }
-    return tuple(f"{name}={getattr(config, name):g}" for name, is_asked in asked.items() if is_asked)
+    options = [f"{name}={getattr(config, name):g}" for name, is_asked in asked.items() if is_asked]
+    return (*options, *reshaping(config.engine_fields))
 
 
 def _training_words(gap: TrainingGap, rule: AgreementRule, *, has_dropout: bool) -> str:

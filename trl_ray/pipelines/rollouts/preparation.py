@@ -21,6 +21,7 @@ from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.sections import GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
+from trl_ray.engines.factory import resolve_engine_kind
 from trl_ray.errors import ConfigError, DataError
 from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
@@ -33,12 +34,15 @@ from trl_ray.models.policy_loading import (
     max_positions,
     unscaled_positions,
 )
+from trl_ray.models.runnable import check_runnable, unproved_notes
+from trl_ray.models.scoring.router_loss import aux_loss_coefficient
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.reward_model_actors import (
     PreparedRewardModel,
     prepare_reward_models,
     reward_model_arguments,
 )
+from trl_ray.pipelines.rollouts.reward_model_notes import reward_model_notes
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
 from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_teachers
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
@@ -225,7 +229,9 @@ class Preparation:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the rows, a sentence each."""
         turns = () if self.end_of_turn is None else (self.end_of_turn,)
-        return (*self.prompts.notes, *turns, *self.model_notes, *self._missing_values())
+        kwargs = self.config.chat_template_kwargs
+        rated = reward_model_notes(self.reward_models, self.prompts, template_kwargs=kwargs)
+        return (*self.prompts.notes, *turns, *self.model_notes, *self._missing_values(), *rated)
 
     def _missing_values(self) -> Iterator[str]:
         name, total = self.prompts.name, len(self.prompts)
@@ -252,6 +258,7 @@ class Preparation:
             "completions per step": config.completions_per_step,
             "training prompts": len(self.prompts),
             **({"rows left out": self.prompts.num_left_out} if self.prompts.num_left_out else {}),
+            **({"prompts cut to max_prompt_length": self.prompts.num_cut} if self.prompts.num_cut else {}),
             "staleness bound (steps)": config.max_age_at_use,
             "admission slots": config.slots,
             "tokens per sequence": self.max_model_len,
@@ -321,6 +328,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     _check_weights(config, functions)
     model = config.part(ModelConfig)
     check_loadable(model)
+    _check_runnable(config, model)
     check_reference(model, resolve_options(objective.loss))
     drawn = sampling_notes(config.part(GenerationConfig), config.rollout)
     tokenizer = load_tokenizer(model)
@@ -351,7 +359,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         config=config,
         objective=objective,
         end_of_turn=end_of_turn_warning(model, tokenizer) if talks else None,
-        model_notes=(*model_notes(model, tokenizer), *precision_notes(config), *drawn),
+        model_notes=(*model_notes(model, tokenizer), *unproved_notes(model), *precision_notes(config), *drawn),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,
@@ -363,6 +371,17 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         weight_check_ids=_check_text(prompts, min(_WEIGHT_CHECK_TOKENS, max_model_len)),
         first_check_ids=tuple(_check_text(prompts, length) for length in _first_lengths(model, max_model_len)),
         cut=cut_rules(config, shape, max_samples=config.per_device_train_batch_size),
+    )
+
+
+def _check_runnable(config: RolloutRunConfig, model: ModelConfig) -> None:
+    rollout = config.rollout
+    aux_loss_coefficient(load_model_config(model), config.router_aux_loss_coef)
+    check_runnable(
+        model,
+        resolve_engine_kind(rollout.engine),
+        on_gpu=rollout.num_gpus > 0,
+        dtype=(rollout.dtype or model.dtype).value,
     )
 
 

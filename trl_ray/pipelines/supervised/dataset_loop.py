@@ -24,6 +24,7 @@ from trl_ray.pipelines.supervised.dataset_preparation import SupervisedPlan
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder, SupervisedTimes
 from trl_ray.pipelines.supervised.example_feed import Fed, Feed, ShuffledFeed
 from trl_ray.pipelines.supervised.example_updates import ReadyStep, StepsAhead, example_update, with_kl
+from trl_ray.pipelines.supervised.rows_fingerprint import rows_fingerprint
 from trl_ray.pipelines.supervised.user_metrics import HeldOutPredictions
 from trl_ray.types import Evaluation, Example, StepResult
 
@@ -77,6 +78,8 @@ class DatasetLoop(StepLoop[_Trained]):
             name: example_update(plan, found, step=1, is_training=False) for name, found in held_out.items()
         }
         self._ahead = StepsAhead(plan, feed)
+        self._fingerprint: str | None = None
+        """Of the examples, once a checkpoint is written; None of a stream."""
         metrics = plan.inputs.metrics
         self._predictions = (
             None if metrics is None else HeldOutPredictions(plan.config, metrics, ask=actors.ask, loss_of=self._loss_of)
@@ -181,10 +184,13 @@ class DatasetLoop(StepLoop[_Trained]):
 
     async def _write_checkpoint(self, path: Path) -> None:
         accounts, train = self.accounts, self._plan.train
+        if self._fingerprint is None and train is not None:
+            self._fingerprint = await asyncio.to_thread(rows_fingerprint, train.examples)
         progress = {
             "accounts": accounts.state_dict(),
             "stopping": self._stopping.state_dict(),
             "examples": None if train is None else len(train),
+            "fingerprint": self._fingerprint,
         }
         kept = {PROGRESS: progress, "ledger.json": accounts.snapshot().to_json()}
         extra = {name: json.dumps(state).encode() for name, state in kept.items()} | self._callbacks.files()

@@ -21,6 +21,7 @@ from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import ModelConfig
 from trl_ray.data.examples.example_set import ExampleTask
+from trl_ray.data.examples.left_out_rows import report_losses
 from trl_ray.errors import ConfigError, DataError
 from trl_ray.models.policy_loading import find_source, max_positions
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
@@ -38,6 +39,7 @@ from trl_ray.pipelines.supervised.dataset_preparation import (
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder
 from trl_ray.pipelines.supervised.example_feed import StreamPlace
 from trl_ray.pipelines.supervised.reference_pass import LabelledSets, with_references
+from trl_ray.pipelines.supervised.rows_fingerprint import rows_fingerprint
 from trl_ray.pipelines.supervised.user_metrics import KeptPredictions, MetricFunctions
 from trl_ray.types import EventKind, PredictionForm
 
@@ -80,6 +82,8 @@ class SupervisedSession(Session):
         )
         await loop.run()
         recorder.report(await self._actors.drain())
+        for sentence in report_losses("the stream, as far as it was read,", loop.accounts.losses):
+            recorder.say(EventKind.WARNING, "data", detail=sentence)
         snapshot = loop.accounts.snapshot()
         recorder.directory.write_ledger(snapshot.to_json())
         return TrainOutput(
@@ -119,21 +123,25 @@ class SupervisedSession(Session):
             return Accounts(step=self._opening.step), stopping
         if self._opening.checkpoint is not None:
             kept = json.loads((Path(self._opening.checkpoint) / PROGRESS).read_text(encoding="utf-8"))
-            self._check_rows(kept["examples"])
+            self._check_rows(kept["examples"], kept.get("fingerprint"))
             stopping.load_state_dict(kept["stopping"])
             return Accounts.from_state(kept["accounts"]), stopping
         untrained = Counter(map(str, train.untrained.values() if train is not None else ()))
         return Accounts(untrained=dict(untrained)), stopping
 
-    def _check_rows(self, before: int | None) -> None:
+    def _check_rows(self, before: int | None, fingerprint: str | None) -> None:
         """In another dataset the steps to come would be other ones, with rows trained twice and rows left out."""
         train = self._plan.train
         now = None if train is None else len(train)
-        if now != before:
+        same = now == before
+        if same and train is not None and fingerprint is not None:
+            same = rows_fingerprint(train.examples) == fingerprint
+        if not same:
             counts = ["a stream" if count is None else f"{count} examples" for count in (before, now)]
+            other = " with another content or in another order" if now == before else ""
             raise DataError(
-                f"A run must go on with the rows that it began with, they gave {counts[0]} then and {counts[1]} now. "
-                "Give the same rows, or begin a new run from the checkpoint: model_name_or_path="
+                f"A run must go on with the rows that it began with, they gave {counts[0]} then and {counts[1]} now"
+                f"{other}. Give the same rows, or begin a new run from the checkpoint: model_name_or_path="
                 f"{self._opening.checkpoint}."
             )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,14 @@ from trl_ray.algorithms.loss_registry import build_loss
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.sections import ModelConfig, TrainingConfig
-from trl_ray.data.examples.example_set import ExampleSet, ExampleTask, load_examples, stream_examples
+from trl_ray.data.examples.example_set import (
+    TOLD_ONCE,
+    ExampleSet,
+    ExampleTask,
+    load_examples,
+    stream_examples,
+    stream_windows,
+)
 from trl_ray.data.sources.dataset_loading import load_rows
 from trl_ray.data.sources.formatting import formatted_rows
 from trl_ray.errors import ConfigError
@@ -28,7 +35,8 @@ from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.companions.reference_cache import default_cache_dir
 from trl_ray.models.loadable import check_loadable
-from trl_ray.models.policy_loading import load_shape, load_tokenizer, max_positions
+from trl_ray.models.policy_loading import load_model_config, load_shape, load_tokenizer, max_positions
+from trl_ray.models.scoring.router_loss import aux_loss_coefficient
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
 from trl_ray.pipelines.run.model_notes import model_notes
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
@@ -96,6 +104,10 @@ class SupervisedPlan:
     tokenizer: Any
     train: ExampleSet | None
     """None where it is streamed."""
+    head: ExampleSet | None = None
+    """The first window of a stream."""
+    told: set[str] = field(default_factory=set)
+    """What the user knows of the rows of a stream, and is not told again."""
     held_out: Mapping[str, ExampleSet]
     """Sets that are evaluated by their names; one alone has the empty name."""
     total_steps: int
@@ -130,12 +142,13 @@ class SupervisedPlan:
         return StreamFeed(self._open_stream, per_step=config.examples_per_step, place=place)
 
     def check_stream(self) -> None:
-        """Make the first window's examples, so that a stream of another kind is refused before anything starts.
+        """Look for an example in a stream whose first window has none.
 
         Raises:
-            InputError: there is no such stream, it has no example, or a row of the window cannot be used.
+            InputError: it has no example, or a row before the first one cannot be used.
         """
-        self.feed(StreamPlace(), None).take(1)
+        if self.head is not None and not self.head.examples:
+            self.feed(StreamPlace(), None).take(1)
 
     def _open_stream(self, epoch: int, start_window: int) -> Any:
         return stream_examples(
@@ -145,6 +158,7 @@ class SupervisedPlan:
             dataset=self.inputs.train_dataset,
             start_window=start_window,
             seed=self.config.seed_of_rows + epoch,
+            told=self.told,
         )
 
     def arguments(self, *, checkpoint: str | None) -> dict[str, Any]:
@@ -169,9 +183,10 @@ class SupervisedPlan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the rows, a sentence each."""
-        rows = tuple(
-            note for found in (self.train, *self.held_out.values()) if found is not None for note in found.report()
-        )
+        sets = (self.train, *self.held_out.values())
+        rows = tuple(note for found in sets if found is not None for note in found.report())
+        if self.head is not None:
+            rows = (*(f"{note} {TOLD_ONCE}" for note in self.head.report()), *rows)
         turns = self._end_of_turn_warning()
         model = model_notes(self.config.part(ModelConfig), self.tokenizer)
         return (*rows, *(() if turns is None else (turns,)), *model)
@@ -197,7 +212,8 @@ class SupervisedPlan:
 
     def _end_of_turn_warning(self) -> str | None:
         """What to know of a template whose end of turn generation does not stop at; None where nothing is generated."""
-        talks = self.train is not None and self.train.is_conversational
+        rows = self.head if self.train is None else self.train
+        talks = rows is not None and rows.is_conversational
         if not talks or self.task in (ExampleTask.REWARD_PAIRS, ExampleTask.STEPS):
             return None
         return end_of_turn_warning(self.config.part(ModelConfig), self.tokenizer)
@@ -227,6 +243,7 @@ def prepare_supervised(
     built = build_loss(loss)
     head = built.needs.head
     check_loadable(model, num_labels=None if head is HeadKind.LANGUAGE else head.num_labels)
+    aux_loss_coefficient(load_model_config(model), config.router_aux_loss_coef)
     check_reference(model, loss)
     if inputs.metrics is not None:
         inputs.metrics.check(config)
@@ -241,6 +258,7 @@ def prepare_supervised(
     train = None if config.dataset_streaming else load(dataset=inputs.train_dataset)
     if train is not None:
         train.require_examples()
+    first = _first_window(config, tokenizer, task, inputs.train_dataset) if train is None else None
     plan = SupervisedPlan(
         config=config,
         task=task,
@@ -249,17 +267,33 @@ def prepare_supervised(
         inputs=inputs,
         tokenizer=tokenizer,
         train=train,
+        head=first,
+        told=set() if first is None else _kinds(first),
         held_out=_held_out(config, inputs, load),
         total_steps=_total_steps(config, train),
         cut=cut_rules(config, shape, max_examples=config.per_device_train_batch_size),
         eval_cut=cut_rules(config, shape, max_examples=config.per_device_eval_batch_size),
     )
-    if train is None:
-        plan.check_stream()
+    plan.check_stream()
     if inputs.metrics is not None and not config.batch_eval_metrics:
         for name, found in plan.held_out.items():
             inputs.metrics.check_size(found.examples, vocab_size=shape.vocab_size, name=name)
     return plan
+
+
+def _first_window(config: SupervisedRunConfig, tokenizer: Any, task: ExampleTask, dataset: object) -> ExampleSet | None:
+    """The first window of a stream, so that one of another kind is refused before anything starts.
+
+    Raises:
+        InputError: there is no such stream, or a row of the window cannot be used.
+    """
+    return next(stream_windows(config, tokenizer, task=task, dataset=dataset), None)
+
+
+def _kinds(head: ExampleSet) -> set[str]:
+    told = set[str]()
+    head.news(told)
+    return told
 
 
 def is_named_sets(given: object, split: str | None) -> bool:

@@ -45,6 +45,8 @@ class Accounts:
     """Rows of steps that met NaN or infinity."""
     untrained: Mapping[str, int] = field(default_factory=dict)
     """Rows in no example, by reason."""
+    losses: Mapping[str, int] = field(default_factory=dict)
+    """What a stream has lost so far, by `Lost`."""
     place: StreamPlace | None = None
 
     def advance(self, fed: Fed, *, step: int, skipped: bool) -> None:
@@ -54,7 +56,7 @@ class Accounts:
         self.trained += 0 if skipped else rows
         self.skipped += rows if skipped else 0
         if fed.untrained is not None:
-            self.untrained = fed.untrained
+            self.untrained, self.losses = fed.untrained, fed.losses
         if fed.place is not None:
             self.place = fed.place
 
@@ -82,6 +84,7 @@ class Accounts:
             "trained": self.trained,
             "skipped": self.skipped,
             "untrained": dict(self.untrained),
+            "losses": dict(self.losses),
             "place": state_of(self.place),
         }
 
@@ -156,14 +159,16 @@ class SupervisedRecorder(RunRecorder):
             Its numbers, without ``eval/``.
         """
         found = {"loss": evaluation.loss, **merged_values([evaluation.metrics])}
-        found |= self._own_numbers(own or {}, name)
+        mine = self._own_numbers(own or {}, name)
+        found |= mine
         numbers = {f"{name}_{key}" if name else key: value for key, value in found.items()}
         self.say(
             EventKind.EVALUATED,
             "evaluation",
             step=step,
             examples=examples,
-            **{f"eval/{name}": value for name, value in numbers.items()},
+            **{f"eval/{key}": value for key, value in numbers.items()},
+            **({"own": [f"{name}_{key}" if name else key for key in mine]} if mine else {}),
             seconds=round(time.time() - begin, 3),
         )
         return numbers

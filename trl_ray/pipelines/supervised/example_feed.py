@@ -34,6 +34,8 @@ class StreamPlace:
     """Examples of the window that are used up."""
     untrained: Mapping[str, int] = field(default_factory=dict)
     """Rows of all windows before it that are in no example, by reason."""
+    losses: Mapping[str, int] = field(default_factory=dict)
+    """What all windows before it have lost, by `Lost`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,6 +49,8 @@ class Fed:
     """None where the number of the step says it all."""
     untrained: Mapping[str, int] | None = None
     """Rows met so far that are in no example, by reason; None where they were counted before training."""
+    losses: Mapping[str, int] = field(default_factory=dict)
+    """What the windows met so far have lost, by `Lost`; nothing where it was counted before training."""
 
 
 class Feed(Protocol):
@@ -121,43 +125,66 @@ class StreamFeed:
             examples=tuple(item.example for item in taken),
             epoch=float(last.place.epoch),
             place=last.place,
-            untrained=last.untrained,
+            untrained=last.counts.untrained,
+            losses=last.counts.losses,
         )
 
     def _walk(self, start: StreamPlace) -> Iterator[_Streamed]:
         epoch, window, skip = start.epoch, start.window, start.taken
-        # Rows left out: before the pass was opened; in it, up to the window before and to the end of this one.
-        opened, before, here = Counter(start.untrained), Counter[str](), Counter[str]()
+        # What was left out: before the pass was opened; in it, up to the window before and to the end of this one.
+        opened, before, here = _Counts.of(start.untrained, start.losses), _Counts(), _Counts()
         while True:
             current = None
             for streamed in self._open(epoch, window):
                 if streamed.window != current:
                     current, before = streamed.window, here
-                    here = Counter({str(reason): count for reason, count in streamed.untrained.items()})
+                    here = _Counts.of(streamed.untrained, streamed.losses)
                 if streamed.window > window or streamed.place >= skip:
+                    kept = opened + before
                     place = StreamPlace(
                         epoch=epoch,
                         window=streamed.window,
                         taken=streamed.place + 1,
-                        untrained=dict(opened + before),
+                        untrained=dict(kept.untrained),
+                        losses=dict(kept.losses),
                     )
-                    yield _Streamed(example=streamed.example, place=place, untrained=dict(opened + here))
+                    yield _Streamed(example=streamed.example, place=place, counts=opened + here)
             if current is None and window == 0:
                 raise DataError(
                     "A stream must give at least one example, this one gives none: no row has a token to train within "
                     "max_length. Check the rows, or raise max_length."
                 )
-            opened, before, here = opened + here, Counter(), Counter()
+            opened, before, here = opened + here, _Counts(), _Counts()
             epoch, window, skip = epoch + 1, 0, 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Counts:
+    """What a stream has left out."""
+
+    untrained: Mapping[str, int] = field(default_factory=dict)
+    losses: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, untrained: Mapping[Any, int], losses: Mapping[Any, int]) -> _Counts:
+        """The same with names as plain text."""
+        named = ({str(name): count for name, count in counts.items()} for counts in (untrained, losses))
+        return cls(untrained=next(named), losses=next(named))
+
+    def __add__(self, other: _Counts) -> _Counts:
+        return _Counts(
+            untrained=Counter(self.untrained) + Counter(other.untrained),
+            losses=Counter(self.losses) + Counter(other.losses),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Streamed:
-    """One example of a stream, the place after it, and the rows left out up to the end of its window."""
+    """One example of a stream, the place after it, and what is left out up to the end of its window."""
 
     example: Example
     place: StreamPlace
-    untrained: Mapping[str, int]
+    counts: _Counts
 
 
 def place_of(state: Mapping[str, Any] | None) -> StreamPlace:

@@ -354,6 +354,35 @@ def test_what_a_stream_leaves_out_is_counted_by_reason() -> None:
     assert found[2].next_row == 4  # the window's last example ends it
 
 
+def test_what_a_stream_loses_is_what_a_dataset_of_its_rows_loses() -> None:
+    rows = [{"prompt": "p" * (i + 1), "chosen": "abc", "rejected": "abd"} for i in range(7)]
+    whole = load(DPOConfig(max_length=7), ExampleTask.PAIRS, rows)
+    streamed = stream(rows, max_length=7)[-1].losses
+    assert whole.tokens.cut and whole.equal_rows
+    assert streamed == whole.counts()
+    texts_of = [{"text": "x" * (1 + i)} for i in range(8)]
+    options: dict[str, Any] = {"packing": True, "packing_strategy": "wrapped", "max_length": 6}
+    packed = stream(texts_of, task=ExampleTask.SUPERVISED, **options)
+    windows = [load(SFTConfig(**options), ExampleTask.SUPERVISED, part) for part in (texts_of[:4], texts_of[4:])]
+    assert sum(found.tokens.unpacked for found in windows) > 0
+    assert packed[-1].losses == {name: sum(found.counts()[name] for found in windows) for name in packed[0].losses}
+
+
+def test_a_stream_says_of_each_kind_of_loss_once_what_a_dataset_says(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "p" * 9, "completion": "c"}, {"prompt": "p", "completion": "c" * 12}] * 4
+    stream(rows, task=ExampleTask.SUPERVISED, max_length=8, stream_window=2)
+    assert len(caplog.records) == 2
+    first = load(SFTConfig(max_length=8), ExampleTask.SUPERVISED, rows[:2])
+    for record, sentence in zip(caplog.records, first.report(), strict=False):
+        assert record.message.startswith(sentence.replace("list", "list"))
+        assert record.message.endswith("Later rows of the stream of which this holds are not told.")
+    caplog.clear()
+    config = SFTConfig(dataset_streaming=True, max_steps=1, stream_window=2, max_length=8)
+    told = {"cut", "truncated"}
+    list(stream_examples(config, TOKENIZER, task=ExampleTask.SUPERVISED, dataset=rows, seed=0, told=told))
+    assert not caplog.records
+
+
 def test_a_bad_row_in_the_middle_of_a_stream_is_named_by_its_number_in_the_stream() -> None:
     rows = [*MANY[:6], {**MANY[6], "rejected": None}]
     with pytest.raises(DataError, match=r"Row 6 of the given list, field 'rejected' must be given, got None"):

@@ -107,8 +107,9 @@ def test_reward_functions_get_the_tools_as_they_came() -> None:
 def test_tools_that_a_template_does_not_write_are_no_reason_to_go_on() -> None:
     with pytest.raises(ModelError, match=r"leaves out the tool 'weather' of Row 0 .*field 'tools'"):
         load([{"prompt": [says("user", "q")], "tools": [TOOL]}])
-    with pytest.raises(DataError, match=r"Row 0 .*field 'tools' must be a list of tools"):
-        load([{"prompt": [says("user", "q")], "tools": 3}], QWEN)
+    for tools in (3, ["weather"]):
+        with pytest.raises(DataError, match=r"Row 0 .*field 'tools'.* must be .*column_mapping=\{tools: functions\}"):
+            load([{"prompt": [says("user", "q")], "tools": tools}], QWEN)
 
 
 def test_tools_beside_a_prompt_of_text_are_told() -> None:
@@ -235,3 +236,21 @@ def test_a_prompt_that_goes_on_from_the_assistants_words_keeps_all_it_holds() ->
     talk = [says("user", "q"), says("assistant", "a", reasoning_content="why"), says("assistant", "so")]
     shown = texts(load([{"prompt": talk}]))[0]
     assert "why" in shown and shown.endswith(f"{HEADER}so")
+
+
+def test_what_a_judges_own_template_leaves_out_is_known_and_thoughts_stay() -> None:
+    judge = build_tokenizer()
+    judge.chat_template = "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    reader = RewardReader(judge, ReadingRules(kind=RewardModelKind.SEQUENCE))
+    talk = (
+        says("system", "s"),
+        says("user", "q", name="Ann"),
+        says("assistant", "a", reasoning_content="why"),
+        says("user", "r"),
+    )
+    prompt = Prompt(prompt_id="0:0", token_ids=np.zeros(1, np.int32), messages=talk)
+    told = [(finding.kind.value, finding.message, finding.field) for finding in reader.findings(prompt)]
+    assert told == [("moved_thought", 2, "reasoning_content"), ("context", 0, "content"), ("unread", 1, "name")]
+    text = judge.decode(reader.read(prompt, completion("b")).token_ids.tolist())
+    assert text == "<user>q<assistant><think>\nwhy\n</think>\n\na<user>r<assistant>b"
+    assert reader.findings(Prompt(prompt_id="0:0", token_ids=np.zeros(1, np.int32), text="q")) == ()

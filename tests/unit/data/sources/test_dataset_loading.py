@@ -91,6 +91,24 @@ def test_a_hub_name_out_of_reach_is_one_clear_error(monkeypatch):
         rows_of("nobody/nothing")
 
 
+def test_the_split_test_is_held_out_where_none_is_named(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = {split: Dataset.from_list([{"prompt": split}]) for split in ("train", "test", "other")}
+    DatasetDict(rows).save_to_disk(tmp_path / "both")
+    config = DataConfig(dataset_name=str(tmp_path / "both"))
+    assert [row["prompt"] for row in load_rows(config, seed=1, evaluation=True).rows] == ["test"]
+    named = config.replace(dataset_test_split="other")
+    assert [row["prompt"] for row in load_rows(named, seed=1, evaluation=True).rows] == ["other"]
+    several = DataConfig(datasets=[{"path": str(tmp_path / "both")}, {"path": str(tmp_path / "both")}])
+    assert [row["prompt"] for row in load_rows(several, seed=1, evaluation=True).rows] == ["test", "test"]
+    DatasetDict(train=rows["train"]).save_to_disk(tmp_path / "one")
+    with pytest.raises(
+        DataError, match=r"must have the split 'test', it has \['train'\]. Set test_split_size, or name"
+    ):
+        load_rows(DataConfig(dataset_name=str(tmp_path / "one")), seed=1, evaluation=True)
+
+
 def test_a_wrong_split_of_a_file_evaluation_without_a_split_and_no_dataset_are_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"prompt": "a"}')
     with pytest.raises(DataError, match="only the split 'train', got 'test'"):

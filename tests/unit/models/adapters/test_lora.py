@@ -15,7 +15,13 @@ import yaml
 from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tiny_models import build_tiny_model, build_tokenizer
 from trl_ray.config.sections import ModelConfig, SharePrompt
@@ -252,6 +258,45 @@ def test_gradients_reach_embeddings_and_head_and_whole_weights_save_the_same_ada
     assert same(load_file(first / "adapter_model.safetensors"), load_file(second / "adapter_model.safetensors"))
 
 
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("names", [EXPERTS, EXPERTS[1:]])
+def test_experts_in_one_parameter_are_adapted_merged_saved_and_set_aside(tmp_path: Path, names: list[str]) -> None:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+    )
+    path = str(tmp_path / "moe")
+    Qwen3MoeForCausalLM(config).save_pretrained(path)
+    changes = {"lora_dropout": 0.0, "lora_target_modules": ["q_proj"], "lora_kwargs": {"target_parameters": names}}
+    policy = adapted(path, **changes)
+    assert torch.allclose(logits(policy), base_logits(path), atol=1e-6)
+    move(policy)
+    assert not torch.allclose(logits(policy), base_logits(path), atol=1e-2)
+    with as_reference(policy):
+        assert torch.allclose(logits(policy), base_logits(path), atol=1e-6)
+    plain = AutoModelForCausalLM.from_pretrained(path)
+    merged = {name: weight.clone() for name, weight in merged_weights(policy)}
+    assert [(name, weight.shape) for name, weight in merged.items()] == [
+        (name, weight.shape) for name, weight in plain.named_parameters()
+    ]
+    plain.load_state_dict(merged)
+    assert torch.allclose(logits(plain), logits(policy), atol=1e-4)
+    again = load_policy(options(path, **changes), path=saved(policy, tmp_path / "adapter"))
+    assert torch.equal(logits(again), logits(policy)) and same(trained(again), trained(policy))
+
+
 def test_new_rows_are_trained_beside_the_adapter(tmp_path: Path) -> None:
     path = build_tiny_model(tmp_path / "m", tied=False)
     tokenizer = build_tokenizer()
@@ -305,7 +350,6 @@ def test_a_lora_config_becomes_options_that_travel_and_give_it_back() -> None:
     [
         (IA3Config(), "must be a peft.LoraConfig, got IA3Config"),
         (LoraConfig(bias="all"), "bias must be 'none'"),
-        (LoraConfig(target_parameters=["experts.w"]), "lora_target_parameters must be left out"),
         (LoraConfig(trainable_token_indices=[5]), r"Set lora_modules_to_save=\[embed_tokens, lm_head\]"),
         (LoraConfig(lora_bias=True), "lora_bias must be false"),
         (LoraConfig(layer_replication=[(0, 2), (1, 2)]), "layer_replication"),
@@ -320,7 +364,7 @@ def test_what_engines_cannot_be_given_is_refused(given: object, words: str) -> N
 def test_options_that_peft_does_not_know_are_refused() -> None:
     with pytest.raises(ModelError, match=r"lora_kwargs may hold .* got no_such_field"):
         lora_config(ModelConfig(use_peft=True, lora_kwargs={"no_such_field": 1}))
-    for name, value in {"bias": "all", "target_parameters": ["experts.w"]}.items():
+    for name, value in {"bias": "all", "lora_bias": True}.items():
         with pytest.raises(ModelError, match=f"{name} must be"):
             lora_config(ModelConfig(use_peft=True, lora_kwargs={name: value}))
     assert lora_config(ModelConfig(use_peft=True, lora_target_modules=["all-linear"])).target_modules == "all-linear"

@@ -1,5 +1,6 @@
 import base64
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -10,12 +11,13 @@ import pytest
 from jinja2 import UndefinedError
 
 from trl_ray.errors import ConfigError
+from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report.chart_layout import Chart, Series, compact, place_chart, ticks
-from trl_ray.observe.report.report_curves import smoothed
+from trl_ray.observe.report.report_curves import curves, smoothed
 from trl_ray.observe.report.report_data import LedgerFigures, RunData, Samples, Status, read_run, thinned
 from trl_ray.observe.report.report_page import build_report, render, templates
 from trl_ray.observe.run_directory import RunDirectory
-from trl_ray.types import Span
+from trl_ray.types import Event, EventKind, Span
 
 VOID = {"meta", "br", "link", "img"}
 HOSTILE = """'"></title></pre></script><script>alert(1)</script><img src=x onerror="alert(2)"> {{ 7 * 7 }}"""
@@ -220,3 +222,16 @@ def test_a_chart_of_nothing_is_nothing_and_a_flat_line_is_drawn() -> None:
     flat = Chart(title="x", steps=[1, 2], series=[Series(name="<a>", values=[0.0, 0.0], color=0)])
     drawn = templates().get_template("chart.html.jinja").render(chart=place_chart(flat))
     assert "polyline" in drawn and "&lt;a&gt;" in drawn and "<a>" not in drawn
+
+
+def test_held_out_sets_and_metrics_of_the_users_own_have_cards(tmp_path):
+    run = RunDirectory.create(tmp_path / "run")
+    observer = open_observer(run, total_steps=2, config={}, console_stream=io.StringIO())
+    for step in (1, 2):
+        observer.step(step, {"loss": 1.0})
+        told = {"eval/near_loss": 2.0, "eval/far_loss": 3.0, "eval/near_nll_loss": 4.0, "own": ["near_rouge"]}
+        observer.event(Event.now(EventKind.EVALUATED, "evaluation", step=step, **told, **{"eval/near_rouge": 0.5}))
+    observer.close()
+    charts = {placed.title: placed for placed in curves(read_run(run))}
+    assert [line.name for line in charts["Held-out loss by set"].legend] == ["near", "far"]
+    assert [line.name for line in charts["Metrics of your own"].legend] == ["near_rouge"]

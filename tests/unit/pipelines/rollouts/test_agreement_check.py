@@ -118,6 +118,12 @@ def test_what_was_asked_for_is_said_and_does_not_end_the_run():
     assert not breach.stops and "top_p=0.7" in breach.detail
 
 
+def test_fields_that_only_the_engine_knows_may_have_been_asked_for_too():
+    check = AgreementCheck(config(vllm_structured_outputs_regex="[a-c]+"))
+    [breach] = breaches(check, result(0.3, diff=-0.14))
+    assert not breach.stops and "structured_outputs" in breach.detail
+
+
 def test_a_policy_that_moved_too_far_is_told_once_it_did_so_three_times_in_a_row():
     check, far = AgreementCheck(config()), result(1.0, age=2, ess=0.014, beyond=0.6)
     assert breaches(check, far, far, result(0.1, age=2, ess=0.5), far, far) == []
@@ -150,5 +156,6 @@ def test_a_long_clean_run_gives_no_alarm_whatever_its_entropy_does(dtype, error)
 def test_the_numbers_of_the_rule():
     exact = AgreementRule.of(config())
     assert (exact.limit(None), exact.limit(1e-6), exact.limit(1e-4), exact.limit(1.0)) == (1e-3, 2e-4, 4e-4, 1e-3)
+    assert not AgreementRule.of(config(load_in_4bit=True, use_peft=True)).is_exact
     half = AgreementRule.of(config(bf16=True))
     assert (half.limit(None), half.limit(1e-3), half.limit(0.01), half.limit(1.0)) == (0.2, 0.02, 0.04, 0.2)

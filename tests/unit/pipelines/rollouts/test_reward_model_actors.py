@@ -143,3 +143,16 @@ def test_a_reward_model_must_be_able_to_read_the_prompts(folders):
         prepared(folders, rows=CHATS, reward_model_name_or_path=folders["silent"])
     with pytest.raises(ModelError, match=r"reward model policy: .*Qwen2ForCausalLM"):
         prepared(folders, reward_model_name_or_path=folders["policy"])
+
+
+def test_what_a_reward_models_template_leaves_out_of_the_prompts_is_told_with_its_name(folders, tmp_path):
+    forgetful = build_tokenizer()
+    forgetful.chat_template = "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    model = build_reward_model(tmp_path / "forgetful", tokenizer=forgetful)
+    system = {"role": "system", "content": "be brief"}
+    rows = [*CHATS, {"prompt": [system, *CHATS[0]["prompt"]]}]
+    plan = prepared(folders, rows=rows, reward_model_name_or_path=str(model))
+    (note,) = [note for note in plan.notes if "reward model" in note]
+    assert note.startswith("By the chat template of reward model ") and "1 of 2 prompts" in note
+    assert "(row 1); first: message 0, field 'content'." in note
+    assert prepared(folders, rows=rows, reward_model_name_or_path=folders["judge"]).notes == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -69,12 +70,19 @@ WINDOWS = ((0, 1, 2), (3, 4), (5,))
 
 def stream(epoch: int, start_window: int) -> Iterator[StreamedExample]:
     untrained: dict[Untrained, int] = {}
+    losses: Counter[str] = Counter()
     for window, numbers in list(enumerate(WINDOWS))[start_window:]:
         if window == 1:
             untrained = {Untrained.NO_TARGET: 1}
+        losses += Counter({"tokens": 10 * len(numbers), "tokens_cut": window})
         for place, row in enumerate(numbers):
             yield StreamedExample(
-                example=example(100 * epoch + row), window=window, place=place, next_row=row + 1, untrained=untrained
+                example=example(100 * epoch + row),
+                window=window,
+                place=place,
+                next_row=row + 1,
+                untrained=untrained,
+                losses=dict(losses),
             )
 
 
@@ -94,12 +102,27 @@ def test_a_stream_goes_on_from_the_place_that_a_checkpoint_kept() -> None:
         resumed = streamed(place_of(state_of(first.take(step).place))).take(step + 1)
         assert rows(resumed) == rows(expected[step])
         assert resumed.untrained == expected[step].untrained
+        assert resumed.losses == expected[step].losses
 
 
 def test_rows_that_are_left_out_are_counted_in_every_pass() -> None:
     made = streamed()
     counts = [dict(made.take(step).untrained or {}) for step in (1, 2, 3)]
     assert counts == [{"no_target": 1}, {"no_target": 1}, {"no_target": 2}]
+
+
+def test_lost_tokens_are_added_up_over_windows_and_passes() -> None:
+    made = streamed()
+    losses = [made.take(step).losses for step in (1, 2, 3)]
+    assert losses == [
+        {"tokens": 50, "tokens_cut": 1},  # windows 0 and 1
+        {"tokens": 90, "tokens_cut": 3},  # all of them, and the first once more
+        {"tokens": 120, "tokens_cut": 6},
+    ]
+
+
+def test_a_place_of_a_checkpoint_that_knew_nothing_of_losses_is_taken() -> None:
+    assert place_of({"epoch": 1, "window": 2, "taken": 3, "untrained": {}}).losses == {}
 
 
 def test_a_stream_without_examples_is_refused() -> None:

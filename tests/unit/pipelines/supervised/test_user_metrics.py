@@ -58,6 +58,7 @@ def test_numbers_reach_every_place_by_their_names_and_choose_the_best_model(mode
             "callbacks": [Listener()],
         },
         eval_steps=2,
+        html_report=True,
         save_strategy="best",
         metric_for_best_model="eval_count",
         load_best_model_at_end=True,
@@ -68,6 +69,8 @@ def test_numbers_reach_every_place_by_their_names_and_choose_the_best_model(mode
     written = {line["step"]: line for line in lines(run / "metrics.jsonl")}
     assert written[2]["eval/share_right"] == told[1]["eval_share_right"] and "eval/count" not in written[1]
     assert events(run, "evaluated")[0]["detail"]["eval/count"] == told[0]["eval_count"]
+    page = (run / "report.html").read_text()
+    assert "Metrics of your own" in page and "share_right" in page
     # The count is the same each time, so the first one that is saved stays the best.
     assert output.model.name == "step-2"
 

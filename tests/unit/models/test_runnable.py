@@ -1,0 +1,67 @@
+"""Architectures that are refused before a run starts, each with a sentence."""
+
+import json
+
+import pytest
+
+from trl_ray.config.sections import ModelConfig
+from trl_ray.errors import ModelError
+from trl_ray.models.runnable import PROVED, check_runnable, unproved_notes
+
+
+def model(tmp_path, kind, *, dtype="float32", **options):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **options}))
+    return ModelConfig(model_name_or_path=str(tmp_path), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine", "words"),
+    [
+        ("phimoe", "transformers", "by lot in training"),
+        ("phimoe", "vllm", "by lot in training"),
+        ("lfm2", "vllm", "conv_dim"),
+        ("recurrent_gemma", "vllm", "no such model"),
+        ("gpt_neox", "vllm", "off by more than a nat"),
+        ("mamba", "vllm", "no kernel"),
+        ("deepseek_v3", "vllm", "latent attention on a CPU"),
+        ("qwen3_next", "vllm", "needs bfloat16 on a CPU, got float32"),
+    ],
+)
+def test_what_sampler_and_learner_compute_differently_is_refused(tmp_path, kind, engine, words):
+    with pytest.raises(ModelError, match=f"(?s)must be one policy.*{kind}.*{words}"):
+        check_runnable(model(tmp_path, kind), engine)
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine", "options"),
+    [
+        ("lfm2", "transformers", {}),
+        ("deepseek_v3", "transformers", {}),
+        ("deepseek_v3", "vllm", {"on_gpu": True}),
+        ("qwen3_next", "vllm", {"dtype": "bfloat16"}),
+        ("mixtral", "vllm", {}),
+        ("gpt_oss", "vllm", {}),
+    ],
+)
+def test_what_another_engine_or_format_computes_alike_is_not(tmp_path, kind, engine, options):
+    check_runnable(model(tmp_path, kind), engine, **options)
+
+
+def test_a_head_that_vllm_would_not_read_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="takes the embedding for the head"):
+        check_runnable(model(tmp_path, "cohere", tie_word_embeddings=False), "vllm")
+    check_runnable(model(tmp_path, "cohere", tie_word_embeddings=True), "vllm")
+
+
+def test_vllm_is_not_given_16_bit_weights_for_4_bit_experts(tmp_path):
+    quantised = {"quantization_config": {"quant_method": "mxfp4"}}
+    with pytest.raises(ModelError, match=r"4-bit experts.*dequantize=True"):
+        check_runnable(model(tmp_path, "gpt_oss", **quantised), "vllm")
+    check_runnable(model(tmp_path, "gpt_oss", **quantised), "transformers")
+
+
+def test_an_architecture_that_nobody_proved_is_told(tmp_path):
+    assert unproved_notes(model(tmp_path, "llama")) == ()
+    [note] = unproved_notes(model(tmp_path, "gptj"))
+    assert "not proved for a gptj" in note
+    assert "gptj" not in PROVED
