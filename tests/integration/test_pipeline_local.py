@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from runs import PROMPTS, assert_balanced, async_grpo, comparable, events, grpo, ledger, lines
 from tiny_models import build_tiny_model
-from trl_ray.errors import InterruptedRun, RewardError, StallError, WeightError
+from trl_ray.errors import DataError, InterruptedRun, RewardError, StallError, WeightError
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
 from trl_ray.pipelines.grpo import GRPOPipeline
 
@@ -234,3 +234,14 @@ def test_rewards_that_never_differ_stop_a_run_that_drops_such_groups_with_the_re
         GRPOPipeline(args=config, train_dataset=PROMPTS, reward_funcs=[always_one]).train()
     assert len(events(run, "group_dropped")) == 8
     assert lines(run / "metrics.jsonl") == []
+
+
+def test_a_run_goes_on_for_more_steps_with_its_own_rows_and_with_no_others(model, tmp_path):
+    run = tmp_path / "run"
+    GRPOPipeline(args=grpo(model, run, max_steps=2), train_dataset=PROMPTS).train()
+    others = [{**row, "prompt": f"{row['prompt']}!"} for row in PROMPTS]
+    with pytest.raises(DataError, match=r"must go on with the rows that it began with.*other prompts"):
+        GRPOPipeline.from_run(run, changes=["max_steps=3"], train_dataset=others).train()
+    output = GRPOPipeline.from_run(run, changes=["max_steps=3"], train_dataset=PROMPTS).train()
+    assert output.steps == 3
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3]

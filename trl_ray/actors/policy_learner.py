@@ -313,25 +313,15 @@ class PolicyLearner:
         )
 
     def predict(self, batches: Sequence[PredictionBatch]) -> list[PredictedBatch]:
-        """What the model predicts at every token of held-out rows; nothing of the learner changes.
-
-        Args:
-            batches: of this rank; one without any makes the passes that others wait for.
+        """What the model predicts at every token of this rank's held-out rows; nothing of the learner changes.
 
         Raises:
             CallbackError: the user's `preprocess_logits` raised.
         """
-        pad = self._tokenizer.pad_token_id
-        predictor = Predictor(
-            self._model,
-            pad_token_id=self._tokenizer.eos_token_id if pad is None else pad,
-            bf16=bool(self._model_config.bf16),
-            preprocess=self._preprocess_logits,
-        )
+        bf16, in_step = bool(self._model_config.bf16), self._backend.in_step
+        predictor = Predictor(self._model, self._tokenizer, bf16=bf16, preprocess=self._preprocess_logits)
         with self._busy("predict"), self._undisturbed():
-            if not batches and self._backend.in_step:
-                predictor.idle()
-            return [predictor.predict(batch) for batch in batches]
+            return predictor.predict_all(batches, in_step=in_step)
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -466,18 +456,14 @@ class PolicyLearner:
     def weight_check(
         self, token_ids: IntArray, *, further: Sequence[IntArray] = (), asks_training: bool = False
     ) -> WeightCheck:
-        """Log-probs of a fixed sequence [T] at temperature 1, for engines to be held against.
+        """Log-probs of a fixed sequence [T] and `further` ones at temperature 1, for engines to be held against.
 
-        Args:
-            token_ids: [T]
-            further: more sequences, to be compared in the same way.
-            asks_training: hold the training passes over the longest of them against evaluation, too.
+        With `asks_training` the longest of them passes in training mode, too, and is held against evaluation.
         """
         self._require_language_head("weight_check")
         with self._busy("weight_check"), keep_random_state():
-            return self._scorer.weight_check(
-                token_ids, version=self._version, further=further, asks_training=asks_training
-            )
+            asked: dict[str, Any] = {"further": further, "asks_training": asks_training}
+            return self._scorer.weight_check(token_ids, version=self._version, **asked)
 
     def save(
         self,

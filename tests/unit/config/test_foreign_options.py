@@ -72,6 +72,7 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
                  "activation_offloading": True, "save_on_each_node": True}, {}),
     (GRPOConfig, {"max_tool_calling_iterations": 5, "reward_model": "judge"}, {"reward_model_name_or_path": "judge"}),
     (SFTConfig, {"average_tokens_across_devices": False}, {}),
+    (RewardModelConfig, {"logging_dir": "./logs", "save_safetensors": False}, {}),
     (SFTConfig, {"adafactor": True}, {"optim": "adafactor"}),
     (DPOConfig, {"ref_model": "org/first", "resize_vocab": True}, {"ref_model_name_or_path": "org/first"}),
     # The Hub, by past names.

@@ -103,7 +103,7 @@ TRAINING: Rows = {
     # When to log, save, evaluate.
     "evaluation_strategy": renamed("eval_strategy"),
     "save_on_each_node": always(_CHECKPOINT),
-    "save_safetensors": only(True, says="Checkpoints are safetensors. Remove it."),
+    "save_safetensors": always("Checkpoints are safetensors."),
     "enable_jit_checkpoint": always(_CHECKPOINT),
     "ignore_data_skip": always("A resumed run takes up the very rows or prompts that it left."),
     "restore_callback_states_from_checkpoint": always("Callbacks with state_dict are always restored."),
@@ -166,7 +166,7 @@ TRAINING: Rows = {
     "fsdp_min_num_params": only(0, says=_RANKS),
     "fsdp_transformer_layer_cls_to_wrap": only(None, says=_RANKS),
     # What is shown and kept.
-    "logging_dir": only(None, says="Set output_dir: all that a run writes is in it."),
+    "logging_dir": always("What a run writes is in output_dir, TensorBoard's files too."),
     "debug": only("", [], None, says="Set runtime.kind=local for a debugger."),
     **dict.fromkeys(
         (

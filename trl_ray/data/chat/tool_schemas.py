@@ -13,6 +13,7 @@ from typing import Any
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
 
+_OR_LEAVE_OUT = ", or call the column otherwise where it is none of tools: column_mapping={tools: functions}."
 Tool = Mapping[str, Any]
 """``{"type": "function", "function": {"name": ..., "description": ..., "parameters": JSON schema}}``"""
 
@@ -38,7 +39,7 @@ def check_tools(value: object, *, where: str) -> tuple[Tool, ...]:
     if isinstance(value, Mapping) and {"function", "name"} & set(value):
         value = [value]
     if not isinstance(value, (list, tuple)):
-        raise DataError(f"{where} must be a list of tools, got {show(value)}. Wrap it in [ ].")
+        raise DataError(f"{where} must be a list of tools, got {show(value)}. Wrap it in [ ]{_OR_LEAVE_OUT}")
     return tuple(_check_tool(without_none(tool), f"{where}, tool {i}") for i, tool in enumerate(value))
 
 
@@ -73,7 +74,9 @@ def without_none(value: Any) -> Any:
 
 def _check_tool(tool: object, where: str) -> Tool:
     if not isinstance(tool, Mapping):
-        raise DataError(f"{where} must be an object that describes a function, got {show(tool)}. Mend the row.")
+        raise DataError(
+            f"{where} must be an object that describes a function, got {show(tool)}. Mend the row{_OR_LEAVE_OUT}"
+        )
     if "function" in tool and tool.get("type", "function") != "function":
         raise DataError(f"{where} must have the type 'function', got {tool['type']!r}. Mend the row.")
     function = tool.get("function", tool)

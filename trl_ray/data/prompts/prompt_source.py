@@ -56,6 +56,7 @@ class PromptSource:
         shuffle: bool,
         completions: GivenCompletions | None = None,
         num_left_out: int = 0,
+        num_cut: int = 0,
         notes: tuple[str, ...] = (),
     ) -> None:
         if not rows:
@@ -65,6 +66,8 @@ class PromptSource:
         """What a user should know of the rows, a sentence each."""
         self.num_left_out = num_left_out
         """Rows that cannot be used, where such rows are dropped."""
+        self.num_cut = num_cut
+        """Prompts of which `max_prompt_length` cut tokens off."""
         self._rows = rows
         self._seed = seed
         self._shuffle = shuffle
@@ -193,7 +196,8 @@ def load_prompts(
     standard = isinstance(drafts[0].prompt, str)
     if config.system_prompt is not None and standard:
         raise DataError(
-            f"system_prompt needs conversational prompts, those of {rows.name} are plain text. Write it into the "
+            f"system_prompt needs conversational prompts, those of {rows.name} are plain text that is taken as it "
+            "stands, as there is no chat template or the dataset's completions are taught. Write it into the "
             "text, make each prompt a list of messages, or remove system_prompt."
         )
     texts = [draft.text for draft in drafts]
@@ -225,6 +229,7 @@ def load_prompts(
         shuffle=shuffle,
         completions=completions,
         num_left_out=len(bad.places),
+        num_cut=sum(map(bool, cut)),
         notes=(*rows.notes, *bad.report(), *prompt_notes(rows.name, drafts, ready, cut, sum(map(len, token_ids)))),
     )
 

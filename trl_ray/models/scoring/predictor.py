@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PredictionOutput, denumpify_detensorize
 
 from trl_ray.algorithms.batches.prediction_batches import IGNORED
@@ -34,15 +34,32 @@ class Predictor:
 
     Args:
         model: in evaluation mode while `predict` is called.
-        pad_token_id: fills rows up.
+        tokenizer: its padding fills rows up.
         bf16: run matrix products in bfloat16.
         preprocess: the user's function; None keeps the logits.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, pad_token_id: int, bf16: bool = False, preprocess: Preprocess | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        bf16: bool = False,
+        preprocess: Preprocess | None = None,
     ) -> None:
-        self._model, self._pad, self._bf16, self._preprocess = model, pad_token_id, bf16, preprocess
+        self._model, self._bf16, self._preprocess = model, bf16, preprocess
+        pad = tokenizer.pad_token_id
+        self._pad = int(tokenizer.eos_token_id if pad is None else pad)
+
+    def predict_all(self, batches: Sequence[PredictionBatch], *, in_step: bool) -> list[PredictedBatch]:
+        """The predictions of some batches; a rank without any makes a pass where others wait for it in each of theirs.
+
+        Raises:
+            CallbackError: the user's function raised.
+        """
+        if not batches and in_step:
+            self._idle()
+        return [self.predict(batch) for batch in batches]
 
     @torch.no_grad()
     def predict(self, batch: PredictionBatch) -> PredictedBatch:
@@ -71,8 +88,8 @@ class Predictor:
             inputs=inputs.numpy(),
         )
 
-    def idle(self) -> None:
-        """A pass that stands for none: other ranks may wait for this one in every pass."""
+    def _idle(self) -> None:
+        """A pass that stands for none."""
         ones = np.ones(2, np.int32)
         with torch.no_grad():
             self._logits([PredictionPiece(token_ids=ones, labels=ones)])

@@ -35,6 +35,7 @@ from trl_ray.models.policy_loading import (
     unscaled_positions,
 )
 from trl_ray.models.runnable import check_runnable, unproved_notes
+from trl_ray.models.scoring.router_loss import aux_loss_coefficient
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.reward_model_actors import (
     PreparedRewardModel,
@@ -257,6 +258,7 @@ class Preparation:
             "completions per step": config.completions_per_step,
             "training prompts": len(self.prompts),
             **({"rows left out": self.prompts.num_left_out} if self.prompts.num_left_out else {}),
+            **({"prompts cut to max_prompt_length": self.prompts.num_cut} if self.prompts.num_cut else {}),
             "staleness bound (steps)": config.max_age_at_use,
             "admission slots": config.slots,
             "tokens per sequence": self.max_model_len,
@@ -374,6 +376,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
 
 def _check_runnable(config: RolloutRunConfig, model: ModelConfig) -> None:
     rollout = config.rollout
+    aux_loss_coefficient(load_model_config(model), config.router_aux_loss_coef)
     check_runnable(
         model,
         resolve_engine_kind(rollout.engine),

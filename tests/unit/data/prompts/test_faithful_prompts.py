@@ -107,8 +107,9 @@ def test_reward_functions_get_the_tools_as_they_came() -> None:
 def test_tools_that_a_template_does_not_write_are_no_reason_to_go_on() -> None:
     with pytest.raises(ModelError, match=r"leaves out the tool 'weather' of Row 0 .*field 'tools'"):
         load([{"prompt": [says("user", "q")], "tools": [TOOL]}])
-    with pytest.raises(DataError, match=r"Row 0 .*field 'tools' must be a list of tools"):
-        load([{"prompt": [says("user", "q")], "tools": 3}], QWEN)
+    for tools in (3, ["weather"]):
+        with pytest.raises(DataError, match=r"Row 0 .*field 'tools'.* must be .*column_mapping=\{tools: functions\}"):
+            load([{"prompt": [says("user", "q")], "tools": tools}], QWEN)
 
 
 def test_tools_beside_a_prompt_of_text_are_told() -> None:
