@@ -57,7 +57,10 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "olmo3": ("olmo3", {"sliding_window": 64, "layer_types": _PAIRED}),
     "granite": ("granite", {"logits_scaling": 2.0, "residual_multiplier": 0.5}),
     "cohere": ("cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}),
-    "cohere2": ("cohere2", {"logit_scale": 0.25, "sliding_window": 64, "layer_types": _PAIRED}),
+    "cohere2": (
+        "cohere2",
+        {"logit_scale": 0.25, "tie_word_embeddings": True, "sliding_window": 64, "layer_types": _PAIRED},
+    ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "starcoder2": ("starcoder2", {"sliding_window": None}),
     "falcon": (
@@ -67,7 +70,7 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gpt2": ("gpt2", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": MAX_POSITIONS}),
     "gpt_neox": ("gpt_neox", {}),
     "opt": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 128}),
-    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4, "tie_word_embeddings": True}),
     "glm4": ("glm4", {"pad_token_id": 259}),
     "exaone4": ("exaone4", {"sliding_window": 64, "layer_types": _PAIRED}),
     "nemotron": ("nemotron", {}),

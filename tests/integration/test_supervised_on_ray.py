@@ -169,9 +169,14 @@ def test_a_killed_rank_takes_the_group_back_to_the_last_checkpoint(ray_local: An
     assert_balanced(run, trained=5 * 28)
 
 
-@pytest.mark.parametrize("runtime", [RAY, TWO], ids=["one rank", "two ranks"])
+SHARDED = {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "options"), [(RAY, {}), (TWO, {}), (TWO, SHARDED)], ids=["one rank", "two ranks", "weights in shards"]
+)
 def test_metrics_of_the_users_own_are_the_same_numbers_on_every_number_of_ranks(
-    ray_local: Any, model: str, tmp_path: Path, runtime: dict[str, Any]
+    ray_local: Any, model: str, tmp_path: Path, runtime: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """5 rows in batches of 2: three batches, so that of two ranks one has nothing to do at the end."""
     seen: list[Any] = []
@@ -191,7 +196,8 @@ def test_metrics_of_the_users_own_are_the_same_numbers_on_every_number_of_ranks(
         "preprocess_logits_for_metrics": most_probable,
         "eval_dataset": rows("sft", 5, start=100),
     }
-    train("sft", model, run, inputs=inputs, max_steps=2, eval_steps=1, per_device_eval_batch_size=2, runtime=runtime)
+    changes = {"max_steps": 2, "eval_steps": 1, "per_device_eval_batch_size": 2, "runtime": runtime, **options}
+    train("sft", model, run, inputs=inputs, **changes)
     assert len(seen) == 3 and all(each.shape == seen[0].shape and each.shape[0] == 5 for each in seen)
     written = lines(run / "metrics.jsonl")
     assert [line["eval/share_right"] for line in written] == pytest.approx(

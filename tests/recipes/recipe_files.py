@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 TRL = sorted((FOLDER / "trl").glob("*.yaml"))
 NEIGHBOURS = sorted((FOLDER / "neighbours").glob("*.yaml"))
 _DATA = ("dataset_name", "dataset_config", "dataset_mixer", "dataset_mixture", "datasets")
-_MODELS = ("model_name_or_path", "base_model")
+_MODELS = ("model_name_or_path", "base_model", "pretrain")
 
 
 def pipeline_of(recipe: Path) -> str:
@@ -52,6 +52,20 @@ def replaced(recipe: Path, *, model: str, data: Path, output_dir: Path) -> dict[
     options.pop("dataset_config", None)
     options["output_dir"] = str(output_dir / recipe.stem)
     return options
+
+
+def without(options: Mapping[str, Any], told: list[str]) -> dict[str, Any]:
+    """The options that are left when those are removed that were answered; ``datasets.0.type`` is one of an entry."""
+    kept = {name: value for name, value in options.items() if name not in told}
+    for name in told:
+        section, _, rest = name.partition(".")
+        if rest and section in kept:
+            place, _, key = rest.partition(".")
+            kept[section] = [
+                {each: item for each, item in entry.items() if str(number) != place or each != key}
+                for number, entry in enumerate(kept[section])
+            ]
+    return kept
 
 
 def _named(name: str, value: Any, path: str) -> Any:

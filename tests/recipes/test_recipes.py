@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from recipes.recipe_files import NEIGHBOURS, TRL, answered, pipeline_of, replaced
+from recipes.recipe_files import NEIGHBOURS, TRL, answered, pipeline_of, replaced, without
 from tiny_models import build_tiny_model
 from trl_ray.config.load import build, dump_yaml, parse_yaml
 from trl_ray.errors import ConfigError
@@ -53,7 +53,7 @@ def test_a_recipe_of_the_neighbours_is_answered_once_and_then_planned(recipe: Pa
         told = [line.split("'")[1] for line in str(caught.value).split("\n")]
         assert "Did you mean" not in str(caught.value) and "--help" not in str(caught.value)
     assert sorted(told) == sorted(answered(recipe))
-    kept = {name: value for name, value in options.items() if name not in told}
+    kept = without(options, told)
     if not {"datasets", "dataset_mixture"} & set(kept):
         kept["dataset_name"] = str(tmp_path / recipe.stem)
     assert prepared(recipe, kept).total_steps >= 1

@@ -466,18 +466,14 @@ class PolicyLearner:
     def weight_check(
         self, token_ids: IntArray, *, further: Sequence[IntArray] = (), asks_training: bool = False
     ) -> WeightCheck:
-        """Log-probs of a fixed sequence [T] at temperature 1, for engines to be held against.
+        """Log-probs of a fixed sequence [T] and `further` ones at temperature 1, for engines to be held against.
 
-        Args:
-            token_ids: [T]
-            further: more sequences, to be compared in the same way.
-            asks_training: hold the training passes over the longest of them against evaluation, too.
+        With `asks_training` the longest of them passes in training mode, too, and is held against evaluation.
         """
         self._require_language_head("weight_check")
         with self._busy("weight_check"), keep_random_state():
-            return self._scorer.weight_check(
-                token_ids, version=self._version, further=further, asks_training=asks_training
-            )
+            asked: dict[str, Any] = {"further": further, "asks_training": asks_training}
+            return self._scorer.weight_check(token_ids, version=self._version, **asked)
 
     def save(
         self,

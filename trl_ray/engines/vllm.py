@@ -522,7 +522,7 @@ def reload_written_past(model: torch.nn.Module, weights: Sequence[tuple[str, tor
     past = [(name, tensor.clone()) for name, tensor in weights if ".experts." in name or name.endswith(".sinks")]
     model.load_weights(iter(past))  # type: ignore[operator]
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.process_weights_after_loading(module)
 

@@ -32,13 +32,17 @@ _REFUSED: Mapping[str, str] = {
 _REFUSED_BY_VLLM: Mapping[str, str] = {
     "lfm2": "vLLM reads an option of its configuration (conv_dim) that transformers 5 does not write",
     "recurrent_gemma": "vLLM has no such model",
+    "gpt_neox": "what vLLM makes of transformers' code is off by more than a nat with the same files",
 }
 _REFUSED_BY_VLLM_ON_CPU: Mapping[str, str] = {
+    "mamba": "vLLM has no kernel for its scan on a CPU",
     "deepseek_v2": "vLLM's latent attention on a CPU is off by more than a nat with the same files",
     "deepseek_v3": "vLLM's latent attention on a CPU is off by more than a nat with the same files",
 }
 _BF16_ON_CPU = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
 """Model types whose linear attention vLLM computes in bfloat16 alone, on a CPU."""
+_TIED = frozenset({"cohere", "cohere2"})
+"""Model types whose head vLLM takes for the embedding, whatever the configuration says."""
 _NEEDS_TORCHVISION = frozenset({"qwen3_5_text", "qwen3_5_moe_text"})
 """Model types whose module of vLLM reads images, too."""
 _USE = "Set rollout.engine=transformers, or take another model."
@@ -83,6 +87,8 @@ def _why_not(config: Any, engine: EngineChoice, *, on_gpu: bool, dtype: str) -> 
         return f"they are not: {_REFUSED_BY_VLLM[kind]}. {_USE}"
     if kind in _NEEDS_TORCHVISION and importlib.util.find_spec("torchvision") is None:
         return "vLLM needs torchvision, which is not installed. Install it, or set rollout.engine=transformers."
+    if kind in _TIED and not config.tie_word_embeddings:
+        return f"vLLM takes the embedding for the head, which is another here (tie_word_embeddings=false). {_USE}"
     if kind == "gpt_oss" and getattr(config, "quantization_config", None):
         return (
             "vLLM would keep the 4-bit experts of the files and be sent 16-bit ones. Save the model once with "

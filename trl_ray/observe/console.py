@@ -174,15 +174,15 @@ def progress_line(step: int, total: int | None, metrics: Mapping[str, float], *,
             parts.append(template.format(*(metrics[key] for key in keys)))
 
     add("reward {:.3f}", "reward/mean")
-    # The loss of a policy is near 0 by construction, healthy or not.
+    # The loss of a policy alone is near 0 by construction, healthy or not.
+    if "kl/sampler" not in metrics or "self_distillation/distillation_loss" in metrics:
+        add("loss {:.4f}", "loss")
     if "kl/sampler" in metrics:
         add("sampler kl {:.1e}", "kl/sampler")
         add("ess {:.2f}", "importance/ess")
         add("entropy {:.3f}", "entropy")
         add("grad {:.3g}", "grad_norm")
         add("cut off {:.0%}", "completion/truncated_fraction")
-    else:
-        add("loss {:.4f}", "loss")
     add("held out {:.4f}", "eval/loss")
     add("held-out reward {:.3f}", "eval/reward")
     add("token accuracy {:.3f}", "mean_token_accuracy")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import inspect
 import itertools
 import re
@@ -44,6 +45,7 @@ _CHECKS: Mapping[str, RowCheck] = {
 """Functions that cannot score every value of their columns."""
 
 GIVEN_ALWAYS = RAW | {"prompts", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state"}
+_MATHEMATICS = "trl.rewards.accuracy_rewards"
 _CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 
 
@@ -70,6 +72,7 @@ def make_spec(function: str | Callable[..., Any]) -> RewardSpec:
     if isinstance(function, str):
         [function] = [function] if ":" in function else read_reward_names([function])
         loaded = resolve(function)
+        _require_package(loaded)
         name = function if function in REGISTERED else getattr(loaded, "__name__", function)
         return RewardSpec(name=name, reference=function)
     if inspect.isclass(function) or not callable(function):
@@ -77,6 +80,7 @@ def make_spec(function: str | Callable[..., Any]) -> RewardSpec:
             f"A reward function must be a function or a name, got {function!r}. Pass a function "
             "f(prompts, completions, completion_ids, **columns) -> list of numbers."
         )
+    _require_package(function)
     name = function_name(function)
     try:
         pickled = cloudpickle.dumps(function)
@@ -86,6 +90,16 @@ def make_spec(function: str | Callable[..., Any]) -> RewardSpec:
             "Create locks, clients and models inside the function, not around it."
         ) from error
     return RewardSpec(name=name, pickled=pickled)
+
+
+def _require_package(function: Callable[..., Any]) -> None:
+    """TRL's functions for mathematics ask for another package only when they are called: at the first reward."""
+    if getattr(function, "__module__", None) != _MATHEMATICS or importlib.util.find_spec("math_verify") is not None:
+        return
+    raise ConfigError(
+        f"Reward function {function_name(function)} needs the package math-verify, which is not installed. pip install "
+        "math-verify, or take another reward function."
+    )
 
 
 def function_name(function: Callable[..., Any]) -> str:

@@ -293,3 +293,15 @@ def test_published_weights_name_tied_tensors_once_and_health_reports_them(tiny: 
 def test_steps_come_in_order(tiny: str) -> None:
     with pytest.raises(AssertionError, match="does not follow"):
         _learner(tiny).step(_batch(2))
+
+
+def test_training_passes_are_held_against_evaluation_over_the_longest_text(tiny: str) -> None:
+    learner = _learner(tiny)
+    short, long = np.arange(8, dtype=np.int32), np.arange(100, dtype=np.int32) % 90
+    check = learner.weight_check(short, further=(long,), asks_training=True)
+    assert [len(text.logprobs) for text in check.further] == [99]
+    np.testing.assert_array_equal(check.further[0].logprobs, learner.weight_check(long).logprobs)
+    assert check.training is not None and check.training.mean < 1e-5 and check.training.between_passes == 0.0
+    assert learner.weight_check(short).training is None
+    # Whoever asks again finds the model in training mode, and the random state where it was.
+    assert learner._model.training

@@ -21,6 +21,8 @@ def model(tmp_path, kind, *, dtype="float32", **options):
         ("phimoe", "vllm", "by lot in training"),
         ("lfm2", "vllm", "conv_dim"),
         ("recurrent_gemma", "vllm", "no such model"),
+        ("gpt_neox", "vllm", "off by more than a nat"),
+        ("mamba", "vllm", "no kernel"),
         ("deepseek_v3", "vllm", "latent attention on a CPU"),
         ("qwen3_next", "vllm", "needs bfloat16 on a CPU, got float32"),
     ],
@@ -43,6 +45,12 @@ def test_what_sampler_and_learner_compute_differently_is_refused(tmp_path, kind,
 )
 def test_what_another_engine_or_format_computes_alike_is_not(tmp_path, kind, engine, options):
     check_runnable(model(tmp_path, kind), engine, **options)
+
+
+def test_a_head_that_vllm_would_not_read_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="takes the embedding for the head"):
+        check_runnable(model(tmp_path, "cohere", tie_word_embeddings=False), "vllm")
+    check_runnable(model(tmp_path, "cohere", tie_word_embeddings=True), "vllm")
 
 
 def test_vllm_is_not_given_16_bit_weights_for_4_bit_experts(tmp_path):

@@ -82,6 +82,22 @@ def test_the_progress_line_says_what_was_measured_and_no_more() -> None:
     assert progress_line(3, None, {}) == "step 3"
 
 
+def test_of_a_policy_the_line_says_what_tells_health_and_not_a_loss_near_0_by_construction() -> None:
+    metrics = {
+        "reward/mean": 0.5,
+        "loss": 1e-9,
+        "kl/sampler": 2.5e-4,
+        "importance/ess": 0.987,
+        "entropy": 1.25,
+        "grad_norm": 0.5,
+        "completion/truncated_fraction": 0.25,
+    }
+    line = "step 1  reward 0.500  {}sampler kl 2.5e-04  ess 0.99  entropy 1.250  grad 0.5  cut off 25%"
+    assert progress_line(1, None, metrics) == line.format("")
+    taught = {**metrics, "loss": 0.5, "self_distillation/distillation_loss": 1.0}
+    assert progress_line(1, None, taught) == line.format("loss 0.5000  ")
+
+
 def test_without_a_terminal_each_logged_step_is_a_plain_line() -> None:
     out, times = io.StringIO(), iter([0.0, 10.0, 20.0])
     sink = ConsoleSink(total_steps=3, every=2, stream=out, clock=lambda: next(times))

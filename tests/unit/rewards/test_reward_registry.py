@@ -28,6 +28,18 @@ def test_trls_names_and_its_way_to_write_a_path_are_read_in_python_too():
     assert make_spec("trl_ray.rewards.functions.arithmetic").name == "arithmetic"
 
 
+def test_a_function_of_trls_whose_package_is_missing_is_refused_before_the_start(monkeypatch):
+    def accuracy_reward(completions, **columns):
+        return [1.0] * len(completions)
+
+    accuracy_reward.__module__ = "trl.rewards.accuracy_rewards"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="accuracy_reward needs the package math-verify, which is not installed"):
+        make_spec(accuracy_reward)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert make_spec(accuracy_reward).name == "accuracy_reward"
+
+
 def test_a_factory_takes_literal_arguments_by_name():
     spec = make_spec("soft_overlong(max_completion_len=10, soft_punish_cache=5)")
     assert spec.name == "soft_overlong"

@@ -42,9 +42,9 @@ class AgreementRule:
     def of(cls, config: RolloutRunConfig) -> AgreementRule:
         """What a configuration says."""
         rollout = config.rollout
-        is_exact = (
-            config.dtype is Dtype.FLOAT32 and rollout.dtype in (None, Dtype.FLOAT32) and not config.bf16
-        )  # quantised weights are published as they are computed with
+        is_plain = config.dtype is Dtype.FLOAT32 and rollout.dtype in (None, Dtype.FLOAT32) and not config.bf16
+        # Quantised weights are published as plain ones, and computed with by kernels of their own.
+        is_exact = is_plain and not (config.load_in_4bit or config.load_in_8bit)
         ceiling = rollout.canary_tolerance or (1e-3 if is_exact else 0.2)
         return cls(
             ceiling=ceiling,

@@ -323,9 +323,11 @@ def stream_examples(
             for sentence in found.news(known):
                 _LOG.warning("%s %s", sentence, TOLD_ONCE)
             end = window * config.stream_window + found.num_rows
-            counts = {"untrained": dict(untrained), "losses": dict(losses)}
+            left_out, lost = dict(untrained), dict(losses)
             for place, example, used in _ordered(found.examples, config, window, end=end, seed=seed):
-                yield StreamedExample(example=example, window=window, place=place, next_row=used, **counts)
+                yield StreamedExample(
+                    example=example, window=window, place=place, next_row=used, untrained=left_out, losses=lost
+                )
 
     return examples()
 

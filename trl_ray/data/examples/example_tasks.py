@@ -9,13 +9,14 @@ packed and completions change places among them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 
 from trl_ray.config.example_options import PackingStrategy
+from trl_ray.data.examples.given_tokens import PAIR_IDS, TEXT_IDS, GivenTokens, TokenReader, token_reader
 from trl_ray.data.examples.left_out_rows import Untrained
 from trl_ray.data.examples.made_examples import PackedExamples, RatedExamples, RowExamples
 from trl_ray.data.examples.packing import pack
@@ -35,7 +36,9 @@ from trl_ray.data.examples.pairs import (
 from trl_ray.data.examples.steps import StepRules, StepTokens, read_steps, write_steps
 from trl_ray.data.examples.supervised_texts import (
     SupervisedRules,
+    SupervisedSample,
     as_training_sample,
+    cut_supervised,
     read_supervised,
     write_supervised,
 )
@@ -119,6 +122,22 @@ class Making(Protocol):
         ...
 
 
+@runtime_checkable
+class TakesTokens(Protocol):
+    """A task that has a use for rows that are tokenised already."""
+
+    token_columns: tuple[str, ...]
+    """The columns of their token ids."""
+
+    def token_reader(self, columns: Collection[str], *, name: str) -> TokenReader:
+        """How to read a dataset that has them."""
+        ...
+
+    def take(self, given: GivenTokens, *, row: int, where: str) -> ExampleDraft | Untrained:
+        """What a row makes."""
+        ...
+
+
 Kind = TypeVar("Kind")
 
 
@@ -138,6 +157,7 @@ class SupervisedMaking:
     """Tokens of a packed row."""
 
     accept = frozenset({DatasetType.LANGUAGE_MODELING, DatasetType.PROMPT_COMPLETION})
+    token_columns = TEXT_IDS
 
     @property
     def masks(self) -> bool:
@@ -152,7 +172,18 @@ class SupervisedMaking:
     def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> ExampleDraft | Untrained:
         """One sample."""
         assert isinstance(record, (Document, PromptCompletion)), "readers are told which formats are accepted"
-        found = read_supervised(record, encoded, self.rules, row=row)
+        return self._draft(read_supervised(record, encoded, self.rules, row=row), row)
+
+    def token_reader(self, columns: Collection[str], *, name: str) -> TokenReader:
+        """Of `input_ids`, with what is trained of them."""
+        vocabulary = len(cast("Sized", self.tokenizer))
+        return token_reader(columns, ids=self.token_columns, rules=self.rules, name=name, vocabulary=vocabulary)
+
+    def take(self, given: GivenTokens, *, row: int, where: str) -> ExampleDraft | Untrained:
+        """One sample."""
+        return self._draft(cut_supervised(given.sequences[0], given.mask, self.rules, row=row), row)
+
+    def _draft(self, found: SupervisedSample | Untrained, row: int) -> ExampleDraft | Untrained:
         if isinstance(found, Untrained):
             return found
         return ExampleDraft(
@@ -216,6 +247,17 @@ class ScoredMaking:
 
     accept = _PAIRED
     masks = False
+    token_columns = PAIR_IDS
+
+    def token_reader(self, columns: Collection[str], *, name: str) -> TokenReader:
+        """Of both answers, each with its prompt."""
+        vocabulary = len(cast("Sized", self.tokenizer))
+        return token_reader(columns, ids=self.token_columns, rules=None, name=name, vocabulary=vocabulary)
+
+    def take(self, given: GivenTokens, *, row: int, where: str) -> ExampleDraft | Untrained:
+        """The samples of a pair, with its margin."""
+        wholes = [Encoded(token_ids=ids) for ids in given.sequences]
+        return self._draft(wholes, margin_of(given, where=where), row)
 
     def write(self, record: Record, *, where: str) -> tuple[Text, ...]:
         """Prompt + chosen, prompt + rejected."""
@@ -223,7 +265,10 @@ class ScoredMaking:
 
     def read(self, record: Record, encoded: Sequence[Encoded], *, row: int, where: str) -> ExampleDraft | Untrained:
         """The samples of a pair, with its margin."""
-        end, margin = self.tokenizer.eos_token_id, margin_of(record, where=where)
+        return self._draft(encoded, margin_of(record, where=where), row)
+
+    def _draft(self, encoded: Sequence[Encoded], margin: float | None, row: int) -> ExampleDraft | Untrained:
+        end = self.tokenizer.eos_token_id
         return _pair_draft(
             read_scored(encoded, self.rules, row=row, end_id=0 if end is None else int(end), margin=margin)
         )

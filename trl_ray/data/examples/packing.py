@@ -173,7 +173,8 @@ def _wrapped(sizes: NDArray[np.int64], max_length: int) -> tuple[NDArray[np.int3
     """The examples one behind the other, cut where a row is full: the pieces, and the row of each."""
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
-    borders = np.unique(np.concatenate([[0], ends, np.arange(0, total, max_length), [total]]))
+    borders = np.sort(np.concatenate([[0], ends, np.arange(0, total, max_length), [total]]))
+    borders = borders[np.diff(borders, prepend=-1) > 0]  # `unique` takes ten times as long
     starts, stops = borders[:-1], borders[1:]
     examples = np.searchsorted(ends, starts, side="right")
     begins = (ends - sizes)[examples]

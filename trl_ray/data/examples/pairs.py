@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trl_ray.data.examples.given_tokens import GivenTokens
 from trl_ray.data.examples.left_out_rows import Untrained
 from trl_ray.data.examples.record_writer import Writer, is_muted
 from trl_ray.data.examples.tokenisation import Encoded, ExampleTokenizer, Text, TextRules, common_prefix_length
@@ -254,7 +255,7 @@ def read_scored(
     )
 
 
-def margin_of(record: Record, *, where: str) -> float | None:
+def margin_of(record: Record | GivenTokens, *, where: str) -> float | None:
     """The `margin` column; None where there is none.
 
     Raises:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trl_ray.config.messages import nearest
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
-from trl_ray.data.examples.example_tasks import Making
+from trl_ray.data.examples.example_tasks import Making, TakesTokens
+from trl_ray.data.examples.given_tokens import GivenTokens, TokenReader, has_tokens
 from trl_ray.data.formats.detection import SPEECH
 from trl_ray.data.formats.record_reader import DatasetReader, reader_for
 from trl_ray.data.formats.records import Document, Record
@@ -26,13 +28,16 @@ _TRIED_ROWS = 100
 """Rows of which one must tell how a dataset is to be read."""
 
 
+RowReader: TypeAlias = DatasetReader | TokenReader
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedRecord:
     """A record, its number in the dataset or mixture, and where it came from."""
 
     row: int
     origin: Origin
-    record: Record
+    record: Record | GivenTokens
 
     @property
     def where(self) -> str:
@@ -40,7 +45,7 @@ class PlacedRecord:
         return f"row {self.origin.number} of {self.origin.name}"
 
 
-def readers_for(rows: Rows, config: SupervisedRunConfig, making: Making) -> dict[str, DatasetReader]:
+def readers_for(rows: Rows, config: SupervisedRunConfig, making: Making) -> dict[str, RowReader]:
     """How to read each source of a mixture, or the one dataset: by name.
 
     Raises:
@@ -54,8 +59,10 @@ def readers_for(rows: Rows, config: SupervisedRunConfig, making: Making) -> dict
     }
 
 
-def unread_speech(record: Record) -> int:
+def unread_speech(record: Record | GivenTokens) -> int:
     """Which columns of a record say something that nobody reads: a bit for each of `SPEECH`."""
+    if isinstance(record, GivenTokens):
+        return 0
     found = 0
     for bit, column in enumerate(SPEECH):
         value = record.columns.get(column)
@@ -94,7 +101,7 @@ def reader_of(
     *,
     name: str,
     columns: Sequence[str] | None,
-) -> DatasetReader:
+) -> RowReader:
     """How to read a dataset, told from the first row that can be read, or where none can, from the first.
 
     Args:
@@ -112,6 +119,8 @@ def reader_of(
     found: DatasetReader | None = None
     first: DataError | None = None
     for number, row in itertools.islice(rows, _TRIED_ROWS):
+        if (tokens := _tokens(row, making, name=name, columns=columns)) is not None:
+            return tokens
         try:
             reader = reader_for(
                 row,
@@ -133,6 +142,15 @@ def reader_of(
         return found
     assert first is not None, "a dataset has rows"
     raise first
+
+
+def _tokens(row: object, making: Making, *, name: str, columns: Sequence[str] | None) -> TokenReader | None:
+    """How to read rows that are tokenised already, where the row is one and the task has a use for it."""
+    if not isinstance(making, TakesTokens) or not isinstance(row, Mapping):
+        return None
+    if not has_tokens(tuple(columns or row), making.token_columns):
+        return None
+    return making.token_reader(tuple(columns or row), name=name)
 
 
 def _text_format(name: str | None) -> TextFormat | None:

@@ -15,12 +15,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from trl_ray.data.examples.example_tasks import ExampleDraft, Making
+from trl_ray.data.examples.example_tasks import ExampleDraft, Making, TakesTokens
+from trl_ray.data.examples.given_tokens import GivenTokens
 from trl_ray.data.examples.left_out_rows import Untrained
-from trl_ray.data.examples.placed_records import PlacedRecord, unread_speech
+from trl_ray.data.examples.placed_records import PlacedRecord, RowReader, unread_speech
 from trl_ray.data.examples.token_table import REASONS, SCHEMA, RowState, RowTokens, as_table
 from trl_ray.data.examples.tokenisation import Encoded, ExampleTokenizer, Text, encode
-from trl_ray.data.formats.record_reader import DatasetReader
 from trl_ray.data.formats.records import first_said
 from trl_ray.data.sources.dataset_loading import Origin
 from trl_ray.errors import DataError, ModelError
@@ -45,7 +45,7 @@ class RowTokeniser:
 
     making: Making
     tokenizer: ExampleTokenizer
-    readers: Mapping[str, DatasetReader]
+    readers: Mapping[str, RowReader]
     """By the names of their datasets."""
     origin: Callable[[int], Origin]
     """Where the row at a place came from."""
@@ -79,7 +79,8 @@ class RowTokeniser:
             record = self.readers[origin.name].read(origin.number, row)
             placed = PlacedRecord(row=place, origin=origin, record=record)
             unread = unread_speech(record)
-            return _Written(placed=placed, texts=self.making.write(record, where=placed.where), unread=unread)
+            texts = () if isinstance(record, GivenTokens) else self.making.write(record, where=placed.where)
+            return _Written(placed=placed, texts=texts, unread=unread)
         except (DataError, ModelError) as error:
             return RowTokens(state=_state_of(error), problem=str(error), unread=unread)
 
@@ -87,11 +88,15 @@ class RowTokeniser:
         told: dict[str, Any] = {
             "findings": tuple(dict.fromkeys(finding for text in line.texts for finding in text.findings)),
             "unread": line.unread,
-            "is_conversational": not isinstance(first_said(line.placed.record), str),
         }
-        placed = line.placed
+        placed, record = line.placed, line.placed.record
         try:
-            found = self.making.read(placed.record, encoded, row=placed.row, where=placed.where)
+            if isinstance(record, GivenTokens):
+                assert isinstance(self.making, TakesTokens), "readers are told what is taken"
+                found = self.making.take(record, row=placed.row, where=placed.where)
+            else:
+                told["is_conversational"] = not isinstance(first_said(record), str)
+                found = self.making.read(record, encoded, row=placed.row, where=placed.where)
         except (DataError, ModelError) as error:
             return RowTokens(state=_state_of(error), problem=str(error), **told)
         if isinstance(found, Untrained):

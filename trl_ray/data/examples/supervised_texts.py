@@ -158,6 +158,13 @@ def read_supervised(
             mask[:shared] = False
     if whole.muted_mask is not None:
         mask[whole.muted_mask] = False
+    return cut_supervised(whole.token_ids, mask, rules, row=row, prompt_diverges=diverges)
+
+
+def cut_supervised(
+    token_ids: IntArray, mask: BoolArray, rules: TextRules, *, row: int, prompt_diverges: bool = False
+) -> SupervisedSample | Untrained:
+    """Tokens and the mask of what is to be trained, both ``[T]``, as much as is kept; the mask is written to."""
     mask[:1] = False
     if not mask.any():
         return Untrained.NO_TARGET
@@ -168,10 +175,10 @@ def read_supervised(
         return Untrained.TRUNCATED
     return SupervisedSample(
         row=row,
-        token_ids=whole.token_ids[kept],
+        token_ids=token_ids[kept],
         loss_mask=mask,
-        cut_tokens=len(whole.token_ids) - len(mask),
-        prompt_diverges=diverges,
+        cut_tokens=len(token_ids) - len(mask),
+        prompt_diverges=prompt_diverges,
     )
 
 

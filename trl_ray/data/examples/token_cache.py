@@ -99,17 +99,26 @@ def _make(rows: Rows, tokeniser: RowTokeniser, *, work: int, place: Path | None,
         with _folder_beside(place) as made:
             parts = _map(rows, tokeniser, made / "tokens.arrow", work=work)
             table = TokenTable(_mapped(parts))
-            is_broken = bool((table.column("state") == RowState.BROKEN).any())
-            if place is None or made.parent != place.parent or is_broken:
-                lost = () if place is None or is_broken else (_unkept(place, "it cannot be written"),)
-                return KeptTokens(table=table, notes=(*told, *lost))
-            manifest = [{"name": path.name, "bytes": path.stat().st_size} for path in parts]
-            (made / _MANIFEST).write_text(json.dumps({"parts": manifest}), encoding="utf-8")
-            put_folder(made, place)
-            return KeptTokens(table=table, place=f"kept in {place}", notes=told)
+            if place is None or (table.column("state") == RowState.BROKEN).any():
+                return KeptTokens(table=table, notes=told)
+            return _kept(table, parts, place, told)
     except OSError as error:  # the disk is full, or not to be written to
         table = TokenTable(tokeniser.table(rows.rows, range(len(rows.rows))))
         return KeptTokens(table=table, notes=(*told, _unkept(place or tempfile.gettempdir(), str(error))))
+
+
+def _kept(table: TokenTable, parts: Sequence[Path], place: Path, told: tuple[str, ...]) -> KeptTokens:
+    """Give what is made its place, where that is possible."""
+    made = parts[0].parent
+    try:
+        if made.parent != place.parent:
+            raise PermissionError("it cannot be written")
+        manifest = [{"name": path.name, "bytes": path.stat().st_size} for path in parts]
+        (made / _MANIFEST).write_text(json.dumps({"parts": manifest}), encoding="utf-8")
+        put_folder(made, place)
+    except OSError as error:  # or another run has put the same there meanwhile
+        return KeptTokens(table=table, notes=(*told, _unkept(place, str(error))))
+    return KeptTokens(table=table, place=f"kept in {place}", notes=told)
 
 
 def _unkept(place: object, why: str) -> str:

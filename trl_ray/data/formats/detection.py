@@ -79,17 +79,19 @@ _INSTRUCTIONS = ("instruction", "output")
 _ALIASES: Mapping[str, tuple[str, ...]] = {
     "prompt": (
         *("question", "instruction", "query", "problem", "input", "user", "human", "context", "input_text"),
-        *("trajectory", "problem_statement", "original_question"),
+        *("trajectory", "problem_statement", "original_question", "inputs"),
     ),
     "completion": (
         *("answer", "response", "output", "solution", "target", "assistant", "reply", "answers", "long_answer"),
-        *("output_text", "generation"),
+        *("output_text", "generation", "targets"),
     ),
     "chosen": (
         *("chosen_response", "response_chosen", "accepted", "preferred", "better", "winner", "preferred_output"),
+        "response_j",
     ),
     "rejected": (
         *("rejected_response", "response_rejected", "dispreferred", "worse", "loser", "non_preferred_output"),
+        "response_k",
     ),
     "messages": ("conversation", "dialogue", "dialog", "chat", "turns", "contents", "trajectory"),
     "text": ("content", "body", "document", "article"),

@@ -220,8 +220,8 @@ def to_messages(row: Row, *, where: str, role_mapping: Mapping[str, str] | None 
     """A row whose messages have `role` and `content` (TRL's `maybe_convert_to_chatml`), `conversations` renamed.
 
     Beyond TRL, speakers become roles (human: user, gpt and ai: assistant, observation: tool; `role_mapping` first), a
-    `function_call` becomes a tool call of the assistant, and the text of a `system` column the first message. A row
-    without any of this comes back as it is.
+    `function_call` becomes a tool call of the assistant, the column `functions` is `tools`, and the text of a `system`
+    column the first message. A row without any of this comes back as it is.
 
     Raises:
         DataError: `conversations` is no list, an unknown speaker, or a function call that is not the JSON of a name
@@ -229,6 +229,8 @@ def to_messages(row: Row, *, where: str, role_mapping: Mapping[str, str] | None 
     """
     mapping = role_mapping or {}
     converted = dict(row)
+    if _are_functions(converted.get("functions")) and converted.get("tools") is None:
+        converted["tools"] = converted.pop("functions")
     for column in MESSAGE_COLUMNS:
         value = _listed(row.get(column), is_whole=column in _CONVERSATIONS)
         if isinstance(value, (list, tuple)):
@@ -246,6 +248,15 @@ def to_messages(row: Row, *, where: str, role_mapping: Mapping[str, str] | None 
             messages = [{"role": "system", "content": system}, *messages]
         converted["messages"] = messages
     return converted
+
+
+def _are_functions(value: Any) -> bool:
+    """Whether a column of that name describes what may be called; it may hold code as well."""
+    return (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and all(isinstance(each, Mapping) and {"name", "parameters"} <= set(each) for each in value)
+    )
 
 
 def _listed(value: Any, *, is_whole: bool) -> Any:
@@ -363,6 +374,10 @@ def with_system(row: Row, *, where: str) -> Row:
 def _message(item: Any, where: str, role_mapping: Mapping[str, str]) -> Any:
     if not isinstance(item, Mapping):
         return item
+    if isinstance(item.get(_CALLER), Mapping) and not item.get("tool_calls"):
+        # As OpenAI wrote a call before there could be several.
+        kept = {key: kept for key, kept in item.items() if key != _CALLER}
+        item = {**kept, "content": item.get("content") or "", "tool_calls": [_call(item[_CALLER], where)]}
     # Arrow gives every message the keys of all messages.
     speaker = item.get("role") if item.get("from") is None else item["from"]
     value = item.get("content") if item.get("value") is None else item["value"]

@@ -139,7 +139,7 @@ def recognise(text: str, *, where: str) -> TextFormat:
         raise DataError(
             f"{where} must be plain text or written in one of {known}; it starts with {text[:40]!r} and has "
             f"{seen[0]!r} at character {seen.start()}, which looks like another chat template. Convert it to "
-            "messages, or say that the text is plain."
+            "messages, or set dataset_text_format=plain to train such texts as they stand."
         )
     return TextFormat.PLAIN
 

@@ -60,6 +60,8 @@ class PromptDraft:
     columns: Mapping[str, Any]
     completion: Any = None
     """Of the dataset, where it is asked for."""
+    is_asked: bool = False
+    """The prompt was a text, and became the user's message after the system prompt."""
     is_split: bool = False
     """The prompt is a conversation without its last answer."""
     findings: tuple[Finding, ...] = ()
@@ -80,6 +82,12 @@ class PromptLoading:
     check: ColumnCheck | None
     bad: BadRows
 
+    @property
+    def asks_texts(self) -> bool:
+        """Whether texts become messages of the user: a system prompt can stand before nothing else."""
+        has_template = bool(self.tokenizer.chat_template)
+        return self.config.system_prompt is not None and self.completions is None and has_template
+
     def _guard(self, origin: Origin, place: int) -> AbstractContextManager[None]:
         return self.bad.guard(name=origin.name, number=origin.number, place=place)
 
@@ -98,6 +106,9 @@ class PromptLoading:
         config, where = self.config, f"Row {origin.number} of {origin.name}"
         read = reader.read(row, where=where)
         prompt = read[config.dataset_prompt_column]
+        is_asked = isinstance(prompt, str) and self.asks_texts
+        if is_asked:
+            prompt = ({"role": "user", "content": prompt},)
         check_kind(prompt, prompt if first is None else first.prompt, where=f"{where}, field {reader.column!r}")
         if not isinstance(prompt, str):
             prompt = with_system_prompt(prompt, config.system_prompt)
@@ -113,6 +124,7 @@ class PromptLoading:
             text=text.text,
             columns=columns,
             completion=None if self.completions is None else read.get(self.completions.column),
+            is_asked=is_asked,
             is_split=reader.layout is PromptLayout.CONVERSATION and reader.completion_column in read,
             findings=text.findings,
         )

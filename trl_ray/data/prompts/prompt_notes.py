@@ -61,6 +61,12 @@ def _about_columns(name: str, drafts: Sequence[PromptDraft]) -> Iterator[str]:
             f"{split} of {len(drafts)} rows of {name} are conversations that end with an answer: the prompt is what "
             "stands before the assistant's last turn."
         )
+    asked = sum(draft.is_asked for draft in drafts)
+    if asked:
+        yield (
+            f"{asked} of {len(drafts)} prompts of {name} are texts: each is the user's message after system_prompt, "
+            "rendered by the chat template."
+        )
     for column in SYSTEM_TEXTS:
         count = sum(isinstance(text := draft.columns.get(column), str) and bool(text.strip()) for draft in drafts)
         if count:

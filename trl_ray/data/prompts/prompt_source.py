@@ -196,7 +196,8 @@ def load_prompts(
     standard = isinstance(drafts[0].prompt, str)
     if config.system_prompt is not None and standard:
         raise DataError(
-            f"system_prompt needs conversational prompts, those of {rows.name} are plain text. Write it into the "
+            f"system_prompt needs conversational prompts, those of {rows.name} are plain text that is taken as it "
+            "stands, as there is no chat template or the dataset's completions are taught. Write it into the "
             "text, make each prompt a list of messages, or remove system_prompt."
         )
     texts = [draft.text for draft in drafts]

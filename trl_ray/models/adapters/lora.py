@@ -216,7 +216,7 @@ def _tie(policy: PreTrainedModel, config: LoraConfig) -> None:
 
 
 def _check_tied(policy: PreTrainedModel) -> None:
-    if policy.get_output_embeddings() is None:
+    if policy.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         return
     copied = [end for end in _ends(policy) if hasattr(policy.get_submodule(end), "modules_to_save")]
     if copied and policy.config.get_text_config().tie_word_embeddings and not _is_tied(policy):

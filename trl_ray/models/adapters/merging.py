@@ -64,10 +64,10 @@ def merged_weights(policy: PreTrainedModel, *, gather: Gather = _whole) -> Itera
             with gather(_factors(layer)):
                 yield f"{owner}.{leaf}", _merge(layer)
         elif wrapped:
-            wrapper = _wrapper_of(leaf, owner, layers)
+            adapter = _wrapper_of(leaf, owner, layers)
             plain = ".".join(part for part in name.split(".") if part != "base_layer")
-            with gather([parameter] if wrapper is None else [parameter, *_low_rank(wrapper)]):
-                yield plain, parameter.detach() if wrapper is None else _merge_parameter(parameter, wrapper)
+            with gather([parameter] if adapter is None else [parameter, *_low_rank(adapter)]):
+                yield plain, parameter.detach() if adapter is None else _merge_parameter(parameter, adapter)
         elif ".original_module." in name:
             owner, _, leaf = name.partition(".original_module.")
             wrapper: Any = policy.get_submodule(owner)

@@ -35,6 +35,7 @@ from trl_ray.models.policy_loading import (
     unscaled_positions,
 )
 from trl_ray.models.runnable import check_runnable, unproved_notes
+from trl_ray.models.scoring.router_loss import aux_loss_coefficient
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.reward_model_actors import (
     PreparedRewardModel,
@@ -375,6 +376,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
 
 def _check_runnable(config: RolloutRunConfig, model: ModelConfig) -> None:
     rollout = config.rollout
+    aux_loss_coefficient(load_model_config(model), config.router_aux_loss_coef)
     check_runnable(
         model,
         resolve_engine_kind(rollout.engine),

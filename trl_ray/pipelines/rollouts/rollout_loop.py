@@ -84,7 +84,7 @@ class RolloutLoop(StepLoop[_Trained]):
         )
         self._actors, self._failures = actors, FailuresInARow(plan.config)
         # Groups that a resumed run found may be of versions that it makes anew, with other weights.
-        found = self.step > 0 and plan.config.slot_bounds.max_staleness > 0
+        found = (self.step > 0 or opening.resuming) and plan.config.slot_bounds.max_staleness > 0
         first_judged = self.step + 1 + (plan.config.max_age_at_use + 1 if found else 0)
         self._agreement = AgreementCheck(plan.config, first_step=first_judged)
         self._restore_agreement(opening.checkpoint)

@@ -35,7 +35,8 @@ from trl_ray.models.backends.optimizer import check_optimizer
 from trl_ray.models.companions.reference import check_reference
 from trl_ray.models.companions.reference_cache import default_cache_dir
 from trl_ray.models.loadable import check_loadable
-from trl_ray.models.policy_loading import load_shape, load_tokenizer, max_positions
+from trl_ray.models.policy_loading import load_model_config, load_shape, load_tokenizer, max_positions
+from trl_ray.models.scoring.router_loss import aux_loss_coefficient
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
 from trl_ray.pipelines.run.model_notes import model_notes
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
@@ -242,6 +243,7 @@ def prepare_supervised(
     built = build_loss(loss)
     head = built.needs.head
     check_loadable(model, num_labels=None if head is HeadKind.LANGUAGE else head.num_labels)
+    aux_loss_coefficient(load_model_config(model), config.router_aux_loss_coef)
     check_reference(model, loss)
     if inputs.metrics is not None:
         inputs.metrics.check(config)
@@ -256,7 +258,7 @@ def prepare_supervised(
     train = None if config.dataset_streaming else load(dataset=inputs.train_dataset)
     if train is not None:
         train.require_examples()
-    head = _head(config, tokenizer, task, inputs.train_dataset) if train is None else None
+    first = _first_window(config, tokenizer, task, inputs.train_dataset) if train is None else None
     plan = SupervisedPlan(
         config=config,
         task=task,
@@ -265,8 +267,8 @@ def prepare_supervised(
         inputs=inputs,
         tokenizer=tokenizer,
         train=train,
-        head=head,
-        told=set() if head is None else _kinds(head),
+        head=first,
+        told=set() if first is None else _kinds(first),
         held_out=_held_out(config, inputs, load),
         total_steps=_total_steps(config, train),
         cut=cut_rules(config, shape, max_examples=config.per_device_train_batch_size),
@@ -279,7 +281,7 @@ def prepare_supervised(
     return plan
 
 
-def _head(config: SupervisedRunConfig, tokenizer: Any, task: ExampleTask, dataset: object) -> ExampleSet | None:
+def _first_window(config: SupervisedRunConfig, tokenizer: Any, task: ExampleTask, dataset: object) -> ExampleSet | None:
     """The first window of a stream, so that one of another kind is refused before anything starts.
 
     Raises:

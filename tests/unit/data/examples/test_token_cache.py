@@ -445,3 +445,13 @@ def test_rows_are_told_apart_by_what_they_hold_and_not_by_which_objects_they_are
     assert row_sequences.content_key([{"a": [1, 2]}]) != row_sequences.content_key([{"a": [1], "b": 2}])
     assert row_sequences.content_key([{"a": object}]) == row_sequences.content_key([{"a": object}])
     assert row_sequences.content_key([{"a": lambda: 1}]) is None
+
+
+def test_who_comes_second_with_the_same_tokens_uses_its_own(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(made: Path, path: Path) -> None:
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(token_cache, "put_folder", taken)
+    found = load(texts(4))
+    assert (len(found), sum(calls), found.kept_in) == (4, 4, None)
+    assert "Directory not empty" in found.notes[0]

@@ -156,6 +156,12 @@ def test_a_text_prompt_beside_conversations_must_be_what_they_start_with():
         ),
         ({"instruction": "q", "context": "", "response": "a"}, SFT, ("{context: input, response: output}.",)),
         ({"prompt": "q", "response": "a", "system": "s"}, SFT, ("{response: completion, system: system}.",)),
+        (
+            {"qid": 1, "question": "q", "response_j": "a", "response_k": "b"},
+            DPO,
+            ("response_j: chosen, response_k: rej",),
+        ),
+        ({"inputs": "q", "targets": "a", "task": "t"}, SFT, ("{inputs: prompt, targets: completion}.",)),
         ({"query": "q", "answers": "a", "tools": "[]"}, SFT, ("{query: prompt, answers: completion}.",)),
         ({"input": "q", "preferred_output": "a", "non_preferred_output": "b"}, DPO, ("preferred_output: chosen",)),
         ({"a": 1}, SFT, ("Its columns are a", "language_modeling (text)", "conversations (ShareGPT)")),

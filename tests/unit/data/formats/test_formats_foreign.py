@@ -73,6 +73,22 @@ def test_sharegpts_system_column_and_function_calls_become_messages():
     )
 
 
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_call_as_openai_once_wrote_it_is_a_tool_call(content):
+    function = {"name": "add", "parameters": {}}
+    call = {"role": "assistant", "content": content, "function_call": {"name": "add", "arguments": '{"x": 1}'}}
+    answer = {"role": "function", "name": "add", "content": "2"}
+    [record] = read({"messages": [Q, call, answer, A], "functions": [function]})
+    assert record.tools == (function,)
+    called = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    assert record.content == (
+        Q,
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        {"role": "tool", "name": "add", "content": "2"},
+        A,
+    )
+
+
 def test_speakers_in_preference_columns_are_renamed_too():
     row = {"prompt": [turn("human", "q")], "chosen": [turn("gpt", "a")], "rejected": [turn("gpt", "b")]}
     assert read(row) == [PreferencePair(prompt=(Q,), chosen=(A,), rejected=(B,))]

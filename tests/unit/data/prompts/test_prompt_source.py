@@ -161,9 +161,17 @@ def test_an_overlong_prompt_names_row_length_limit_and_remedy():
     assert len(load([{"prompt": "abc"}], limit=4)) == 1
 
 
-def test_a_system_prompt_for_plain_text_is_refused():
+def test_a_system_prompt_for_plain_text_is_refused_where_nothing_renders_the_two():
     with pytest.raises(DataError, match="system_prompt needs conversational prompts"):
-        load(FIVE, system_prompt="be brief")
+        load(FIVE, CharTokenizer(chat_template=None), system_prompt="be brief")
+
+
+def test_texts_after_a_system_prompt_are_the_users_messages_and_that_is_told():
+    source = load([{"problem": "q"}] * 2, system_prompt="be brief", dataset_prompt_column="problem")
+    assert decoded(source.prompt(0)) == "<system>be brief<user>q<assistant>"
+    assert source.prompt(0).messages == ({"role": "system", "content": "be brief"}, *user("q"))
+    assert any("2 of 2 prompts of the given list are texts" in note for note in source.notes)
+    assert decoded(load([{"problem": "q"}], dataset_prompt_column="problem").prompt(0)) == "\x01q"
 
 
 def test_a_column_without_a_json_form_is_named():

@@ -156,5 +156,6 @@ def test_a_long_clean_run_gives_no_alarm_whatever_its_entropy_does(dtype, error)
 def test_the_numbers_of_the_rule():
     exact = AgreementRule.of(config())
     assert (exact.limit(None), exact.limit(1e-6), exact.limit(1e-4), exact.limit(1.0)) == (1e-3, 2e-4, 4e-4, 1e-3)
+    assert not AgreementRule.of(config(load_in_4bit=True, use_peft=True)).is_exact
     half = AgreementRule.of(config(bf16=True))
     assert (half.limit(None), half.limit(1e-3), half.limit(0.01), half.limit(1.0)) == (0.2, 0.02, 0.04, 0.2)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from objectives import prepare
+from tiny_architectures import build_tiny_architecture
 from tiny_models import MAX_POSITIONS, build_tiny_model
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig
-from trl_ray.errors import ConfigError, DataError
+from trl_ray.errors import ConfigError, DataError, ModelError
 from trl_ray.pipelines.rollouts.preparation import PROMPTS, Inputs
 from trl_ray.rewards.scoring import TrainingCourse
 
@@ -247,3 +248,16 @@ def test_reward_workers_know_how_long_the_run_is_and_who_asks_for_special_tokens
     assert plain.reward["course"] == TrainingCourse(max_steps=5, steps_per_epoch=2.5)
     assert plain.rollout["scores_raw_texts"] is False
     assert arguments(score, "think_format").rollout["scores_raw_texts"] is True
+
+
+def test_a_loss_of_routers_needs_a_mixture_of_experts_and_is_refused_before_the_start(model):
+    assert prepared(model, router_aux_loss_coef=0.0).config.router_aux_loss_coef == 0
+    with pytest.raises(ModelError, match="router_aux_loss_coef must be left out for a qwen2"):
+        prepared(model, router_aux_loss_coef=0.01)
+
+
+def test_a_model_whose_sampler_would_be_another_policy_is_refused_and_an_unproved_one_told(model, tmp_path):
+    path = build_tiny_architecture(tmp_path / "phimoe", "phimoe")
+    with pytest.raises(ModelError, match="by lot in training"):
+        prepared(path)
+    assert not [note for note in prepared(model).notes if "not proved" in note]
