@@ -67,6 +67,8 @@ SCHEMA = pa.schema(
 )
 _LISTS = ("groups", "prompts", "completions", "desirable", "label_lengths", "steps", "mask", "tokens")
 _NONE = -1
+_NO_LABEL = SampleLabel()
+_NO_TARGETS = (_NONE, _NONE, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -92,47 +94,60 @@ class RowTokens:
 
 def as_table(rows: Sequence[RowTokens]) -> pa.Table:
     """The rows as one record batch of `SCHEMA`."""
-    tokens = [[ids for sample in row.samples for ids in (sample.prompt_ids, sample.completion_ids)] for row in rows]
-    masks = [[sample.loss_mask for sample in row.samples] for row in rows]
-    lines = [_line(row) for row in rows]
-    columns = {
-        name: pa.array([line[name] for line in lines], SCHEMA.field(name).type)
-        for name in SCHEMA.names
-        if name not in ("tokens", "mask")
-    }
-    columns["tokens"] = _list_array(tokens, np.int32)
-    columns["mask"] = _list_array(masks, np.bool_)
-    return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
-
-
-def _line(row: RowTokens) -> dict[str, Any]:
-    labels = [sample.label or SampleLabel() for sample in row.samples]
-    first = row.samples[0] if row.samples else None
-    targets = np.flatnonzero(first.loss_mask).tolist() if first is not None else []
-    context = len(first.prompt_ids) if first is not None else 0
-    return {
-        "state": row.state,
-        "problem": row.problem,
-        "findings": _written(row.findings) if row.findings else None,
-        "unread": row.unread,
-        "is_conversational": int(row.is_conversational),
-        "is_equal": int(row.is_equal),
-        "prompt_diverges": int(row.prompt_diverges),
-        "num_tokens": row.num_tokens,
-        "cut_tokens": row.cut_tokens,
-        "kept_tokens": row.kept_tokens,
-        "num_samples": len(row.samples),
-        "first_target": context + targets[0] if len(targets) else _NONE,
-        "last_target": context + targets[-1] if len(targets) else _NONE,
-        "num_targets": len(targets),
-        "groups": [sample.group_id for sample in row.samples],
-        "prompts": [len(sample.prompt_ids) for sample in row.samples],
-        "completions": [len(sample.completion_ids) for sample in row.samples],
+    samples = [sample for row in rows for sample in row.samples]
+    labels = [sample.label or _NO_LABEL for sample in samples]
+    firsts = [_targets(row.samples[0]) if row.samples else _NO_TARGETS for row in rows]
+    counts = [len(row.samples) for row in rows]
+    starts = pa.array(np.cumsum([0, *counts], dtype=np.int32))
+    steps = [
+        [label.steps for sample in row.samples if (label := sample.label) and label.steps is not None] for row in rows
+    ]
+    lists: dict[str, list[int]] = {
+        "groups": [sample.group_id for sample in samples],
+        "prompts": [len(sample.prompt_ids) for sample in samples],
+        "completions": [len(sample.completion_ids) for sample in samples],
         "desirable": [_NONE if label.desirable is None else int(label.desirable) for label in labels],
         "label_lengths": [_NONE if label.length is None else label.length for label in labels],
-        "margin": next((label.margin for label in labels if label.margin is not None), None),
-        "steps": [bool(step) for label in labels if label.steps is not None for step in label.steps],
     }
+    columns: dict[str, Any] = {
+        "state": [row.state for row in rows],
+        "unread": [row.unread for row in rows],
+        "is_conversational": [row.is_conversational for row in rows],
+        "is_equal": [row.is_equal for row in rows],
+        "prompt_diverges": [row.prompt_diverges for row in rows],
+        "num_tokens": [row.num_tokens for row in rows],
+        "cut_tokens": [row.cut_tokens for row in rows],
+        "kept_tokens": [row.kept_tokens for row in rows],
+        "num_samples": counts,
+        "first_target": [first for first, _, _ in firsts],
+        "last_target": [last for _, last, _ in firsts],
+        "num_targets": [number for _, _, number in firsts],
+    }
+    made = {name: pa.array(np.array(values, str(SCHEMA.field(name).type))) for name, values in columns.items()}
+    for name, values in lists.items():
+        dtype = str(SCHEMA.field(name).type.value_type)
+        made[name] = pa.ListArray.from_arrays(starts, pa.array(np.array(values, dtype)))
+    made["problem"] = pa.array([row.problem for row in rows], pa.string())
+    made["findings"] = pa.array([_written(row.findings) if row.findings else None for row in rows], pa.string())
+    made["margin"] = pa.array([_margin(row) for row in rows], pa.float64())
+    made["steps"] = _list_array(steps, np.bool_)
+    made["mask"] = _list_array([[sample.loss_mask for sample in row.samples] for row in rows], np.bool_)
+    made["tokens"] = _list_array(
+        [[ids for sample in row.samples for ids in (sample.prompt_ids, sample.completion_ids)] for row in rows],
+        np.int32,
+    )
+    return pa.table([made[name] for name in SCHEMA.names], schema=SCHEMA)
+
+
+def _targets(sample: TrainingSample) -> tuple[int, int, int]:
+    """The places of the first and the last target in a sample, and how many there are."""
+    places, context = np.flatnonzero(sample.loss_mask), len(sample.prompt_ids)
+    return (context + int(places[0]), context + int(places[-1]), len(places)) if len(places) else _NO_TARGETS
+
+
+def _margin(row: RowTokens) -> float | None:
+    label = row.samples[0].label if row.samples else None
+    return None if label is None else label.margin
 
 
 def _list_array(rows: Sequence[Sequence[NDArray[Any]]], dtype: type) -> pa.ListArray:
