@@ -59,7 +59,7 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "cohere": ("cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}),
     "cohere2": (
         "cohere2",
-        {"logit_scale": 0.25, "tie_word_embeddings": True, "sliding_window": 64, "layer_types": _PAIRED},
+        {"logit_scale": 0.25, "tie_word_embeddings": True, "sliding_window": 256, "layer_types": _PAIRED},
     ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "starcoder2": ("starcoder2", {"sliding_window": None}),

@@ -5,6 +5,7 @@ import torch
 from tiny_architectures import build_tiny_architecture, random_architecture
 from tiny_models import FAMILIES, build_tiny_model, random_model
 from trl_ray.engines.factory import create_engine
+from trl_ray.models.scoring.segment_attention import heed_soft_cap
 from trl_ray.models.weight_payload import export_weights
 
 pytestmark = pytest.mark.integration
@@ -13,6 +14,7 @@ SEQUENCE = np.frombuffer(b"Once upon a time there was a tokenizer.", dtype=np.ui
 
 def updated_error(kind, path, new):
     """Largest |engine - transformers| over the scores of SEQUENCE after an update to the weights of a new model."""
+    heed_soft_cap(new)
     engine = create_engine(kind, model=path, dtype="float32", max_model_len=256, max_num_seqs=4)
     try:
         before = engine.score([SEQUENCE], deadline_s=60)[0]

@@ -171,6 +171,7 @@ class RewardWorker:
             "kind": failure.kind.value,
             "detail": failure.detail,
             "prompt_id": prompt.prompt_id,
+            **({"is_final": True} if failure.is_final else {}),
         }
         self._log.event(EventKind.REWARD_FAILED, **detail)
 

@@ -587,6 +587,10 @@ class ReportConfig(Section):
     trackio_bucket_id: str | None = None
     """Bucket where that Space keeps its numbers; None leaves it to Trackio."""
     wandb_project: Annotated[str, none_is("trl_ray")] = "trl_ray"
+    wandb_entity: str | None = None
+    """User or team in Weights & Biases; None takes the key's own."""
+    wandb_run_group: str | None = None
+    """Group of runs in Weights & Biases."""
     html_report: bool = True
     callbacks: list[CallbackField] = Field(default_factory=list)
     """Objects whose hooks the run calls: ``package.module:Class``, or ``{path: ..., kwargs: {...}}``."""

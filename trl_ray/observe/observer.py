@@ -28,6 +28,8 @@ def open_observer(
     print_completions: int = 0,
     report_to: Sequence[str] = (),
     wandb_project: str = "trl_ray",
+    wandb_entity: str | None = None,
+    wandb_run_group: str | None = None,
     trackio_space_id: str | None = None,
     trackio_bucket_id: str | None = None,
     private: bool | None = None,
@@ -46,6 +48,8 @@ def open_observer(
         print_completions: completions to print with each console line.
         report_to: services, see `SERVICES`.
         wandb_project: project there.
+        wandb_entity: user or team in Weights & Biases.
+        wandb_run_group: group of runs there.
         trackio_space_id: where Trackio writes; None is this machine.
         trackio_bucket_id: where that Space keeps its numbers.
         private: whether a Space that is made for it is.
@@ -64,7 +68,17 @@ def open_observer(
     for service in services_of(report_to):
         match service:
             case "wandb":
-                sinks.append(WandbSink(run.path, project=wandb_project, run_name=name, config=config, **points))
+                sinks.append(
+                    WandbSink(
+                        run.path,
+                        project=wandb_project,
+                        entity=wandb_entity,
+                        group=wandb_run_group,
+                        run_name=name,
+                        config=config,
+                        **points,
+                    )
+                )
             case "tensorboard":
                 sinks.append(TensorBoardSink(run.path, config=config, **points))
             case "mlflow":

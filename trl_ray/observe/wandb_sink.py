@@ -37,6 +37,8 @@ class WandbSink(Sink):
         *,
         project: str,
         run_name: str | None,
+        entity: str | None = None,
+        group: str | None = None,
         config: Mapping[str, Any],
         every: int = 1,
         first: bool = False,
@@ -54,6 +56,8 @@ class WandbSink(Sink):
         try:
             self._run = self._wandb.init(
                 project=project,
+                entity=entity,
+                group=group,
                 name=run_name,
                 id=_run_id(folder),
                 resume="allow" if online else None,

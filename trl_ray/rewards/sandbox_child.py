@@ -119,6 +119,7 @@ def _load(frame: dict[str, Any], reply: _Reply) -> tuple[NamedFunction, ...]:
                 function=spec.name,
                 kind=RewardErrorKind.EXCEPTION,
                 detail=f"{spec.name} must load in the reward worker's process, but: {text}",
+                is_final=True,
             )
             reply.send({"nonce": frame["nonce"], "scored": wire.scored_to_json(ScoredGroup(failure=failure))})
             raise SystemExit(1) from error

@@ -64,7 +64,13 @@ def scored_to_json(scored: ScoredGroup) -> dict[str, Any]:
             {"total": reward.total, "parts": dict(reward.parts), "extra": dict(reward.extra)}
             for reward in scored.rewards
         ],
-        "failure": failure and {"function": failure.function, "kind": failure.kind.value, "detail": failure.detail},
+        "failure": failure
+        and {
+            "function": failure.function,
+            "kind": failure.kind.value,
+            "detail": failure.detail,
+            "is_final": failure.is_final,
+        },
         "metrics": dict(scored.metrics),
     }
 
@@ -83,6 +89,7 @@ def scored_from_json(value: Any, size: int) -> ScoredGroup:
                     function=str(failure["function"]),
                     kind=RewardErrorKind(failure["kind"]),
                     detail=str(failure["detail"]),
+                    is_final=failure["is_final"] is True,
                 )
             )
         rewards = tuple(

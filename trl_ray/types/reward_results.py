@@ -46,6 +46,8 @@ class RewardFailure:
     function: str
     kind: RewardErrorKind
     detail: str
+    is_final: bool = False
+    """No group can ever be scored: the function cannot even be loaded where it is to run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -326,3 +326,16 @@ def test_sixteen_groups_of_an_async_function_take_as_long_as_a_few():
 
     with worker(judge) as made:
         assert asyncio.run(run(made)) < 1.5
+
+
+def test_a_function_that_cannot_be_loaded_here_is_told_as_final(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def f(completions, **columns):\n    return [1.0]\n")
+    spec = make_spec(f"{file}:f")
+    file.unlink()
+    made = RewardWorker(functions=[spec], weights=None, timeout_s=20.0, isolation=Isolation.PROCESS, name="reward-0")
+    try:
+        assert asyncio.run(score(made, "x")).failure.is_final
+        assert [event.detail["is_final"] for event in made.drain().events] == [True]
+    finally:
+        made.close()

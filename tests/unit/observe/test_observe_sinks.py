@@ -1,3 +1,4 @@
+import importlib.machinery
 import io
 import json
 import sys
@@ -12,6 +13,7 @@ import pytest
 from trl_ray.errors import ConfigError, RunError
 from trl_ray.observe.completions import write_completions
 from trl_ray.observe.console import ConsoleSink, duration, printable, progress_line, sparkline
+from trl_ray.observe.observer import open_observer
 from trl_ray.observe.redact import redact
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.run_files import read_json_lines
@@ -226,6 +228,7 @@ def _fake_wandb(monkeypatch: pytest.MonkeyPatch, calls: list[dict[str, Any]], ru
         return run
 
     module.init = init  # type: ignore[attr-defined]
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 
@@ -247,6 +250,16 @@ def test_wandb_is_offline_in_the_run_directory_without_a_key_and_sees_no_secret(
     assert calls[0]["mode"] == "offline" and calls[0]["dir"] == str(tmp_path)
     assert calls[0]["config"] == {"hf_token": "[removed]", "lr": 0.1}
     assert run.logged == [{"step": 2, "loss": 0.5}, {"step": 3, "eval/reward/mean": 0.25}] and run.finished == 1
+
+
+def test_a_team_and_a_group_of_runs_reach_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    _fake_wandb(monkeypatch, calls, FakeWandbRun())
+    run = RunDirectory.create(tmp_path / "run")
+    open_observer(
+        run, total_steps=1, config={}, report_to=["wandb"], wandb_entity="team", wandb_run_group="sweep"
+    ).close()
+    assert (calls[0]["entity"], calls[0]["group"]) == ("team", "sweep")
 
 
 def test_a_resumed_run_keeps_its_wandb_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,7 +293,7 @@ def test_a_function_that_only_loads_elsewhere_says_so(tmp_path):
     failure = score(box, "x").failure
     box.close()
     assert (failure.function, failure.kind) == ("f", RewardErrorKind.EXCEPTION)
-    assert "must load in the reward worker's process" in failure.detail
+    assert "must load in the reward worker's process" in failure.detail and failure.is_final
 
 
 def test_signals_work_where_functions_run():

@@ -242,6 +242,4 @@ TRAINERS: Rows = {
         "Set runtime.num_learners, and deepspeed to split weights: a run starts its own processes."
     ),
     "dataset_num_workers": always("Rows are tokenised by the driver."),
-    "wandb_entity": only(None, says="Set the environment variable WANDB_ENTITY."),
-    "wandb_run_group": only(None, says="Set the environment variable WANDB_RUN_GROUP."),
 }

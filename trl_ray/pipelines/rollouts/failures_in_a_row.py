@@ -49,10 +49,13 @@ class FailuresInARow:
         """Take what the actors have told.
 
         Raises:
-            RewardError, TeacherError, EngineError: too many groups in a row were given up for one reason.
+            RewardError, TeacherError, EngineError: too many groups in a row were given up for one reason, or one that
+                would be the same for every group.
             StallError: of too many groups of one step there is nothing to learn.
         """
         for event in events:
+            if event.kind is EventKind.REWARD_FAILED and event.detail.get("is_final"):
+                raise RewardError(f"{event.detail.get('detail')} No group can be scored: mend it, then resume.")
             if event.kind is not EventKind.GROUP_DROPPED:
                 continue
             reason, because = str(event.detail.get("reason")), event.detail.get("because")

@@ -467,13 +467,15 @@ def _check_text(prompts: PromptSource, length: int) -> IntArray:
 
 
 def _first_lengths(model: ModelConfig, max_model_len: int) -> list[int]:
-    """Tokens of the texts that show what does not depend on the weights: several blocks of a KV cache, scaled rope."""
+    """Tokens of the texts that show what does not depend on weights: blocks of a KV cache, scaled rope, a window."""
     config = load_model_config(model).get_text_config()
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     before = getattr(config, "original_max_position_embeddings", None)
     if isinstance(scaling, Mapping):
         before = scaling.get("original_max_position_embeddings") or before
     lengths = [min(_LONG_CHECK_TOKENS, max_model_len)]
-    if before and before + _BEYOND_TOKENS <= min(max_model_len, _LONGEST_CHECK_TOKENS):
-        lengths.append(int(before) + _BEYOND_TOKENS)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    for end in (before, window):
+        if end and end + _BEYOND_TOKENS <= min(max_model_len, _LONGEST_CHECK_TOKENS):
+            lengths.append(int(end) + _BEYOND_TOKENS)
     return sorted({length for length in lengths if length > _WEIGHT_CHECK_TOKENS})

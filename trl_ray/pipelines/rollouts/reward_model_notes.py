@@ -20,8 +20,9 @@ def reward_model_notes(
     models: Sequence[PreparedRewardModel], prompts: PromptSource, *, template_kwargs: Mapping[str, Any]
 ) -> Iterator[str]:
     """A sentence for each kind of thing that a reward model's template leaves out; of many prompts, some are seen."""
-    looked_at = [prompts.prompt(ordinal) for ordinal in range(min(len(prompts), _PROMPTS_LOOKED_AT))]
+    count = min(len(prompts), _PROMPTS_LOOKED_AT)
     for model in models:
+        looked_at = [prompts.prompt(ordinal) for ordinal in range(count)]
         reader = open_reader(model.options, model.facts, template_kwargs=template_kwargs)
         found = {int(prompt.prompt_id.partition(":")[2]): reader.findings(prompt) for prompt in looked_at}
         for note in unrendered_notes(found, what=f"{len(looked_at)} prompts of {prompts.name} that were looked at"):

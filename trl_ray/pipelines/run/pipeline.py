@@ -491,6 +491,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             total_steps=plan.total_steps,
             report_to=config.report_to,
             wandb_project=config.project or config.wandb_project,
+            wandb_entity=config.wandb_entity,
+            wandb_run_group=config.wandb_run_group,
             trackio_space_id=config.trackio_space_id,
             trackio_bucket_id=config.trackio_bucket_id,
             private=config.hub_private_repo,

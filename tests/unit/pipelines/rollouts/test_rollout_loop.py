@@ -283,6 +283,13 @@ def test_attempts_that_fail_are_no_groups_that_do() -> None:
     counted.count([failure(EventKind.REWARD_FAILED), failure(EventKind.TEACHER_FAILED), failure(EventKind.WARNING)] * 9)
 
 
+def test_a_function_that_cannot_be_loaded_ends_the_run_at_once() -> None:
+    detail = {"detail": "judge must load in the reward worker's process, but: no module.", "is_final": True}
+    event = Event(kind=EventKind.REWARD_FAILED, actor="reward-0", time=0.0, detail=detail)
+    with pytest.raises(RewardError, match=r"judge must load .* No group can be scored: mend it, then resume\."):
+        FailuresInARow(config()).count([event])
+
+
 def test_the_least_patient_teacher_decides_how_many_groups_may_lose_theirs() -> None:
     teachers = [
         {"name": name, "model_name_or_path": "models/far", "max_failures_in_a_row": allowed}
