@@ -68,3 +68,17 @@ def test_prompts_of_rated_answers_are_cut_as_well() -> None:
 
 def test_without_it_prompts_are_whole() -> None:
     assert texts(load("dpo", PAIR))[0] == ("0123456789", f"yes{END}")
+
+
+def test_the_answer_of_another_row_follows_the_kept_prompt() -> None:
+    rows = [
+        {"prompt": "abcdef", "completion": "yes", "label": True},
+        {"prompt": "ghij", "completion": "no", "label": False},
+    ]
+    config: Any = build(CONFIGS["kto"], {"max_prompt_length": 2})
+    found = load_examples(config, TOKENIZER, task=ExampleTask.UNPAIRED_WITH_KL, dataset=rows)
+    other = found.examples[0].mismatched
+    assert other is not None
+    assert TOKENIZER.decode(other.prompt_ids.tolist()) == "ef"
+    assert TOKENIZER.decode(other.completion_ids.tolist()) == f"no{END}"
+    assert found.losses() == {"tokens beyond max_length": "6 of 17 (35.3%)"}
