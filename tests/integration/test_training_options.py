@@ -142,8 +142,10 @@ def test_evaluations_in_python_are_those_of_the_run_and_leave_nothing_behind(mod
 def test_completions_are_evaluated_in_python_before_and_after_training(model: str, tmp_path: Path) -> None:
     made = GRPOPipeline(args=grpo(model, tmp_path / "run", max_steps=1), train_dataset=PROMPTS)
     assert 0 <= made.evaluate(PROMPTS[:2])["eval_reward"] <= 1
-    made.train()
+    output = made.train()
     assert 0 <= made.evaluate(PROMPTS[:2])["eval_reward"] <= 1
+    # Other prompts than the run's own are no other run.
+    assert 0 <= GRPOPipeline.from_run(output.run_dir).evaluate(PROMPTS[:2])["eval_reward"] <= 1
 
 
 def test_a_model_is_saved_without_what_only_a_run_needs(model: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from trl_ray.config.losses.preference_options import (
 from trl_ray.config.runs.dataset_config import CPOConfig, DPOConfig, KTOConfig, ORPOConfig
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.data.examples.example_set import ExampleTask
+from trl_ray.errors import ConfigError
 from trl_ray.pipelines.supervised.dataset_pipeline import SupervisedPipeline
 from trl_ray.types import PredictionForm
 
@@ -38,7 +39,13 @@ class _ReferencePipeline(SupervisedPipeline):
         places = list(inspect.signature(SupervisedPipeline).parameters)[1:6]  # args, train_dataset, ...
         if given and not _is_options(given[0]):
             as_in_trl = given[0] is not None or "args" in named or any(map(_is_options, given))
-            places = ["ref_model", *places] if as_in_trl else places
+            # What follows there stands in another order than ours.
+            places = ["ref_model", places[0]] if as_in_trl else places
+        if len(given) > len(places):
+            raise ConfigError(
+                f"At most {', '.join(places)} may follow the model without their names, got {len(given)} arguments. "
+                "Name the others: train_dataset=..., eval_dataset=..., processing_class=..."
+            )
         super().__init__(model, **dict(zip(places, given, strict=False)), **named)
 
 

@@ -114,7 +114,8 @@ def names_model(name: str) -> bool:
     """Whether a string is a model's, by its folder or its name on the Hub, and so no name of a function."""
     folder = Path(name).expanduser()
     if _HUB_NAME.fullmatch(name) and not folder.exists():
-        return True
+        # A file of functions, or one in a folder that is here, is misspelt rather than elsewhere.
+        return folder.suffix != ".py" and not folder.parent.is_dir()
     return folder.is_dir() and ((folder / "config.json").is_file() or is_adapter_folder(folder))
 
 

@@ -154,7 +154,8 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
             resume_from=opening.step if opening.resuming else None,
             incarnation=uuid.uuid4().hex,
         )
-        plan.check_prompts(opening.checkpoint)
+        if not opening.only_evaluates:  # held-out prompts stand in the place of the run's own
+            plan.check_prompts(opening.checkpoint)
         plan.restore_objective(opening.checkpoint)
         actors = RolloutActors(
             runtime=opening.runtime,

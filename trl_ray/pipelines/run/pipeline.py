@@ -81,8 +81,9 @@ class TrainOutput:
     @property
     def training_loss(self) -> float:
         """The mean loss over all steps; NaN of those that met one."""
-        losses = [float(line["loss"]) for line in read_json_lines(self.run_dir / "metrics.jsonl") if line.get("loss")]
-        return sum(losses) / len(losses) if losses else math.nan
+        losses = [line.get("loss") for line in read_json_lines(self.run_dir / "metrics.jsonl")]
+        known = [float(loss) for loss in losses if loss is not None]
+        return sum(known) / len(known) if known else math.nan
 
 
 class Plan(Protocol):

@@ -10,7 +10,7 @@ from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig
 from trl_ray.errors import ConfigError, ModelError
 from trl_ray.pipelines.grpo import GRPOPipeline
 from trl_ray.pipelines.rollouts.preparation import Inputs
-from trl_ray.pipelines.rollouts.reward_model_actors import separate_reward_models
+from trl_ray.pipelines.rollouts.reward_model_actors import names_model, separate_reward_models
 
 ROWS = [{"prompt": f"count to {number}: "} for number in range(1, 5)]
 CHATS = [{"prompt": [{"role": "user", "content": "Why?"}]}]
@@ -156,3 +156,12 @@ def test_what_a_reward_models_template_leaves_out_of_the_prompts_is_told_with_it
     assert note.startswith("By the chat template of reward model ") and "1 of 2 prompts" in note
     assert "(row 1); first: message 0, field 'content'." in note
     assert prepared(folders, rows=rows, reward_model_name_or_path=folders["judge"]).notes == ()
+
+
+def test_a_misspelt_file_of_functions_is_no_model_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards").mkdir()
+    assert names_model("owner/name")
+    assert (
+        not names_model("rewards/my.py") and not names_model("elsewhere/my.py") and not names_model("rewards/helpers")
+    )
