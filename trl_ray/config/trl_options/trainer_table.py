@@ -216,12 +216,7 @@ TRAINERS: Rows = {
         ),
         *only("CAUSAL_LM", None, says="It follows from the pipeline. Remove it."),
     ),
-    "lora_target_parameters": only(
-        None,
-        [],
-        says="Remove it: adapters stand beside linear layers, and experts in one parameter have none. Attention and "
-        "shared layers can be named in lora_target_modules.",
-    ),
+    "lora_target_parameters": renamed("lora_kwargs.target_parameters"),
     "bnb_4bit_quant_storage": only(
         None, "uint8", says="Remove it: 4-bit weights are stored as bitsandbytes does unless told otherwise."
     ),
