@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from trl_ray.cli.option_arguments import read_options
 from trl_ray.cli.option_help import describe_options
 from trl_ray.config.base import Section
-from trl_ray.config.load import apply_overrides, build, read_yaml
+from trl_ray.config.load import apply_overrides, build, read_options_of, read_yaml
 from trl_ray.config.messages import nearest
-from trl_ray.config.object_paths import entry_point_paths, place, real_path
+from trl_ray.config.object_paths import entry_point_paths, real_path
 from trl_ray.config.runs.config_registry import CONFIGS
 from trl_ray.config.runs.run_environment import set_environment
 from trl_ray.config.teacher_options import TeacherServeConfig
@@ -182,8 +182,8 @@ def _dispatch(args: argparse.Namespace) -> int:
         return _serve(args)
     if args.command == "resume":
         return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir, changes=args.overrides).train())
-    written = {} if args.config is None else place(read_yaml(args.config), Path(args.config).parent)
-    values = apply_overrides(written, args.overrides)
+    given = args.overrides
+    values = apply_overrides({}, given) if args.config is None else read_options_of(args.config, given)
     # Not kept, as it may hold secrets; before the pipeline is imported, because libraries read it then.
     set_environment(values.pop("env", None))
     pipeline_class: Any = find_pipeline(args.command)
