@@ -49,6 +49,7 @@ class ExitCode(enum.IntEnum):
 
 _SERVE = "teacher-serve"
 _SERVES = "answer for a teacher over HTTP"
+_RESUMES = "go on with a run from its last checkpoint; what env set is not kept: set it in the shell before"
 _BUILT_IN = frozenset({*CONFIGS, _SERVE, "resume", "report", "env"})
 
 
@@ -65,7 +66,7 @@ def build_parser(*, outside: str | None = None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     for name in (*CONFIGS, *([] if outside is None else [outside])):
         _add_options(commands.add_parser(name, help=_summary(name), add_help=False))
-    resume = commands.add_parser("resume", help="go on with a run from its last checkpoint")
+    resume = commands.add_parser("resume", help=_RESUMES)
     resume.add_argument("run_dir", metavar="RUN_DIR [OPTIONS]")
     report = commands.add_parser("report", help="draw RUN_DIR/report.html again")
     report.add_argument("run_dir")
