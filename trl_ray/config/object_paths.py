@@ -19,6 +19,9 @@ from typing import Any
 from trl_ray.config.messages import nearest
 from trl_ray.errors import ConfigError
 
+FROM_PYTHON = "python:"
+"""Stands in config.yaml before the name of what was given as an object: a callback's class, a reward function."""
+
 
 def find_object(path: str, *, what: str) -> Any:
     """The object behind a path; its module is imported.

@@ -80,7 +80,7 @@ def test_what_is_no_tokens_id_ends_nothing(name: str, value: Any) -> None:
 
 def test_a_second_structure_is_refused_and_the_same_one_twice_is_one() -> None:
     for second in ({"guided_json": {}}, {"structured_outputs": {"choice": ["a"]}}, {"guided_decoding": {"json": {}}}):
-        with pytest.raises(ValueError, match="must ask for one structure of completions, got {'regex': 'a'} and "):
+        with pytest.raises(ValueError, match=r"must ask for one structure of completions, got \{'regex': 'a'\} and "):
             read_generation_kwargs({"generation_kwargs": {"guided_regex": "a", **second}})
     same = {"guided_regex": "a", "structured_outputs": {"regex": "a"}}
     read = read_generation_kwargs({"generation_kwargs": same})

@@ -16,6 +16,7 @@ import numpy as np
 
 from trl_ray.algorithms.batches.micro_batches import CutRules
 from trl_ray.algorithms.loss_registry import build_loss, resolve_options
+from trl_ray.config.object_paths import FROM_PYTHON
 from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.runs.run_environment import learner_threads
@@ -73,8 +74,6 @@ if TYPE_CHECKING:
     from trl_ray.runtime.remote import ActorPlan
 
 RewardFunction = Callable[..., Any]
-FROM_PYTHON = "python:"
-"""Stands in config.yaml before the name of a reward function that was given as an object."""
 OBJECTIVE_STATE = "objective.json"
 """The file of a checkpoint with what the objective remembers."""
 PROMPTS = "prompts.json"
