@@ -417,10 +417,14 @@ class PolicyLearner:
             remedy = teacher_remedy or "Lower learning_rate, or inspect the batch."
             raise NumericsError(f"{problem}. The weights are as before. {remedy}")
         if self._skipped_in_a_row > self._training.max_skipped_steps:
+            # A resumed run keeps its learning_rate.
+            remedy = (
+                teacher_remedy
+                or "Begin a new run with model_name_or_path set to a checkpoint and a lower learning_rate."
+            )
             raise NumericsError(
                 f"{problem}; {self._skipped_in_a_row} steps in a row were skipped, max_skipped_steps allows "
-                f"{self._training.max_skipped_steps}. "
-                f"{teacher_remedy or 'Go on from an earlier checkpoint with a lower learning_rate.'}"
+                f"{self._training.max_skipped_steps}. {remedy}"
             )
         # Told once: all ranks skip the same update.
         if self._ranks.is_first:

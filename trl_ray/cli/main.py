@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from trl_ray.cli.option_arguments import read_options
 from trl_ray.cli.option_help import describe_options
 from trl_ray.config.base import Section
-from trl_ray.config.load import apply_overrides, build, read_yaml
+from trl_ray.config.load import apply_overrides, build, read_options_of, read_yaml
 from trl_ray.config.messages import nearest
-from trl_ray.config.object_paths import entry_point_paths, place, real_path
+from trl_ray.config.object_paths import entry_point_paths, real_path
 from trl_ray.config.runs.config_registry import CONFIGS
 from trl_ray.config.runs.run_environment import set_environment
 from trl_ray.config.teacher_options import TeacherServeConfig
@@ -49,6 +49,7 @@ class ExitCode(enum.IntEnum):
 
 _SERVE = "teacher-serve"
 _SERVES = "answer for a teacher over HTTP"
+_RESUMES = "go on with a run from its last checkpoint; what env set is not kept: set it in the shell before"
 _BUILT_IN = frozenset({*CONFIGS, _SERVE, "resume", "report", "env"})
 
 
@@ -65,7 +66,7 @@ def build_parser(*, outside: str | None = None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     for name in (*CONFIGS, *([] if outside is None else [outside])):
         _add_options(commands.add_parser(name, help=_summary(name), add_help=False))
-    resume = commands.add_parser("resume", help="go on with a run from its last checkpoint")
+    resume = commands.add_parser("resume", help=_RESUMES)
     resume.add_argument("run_dir", metavar="RUN_DIR [OPTIONS]")
     report = commands.add_parser("report", help="draw RUN_DIR/report.html again")
     report.add_argument("run_dir")
@@ -182,8 +183,8 @@ def _dispatch(args: argparse.Namespace) -> int:
         return _serve(args)
     if args.command == "resume":
         return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir, changes=args.overrides).train())
-    written = {} if args.config is None else place(read_yaml(args.config), Path(args.config).parent)
-    values = apply_overrides(written, args.overrides)
+    given = args.overrides
+    values = apply_overrides({}, given) if args.config is None else read_options_of(args.config, given)
     # Not kept, as it may hold secrets; before the pipeline is imported, because libraries read it then.
     set_environment(values.pop("env", None))
     pipeline_class: Any = find_pipeline(args.command)

@@ -7,10 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from trl_ray.config.base import Section
-from trl_ray.config.object_paths import real_path
-
-FROM_PYTHON = "python:"
-"""Stands in config.yaml before the class of a callback that was given as an object."""
+from trl_ray.config.object_paths import FROM_PYTHON, real_path
 
 
 class CallbackSpec(Section):

@@ -1,6 +1,6 @@
 """YAML files and dotted overrides become one typed configuration.
 
-file.yaml --parse (no duplicate keys, 1e-5 is a number)--> dict --a.b=c--> dict --pydantic--> Section
+file.yaml --parse (no duplicate keys, 1e-5 is a number)--> dict --place, a.b=c--> dict --pydantic--> Section
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from trl_ray.config.base import Section
+from trl_ray.config.object_paths import place
 from trl_ray.errors import ConfigError
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -131,6 +132,17 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
     return merged
 
 
+def read_options_of(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file, find the files that it names beside it, apply overrides.
+
+    Raises:
+        ConfigError: the file or an override is wrong, or the file of an object that no override replaces is not there.
+    """
+    replaced = {override.partition("=")[0].lstrip("-") for override in overrides}
+    written = {name: value for name, value in read_yaml(path).items() if name not in replaced}
+    return apply_overrides(place(written, Path(path).parent), overrides)
+
+
 def build(section: type[SectionT], values: Mapping[str, Any]) -> SectionT:
     """Validate a mapping.
 
@@ -141,12 +153,12 @@ def build(section: type[SectionT], values: Mapping[str, Any]) -> SectionT:
 
 
 def load_config(section: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) -> SectionT:
-    """Read a YAML file, apply overrides, validate.
+    """Read a YAML file, find the files that it names beside it, apply overrides, validate.
 
     Raises:
         ConfigError: anything that is wrong with the file, an override or a value.
     """
-    return build(section, apply_overrides(read_yaml(path), overrides))
+    return build(section, read_options_of(path, overrides))
 
 
 def dump_yaml(config: Section) -> str:

@@ -19,6 +19,9 @@ from typing import Any
 from trl_ray.config.messages import nearest
 from trl_ray.errors import ConfigError
 
+FROM_PYTHON = "python:"
+"""Stands in config.yaml before the name of what was given as an object: a callback's class, a reward function."""
+
 
 def find_object(path: str, *, what: str) -> Any:
     """The object behind a path; its module is imported.
@@ -121,13 +124,21 @@ def place(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for option, value in values.items():
         if option in OBJECT_OPTIONS:
             placed[option] = _place(value, folder, option)
-        elif option in _FILE_OPTIONS and isinstance(value, str) and _is_file(folder, value):
+        elif option in _FILE_OPTIONS and isinstance(value, str) and _is_there(folder, value, option):
             placed[option] = lasting_file(str(folder / value))
     return placed
 
 
-def _is_file(folder: Path, name: str) -> bool:
-    return not is_template_text(name) and not Path(name).is_absolute() and (folder / name).is_file()
+def _is_there(folder: Path, name: str, option: str) -> bool:
+    """Whether it lies beside the configuration; a chat template may be that of a tokenizer's folder, too."""
+    if not name or is_template_text(name) or Path(name).is_absolute():
+        return False
+    found = folder / name
+    try:
+        return found.is_file() if option == "deepspeed" else found.exists()
+    except OSError:
+        # No path can be so long: validation says what it must be.
+        return False
 
 
 def _place(value: Any, folder: Path, option: str) -> Any:

@@ -185,11 +185,12 @@ def actor_environment(plan: ActorPlan) -> dict[str, str]:
     kept = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     return {
         **kept,
-        **{name: value for name, value in inherited().items() if name not in _OF_RAY},
         "OMP_NUM_THREADS": str(plan.threads),
         "MKL_NUM_THREADS": str(plan.threads),
         "TOKENIZERS_PARALLELISM": "false",
         **plan.environment,
+        # What a user wrote down holds.
+        **{name: value for name, value in inherited().items() if name not in _OF_RAY},
     }
 
 

@@ -10,7 +10,7 @@ from tiny_models import build_tiny_model
 from tiny_reward_models import build_reward_model
 from trl_ray import errors
 from trl_ray.buffer.entry import LedgerSnapshot
-from trl_ray.cli.main import ExitCode, main
+from trl_ray.cli.main import ExitCode, build_parser, main
 from trl_ray.config.load import dump_yaml
 from trl_ray.pipelines.run.pipeline import Pipeline, TrainOutput
 
@@ -306,3 +306,7 @@ def test_a_dry_run_prints_configuration_actors_and_memory_and_writes_nothing(tmp
     # 0.6 + 0.2 + 3 * 2.6 + 0.2 GiB; the tiny model's few MB vanish.
     assert "memory expected in all: 8.8 GiB" in plan
     assert list(work.iterdir()) == []
+
+
+def test_the_help_says_that_a_resumed_run_lacks_what_env_set() -> None:
+    assert "what env set is not kept" in " ".join(build_parser().format_help().split())

@@ -62,6 +62,8 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
     (SFTConfig, {"lora_task_type": "CAUSAL_LM"}, {}),
     (RewardModelConfig, {"lora_task_type": "SEQ_CLS"}, {}),
     (SFTConfig, {"lora_target_parameters": None}, {}),
+    (SFTConfig, {"lora_target_parameters": ["experts.w"], "use_peft": True},
+     {"lora_kwargs": {"target_parameters": ["experts.w"]}, "use_peft": True}),
     (DistillConfig, {"teacher_model_name_or_path": "far", "teacher_model_init_kwargs": {"torch_dtype": "bfloat16"}},
      {"teacher_model_name_or_path": "far", "teacher_dtype": "bfloat16"}),
     (SFTConfig, {"bf16_full_eval": True, "num_processes": 2}, {"runtime": {"num_learners": 2}}),
@@ -150,8 +152,9 @@ REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
     (SFTConfig, {"special_tokens": {"bos_token": "<s>"}}, "Set eos_token"),
     (GRPOConfig, {"streaming": True}, "prompts are read before training"),
     (SFTConfig, {"rl": "dpo"}, "trl-ray dpo"),
+    (ORPOConfig, {"rl": "dpo"}, "trl-ray dpo"),
+    (CPOConfig, {"rl": "orpo"}, "orpo"),
     (SFTConfig, {"trackio_static_space_id": "me/page"}, "trackio_space_id"),
-    (SFTConfig, {"lora_target_parameters": ["experts.w"]}, "beside linear layers"),
     (DPOConfig, {"max_completion_length": 128}, "max_length cuts prompt and answer together"),
     (KTOConfig, {"max_completion_length": 128}, "max_length cuts prompt and answer together"),
     (SFTConfig, {"max_prompt_length": 128}, "max_length cuts a text or a conversation"),
@@ -314,3 +317,14 @@ def test_every_field_has_the_bounds_of_the_class_that_python_takes_it_from() -> 
         for name, field in config.model_fields.items():
             owner = next(each for each in config.__mro__ if name in inspect.get_annotations(each))
             assert field.metadata == owner.model_fields[name].metadata, (config.__name__, name)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["dataset_num_proc", "preprocessing_num_workers", "dataloader_num_workers"])
+def test_a_pipeline_is_not_told_of_an_option_that_it_lacks(name: str) -> None:
+    entry = entry_of(name, GRPOConfig.model_fields)
+    assert entry is not None and entry.says == "Prompts are read and tokenised by the driver."
+
+
+def test_whoever_wants_a_cache_made_anew_is_told_where_it_is() -> None:
+    entry = entry_of("overwrite_cache", SFTConfig.model_fields)
+    assert entry is not None and "HF_DATASETS_CACHE" in entry.says and "made anew" in entry.says

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trl_ray.config.base import Section
-from trl_ray.config.runs.dataset_config import CPOConfig, DPOConfig, KTOConfig, SFTConfig
+from trl_ray.config.runs.dataset_config import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, SFTConfig
 from trl_ray.config.runs.grpo_config import GRPOConfig
 from trl_ray.errors import ConfigError
 
@@ -42,6 +42,9 @@ def refusal(config: type[Section], **options: Any) -> str:
         (DPOConfig, {"rl": "ipo"}, {"loss_type": "ipo"}),
         (DPOConfig, {"rpo_alpha": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
         (KTOConfig, {"rl": "kto"}, {}),
+        (ORPOConfig, {"rl": "orpo", "rl_beta": 0.2}, {"beta": 0.2}),
+        (SFTConfig, {"dataset_processes": 4, "dataset_prepared_path": "prepared"}, {"dataset_num_proc": 4}),
+        (GRPOConfig, {"dataset_processes": 4, "dataset_num_proc": 4, "dataset_num_workers": 4}, {}),
         (CPOConfig, {"rl": "simpo"}, {"loss_type": "simpo", "cpo_alpha": 0.0}),
         (GRPOConfig, {"rl": "grpo", "trl": {"num_generations": 4, "beta": 0.1, "use_vllm": True}},
          {"num_generations": 4, "beta": 0.1}),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 from transformers import GenerationConfig
 
 from trl_ray.config.keywords import generation_fields
 from trl_ray.config.keywords.generation_fields import read_generation_kwargs, reshaping, unknown_to
+from trl_ray.config.runs.grpo_config import GRPOConfig
+from trl_ray.errors import ConfigError
 
 
 def is_known(name: str) -> bool:
@@ -53,3 +56,45 @@ def test_fields_under_which_sampler_and_learner_differ_are_told_apart() -> None:
         "presence_penalty",
         "structured_outputs",
     ]
+
+
+@pytest.mark.parametrize(
+    ("held", "left"),
+    [
+        ({"eos_token_id": 5, "stop_token_ids": [7]}, [5, 7]),
+        ({"stop_token_ids": [7], "eos_token_id": 5}, [7, 5]),
+        ({"stop_token_ids": 7}, [7]),
+        ({"eos_token_id": (5, 6)}, [5, 6]),
+    ],
+)
+def test_tokens_of_either_name_end_a_completion(held: dict[str, Any], left: list[int]) -> None:
+    assert read_generation_kwargs({"generation_kwargs": held}) == {"generation_kwargs": {"stop_token_ids": left}}
+
+
+@pytest.mark.parametrize("name", ["stop_token_ids", "eos_token_id"])
+@pytest.mark.parametrize("value", ["ab", ["a"], True, 1.5, [[1]]])
+def test_what_is_no_tokens_id_ends_nothing(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"generation_kwargs.{name} must be a token's id or a list of ids, got "):
+        read_generation_kwargs({"generation_kwargs": {name: value}})
+
+
+def test_a_second_structure_is_refused_and_the_same_one_twice_is_one() -> None:
+    for second in ({"guided_json": {}}, {"structured_outputs": {"choice": ["a"]}}, {"guided_decoding": {"json": {}}}):
+        with pytest.raises(ValueError, match=r"must ask for one structure of completions, got \{'regex': 'a'\} and "):
+            read_generation_kwargs({"generation_kwargs": {"guided_regex": "a", **second}})
+    same = {"guided_regex": "a", "structured_outputs": {"regex": "a"}}
+    read = read_generation_kwargs({"generation_kwargs": same})
+    assert read == {"generation_kwargs": {"structured_outputs": {"regex": "a"}}}
+
+
+def test_broken_json_is_told_with_the_options_name() -> None:
+    for option in ("generation_kwargs", "model_init_kwargs"):
+        with pytest.raises(ConfigError, match=f"{option} must be a mapping, or one written as JSON, got"):
+            GRPOConfig(**{option: '{"top_p": 0.9,'})
+    assert GRPOConfig(generation_kwargs='{"top_p": 0.9}').top_p == 0.9
+
+
+def test_keywords_of_a_model_that_are_none_say_nothing() -> None:
+    held = {"dtype": None, "torch_dtype": None, "revision": None, "attn_implementation": None}
+    config = GRPOConfig(model_init_kwargs=held, model_revision="v2", dtype="bfloat16")
+    assert (config.model_revision, config.dtype.value, config.model_init_kwargs) == ("v2", "bfloat16", {})

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic.fields import FieldInfo
 
-from trl_ray.config.load import build, dump_yaml, parse_yaml
+from trl_ray.config.load import build, dump_yaml, load_config, parse_yaml
 from trl_ray.config.object_paths import OBJECT_OPTIONS, find_plug_in, is_same_object, place, real_path
 from trl_ray.config.runs.config_registry import CONFIGS
 from trl_ray.config.runs.sdpo_config import SDPOConfig
@@ -120,6 +120,29 @@ def test_a_chat_template_and_a_deepspeed_file_may_lie_beside_the_configuration(f
         chat_template_path=None, chat_template="{% for each in messages %}\n{{ each.content }}\n{% endfor %}\n"
     )
     assert build(SDPOConfig, parse_yaml(dump_yaml(inline), source="config.yaml")) == inline
+
+
+def test_the_folder_of_a_tokenizer_may_lie_beside_the_configuration(folder: Path) -> None:
+    other = folder.parent / "other"
+    (other / "tokenizer").mkdir()
+    for name in ("chat_template", "chat_template_path"):
+        assert place({name: "tokenizer"}, Path("../other")) == {name: f"{other}/tokenizer"}
+    # No folder is a deepspeed file, and neither nothing nor what is too long for a path is a folder.
+    assert place({"deepspeed": "tokenizer"}, Path("../other")) == {"deepspeed": "tokenizer"}
+    for given in ("", "x" * 9999):
+        assert place({"chat_template": given}, Path("../other")) == {"chat_template": given}
+
+
+def test_a_configuration_that_is_loaded_in_python_has_its_files_beside_it(folder: Path) -> None:
+    other = folder.parent / "other"
+    (other / "only_there.py").touch()
+    (other / "job.yaml").write_text("loss: only_there.py:L\nreward_funcs: [none.py:f]\n")
+    config = load_config(SDPOConfig, "../other/job.yaml", ["reward_funcs=[mine.py:f]"])
+    assert config.loss == f"{other}/only_there.py:L"
+    # What an override says is of this folder, and what it replaces need not be there.
+    assert config.reward_funcs == [f"{folder}/mine.py:f"]
+    with pytest.raises(ConfigError, match=f"no none.py in {other}"):
+        load_config(SDPOConfig, "../other/job.yaml", ["seed=1"])
 
 
 def test_options_that_name_objects_hold_paths_that_hold_everywhere(folder: Path) -> None:

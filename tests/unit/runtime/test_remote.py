@@ -3,7 +3,7 @@ import os
 import pytest
 
 from trl_ray.config.reward_model_options import RewardModelOptions
-from trl_ray.config.runs.run_environment import set_environment
+from trl_ray.config.runs.run_environment import learner_threads, set_environment
 from trl_ray.config.sections import RewardConfig, RolloutConfig, RuntimeConfig
 from trl_ray.runtime.cluster import missing_resources
 from trl_ray.runtime.remote import ActorPlan, actor_environment, plan_actors
@@ -76,12 +76,18 @@ def test_an_actors_process_inherits_the_drivers_hub_settings_and_gets_its_thread
 def test_an_actors_process_gets_what_a_file_sets_under_env(monkeypatch):
     monkeypatch.setattr(os, "environ", {**os.environ, "TRL_RAY_INHERITED": "FIRST", "FIRST": "1"})
     set_environment({"JUDGE_URL": "http://judge", "DEPTH": 3, "CUDA_VISIBLE_DEVICES": "0,1", "OMP_NUM_THREADS": 9})
-    environment = actor_environment(plans(rollout={"num_cpus": 3.0})[Role.ROLLOUT])
-    assert (environment["JUDGE_URL"], environment["DEPTH"]) == ("http://judge", "3")
-    # Threads are the plan's, GPUs are those that Ray gives.
-    assert environment["OMP_NUM_THREADS"] == "3" and "CUDA_VISIBLE_DEVICES" not in environment
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert os.environ["TRL_RAY_INHERITED"] == "FIRST,JUDGE_URL,DEPTH,CUDA_VISIBLE_DEVICES,OMP_NUM_THREADS"
+    environment = actor_environment(plans(rollout={"num_cpus": 3.0})[Role.ROLLOUT])
+    assert (environment["JUDGE_URL"], environment["DEPTH"]) == ("http://judge", "3")
+    # Threads that are written down hold, those that are not are the plan's; GPUs are those that Ray gives.
+    assert (environment["OMP_NUM_THREADS"], environment["MKL_NUM_THREADS"]) == ("9", "3")
+    assert "CUDA_VISIBLE_DEVICES" not in environment
+    # The learner reads them there, unless its own option says otherwise.
+    assert learner_threads(RuntimeConfig(learner_num_cpus=4)) is None
+    assert learner_threads(RuntimeConfig(learner_num_cpus=4, learner_threads=2)) == 2
+    monkeypatch.delenv("TRL_RAY_INHERITED")
+    assert learner_threads(RuntimeConfig(learner_num_cpus=4)) == 4
 
 
 def test_a_plans_own_variables_win():

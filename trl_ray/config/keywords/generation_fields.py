@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trl_ray.config.keywords.json_text import read_json
 from trl_ray.config.messages import nearest
 
 _VLLM, _TRANSFORMERS = "vllm", "transformers"
@@ -68,13 +68,13 @@ _OPTIONS = {
 }
 """Fields that options of ours stand for."""
 _OTHER_NAMES = {
-    "eos_token_id": "stop_token_ids",
     "guided_decoding": "structured_outputs",
     "guided_json": "json",
     "guided_regex": "regex",
     "guided_choice": "choice",
     "guided_grammar": "grammar",
 }
+_STOP_TOKENS = ("stop_token_ids", "eos_token_id")
 _STRUCTURES = frozenset({"json", "regex", "choice", "grammar", "json_object", "structural_tag"})
 _STRUCTURE_FIELDS = _STRUCTURES | {
     "disable_any_whitespace",
@@ -157,8 +157,7 @@ def read_generation_kwargs(values: Any) -> Any:
         ValueError: a field is unknown, or cannot be had.
     """
     held = values.get("generation_kwargs") if isinstance(values, Mapping) else None
-    if isinstance(held, str) and held.lstrip().startswith("{"):
-        held = json.loads(held)
+    held = read_json("generation_kwargs", held)
     if not held or not isinstance(held, Mapping):
         return values
     read, left = dict(values), dict[str, Any]()
@@ -178,19 +177,34 @@ def _read_field(name: str, value: Any, read: dict[str, Any], left: dict[str, Any
         option = _OPTIONS[name]
         value = [value] if option == "stop" and isinstance(value, str) else value
         read[option] = 0 if option == "top_k" and value == -1 else value
+    elif name in _STOP_TOKENS:
+        # Any of them ends a completion, so those of both names count.
+        left["stop_token_ids"] = [*left.get("stop_token_ids", []), *_token_ids(name, value)]
+    elif name == "structured_outputs" or name in _OTHER_NAMES:
+        other = _OTHER_NAMES.get(name, name)
+        _put_structure(left, value if other == "structured_outputs" else {other: value}, name)
     elif name in ENGINE_FIELDS:
-        left[name] = _token_ids(value) if name == "stop_token_ids" else value
-    elif name == "eos_token_id":
-        left["stop_token_ids"] = [*left.get("stop_token_ids", []), *_token_ids(value)]
-    elif name in _OTHER_NAMES:
-        other = _OTHER_NAMES[name]
-        left["structured_outputs"] = value if other == "structured_outputs" else {other: value}
+        left[name] = value
     else:
         raise ValueError(_why_not(name, value))
 
 
-def _token_ids(value: Any) -> Any:
-    return [value] if isinstance(value, int) else list(value)
+def _token_ids(name: str, value: Any) -> list[int]:
+    ids = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(each, bool) or not isinstance(each, int) for each in ids):
+        raise ValueError(
+            f"generation_kwargs.{name} must be a token's id or a list of ids, got {value!r}. Write the numbers; texts "
+            "that end a completion are the option stop."
+        )
+    return list(ids)
+
+
+def _put_structure(left: dict[str, Any], structure: Any, name: str) -> None:
+    if left.setdefault("structured_outputs", structure) != structure:
+        raise ValueError(
+            f"generation_kwargs must ask for one structure of completions, got {left['structured_outputs']!r} and "
+            f"{name}={structure!r}. Remove one of the two."
+        )
 
 
 def _check_structure(given: Any) -> None:
@@ -206,7 +220,7 @@ def _check_structure(given: Any) -> None:
 def _why_not(name: str, value: Any) -> str:
     if name in _REFUSED:
         return f"generation_kwargs cannot hold {name}={value!r}. {_REFUSED[name]}"
-    known = [*_OPTIONS, *ENGINE_FIELDS, *_OTHER_NAMES, *_REFUSED, *_HAPPENS, *_WITHOUT_EFFECT]
+    known = [*_OPTIONS, *ENGINE_FIELDS, *_OTHER_NAMES, *_STOP_TOKENS, *_REFUSED, *_HAPPENS, *_WITHOUT_EFFECT]
     guess = nearest(name, known)
     hint = f"Did you mean {guess!r}?" if guess else "Remove it."
     return (

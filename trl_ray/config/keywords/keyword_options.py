@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from trl_ray.config.keywords.json_text import read_json
 
 _OPTIONS: Mapping[str, str] = {
     "dtype": "dtype",
@@ -64,15 +65,16 @@ def read_model_init_kwargs(values: Any) -> Any:
         ValueError: a keyword cannot be had, or another option says otherwise.
     """
     held = values.get("model_init_kwargs") if isinstance(values, Mapping) else None
-    if isinstance(held, str) and held.lstrip().startswith("{"):
-        held = json.loads(held)
+    held = read_json("model_init_kwargs", held)
     if not held or not isinstance(held, Mapping):
         return values
     read, left = {key: value for key, value in values.items() if key != "model_init_kwargs"}, {}
     for name, value in held.items():
         option = _OPTIONS.get(name)
         if option is not None:
-            _put(read, option, value, name)
+            # None is what from_pretrained does unless it is told otherwise.
+            if value is not None:
+                _put(read, option, value, name)
         elif name in _REFUSED and value is not None and not _is_nothing(name, value):
             raise ValueError(f"model_init_kwargs cannot hold {name}={value!r}. {_REFUSED[name]}")
         elif name not in _REFUSED and name not in _HAPPENS:

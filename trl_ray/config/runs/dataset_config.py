@@ -42,11 +42,6 @@ class SupervisedRunConfig(RunConfig, ExampleConfig):
         """Examples of one optimizer step over all ranks."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.runtime.num_learners
 
-    @property
-    def has_sequential_order(self) -> bool:
-        """Whether steps take rows in the order of the dataset."""
-        return not self.shuffle_dataset
-
     @rule
     def _check_streaming(self) -> None:
         if self.dataset_streaming and self.max_steps < 1:

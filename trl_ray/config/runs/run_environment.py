@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from trl_ray.config.sections import RuntimeConfig
 from trl_ray.errors import ConfigError
 
 _NAMES = "TRL_RAY_INHERITED"
@@ -32,3 +33,10 @@ def inherited() -> dict[str, str]:
     """The variables that were set so, with their values."""
     names = os.environ.get(_NAMES, "").split(",")
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def learner_threads(runtime: RuntimeConfig) -> int | None:
+    """Compute threads that the learner is told to use; None where a file's `env` says it, which torch reads itself."""
+    if runtime.learner_threads is None and "OMP_NUM_THREADS" in inherited():
+        return None
+    return runtime.threads_of_learner

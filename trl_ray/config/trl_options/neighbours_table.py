@@ -11,8 +11,15 @@ from typing import Any
 from trl_ray.config.trl_options.foreign_option import ForeignOption, Reading
 from trl_ray.config.trl_options.table_rows import Rows, always, by_value, never, only, read_by, renamed
 
-_READING = "Rows are read and tokenised by the driver; nothing of them is kept."
-_TEMPLATE = "Remove it: rows are rendered by the tokenizer's own chat template, or by chat_template, a jinja file."
+_CACHE = (
+    "What is kept of rows is in the folder trl_ray of the datasets library's cache (HF_DATASETS_CACHE), and is made "
+    "anew where rows, tokenizer or options are others."
+)
+_PACKING = "Packing takes whole rows, as packing_strategy says."
+_TEMPLATE = (
+    "Remove it: rows are rendered by the tokenizer's own chat template, or by chat_template: its text, a jinja "
+    "file, or a tokenizer that has it."
+)
 _HELD_OUT = "Set test_split_size to a share below 1 or a number of rows, or dataset_test_split to a split."
 _TOKENIZER = "The tokenizer is the one in the model's folder, in its fast form."
 _PIPELINE = "Choose the pipeline: trl-ray dpo, kto, orpo, cpo (SimPO) or grpo."
@@ -233,8 +240,10 @@ FACTORY: Rows = {
     "media_dir": only(None, says="Remove it: rows are text."),
     "max_samples": only(None, says="Name a part of the dataset by its split: dataset_train_split: 'train[:1000]'."),
     "val_size": read_by(_held_out, says=_HELD_OUT),
-    "overwrite_cache": always(_READING),
-    "tokenized_path": only(None, says=_READING + " Remove it."),
+    "overwrite_cache": always(_CACHE),
+    "tokenized_path": only(
+        None, says="Remove it, and name the rows: tokens are found again by what made them. " + _CACHE
+    ),
     "plot_loss": always("report.html has the curves."),
     "flash_attn": by_value(
         {
@@ -344,7 +353,7 @@ FACTORY: Rows = {
     "cache_dir": only(None, says="Set the environment variable HF_HOME."),
     "hf_hub_token": only(None, says="Set the environment variable HF_TOKEN."),
     "infer_backend": always("rollout.engine says who generates."),
-    "data_shared_file_system": always(_READING),
+    "data_shared_file_system": always("Rows are read on the driver's machine alone."),
     "moe_aux_loss_coef": renamed("router_aux_loss_coef"),
     **dict.fromkeys(
         ("export_dir", "export_size", "export_device", "export_legacy_format", "export_hub_model_id"),
@@ -378,8 +387,8 @@ AXOLOTL: Rows = {
     "optimizer": renamed("optim"),
     "sample_packing": renamed("packing"),
     "eval_sample_packing": renamed("eval_packing"),
-    "sample_packing_group_size": always(_READING),
-    "sample_packing_bin_size": always(_READING),
+    "sample_packing_group_size": always(_PACKING),
+    "sample_packing_bin_size": always(_PACKING),
     "pad_to_sequence_len": always("Nothing is padded."),
     "train_on_inputs": read_by(
         _inputs,
@@ -413,8 +422,8 @@ AXOLOTL: Rows = {
     ),
     "xformers_attention": only(False, None, says="Set attn_implementation."),
     "s2_attention": only(False, None, says="Remove it: attention is the model's own."),
-    "dataset_prepared_path": always(_READING),
-    "dataset_processes": always(_READING),
+    "dataset_prepared_path": always(_CACHE),
+    "dataset_processes": renamed("dataset_num_proc"),
     "shuffle_merged_datasets": by_value(
         {True: {"shuffle_dataset": True}, False: {"shuffle_dataset": False}}, says="Set shuffle_dataset."
     ),
@@ -439,6 +448,8 @@ AXOLOTL: Rows = {
             {"simpo": {"loss_type": "simpo", "cpo_alpha": 0.0}}, says=_PIPELINE, needs=("cpo_alpha", "simpo_gamma")
         ),
         *only("grpo", says=_PIPELINE, needs=("num_generations", "loss_type", "epsilon")),
+        # Of those that are left, only orpo has all of these.
+        *only("orpo", says=_PIPELINE, needs=("beta", "max_length", "max_prompt_length")),
         *never(_PIPELINE),
     ),
     "vllm": read_by(_vllm, says="Set rollout: tensor_parallel_size, gpu_memory_utilization, max_model_len."),
@@ -446,7 +457,7 @@ AXOLOTL: Rows = {
     "tokenizer_legacy": always(_TOKENIZER),
     "resize_token_embeddings_to_32x": always("Embeddings get a row for each token of the tokenizer."),
     "push_dataset_to_hub": only(None, "", says="Remove it: rows are not sent."),
-    "skip_prepare_dataset": always(_READING),
+    "skip_prepare_dataset": always("Rows that hold tokens are taken as they are, and others tokenised."),
     "torchdistx_path": only(None, "", says="Remove it."),
     **dict.fromkeys(
         ("gptq", "gptq_groupsize", "gptq_model_v1"),

@@ -194,7 +194,7 @@ TRAINERS: Rows = {
     "use_logits_to_keep": always("The head never computes logits of the whole row."),
     "num_of_sequences": always("It belonged to packing as a stream, and packing takes whole rows."),
     "chars_per_token": always("It belonged to packing as a stream, and packing counts tokens."),
-    "dataset_batch_size": always("Rows are tokenised by the driver, one by one."),
+    "dataset_batch_size": always("Rows are tokenised one by one."),
     "log_completions_steps": always("The completions of every step stand in the run directory."),
     "log_completions_hub_repo": only(None, says="Upload the run's folder completions with: hf upload NAME FOLDER"),
     "log_unique_prompts": always("num_completions_to_print says how many are shown; all are in the run directory."),
@@ -216,12 +216,7 @@ TRAINERS: Rows = {
         ),
         *only("CAUSAL_LM", None, says="It follows from the pipeline. Remove it."),
     ),
-    "lora_target_parameters": only(
-        None,
-        [],
-        says="Remove it: adapters stand beside linear layers, and experts in one parameter have none. Attention and "
-        "shared layers can be named in lora_target_modules.",
-    ),
+    "lora_target_parameters": renamed("lora_kwargs.target_parameters"),
     "bnb_4bit_quant_storage": only(
         None, "uint8", says="Remove it: 4-bit weights are stored as bitsandbytes does unless told otherwise."
     ),
@@ -241,5 +236,5 @@ TRAINERS: Rows = {
     "accelerate_config": never(
         "Set runtime.num_learners, and deepspeed to split weights: a run starts its own processes."
     ),
-    "dataset_num_workers": always("Rows are tokenised by the driver."),
+    "dataset_num_workers": renamed("dataset_num_proc"),
 }

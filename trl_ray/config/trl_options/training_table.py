@@ -11,7 +11,13 @@ from trl_ray.config.trl_options.table_rows import Rows, always, by_value, never,
 
 _CONSOLE = "The console shows every logging_steps-th step, and metrics.jsonl has all of them."
 _RANKS = "Ranks are actors of the run (runtime.num_learners); set deepspeed to split weights over them."
-_READING = "Rows are read by the driver and by dataset_num_proc, in an order that does not depend on it."
+_READING = (
+    *always(
+        "Rows are read by the driver and by dataset_num_proc, in an order that does not depend on it.",
+        "dataset_num_proc",
+    ),
+    *always("Prompts are read and tokenised by the driver."),
+)
 _CHECKPOINT = "A checkpoint is whole, on the driver's machine, and SIGTERM writes one."
 _REPOSITORY = "Set hub_model_id: ORGANISATION/NAME."
 _COMPILE = "The learner runs uncompiled, which computes the same numbers."
@@ -146,7 +152,7 @@ TRAINING: Rows = {
             "split_batches",
             "dispatch_batches",
         ),
-        always(_READING),
+        _READING,
     ),
     "preprocessing_num_workers": renamed("dataset_num_proc"),
     # Ranks.

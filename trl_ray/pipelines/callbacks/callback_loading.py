@@ -10,9 +10,9 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from trl_ray.config.callback_options import FROM_PYTHON, CallbackSpec
+from trl_ray.config.callback_options import CallbackSpec
 from trl_ray.config.messages import nearest
-from trl_ray.config.object_paths import find_object
+from trl_ray.config.object_paths import FROM_PYTHON, find_object
 from trl_ray.config.runs.cadence_options import HubStrategy
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.errors import ConfigError

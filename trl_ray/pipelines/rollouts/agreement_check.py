@@ -23,10 +23,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from trl_ray.algorithms.policy.sampler_agreement import OLDEST, PREFIX
-from trl_ray.config.keywords.generation_fields import reshaping
 from trl_ray.config.runs.agreement_rule import FEWEST_TOKENS, AgreementRule
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
-from trl_ray.config.sections import GenerationConfig
+from trl_ray.pipelines.run.model_notes import reshaping_options
 from trl_ray.types import Metric, Reduce, StepResult, TrainingGap
 
 ONE_SIDED = 0.8
@@ -219,19 +218,6 @@ class AgreementCheck:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from a saved state."""
         self._baseline = state.get("level")
-
-
-def reshaping_options(config: GenerationConfig) -> tuple[str, ...]:
-    """The options, numbers as ``name=value``, under which sampling is not that of the temperature alone."""
-    asked = {
-        "top_p": config.top_p < 1,
-        "top_k": config.top_k > 0,
-        "min_p": config.min_p > 0,
-        "repetition_penalty": config.repetition_penalty != 1,
-        "min_tokens": config.min_tokens > 0,
-    }
-    options = [f"{name}={getattr(config, name):g}" for name, is_asked in asked.items() if is_asked]
-    return (*options, *reshaping(config.engine_fields))
 
 
 def _training_words(gap: TrainingGap, rule: AgreementRule, *, has_dropout: bool) -> str:

@@ -16,8 +16,10 @@ import numpy as np
 
 from trl_ray.algorithms.batches.micro_batches import CutRules
 from trl_ray.algorithms.loss_registry import build_loss, resolve_options
+from trl_ray.config.object_paths import FROM_PYTHON
 from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
+from trl_ray.config.runs.run_environment import learner_threads
 from trl_ray.config.sections import GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
@@ -72,8 +74,6 @@ if TYPE_CHECKING:
     from trl_ray.runtime.remote import ActorPlan
 
 RewardFunction = Callable[..., Any]
-FROM_PYTHON = "python:"
-"""Stands in config.yaml before the name of a reward function that was given as an object."""
 OBJECTIVE_STATE = "objective.json"
 """The file of a checkpoint with what the objective remembers."""
 PROMPTS = "prompts.json"
@@ -168,7 +168,7 @@ class Preparation:
                 "total_updates": self.total_steps * config.updates_per_step,
                 "max_completion_length": config.max_completion_length,
                 "checkpoint": checkpoint,
-                "threads": config.runtime.threads_of_learner,
+                "threads": learner_threads(config.runtime),
             },
             queue={
                 "name": "queue",

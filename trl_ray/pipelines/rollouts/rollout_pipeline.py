@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from trl_ray.buffer.entry import LedgerSnapshot
+from trl_ray.config.object_paths import FROM_PYTHON
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.pipelines.rollouts.objective import Objective
-from trl_ray.pipelines.rollouts.preparation import FROM_PYTHON, Inputs, Preparation, prepare
+from trl_ray.pipelines.rollouts.preparation import Inputs, Preparation, prepare
 from trl_ray.pipelines.rollouts.reward_model_actors import GivenReward, name_reward_models, separate_reward_models
 from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop

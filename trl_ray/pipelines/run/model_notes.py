@@ -45,13 +45,26 @@ def sampling_notes(generation: GenerationConfig, rollout: RolloutConfig) -> tupl
     wrong = unknown_to(resolve_engine_kind(rollout.engine).value, fields) if fields else None
     if wrong is not None:
         raise ConfigError(wrong)
-    names = [*reshaping(fields), *(["repetition_penalty"] if generation.repetition_penalty != 1 else [])]
-    if not names:
+    options = reshaping_options(generation)
+    if not options:
         return ()
     return (
-        f"{', '.join(names)}: completions are drawn from another distribution than the learner scores, as in TRL, so "
+        f"{', '.join(options)}: completions are drawn from another distribution than the learner scores, as in TRL, so "
         "that ratios and kl/sampler compare the two even on fresh tokens.",
     )
+
+
+def reshaping_options(config: GenerationConfig) -> tuple[str, ...]:
+    """The options, numbers as ``name=value``, under which sampling is not that of the temperature alone."""
+    asked = {
+        "top_p": config.top_p < 1,
+        "top_k": config.top_k > 0,
+        "min_p": config.min_p > 0,
+        "repetition_penalty": config.repetition_penalty != 1,
+        "min_tokens": config.min_tokens > 0,
+    }
+    options = [f"{name}={getattr(config, name):g}" for name, is_asked in asked.items() if is_asked]
+    return (*options, *reshaping(config.engine_fields))
 
 
 def precision_notes(config: RolloutRunConfig) -> tuple[str, ...]:

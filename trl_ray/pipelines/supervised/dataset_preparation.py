@@ -19,6 +19,7 @@ from trl_ray.algorithms.loss import HeadKind, Loss
 from trl_ray.algorithms.loss_registry import build_loss
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
+from trl_ray.config.runs.run_environment import learner_threads
 from trl_ray.config.sections import ModelConfig, TrainingConfig
 from trl_ray.data.examples.example_set import (
     TOLD_ONCE,
@@ -170,7 +171,7 @@ class SupervisedPlan:
             "temperature": 1.0,
             "total_updates": self.total_steps,
             "checkpoint": checkpoint,
-            "threads": self.config.runtime.threads_of_learner,
+            "threads": learner_threads(self.config.runtime),
             "preprocess_logits": None if self.inputs.metrics is None else self.inputs.metrics.preprocess,
         }
 

@@ -10,6 +10,7 @@ from trl_ray.config.load import dump_yaml
 from trl_ray.config.runs.dataset_config import SFTConfig
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig
 from trl_ray.config.runs.resumed_config import resumed_config
+from trl_ray.config.runs.sdpo_config import SDPOConfig
 from trl_ray.errors import ConfigError
 
 
@@ -89,3 +90,18 @@ def test_a_run_on_a_dataset_is_no_exception(tmp_path: Path) -> None:
     assert resumed_config(SFTConfig, path, ["max_steps=6"]).max_steps == 6
     with pytest.raises(ConfigError, match=r"^packing must stay"):
         resumed_config(SFTConfig, path, ["packing=true"])
+    changes = ["dataset_num_proc=3", "per_device_eval_batch_size=2", "torch_empty_cache_steps=5", "hub_token=hf_x"]
+    found = resumed_config(SFTConfig, path, [*changes, "trackio_bucket_id=me/bucket", "callbacks=[package.module:C]"])
+    assert (found.dataset_num_proc, found.per_device_eval_batch_size, found.torch_empty_cache_steps) == (3, 2, 5)
+    assert (found.hub_token, found.trackio_bucket_id) == ("hf_x", "me/bucket")
+    assert [each.path for each in found.callbacks] == ["package.module:C"]
+
+
+def test_how_long_a_teacher_is_waited_for_may_change_and_what_it_computes_with_may_not(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(SDPOConfig()), encoding="utf-8")
+    names = ("timeout_s", "num_workers", "max_attempts", "max_failures_in_a_row")
+    teacher = resumed_config(SDPOConfig, path, [f"teacher.{name}=7" for name in names]).teacher
+    assert [getattr(teacher, name) for name in names] == [7] * 4
+    with pytest.raises(ConfigError, match=r"^teacher.payload_dtype must stay"):
+        resumed_config(SDPOConfig, path, ["teacher.payload_dtype=float16", "teacher.timeout_s=7"])

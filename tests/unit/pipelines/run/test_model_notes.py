@@ -32,7 +32,10 @@ def test_what_moves_the_distribution_is_told_once() -> None:
     assert sampling_notes(GenerationConfig(generation_kwargs={"stop_token_ids": [5]}), ROLLOUT) == ()
     generation = GenerationConfig(generation_kwargs={"logit_bias": {5: -1}}, repetition_penalty=1.1)
     [note] = sampling_notes(generation, ROLLOUT)
-    assert note.startswith("logit_bias, repetition_penalty: completions are drawn from another distribution")
+    assert note.startswith("repetition_penalty=1.1, logit_bias: completions are drawn from another distribution")
+    for name, value in (("top_p", 0.9), ("top_k", 5), ("min_p", 0.1), ("min_tokens", 2)):
+        [note] = sampling_notes(GenerationConfig(**{name: value}), ROLLOUT)
+        assert note.startswith(f"{name}={value}: completions are drawn from another distribution")
 
 
 def test_a_field_that_the_engine_does_not_know_is_refused() -> None:
