@@ -114,6 +114,15 @@ def test_the_engine_takes_the_learners_weights_and_generates_the_new_tokens(long
     assert completion.token_ids[0] == best
 
 
+def test_only_an_engine_that_is_given_a_tokenizer_grows(longer: str) -> None:
+    """A teacher's engine is never fed weights: it keeps those of the files, whatever its tokenizer has."""
+    kept = read_facts(longer, dtype="float32", trust_remote_code=False)
+    assert (kept.vocab_size, kept.grown, num_tokens(kept.tokenizer)) == (ROWS, False, 262)
+    given = load_tokenizer(ModelConfig(model_name_or_path=longer))
+    grown = read_facts(longer, dtype="float32", trust_remote_code=False, tokenizer=given)
+    assert (grown.vocab_size, grown.grown) == (GROWN, True)
+
+
 def test_an_adapter_stands_on_the_same_rows_and_its_merged_model_has_them(longer: str, tmp_path: Path) -> None:
     model = ModelConfig(model_name_or_path=longer, use_peft=True)
     policy = load_policy(model)
