@@ -30,6 +30,7 @@ from trl_ray.engines.logit_rules import LogitRules
 from trl_ray.engines.sampling import BatchSampling, draw, processed_logprobs, sample_seed
 from trl_ray.engines.thread import EngineThread
 from trl_ray.models.companions.teacher_model import TeacherModel
+from trl_ray.models.quantised_checkpoints import dequantising, make_plain
 from trl_ray.models.scoring.head import check_head
 from trl_ray.models.scoring.rope_regimes import compute_by_sequence
 from trl_ray.models.scoring.segment_attention import heed_soft_cap
@@ -219,8 +220,13 @@ class TransformersBackend:
             disable_progress_bar: Any = logging.disable_progress_bar
             disable_progress_bar()
             options: dict[str, Any] = {"dtype": self._dtype, "trust_remote_code": self._trust_remote_code}
-            options |= at_revision(self._revision) | self._config_changes | self._engine_kwargs
+            options |= at_revision(self._revision) | self._config_changes
+            plain = dequantising(self._source, self._revision)  # as the learner holds them
+            options |= {} if plain is None else {"quantization_config": plain}
+            options |= self._engine_kwargs
             model: Any = AutoModelForCausalLM.from_pretrained(self._source, **options)
+            if plain is not None:
+                make_plain(model, getattr(torch, self._dtype))
             compute_by_sequence(model)
             if "attn_implementation" not in self._engine_kwargs:
                 heed_soft_cap(model)
