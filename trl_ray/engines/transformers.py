@@ -249,11 +249,15 @@ class TransformersBackend:
         )
 
     def add(self, key: str, request: GenerationRequest) -> None:
-        """Queue the n rows of a request."""
+        """Queue the n rows of a request.
+
+        Raises:
+            ValueError: its further fields cannot be used.
+        """
+        rules = self._rules(request.sampling.fields)
         prompt = [int(token) for token in request.prompt_ids]
         max_tokens = min(request.sampling.max_tokens, self._max_model_len - len(prompt))
         self._groups[key] = [None] * request.n
-        rules = self._rules(request.sampling.fields)
         for index in range(request.n):
             generator = torch.Generator().manual_seed(sample_seed(request.seed, index))
             self._waiting.append(
