@@ -198,6 +198,19 @@ def test_a_reference_without_a_row_for_each_token_is_refused_before_the_start(lo
         check_reference(model, PreferenceLossConfig())
 
 
+def test_a_reference_has_the_rows_that_loading_gives_it(longer: str, tmp_path: Path) -> None:
+    from trl_ray.config.losses.preference_options import PreferenceLossConfig
+
+    check_reference(ModelConfig(model_name_or_path=longer, ref_model_name_or_path=longer), PreferenceLossConfig())
+    # Without a tokenizer it is loaded with the rows that its files have.
+    shutil.copytree(longer, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    bare = ModelConfig(model_name_or_path=longer, ref_model_name_or_path=str(tmp_path))
+    with pytest.raises(ModelError, match=r"must know all 262 tokens of the policy, but .* has 260"):
+        check_reference(bare, PreferenceLossConfig())
+
+
 def test_a_reward_model_without_a_row_for_each_token_is_refused_before_the_start(tmp_path: Path) -> None:
     from tiny_reward_models import build_reward_model
 
