@@ -68,6 +68,8 @@ class WeightProof:
         """
         if check is None or check.initial_logprobs is None or self._engine.version != CHECKPOINT_VERSION:
             return
+        if not self._engine.starts_from_files:
+            return
         # Of quantised weights, and of those with an adapter, the files hold something else than is published.
         if self._model.load_in_4bit or self._model.load_in_8bit or find_source(self._model).initial_adapter:
             return

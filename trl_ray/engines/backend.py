@@ -40,6 +40,8 @@ class Limits:
     vocab_size: int
     manifest: tuple[TensorEntry, ...]
     """The parameters an update must bring."""
+    starts_from_files: bool = True
+    """Whether it runs the model's own weights before the first update, and no random ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

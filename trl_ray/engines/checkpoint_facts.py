@@ -34,7 +34,7 @@ class CheckpointFacts:
     vocab_size: int
     """Rows of the embedding, which may exceed the tokenizer's."""
     grown: bool
-    """Whether these are more than the checkpoint has, as the tokenizer needs them."""
+    """Whether these are more than the checkpoint has, as the tokenizer that was given needs them."""
     max_positions: int | None
     """Tokens of the longest sequence; None: its configuration does not say, as of state-space models."""
     manifest: tuple[TensorEntry, ...]
@@ -43,6 +43,8 @@ class CheckpointFacts:
     layout: CheckpointLayout
     base_class: type[Any]
     """Of transformers, without the head."""
+    text_section: str | None = None
+    """Name of the part of the configuration that states the vocabulary; None where that is the whole."""
     is_recurrent: bool = False
     """Whether layers keep a state of their own (state spaces, linear attention, short convolutions)."""
 
@@ -112,7 +114,8 @@ def read_facts(
         trust_remote_code: run code that comes with the model.
         revision: of a name; None is the main one.
         eos_token: ends a completion as well; None adds no token.
-        tokenizer: takes the place of the model's own, and may be longer.
+        tokenizer: takes the place of the model's own. Where it is longer, the vocabulary grows: only an engine that is
+            fed weights may be given one. The model's own changes nothing, however long it is.
         config_changes: of the model's configuration.
 
     Raises:
@@ -121,9 +124,10 @@ def read_facts(
     try:
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **at_revision(revision)}
         config = AutoConfig.from_pretrained(model, **options, **(config_changes or {}))
+        rows = None if tokenizer is None else missing_rows(tokenizer, config.get_text_config().vocab_size)
         if tokenizer is None:
             tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model, **options))
-        rows = missing_rows(tokenizer, config.get_text_config().vocab_size)
+        section = _text_section(config)
         if rows is not None:
             config.get_text_config().vocab_size = rows
         skeleton = empty_model(config, trust_remote_code=trust_remote_code)
@@ -148,8 +152,14 @@ def read_facts(
         kv_bytes_per_token=kv_bytes_per_token(config, dtype),
         layout=CheckpointLayout.of(skeleton),
         base_class=type(skeleton.base_model),
+        text_section=section,
         is_recurrent=is_recurrent(skeleton),
     )
+
+
+def _text_section(config: Any) -> str | None:
+    text = config.get_text_config()
+    return next((name for name, section in vars(config).items() if section is text), None)
 
 
 def default_kv_bytes(facts: CheckpointFacts, *, max_num_seqs: int, max_model_len: int, block_size: int) -> int:

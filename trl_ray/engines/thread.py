@@ -120,6 +120,11 @@ class EngineThread:
         return self._version
 
     @property
+    def starts_from_files(self) -> bool:
+        """Whether it runs the model's own weights before the first update, and no random ones."""
+        return self._limits.starts_from_files
+
+    @property
     def max_num_seqs(self) -> int:
         """How many completions it generates at once; more are queued inside."""
         return self._max_num_seqs

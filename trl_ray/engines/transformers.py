@@ -30,6 +30,7 @@ from trl_ray.engines.logit_rules import LogitRules
 from trl_ray.engines.sampling import BatchSampling, draw, processed_logprobs, sample_seed
 from trl_ray.engines.thread import EngineThread
 from trl_ray.models.companions.teacher_model import TeacherModel
+from trl_ray.models.quantised_checkpoints import dequantising, make_plain
 from trl_ray.models.scoring.head import check_head
 from trl_ray.models.scoring.rope_regimes import compute_by_sequence
 from trl_ray.models.scoring.segment_attention import heed_soft_cap
@@ -219,8 +220,13 @@ class TransformersBackend:
             disable_progress_bar: Any = logging.disable_progress_bar
             disable_progress_bar()
             options: dict[str, Any] = {"dtype": self._dtype, "trust_remote_code": self._trust_remote_code}
-            options |= at_revision(self._revision) | self._config_changes | self._engine_kwargs
+            options |= at_revision(self._revision) | self._config_changes
+            plain = dequantising(self._source, self._revision)  # as the learner holds them
+            options |= {} if plain is None else {"quantization_config": plain}
+            options |= self._engine_kwargs
             model: Any = AutoModelForCausalLM.from_pretrained(self._source, **options)
+            if plain is not None:
+                make_plain(model, getattr(torch, self._dtype))
             compute_by_sequence(model)
             if "attn_implementation" not in self._engine_kwargs:
                 heed_soft_cap(model)
@@ -243,11 +249,15 @@ class TransformersBackend:
         )
 
     def add(self, key: str, request: GenerationRequest) -> None:
-        """Queue the n rows of a request."""
+        """Queue the n rows of a request.
+
+        Raises:
+            ValueError: its further fields cannot be used.
+        """
+        rules = self._rules(request.sampling.fields)
         prompt = [int(token) for token in request.prompt_ids]
         max_tokens = min(request.sampling.max_tokens, self._max_model_len - len(prompt))
         self._groups[key] = [None] * request.n
-        rules = self._rules(request.sampling.fields)
         for index in range(request.n):
             generator = torch.Generator().manual_seed(sample_seed(request.seed, index))
             self._waiting.append(

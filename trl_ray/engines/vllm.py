@@ -203,7 +203,12 @@ class VLLMBackend:
         self._llm.set_weight_version(str(CHECKPOINT_VERSION.version))
         most = int(self._llm.model_config.max_logprobs)
         self._max_logprobs = most if most >= 0 else facts.vocab_size
-        return Limits(max_model_len=self._max_model_len, vocab_size=facts.vocab_size, manifest=facts.manifest)
+        return Limits(
+            max_model_len=self._max_model_len,
+            vocab_size=facts.vocab_size,
+            manifest=facts.manifest,
+            starts_from_files=arguments.get("load_format") != "dummy",
+        )
 
     def add(self, key: str, request: GenerationRequest) -> None:
         """Queue n child requests that share the prompt.
@@ -327,18 +332,23 @@ class VLLMBackend:
             arguments["distributed_executor_backend"] = "uni"
         if not torch.cuda.is_available():
             arguments |= self._cpu_arguments(facts, length)
-        if self._config_changes:
-            arguments["hf_overrides"] = self._config_changes
+        changes = self._config_changes
         if facts.grown:
+            changes = _merged(changes, _vocabulary(facts))
             arguments |= self._grown_arguments(facts)
-        return arguments | self._overrides
+        overrides = dict(self._overrides)
+        if changes:
+            arguments["hf_overrides"] = _merged(changes, overrides.pop("hf_overrides", None) or {})
+        return arguments | overrides
 
     def _grown_arguments(self, facts: CheckpointFacts) -> dict[str, Any]:
-        """vLLM cannot load fewer rows than the model has; the learner's weights come before the first request."""
+        """vLLM cannot load fewer rows than the model has, and starts with random weights.
+
+        Only an engine that is fed weights before its first request may be grown: it is given the learner's tokenizer.
+        """
         self._tokenizer_folder = tempfile.TemporaryDirectory(prefix="trl_ray_tokenizer_")
         facts.tokenizer.save_pretrained(self._tokenizer_folder.name)
         return {
-            "hf_overrides": {**self._config_changes, "vocab_size": facts.vocab_size},
             "load_format": "dummy",
             "tokenizer": self._tokenizer_folder.name,
             "tokenizer_revision": None,
@@ -441,6 +451,30 @@ class VLLMBackend:
             finish_reason=FinishReason(output.finish_reason),
             text=str(self._facts.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)),
         )
+
+
+def _vocabulary(facts: CheckpointFacts) -> dict[str, Any]:
+    """The rows of a model, where its configuration states them."""
+    rows = {"vocab_size": facts.vocab_size}
+    return rows if facts.text_section is None else {facts.text_section: rows}
+
+
+def _merged(ours: Mapping[str, Any], given: Any) -> dict[str, Any]:
+    """Changes of a configuration, section by section; what is given wins.
+
+    Raises:
+        ConfigError: the given ones are no mapping, and would take the place of ours.
+    """
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"rollout.engine_kwargs.hf_overrides must be a mapping beside model_init_kwargs or new rows of the "
+            f"vocabulary ({sorted(ours)}), got {given!r}. Write the options that it changes."
+        )
+    merged = {**ours, **given}
+    for key in ours.keys() & given.keys():
+        if isinstance(ours[key], Mapping) and isinstance(given[key], Mapping):
+            merged[key] = _merged(ours[key], given[key])
+    return merged
 
 
 @contextlib.contextmanager

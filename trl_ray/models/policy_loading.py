@@ -32,7 +32,7 @@ from trl_ray.models.adapters.adapter_config import adapter_size, base_of_adapter
 from trl_ray.models.adapters.lora import REFERENCE, attach_adapter, load_adapter
 from trl_ray.models.dropout import check_without_dropout, switch_off_dropout
 from trl_ray.models.generation_settings import mend_generation
-from trl_ray.models.quantised_checkpoints import dequantising, forget_quantisation
+from trl_ray.models.quantised_checkpoints import dequantising, make_plain
 from trl_ray.models.scoring.head import check_head
 from trl_ray.models.scoring.rope_regimes import compute_by_sequence, rope_regimes
 from trl_ray.models.scoring.segment_attention import heed_soft_cap
@@ -221,8 +221,7 @@ def load_base(
         raise ModelError(_why_not(name, error)) from error
     policy, info = cast("tuple[Policy, dict[str, Any]]", loaded)
     if plain is not None:
-        forget_quantisation(policy)
-        nn.Module.to(policy, torch_dtype(model.dtype))
+        make_plain(policy, torch_dtype(model.dtype))
     mend_generation(policy)
     policy.config.use_cache = False
     if model.attn_implementation is None:

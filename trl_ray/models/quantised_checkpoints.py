@@ -1,14 +1,15 @@
 """Checkpoints whose weights are stored quantised: what can be trained of them, and how they become plain weights.
 
-config.json, quantization_config ─┬─ fp8, mxfp4      ─► dequantised while loading, saved as plain weights
-                                  ├─ others, LoRA    ─► frozen beneath an adapter, where their library is installed
-                                  └─ others          ─► refused
+config.json, quantization_config ─┬─ fp8, mxfp4         ─► dequantised while loading, saved as plain weights
+                                  ├─ bitsandbytes, LoRA ─► frozen beneath an adapter, where bitsandbytes is installed
+                                  └─ others             ─► refused
 """
 
 from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -19,18 +20,26 @@ from trl_ray.errors import ModelError
 
 _DEQUANTISED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 """Methods whose weights transformers turns into plain ones while it loads."""
+_BENEATH_ADAPTERS = "bitsandbytes"
+"""The method whose layers adapters (models.adapters.lora) stand beside."""
 
 
 def check_trainable(model: ModelConfig, config: PretrainedConfig, name: str) -> None:
     """Refuse what cannot be trained of a quantised checkpoint.
 
     Raises:
-        ModelError: all weights are to be trained and cannot be dequantised, or a library for them is missing.
+        ModelError: its weights cannot be dequantised, and are neither frozen nor of bitsandbytes, or that is missing.
     """
     stored = getattr(config, "quantization_config", None)
-    method = _method(stored)
+    method = quantisation_method(config)
     if method is None or method in _DEQUANTISED:
         return
+    if method != _BENEATH_ADAPTERS:
+        raise ModelError(
+            f"{name} must have plain weights, or those of {', '.join(_DEQUANTISED)} or {_BENEATH_ADAPTERS}, and its "
+            f"config.json says that they are quantised ({method}), which can neither be trained nor carry an adapter "
+            "here. Take the model that is not quantised; load_in_4bit=true makes it as small beneath an adapter."
+        )
     if not model.use_peft:
         raise ModelError(
             f"{name} must have plain weights where all of them are trained, and its config.json says that they are "
@@ -48,6 +57,16 @@ def check_trainable(model: ModelConfig, config: PretrainedConfig, name: str) -> 
         ) from error
 
 
+def quantisation_method(config: PretrainedConfig) -> str | None:
+    """How the weights that a configuration stands beside are quantised; None where they are plain."""
+    return _method(getattr(config, "quantization_config", None))
+
+
+def is_dequantised(method: str) -> bool:
+    """Whether weights of this kind become plain ones while they are loaded."""
+    return method in _DEQUANTISED
+
+
 def dequantising(name: str, revision: str | None) -> Any:
     """How to load a checkpoint's weights as plain ones; None where they are, or where that cannot be done.
 
@@ -63,7 +82,17 @@ def dequantising(name: str, revision: str | None) -> Any:
     return cast(Any, kind)(**kept, dequantize=True)
 
 
-def forget_quantisation(policy: PreTrainedModel) -> None:
+def make_plain(policy: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Finish a dequantised model: all weights in one dtype, and nothing left that would quantise them again.
+
+    Buffers stay as they are: a model's plain twin holds the frequencies of its positions in float32, too.
+    """
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.to(dtype)
+    _forget_quantisation(policy)
+
+
+def _forget_quantisation(policy: PreTrainedModel) -> None:
     """Let a dequantised model be saved as the plain one that it is: transformers would quantise it again."""
     kept: list[Any] = []
     for step in getattr(policy, "_weight_conversions", None) or ():

@@ -15,6 +15,7 @@ from typing import Any
 from trl_ray.config.sections import EngineChoice, ModelConfig
 from trl_ray.errors import ModelError
 from trl_ray.models.policy_loading import load_model_config
+from trl_ray.models.quantised_checkpoints import is_dequantised, quantisation_method
 
 PROVED = frozenset(
     {
@@ -60,8 +61,11 @@ def check_runnable(model: ModelConfig, engine: EngineChoice | str, *, on_gpu: bo
     Raises:
         ModelError: why.
     """
-    config: Any = load_model_config(model).get_text_config()
-    why = _why_not(config, EngineChoice(engine), on_gpu=on_gpu, dtype=dtype or model.dtype.value)
+    whole = load_model_config(model)
+    config: Any = whole.get_text_config()
+    kind = EngineChoice(engine)
+    why = _why_quantised(quantisation_method(whole), kind)
+    why = why or _why_not(config, kind, on_gpu=on_gpu, dtype=dtype or model.dtype.value)
     if why is not None:
         raise ModelError(f"sampler and learner must be one policy, but with a {config.model_type} {why}")
 
@@ -77,6 +81,23 @@ def unproved_notes(model: ModelConfig) -> tuple[str, ...]:
     )
 
 
+def _why_quantised(method: str | None, engine: EngineChoice) -> str | None:
+    if method is None:
+        return None
+    if not is_dequantised(method):
+        return (
+            f"the engine would keep the quantised weights of the files ({method}) and be sent plain ones. Take the "
+            "model that is not quantised; load_in_4bit=true quantises it for the learner."
+        )
+    if engine is not EngineChoice.VLLM:
+        return None
+    return (
+        f"vLLM would keep the quantised weights of the files ({method}) and be sent plain ones. Save the model once "
+        "with plain weights: from_pretrained(..., quantization_config=...Config(dequantize=True)), or set "
+        "rollout.engine=transformers."
+    )
+
+
 def _why_not(config: Any, engine: EngineChoice, *, on_gpu: bool, dtype: str) -> str | None:
     kind = config.model_type
     if kind in _REFUSED:
@@ -89,12 +110,6 @@ def _why_not(config: Any, engine: EngineChoice, *, on_gpu: bool, dtype: str) -> 
         return "vLLM needs torchvision, which is not installed. Install it, or set rollout.engine=transformers."
     if kind in _TIED and not config.tie_word_embeddings:
         return f"vLLM takes the embedding for the head, which is another here (tie_word_embeddings=false). {_USE}"
-    if kind == "gpt_oss" and getattr(config, "quantization_config", None):
-        return (
-            "vLLM would keep the 4-bit experts of the files and be sent 16-bit ones. Save the model once with "
-            "from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)), or set "
-            "rollout.engine=transformers."
-        )
     if on_gpu:
         return None
     if kind in _REFUSED_BY_VLLM_ON_CPU:

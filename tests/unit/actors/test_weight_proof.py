@@ -18,7 +18,8 @@ FILES = np.array([-1.0, -2.0, -3.0], np.float32)
 class Engine:
     """Says what a test writes, by the length of what it scores."""
 
-    def __init__(self, says=FILES):
+    def __init__(self, says=FILES, *, starts_from_files=True):
+        self.starts_from_files = starts_from_files
         self.version, self.says, self.long = CHECKPOINT_VERSION, says, np.zeros(39, np.float32)
 
     def score(self, sequences, *, deadline_s):
@@ -87,6 +88,15 @@ def test_files_of_quantised_weights_say_nothing_of_what_is_published():
     engine = Engine(FILES + 0.5)
     report = pull(proof_of(engine, load_in_8bit=True, use_peft=True), engine, 0, learner=FILES, says=FILES)
     assert (report.own_files_mean, report.weight_check_mean) == (None, 0.0)
+
+
+def test_an_engine_that_began_with_random_weights_says_nothing_of_the_files():
+    engine = Engine(FILES + 5.0, starts_from_files=False)
+    proof = proof_of(engine)
+    report = pull(proof, engine, 0, learner=FILES, says=FILES)
+    assert (report.own_files_mean, report.weight_check_mean) == (None, 0.0)
+    with pytest.raises(WeightError, match="says what it said before the pull"):
+        pull(proof, engine, 1, learner=FILES + 0.5, says=FILES)
 
 
 def test_weights_that_did_not_arrive_are_told_by_their_version():

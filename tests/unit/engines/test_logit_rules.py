@@ -12,6 +12,7 @@ from torch import Tensor
 from tiny_models import build_tokenizer, random_model
 from trl_ray.engines.logit_rules import LogitRules
 from trl_ray.engines.transformers import TransformersEngine
+from trl_ray.errors import EngineError
 from trl_ray.types import Completion, FinishReason, GenerationRequest, SamplingParams
 
 INF = float("inf")
@@ -99,6 +100,59 @@ def test_the_engine_samples_by_them_and_gives_the_log_probs_it_sampled_from() ->
     assert [(each.token_ids.tolist(), each.finish_reason) for each in stopped] == [([80], FinishReason.STOP)] * 4
     assert all(len(set(each.token_ids.tolist())) == len(each.token_ids) for each in penalised)
     assert any(len(set(each.token_ids.tolist())) < len(each.token_ids) for each in plain)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logit_bias": {6: 1.0}},
+        {"logit_bias": {-1: 1.0}},
+        {"allowed_token_ids": [6]},
+        {"suppress_tokens": [6]},
+        {"begin_suppress_tokens": [6]},
+        {"bad_words_ids": [[1, 6]]},
+        {"sequence_bias": [[[6], 1.0]]},
+    ],
+)
+def test_tokens_that_the_model_has_not_are_refused_by_name(fields: dict[str, Any]) -> None:
+    [name] = fields
+    with pytest.raises(
+        ValueError, match=rf"generation_kwargs .*: {name} must hold token ids of the model, 0 to 5, but"
+    ):
+        rules(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logit_bias": [1]},
+        {"logit_bias": {1: "much"}},
+        {"presence_penalty": []},
+        {"typical_p": 2.0},
+        {"bad_words": [3]},
+        {"suppress_tokens": 3},
+        {"bad_words_ids": [3]},
+    ],
+)
+def test_values_of_another_kind_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="generation_kwargs"):
+        rules(**fields)
+
+
+def test_a_stop_token_that_the_model_has_not_bars_nothing() -> None:
+    assert before([2], min_tokens=2, stop_token_ids=[5, 99]) == [0, 0, 0, 0, 0, -INF]
+
+
+def test_a_request_that_cannot_be_used_fails_alone() -> None:
+    model: Any = random_model()
+    engine = TransformersEngine(model=model, tokenizer=build_tokenizer(), max_model_len=64, max_num_seqs=4)
+    try:
+        for fields in ({"logit_bias": {99999: 1}}, {"begin_suppress_tokens": [99999]}, {"suppress_tokens": 3}):
+            with pytest.raises(EngineError, match=r"refused .*generation_kwargs"):
+                complete(engine, **fields)
+        assert len(complete(engine)) == 4
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize("mode", ["list", "mapping"])

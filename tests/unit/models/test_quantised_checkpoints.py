@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,9 +15,11 @@ from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, 
 
 from tiny_models import VOCAB_SIZE, build_tiny_model, build_tokenizer
 from trl_ray.config.sections import ModelConfig
+from trl_ray.engines.transformers import TransformersEngine
 from trl_ray.errors import ModelError
 from trl_ray.models.loadable import check_loadable
 from trl_ray.models.policy_loading import load_policy
+from trl_ray.models.weight_payload import export_weights
 
 _SMALL: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -91,6 +94,33 @@ def test_eight_bit_floats_are_trained_and_saved_as_plain_weights(
         assert torch.equal(parameter, again.get_parameter(key)), key
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_learner_and_engine_hold_eight_bit_floats_alike_and_positions_in_full(
+    dtype: str, dense: Path, tmp_path: Path
+) -> None:
+    name = in_fp8(dense, tmp_path / "fp8")
+    policy = load_policy(ModelConfig(model_name_or_path=name, dtype=dtype), trainable=False)
+    plain = AutoModelForCausalLM.from_pretrained(dense, dtype=getattr(torch, dtype))
+    buffers = dict(policy.named_buffers())
+    assert buffers
+    for key, buffer in plain.named_buffers():
+        assert buffers[key].dtype == buffer.dtype and torch.equal(buffers[key], buffer), key
+    engine = TransformersEngine(model=name, dtype=dtype, max_model_len=32, max_num_seqs=1)
+    ids = np.array([5, 6, 7, 8], dtype=np.int32)
+    try:
+        [before] = engine.score([ids], deadline_s=60.0)
+        with torch.no_grad():
+            logits = policy(input_ids=torch.from_numpy(ids).long()[None]).logits[0, :-1].float()
+            expected = logits.log_softmax(-1).gather(1, torch.from_numpy(ids[1:]).long()[:, None])[:, 0]
+            assert np.allclose(before, expected.numpy(), atol=1e-5)
+            policy.get_output_embeddings().weight.zero_()  # type: ignore[no-untyped-call]
+        engine.load_weights(export_weights(policy.named_parameters(), version=1))
+        [after] = engine.score([ids], deadline_s=60.0)
+    finally:
+        engine.close()
+    assert np.allclose(after, -np.log(VOCAB_SIZE), atol=1e-5)
+
+
 def test_four_bit_experts_of_gpt_oss_are_trained_and_saved_as_plain_weights(tmp_path: Path) -> None:
     folder = tmp_path / "oss"
     GptOssForCausalLM(GptOssConfig(**_SMALL, num_local_experts=2, num_experts_per_tok=1)).save_pretrained(folder)
@@ -127,9 +157,12 @@ def test_other_quantised_weights_are_refused_or_ask_for_their_library(
 ) -> None:
     shutil.copytree(dense, tmp_path / "stored")
     name = says(tmp_path / "stored", **quantisation)
+    if method != "bitsandbytes":
+        for use_peft in (False, True):
+            with pytest.raises(ModelError, match=rf"they are quantised \({method}\), which can neither be trained nor"):
+                check_loadable(ModelConfig(model_name_or_path=name, use_peft=use_peft))
+        return
     with pytest.raises(ModelError, match=rf"they are quantised \({method}\)\. Set use_peft=true"):
         check_loadable(ModelConfig(model_name_or_path=name))
-    if method == "compressed-tensors":  # its library comes with vLLM
-        return
     with pytest.raises(ModelError, match=rf"is quantised \({method}\), and its weights must be readable here, but: "):
         check_loadable(ModelConfig(model_name_or_path=name, use_peft=True))

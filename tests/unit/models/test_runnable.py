@@ -53,11 +53,25 @@ def test_a_head_that_vllm_would_not_read_is_refused(tmp_path):
     check_runnable(model(tmp_path, "cohere", tie_word_embeddings=True), "vllm")
 
 
-def test_vllm_is_not_given_16_bit_weights_for_4_bit_experts(tmp_path):
-    quantised = {"quantization_config": {"quant_method": "mxfp4"}}
-    with pytest.raises(ModelError, match=r"4-bit experts.*dequantize=True"):
-        check_runnable(model(tmp_path, "gpt_oss", **quantised), "vllm")
-    check_runnable(model(tmp_path, "gpt_oss", **quantised), "transformers")
+@pytest.mark.parametrize(("kind", "method"), [("gpt_oss", "mxfp4"), ("llama", "fp8")])
+def test_vllm_is_not_given_plain_weights_for_the_quantised_ones_of_its_files(tmp_path, kind, method):
+    quantised = {"quantization_config": {"quant_method": method}}
+    with pytest.raises(ModelError, match=rf"quantised weights of the files \({method}\).*dequantize=True"):
+        check_runnable(model(tmp_path, kind, **quantised), "vllm")
+    check_runnable(model(tmp_path, kind, **quantised), "transformers")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_no_engine_is_given_plain_weights_for_those_that_stay_quantised(tmp_path, engine):
+    stored = model(tmp_path, "llama", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(ModelError, match=r"keep the quantised weights of the files \(bitsandbytes\).*load_in_4bit"):
+        check_runnable(stored, engine)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_plain_files_that_the_learner_quantises_are_run(tmp_path, engine):
+    model(tmp_path, "llama")
+    check_runnable(ModelConfig(model_name_or_path=str(tmp_path), load_in_4bit=True, use_peft=True), engine)
 
 
 def test_an_architecture_that_nobody_proved_is_told(tmp_path):

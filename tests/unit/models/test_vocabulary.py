@@ -114,6 +114,15 @@ def test_the_engine_takes_the_learners_weights_and_generates_the_new_tokens(long
     assert completion.token_ids[0] == best
 
 
+def test_only_an_engine_that_is_given_a_tokenizer_grows(longer: str) -> None:
+    """A teacher's engine is never fed weights: it keeps those of the files, whatever its tokenizer has."""
+    kept = read_facts(longer, dtype="float32", trust_remote_code=False)
+    assert (kept.vocab_size, kept.grown, num_tokens(kept.tokenizer)) == (ROWS, False, 262)
+    given = load_tokenizer(ModelConfig(model_name_or_path=longer))
+    grown = read_facts(longer, dtype="float32", trust_remote_code=False, tokenizer=given)
+    assert (grown.vocab_size, grown.grown) == (GROWN, True)
+
+
 def test_an_adapter_stands_on_the_same_rows_and_its_merged_model_has_them(longer: str, tmp_path: Path) -> None:
     model = ModelConfig(model_name_or_path=longer, use_peft=True)
     policy = load_policy(model)
@@ -187,6 +196,19 @@ def test_a_reference_without_a_row_for_each_token_is_refused_before_the_start(lo
     model = ModelConfig(model_name_or_path=longer, ref_model_name_or_path=fitting)
     with pytest.raises(ModelError, match=r"must know all 262 tokens of the policy, but .* has 260"):
         check_reference(model, PreferenceLossConfig())
+
+
+def test_a_reference_has_the_rows_that_loading_gives_it(longer: str, tmp_path: Path) -> None:
+    from trl_ray.config.losses.preference_options import PreferenceLossConfig
+
+    check_reference(ModelConfig(model_name_or_path=longer, ref_model_name_or_path=longer), PreferenceLossConfig())
+    # Without a tokenizer it is loaded with the rows that its files have.
+    shutil.copytree(longer, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    bare = ModelConfig(model_name_or_path=longer, ref_model_name_or_path=str(tmp_path))
+    with pytest.raises(ModelError, match=r"must know all 262 tokens of the policy, but .* has 260"):
+        check_reference(bare, PreferenceLossConfig())
 
 
 def test_a_reward_model_without_a_row_for_each_token_is_refused_before_the_start(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ from trl_ray.models.adapters.adapter_config import is_adapter_folder
 from trl_ray.models.companions.averaging import Pace, WeightAverage
 from trl_ray.models.companions.companion import AdapterlessCompanion, AveragedCompanion, Companion
 from trl_ray.models.loadable import check_loadable
-from trl_ray.models.policy_loading import Policy, load_model_config, load_policy, load_tokenizer
+from trl_ray.models.policy_loading import Policy, find_source, load_model_config, load_policy, load_tokenizer
 from trl_ray.models.scoring.sample_scorer import SampleScorer, ScoringModule
-from trl_ray.models.vocabulary import num_tokens
+from trl_ray.models.vocabulary import missing_rows, num_tokens
 
 _FOLDER = "reference"
 """Below the checkpoint."""
@@ -88,8 +88,7 @@ def check_reference(model: ModelConfig, loss: LossSection) -> None:
             "is asked before training. Set it to false."
         )
     check_loadable(_initial_model(model))
-    rows = int(load_model_config(_initial_model(model)).get_text_config().vocab_size)
-    _require_vocabulary(name, rows, num_tokens(load_tokenizer(model)))
+    _require_vocabulary(name, _rows_when_loaded(_initial_model(model)), num_tokens(load_tokenizer(model)))
 
 
 def _initial_model(model: ModelConfig) -> ModelConfig:
@@ -109,6 +108,16 @@ def _initial_model(model: ModelConfig) -> ModelConfig:
     return ModelConfig(
         model_name_or_path=name, gradient_checkpointing=False, use_peft=is_adapter_folder(name), **options
     )
+
+
+def _rows_when_loaded(reference: ModelConfig) -> int:
+    """With the rows that `load_policy` adds for its own tokenizer; it may come without one."""
+    rows = int(load_model_config(reference).get_text_config().vocab_size)
+    try:
+        tokenizer = load_tokenizer(reference, path=find_source(reference).adapter)
+    except ModelError:
+        return rows
+    return missing_rows(tokenizer, rows) or rows
 
 
 def _require_vocabulary(name: str, rows: int, tokens: int) -> None:

@@ -41,6 +41,7 @@ from trl_ray.models.adapters.adapter_config import (
 from trl_ray.models.policy_loading import LOAD_ERRORS, check_model_path, require_weights, torch_dtype
 from trl_ray.models.scoring.classifier import AUTO_CLASSES, ENDINGS
 from trl_ray.models.scoring.rope_regimes import compute_by_sequence, rope_regimes
+from trl_ray.models.scoring.segment_attention import heed_soft_cap
 from trl_ray.models.vocabulary import num_tokens
 from trl_ray.types import IntArray
 
@@ -286,6 +287,7 @@ class RewardModel:
         self._model = cast(Any, model)
         self._model.eval().requires_grad_(False)
         self._model.config.use_cache = False
+        heed_soft_cap(self._model)  # as it was trained
         compute_by_sequence(self._model)
         self._kind, self._aggregation, self._bf16 = kind, aggregation, bf16
         self._text_config: Any = model.config.get_text_config()

@@ -6,9 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Gemma2Config,
+    Gemma2ForSequenceClassification,
+)
 
-from tiny_models import build_tiny_model
+from tiny_models import build_tiny_model, build_tokenizer
 from tiny_reward_models import build_reward_model, random_reward_model
 from trl_ray.config.losses.reward_modelling_options import StepAggregation
 from trl_ray.config.reward_model_options import RewardModelKind, RewardModelOptions
@@ -55,6 +60,33 @@ def test_without_padding_in_its_configuration_a_row_is_read_at_its_last_token_wh
     rows = [np.array([7, token], np.int32) for token in (0, 1, 2)]
     one_by_one = [model.rate([row], NOWHERE[:1])[0] for row in rows]
     assert model.rate([*rows, np.arange(5, dtype=np.int32)], NOWHERE[:4])[:3] == pytest.approx(one_by_one, abs=1e-5)
+
+
+def test_a_capped_attention_rates_as_it_was_trained(tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+        config = Gemma2Config(
+            **sizes,
+            vocab_size=260,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            query_pre_attn_scalar=1,
+            attn_logit_softcapping=0.5,
+            initializer_range=0.5,
+            pad_token_id=0,
+            num_labels=1,
+        )
+        Gemma2ForSequenceClassification(config).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+
+    def rated(attention):
+        raw = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation=attention)
+        with torch.no_grad():
+            return raw(input_ids=torch.from_numpy(ROWS[0]).long()[None]).logits.item()
+
+    assert abs(rated("sdpa") - rated("eager")) > 1e-3, "sdpa leaves the cap out"
+    assert opened(tmp_path).rate(ROWS[:1], NOWHERE[:1]) == pytest.approx([rated("eager")], abs=1e-5)
 
 
 def test_autocast_computes_in_bfloat16_and_answers_numbers(tmp_path):
