@@ -137,7 +137,7 @@ def _processors(fields: Mapping[str, Any], *, vocab_size: int) -> list[Any]:
     if fields.get("sequence_bias"):
         given = fields["sequence_bias"]
         pairs = given.items() if isinstance(given, Mapping) else ((tuple(ids), bias) for ids, bias in given)
-        biases = [[sequence("sequence_bias", ids), float(bias)] for ids, bias in pairs]
+        biases: list[list[list[int] | float]] = [[sequence("sequence_bias", ids), float(bias)] for ids, bias in pairs]
         found.append(SequenceBiasLogitsProcessor(biases))
     return found
 
