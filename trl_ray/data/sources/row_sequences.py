@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,10 @@ class RowSequence(Sequence[Row]):
 
 def content_key(rows: Sequence[Row]) -> str | None:
     """A hash of all rows, whatever holds them; None where they cannot be hashed."""
-    if isinstance(rows, RowSequence):
-        return rows.content_key()
+    return rows.content_key() if isinstance(rows, RowSequence) else _key_of_each(rows)
+
+
+def _key_of_each(rows: Iterable[Row]) -> str | None:
     digest = xxhash.xxh3_128()
     buffer = io.BytesIO()
     for row in rows:
@@ -77,16 +79,6 @@ def content_key(rows: Sequence[Row]) -> str | None:
 def combined_key(*parts: object) -> str | None:
     """A hash of several; None where one of them is None."""
     return None if None in parts else xxhash.xxh3_128(json.dumps(parts).encode()).hexdigest()
-
-
-def function_key(function: Callable[..., Any]) -> str | None:
-    """A hash of what a function of a user's does, of all that it is written with; None where that cannot be told."""
-    from datasets.fingerprint import Hasher
-
-    try:
-        return str(Hasher.hash(function))
-    except (TypeError, AttributeError, ValueError, RecursionError, pickle.PicklingError):
-        return None
 
 
 def array_key(array: NDArray[Any]) -> str:
@@ -202,7 +194,7 @@ class ChangedRows(RowSequence):
     rows: Sequence[Row]
     change: Callable[[int, Row], Row]
     told: str | None
-    """What the function does; the same text is the same function. None: nobody knows."""
+    """What the function does; the same text is the same function. None: a user's, known by the rows that it makes."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -211,4 +203,4 @@ class ChangedRows(RowSequence):
         return self.change(index, self.rows[index])
 
     def content_key(self) -> str | None:
-        return combined_key(self.told, content_key(self.rows))
+        return _key_of_each(self) if self.told is None else combined_key(self.told, content_key(self.rows))
