@@ -29,7 +29,7 @@ from trl_ray.data.examples.example_tasks import Making
 from trl_ray.data.examples.row_tokenisation import RowTokeniser
 from trl_ray.data.examples.token_table import SCHEMA, RowState, TokenTable
 from trl_ray.data.examples.tokenisation import tokenizer_key
-from trl_ray.data.sources.data_cache import cache_folder, code_key, put_folder
+from trl_ray.data.sources.data_cache import cache_folder, code_key, folder_beside, put_folder
 from trl_ray.data.sources.dataset_loading import Rows
 from trl_ray.data.sources.row_sequences import combined_key, content_key
 from trl_ray.errors import ResourceError
@@ -142,8 +142,7 @@ def _folder_beside(place: Path | None) -> Iterator[Path]:
     made = None
     if place is not None:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
+            made = folder_beside(place)
         except OSError:
             made = None
     made = made or Path(tempfile.mkdtemp(prefix="trl_ray-tokens-"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import time
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -487,6 +489,16 @@ def test_who_is_second_leaves_the_folder_of_the_first(cache: Path, monkeypatch: 
     second = load(texts(4))
     assert (asked, second.notes) == ([entry, entry], ())
     assert {path.name: path.stat().st_ino for path in entry.iterdir()} == before
+
+
+def test_what_a_killed_run_left_goes_away_after_a_day(cache: Path) -> None:
+    for name, age in ((".old", 90_000), (".new", 80_000)):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "tokens.arrow").touch()
+        os.utime(cache / name, (time.time() - age,) * 2)
+    load(texts(4))
+    assert not (cache / ".old").exists()
+    assert (cache / ".new").exists()
 
 
 def test_texts_of_a_function_are_told_apart_by_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
