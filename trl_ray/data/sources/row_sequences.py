@@ -3,6 +3,7 @@
     file ─ survey: number of rows, columns ─► FileRows     reads on from the row before; another place is looked up
     datasets.Dataset ───────────────────────► LibraryRows  some rows at a time
     column_mapping, datasets.columns ───────► ChangedRows  of other rows, changed one by one
+    a share that is drawn ──────────────────► GatheredRows of other rows, held in memory
 
 Every sequence can be read by several forked processes at once, and has a key: what its rows are made from, as a hash.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
@@ -185,6 +187,30 @@ class LibraryRows(RowSequence):
             return None
         shown = (self._dataset.format["type"], self._dataset.format["columns"])
         return combined_key(self._dataset._fingerprint, str(shown))
+
+
+class GatheredRows(RowSequence):
+    """Some rows of others, which are then asked for in any order: they are read once, in their own, and held.
+
+    Args:
+        rows: best read in order.
+        numbers: [N] of those to be held; the others are not there.
+    """
+
+    def __init__(self, rows: RowSequence, numbers: NDArray[np.int64]) -> None:
+        self._rows = rows
+        self._held = {number: rows[number] for number in np.sort(numbers).tolist()}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index not in self._held:
+            raise IndexError(index)
+        return self._held[index]
+
+    def content_key(self) -> str | None:
+        return self._rows.content_key()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ class SupervisedSession(Session):
             recorder=recorder,
             opening=self._opening,
             feed=plan.feed(accounts.place or StreamPlace(), sets.train),
-            held_out={name: tuple(found.examples) for name, found in sets.held_out.items()},
+            held_out={name: found.examples for name, found in sets.held_out.items()},
             accounts=accounts,
             stopping=stopping,
             stop=stop,
