@@ -40,6 +40,7 @@ from trl_ray.models.scoring.router_loss import aux_loss_coefficient
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
 from trl_ray.pipelines.run.model_notes import model_notes
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
+from trl_ray.pipelines.run.run_date import with_date
 from trl_ray.pipelines.supervised.example_feed import Feed, ShuffledFeed, StreamFeed, StreamPlace
 from trl_ray.pipelines.supervised.user_metrics import MetricFunctions
 from trl_ray.runtime.runtime import Role
@@ -255,6 +256,7 @@ def prepare_supervised(
         inputs.metrics.check(config)
     given, inputs = inputs, inputs.formatted(config)
     tokenizer = load_tokenizer(model)
+    config = with_date(config, tokenizer)
     shape = load_shape(model, tokenizer)
     _check_length(config, max_positions(model))
     if getattr(loss, "precompute_ref_log_probs", False):
