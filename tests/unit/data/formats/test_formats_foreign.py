@@ -5,10 +5,11 @@ import pytest
 
 from trl_ray.data.formats.detection import DatasetType
 from trl_ray.data.formats.foreign_formats import to_messages
-from trl_ray.data.formats.record_reader import read_records, reader_for
+from trl_ray.data.formats.record_reader import reader_for
 from trl_ray.data.formats.records import Document, PreferencePair, PromptCompletion, PromptOnly, UnpairedPreference
 from trl_ray.data.formats.transcripts import TextFormat
 from trl_ray.errors import DataError
+from whole_datasets import read_records
 
 
 def read(*rows, **options):
