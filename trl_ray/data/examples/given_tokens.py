@@ -179,7 +179,8 @@ def token_reader(
         DataError: an option asks for a part of the rows, and no column tells it.
     """
     others = sorted(FORMAT_COLUMNS & set(columns) - {"labels"})
-    given = tuple(each for column in ids for each in (column, _FORMER.get(column)) if each in columns)
+    names = (*ids, *(_FORMER[column] for column in ids if column in _FORMER))
+    given = tuple(column for column in names if column in columns)
     told = (
         f"{name} is tokenised already: it is read from {', '.join(given)} and not from {', '.join(others)}. To have "
         f"that tokenised instead, set column_mapping={{{', '.join(f'{column}: null' for column in given)}}}.",
