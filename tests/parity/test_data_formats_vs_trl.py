@@ -16,10 +16,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trl_ray.config.sections import DataConfig
 from trl_ray.data.formats.detection import Form
 from trl_ray.data.formats.foreign_formats import to_messages
-from trl_ray.data.formats.record_reader import read_records, reader_for
+from trl_ray.data.formats.record_reader import reader_for
 from trl_ray.data.formats.shared_prompts import shared_prompt
 from trl_ray.data.formats.transcripts import TextFormat, read_transcript, recognise
 from trl_ray.data.sources.dataset_loading import load_rows
+from whole_datasets import read_records
 
 pytestmark = pytest.mark.parity
 trl = pytest.importorskip("trl", reason="the reference is TRL")

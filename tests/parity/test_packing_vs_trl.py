@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from packed_rows import rows_of
 from tiny_models import build_tokenizer
 from trl_ray.config.example_options import TruncationMode
 from trl_ray.data.chat.training_templates import template_source
 from trl_ray.data.examples.packing import pack
-from trl_ray.data.examples.supervised_texts import SupervisedData, SupervisedRules, tokenize_records
-from trl_ray.data.formats.record_reader import read_records
+from trl_ray.data.examples.supervised_texts import SupervisedRules
 from trl_ray.data.formats.records import Document, PromptCompletion
 from trl_ray.data.formats.transcripts import TextFormat
+from whole_datasets import SupervisedData, read_records, tokenize_records
 
 pytestmark = [
     pytest.mark.parity,
@@ -150,12 +151,12 @@ def test_packed_rows_equal_trls(strategy: str, seed: int) -> None:
     dataset = Dataset.from_dict({"input_ids": [row.tolist() for row in ids]})
     theirs = pack_dataset(dataset, 32, strategy)
     packing = pack(lengths, max_length=32, strategy=strategy)
-    ours = [row.gather(ids).tolist() for row in packing.rows]
+    ours = [row.gather(ids).tolist() for row in rows_of(packing)]
     if strategy == "wrapped":
         assert ours == theirs["input_ids"]
         return
     # Among equally long pieces TRL's sort has no order, so which of them stands where may differ; the layout may not.
-    assert [np.diff(row.boundaries()).tolist() for row in packing.rows] == theirs["seq_lengths"]
+    assert [np.diff(row.boundaries()).tolist() for row in rows_of(packing)] == theirs["seq_lengths"]
     assert sorted(token for row in ours for token in row) == sorted(
         token for row in theirs["input_ids"] for token in row
     )
@@ -168,7 +169,7 @@ def test_positions_and_labels_of_a_packed_row_equal_those_of_trls_padding_free_c
     records = [*PAIRS, {"prompt": "one", "completion": " more"}]
     data = our_data(records, rules)
     ids, masks = [found.token_ids for found in data.samples], [found.loss_mask for found in data.samples]
-    row = pack([len(found) for found in ids], max_length=100, strategy="bfd").rows[0]
+    row = rows_of(pack([len(found) for found in ids], max_length=100, strategy="bfd"))[0]
     whole = [
         {"input_ids": ids[piece.example].tolist(), "labels": data.samples[piece.example].labels().tolist()}
         for piece in row.pieces

@@ -17,6 +17,7 @@ from trl_ray.errors import DataError
 from trl_ray.types import Message
 
 TEXT_PART = "text"
+_SHOWN_ROWS = 10
 
 
 def require_column(columns: Sequence[str], column: str, *, name: str, aliases: Sequence[str] = ()) -> None:
@@ -181,6 +182,13 @@ def show(value: object) -> str:
     if value is None or isinstance(value, (list, dict, tuple)):
         return repr(value)[:80]
     return f"{type(value).__name__} {repr(value)[:80]}"
+
+
+def show_rows(numbers: Sequence[int]) -> str:
+    """Rows as a message names them; of many, the first ones and how many more there are."""
+    shown = ", ".join(map(str, numbers[:_SHOWN_ROWS]))
+    more = len(numbers) - _SHOWN_ROWS
+    return f"row{'s' * (len(numbers) != 1)} {shown}" + (f" and {more} more" if more > 0 else "")
 
 
 def count_longer(lengths: Sequence[int], limit: int) -> int:

@@ -11,6 +11,7 @@ the last character of a span.
 
 from __future__ import annotations
 
+import datetime
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from trl_ray.errors import ModelError
 from trl_ray.types import BoolArray, IntArray, Message
 
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+DATE_FUNCTION = "strftime_now"
+"""What templates call for today's date; among the values given to a template it is a day in ISO's form."""
 # Transformers keeps the spans of a rendering in the compiled template, which all callers share.
 _RENDERING = threading.Lock()
 
@@ -116,6 +119,9 @@ def render_chat(
     marked = GENERATION_MARKER.search(chat.template) is not None
     values = {**tokenizer.special_tokens_map, **chat.template_kwargs}
     try:
+        day = values.get(DATE_FUNCTION)
+        if day is not None and not callable(day):  # an unquoted one of a YAML file is no text
+            values[DATE_FUNCTION] = datetime.datetime.fromisoformat(str(day)).strftime
         with _RENDERING:
             rendered: Any = render_jinja_template(
                 conversations=[conversation],

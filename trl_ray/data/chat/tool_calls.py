@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trl_ray.data.chat.chat_rendering import ChatFormat, ChatTokenizer, own_template, render_chat
+from trl_ray.data.json_text import parse_json
 from trl_ray.errors import ModelError
 
 Call = dict[str, Any]
@@ -108,7 +109,7 @@ def _value_at(text: str, start: int) -> tuple[Any, int]:
     """The JSON value that begins at `start`, and where it ends; a closing tag inside its strings ends nothing."""
     try:
         return _DECODER.raw_decode(text, start)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of too many digits
         raise _NotAFormat("no JSON value") from error
 
 
@@ -118,7 +119,7 @@ def _call(value: Any, *, arguments_key: str = "arguments") -> Call:
     arguments = value.get(arguments_key)
     if isinstance(arguments, str):  # some models write the object as JSON inside a string
         try:
-            arguments = json.loads(arguments)
+            arguments = parse_json(arguments)
         except json.JSONDecodeError as error:
             raise _NotAFormat("arguments are an object") from error
     if arguments is None:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from trl_ray.data.json_text import parse_json
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
 
@@ -30,7 +31,7 @@ def check_tools(value: object, *, where: str) -> tuple[Tool, ...]:
         return ()
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{where} must be a list of tools or JSON text of one, column {error.colno} is broken: {error.msg}, "
@@ -55,7 +56,7 @@ def read_call(call: Mapping[str, Any]) -> dict[str, Any]:
     arguments = call.get("arguments")
     if isinstance(arguments, str):
         try:
-            read = json.loads(arguments) if arguments.strip() else {}
+            read = parse_json(arguments) if arguments.strip() else {}
         except json.JSONDecodeError:
             read = None
         arguments = read if isinstance(read, Mapping) else arguments

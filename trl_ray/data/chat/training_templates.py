@@ -192,15 +192,6 @@ def supports_tool_calling(tokenizer: ChatTokenizer, chat: ChatFormat | None = No
     return False
 
 
-def renders_tools(tokenizer: ChatTokenizer, chat: ChatFormat | None = None) -> bool:
-    """Whether a template tells the model which tools there are."""
-    chat = chat or ChatFormat(template=own_template(tokenizer))
-    tool = _tool("probe_name_4f1c", "probe_description_9d27", {"probe_key_e803": {"type": "string"}})
-    text = _text(tokenizer, chat, _Probe(messages=(_user("hi"),), tools=(tool,)))
-    words = ("probe_name_4f1c", "probe_description_9d27", "probe_key_e803")
-    return text is not None and all(word in text for word in words)
-
-
 def keeps_prefixes(tokenizer: ChatTokenizer, chat: ChatFormat | None = None) -> bool:
     """Whether a call stays as it was rendered when the tool's answer follows; the tool loop appends tokens on that."""
     chat = chat or ChatFormat(template=own_template(tokenizer))

@@ -119,9 +119,10 @@ class TokenReader:
                         f"{self._at(number, column)} must be that of one text without padding, got "
                         f"{show(row[column])}. Pass rows before they are padded or packed: padding_free, packing."
                     )
-        if row.get("seq_lengths") is not None and len(row["seq_lengths"]) > 1:
+        lengths = row.get("seq_lengths")
+        if lengths is not None and (not isinstance(lengths, (list, tuple, np.ndarray)) or len(lengths) > 1):
             raise DataError(
-                f"{self._at(number, 'seq_lengths')} must be left out, got {show(row['seq_lengths'])}: texts that share "
+                f"{self._at(number, 'seq_lengths')} must be left out, got {show(lengths)}: texts that share "
                 "a row would see each other. Pass rows before they are packed, and set packing=true."
             )
 
@@ -178,9 +179,11 @@ def token_reader(
         DataError: an option asks for a part of the rows, and no column tells it.
     """
     others = sorted(FORMAT_COLUMNS & set(columns) - {"labels"})
+    names = (*ids, *(_FORMER[column] for column in ids if column in _FORMER))
+    given = tuple(column for column in names if column in columns)
     told = (
-        f"{name} is tokenised already: it is read from {', '.join(ids)} and not from {', '.join(others)}. To have that "
-        f"tokenised instead, set column_mapping={{{', '.join(f'{column}: null' for column in ids)}}}.",
+        f"{name} is tokenised already: it is read from {', '.join(given)} and not from {', '.join(others)}. To have "
+        f"that tokenised instead, set column_mapping={{{', '.join(f'{column}: null' for column in given)}}}.",
     )
     masks, notes = ((), ()) if rules is None else _masks(columns, rules, name)
     notes = (*(told if others else ()), *notes)

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trl_ray.data.chat.faithful_rendering import Finding, Unrendered
-
-_SHOWN_ROWS = 10
+from trl_ray.data.validation import show_rows
 
 
 class Untrained(enum.StrEnum):
@@ -120,7 +119,7 @@ def report_rows(
         *(_unrendered(kind, text, findings) for kind, text in _UNRENDERED.items() if findings),
     ]
     return tuple(
-        f"{len(rows)} of {total} rows of {name} {text.format(rows=_numbers(rows))}" for text, rows in told if rows
+        f"{len(rows)} of {total} rows of {name} {text.format(rows=show_rows(rows))}" for text, rows in told if rows
     )
 
 
@@ -195,9 +194,3 @@ def report_tokens(name: str, tokens: TokenCounts) -> tuple[str, ...]:
 
 def _share(part: int, whole: int) -> str:
     return f"{part} of {whole} ({part / whole:.1%})"
-
-
-def _numbers(rows: Sequence[int]) -> str:
-    shown = ", ".join(map(str, rows[:_SHOWN_ROWS]))
-    more = len(rows) - _SHOWN_ROWS
-    return f"row{'s' * (len(rows) != 1)} {shown}" + (f" and {more} more" if more > 0 else "")

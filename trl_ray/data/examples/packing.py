@@ -1,6 +1,6 @@
 """Packs tokenised examples into rows of at most `max_length` tokens whose pieces never see each other.
 
-    lengths [N] -- pack --> rows of pieces (example, start, stop) -- gather --> ids [T], boundaries [P+1]
+    lengths [N] -- pack --> pieces (example, start, stop) [P, 3], the row of each [P]
 
     examples       aaaaa bb ccc d         max_length 4
     bfd            aaaa | cccd | bb       the fifth `a` is cut off
@@ -17,60 +17,13 @@ from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trl_ray.config.example_options import PackingStrategy
 from trl_ray.errors import ConfigError
-from trl_ray.types import IntArray
-
-Scalar = TypeVar("Scalar", bound=np.generic)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackedPiece:
-    """The tokens ``[start, stop)`` of one example."""
-
-    example: int
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackedRow:
-    """Pieces that share one row, in the order they stand there."""
-
-    pieces: tuple[PackedPiece, ...]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.pieces))
-
-    def boundaries(self) -> IntArray:
-        """Where pieces begin in the row, and its end: ``[P+1]``, what attention kernels call `cu_seqlens`."""
-        return np.cumsum([0, *map(len, self.pieces)], dtype=np.int32)
-
-    def positions(self) -> IntArray:
-        """The position of each token ``[T]`` within its piece."""
-        return np.concatenate([np.arange(len(piece), dtype=np.int32) for piece in self.pieces])
-
-    def piece_ids(self) -> IntArray:
-        """The number of the piece that each token ``[T]`` belongs to, from 0."""
-        return np.repeat(np.arange(len(self.pieces), dtype=np.int32), list(map(len, self.pieces)))
-
-    def gather(self, columns: Sequence[NDArray[Scalar]]) -> NDArray[Scalar]:
-        """The row of one per-token column: `columns[example]` is ``[length of the example]``; answers ``[T]``."""
-        return np.concatenate([columns[piece.example][piece.start : piece.stop] for piece in self.pieces])
-
-    def gather_targets(self, loss_masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
-        """The row's loss mask ``[T]``, without the first token of every piece, which nothing predicts."""
-        mask = self.gather(loss_masks)
-        mask[self.boundaries()[:-1]] = False
-        return mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -88,19 +41,6 @@ class Packing:
     @property
     def num_rows(self) -> int:
         return int(self.row_numbers[-1]) + 1 if len(self.row_numbers) else 0
-
-    @property
-    def rows(self) -> tuple[PackedRow, ...]:
-        """All rows as objects; of many examples, rather look at `pieces`."""
-        found: list[list[PackedPiece]] = [[] for _ in range(self.num_rows)]
-        for row, (example, start, stop) in zip(self.row_numbers.tolist(), self.pieces.tolist(), strict=True):
-            found[row].append(PackedPiece(example=example, start=start, stop=stop))
-        return tuple(PackedRow(pieces=tuple(pieces)) for pieces in found)
-
-    def fill(self) -> float:
-        """The share of the rows' room that holds tokens, 0 to 1; 1.0 where there is no row."""
-        room = self.max_length * self.num_rows
-        return int(_sizes(self.pieces).sum(dtype=np.int64)) / room if room else 1.0
 
 
 def pack(lengths: Sequence[int] | NDArray[Any], *, max_length: int, strategy: PackingStrategy | str) -> Packing:

@@ -45,11 +45,6 @@ class StepSample:
     """Up to the last label, before anything was cut."""
     cut_tokens: int
 
-    @property
-    def is_cut(self) -> bool:
-        """Whether tokens were cut off."""
-        return self.cut_tokens > 0
-
 
 def write_steps(
     solution: SteppedSolution, tokenizer: ExampleTokenizer, rules: StepRules, *, where: str

@@ -11,14 +11,14 @@ without roles end with the tokenizer's end-of-sequence token, conversations with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trl_ray.data.examples.left_out_rows import Untrained, report_rows
+from trl_ray.data.examples.left_out_rows import Untrained
 from trl_ray.data.examples.record_writer import Writer
 from trl_ray.data.examples.tokenisation import (
     Encoded,
@@ -26,7 +26,6 @@ from trl_ray.data.examples.tokenisation import (
     Text,
     TextRules,
     common_prefix_length,
-    encode,
 )
 from trl_ray.data.formats.records import Document, PromptCompletion
 from trl_ray.errors import DataError
@@ -65,56 +64,6 @@ class SupervisedSample:
     def labels(self) -> NDArray[np.int64]:
         """``[T]``: the token where it is trained, elsewhere -100, not shifted: what transformers calls labels."""
         return np.where(self.loss_mask, self.token_ids, IGNORED_LABEL).astype(np.int64)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SupervisedData:
-    """All examples of a data set of which something is trained, and what became of the others."""
-
-    name: str
-    samples: tuple[SupervisedSample, ...]
-    untrained: Mapping[int, Untrained]
-    """Why, by row number."""
-
-    def report(self) -> tuple[str, ...]:
-        """One sentence for each thing a user should know about the rows; none when all is well."""
-        return report_rows(
-            self.name,
-            total=len(self.samples) + len(self.untrained),
-            untrained=self.untrained,
-            cut=[sample.row for sample in self.samples if sample.cut_tokens],
-            diverging=[sample.row for sample in self.samples if sample.prompt_diverges],
-        )
-
-
-def tokenize_records(
-    records: Iterable[SupervisedRecord], tokenizer: ExampleTokenizer, rules: SupervisedRules, *, name: str
-) -> SupervisedData:
-    """Tokenise every record; rows with nothing to train are left out and listed.
-
-    Raises:
-        DataError, ModelError: see `write_supervised`.
-    """
-    samples, untrained = [], {}
-    for row, record in enumerate(records):
-        found = tokenize_record(record, tokenizer, rules, row=row, name=name)
-        if isinstance(found, Untrained):
-            untrained[row] = found
-        else:
-            samples.append(found)
-    return SupervisedData(name=name, samples=tuple(samples), untrained=untrained)
-
-
-def tokenize_record(
-    record: SupervisedRecord, tokenizer: ExampleTokenizer, rules: SupervisedRules, *, row: int, name: str
-) -> SupervisedSample | Untrained:
-    """One record as tokens and targets, or why there is nothing to train in it; a pure function of its arguments.
-
-    Raises:
-        DataError, ModelError: see `write_supervised`.
-    """
-    texts = write_supervised(record, tokenizer, rules, where=f"row {row} of {name}")
-    return read_supervised(record, encode(tokenizer, texts, masks=rules.assistant_only_loss), rules, row=row)
 
 
 def write_supervised(

@@ -29,7 +29,7 @@ from trl_ray.data.examples.example_tasks import Making
 from trl_ray.data.examples.row_tokenisation import RowTokeniser
 from trl_ray.data.examples.token_table import SCHEMA, RowState, TokenTable
 from trl_ray.data.examples.tokenisation import tokenizer_key
-from trl_ray.data.sources.data_cache import cache_folder, code_key, put_folder
+from trl_ray.data.sources.data_cache import cache_folder, code_key, folder_beside, put_folder
 from trl_ray.data.sources.dataset_loading import Rows
 from trl_ray.data.sources.row_sequences import combined_key, content_key
 from trl_ray.errors import ResourceError
@@ -110,15 +110,20 @@ def _make(rows: Rows, tokeniser: RowTokeniser, *, work: int, place: Path | None,
 def _kept(table: TokenTable, parts: Sequence[Path], place: Path, told: tuple[str, ...]) -> KeptTokens:
     """Give what is made its place, where that is possible."""
     made = parts[0].parent
+    kept = KeptTokens(table=table, place=f"kept in {place}", notes=told)
     try:
         if made.parent != place.parent:
             raise PermissionError("it cannot be written")
+        if _open(place, len(table)) is not None:  # another run was faster, and may read it
+            return kept
         manifest = [{"name": path.name, "bytes": path.stat().st_size} for path in parts]
         (made / _MANIFEST).write_text(json.dumps({"parts": manifest}), encoding="utf-8")
         put_folder(made, place)
-    except OSError as error:  # or another run has put the same there meanwhile
+    except OSError as error:
+        if _open(place, len(table)) is not None:  # put there meanwhile
+            return kept
         return KeptTokens(table=table, notes=(*told, _unkept(place, str(error))))
-    return KeptTokens(table=table, place=f"kept in {place}", notes=told)
+    return kept
 
 
 def _unkept(place: object, why: str) -> str:
@@ -137,8 +142,7 @@ def _folder_beside(place: Path | None) -> Iterator[Path]:
     made = None
     if place is not None:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
+            made = folder_beside(place)
         except OSError:
             made = None
     made = made or Path(tempfile.mkdtemp(prefix="trl_ray-tokens-"))

@@ -10,6 +10,7 @@ import json
 import re
 from typing import Any
 
+from trl_ray.data.json_text import parse_json
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
 from trl_ray.types import Message
@@ -43,7 +44,7 @@ def read_assistant(message: Message, *, where: str) -> Message:
 
 def _read_call(text: str, *, where: str) -> dict[str, Any]:
     try:
-        call = json.loads(text)
+        call = parse_json(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where} must have JSON in <tool_call>, column {error.colno} is broken: {error.msg}, got {show(text)}. "

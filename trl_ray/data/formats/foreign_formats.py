@@ -26,6 +26,7 @@ from trl_ray.data.formats.conversations import split_conversation
 from trl_ray.data.formats.transcripts import TextFormat, read_transcript, recognise
 from trl_ray.data.formats.written_calls import calls_to_messages
 from trl_ray.data.formats.written_messages import read_list, read_messages
+from trl_ray.data.json_text import parse_json
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
 from trl_ray.types import Message
@@ -155,7 +156,7 @@ def converter_for(
 ) -> RowConverter:
     """How to convert a dataset, told from its columns and row `number`; a given `text_format` is taken as told.
 
-    With `rates_answers`, conversations beside a label are answers that it rates.
+    With `is_rated`, conversations beside a label are answers that it rates.
 
     Raises:
         DataError: the columns are those of two conventions, or a text looks like an unknown chat template.
@@ -403,7 +404,7 @@ def _message(item: Any, where: str, role_mapping: Mapping[str, str]) -> Any:
 
 def _call(value: object, where: str) -> dict[str, Any]:
     try:
-        call = json.loads(value) if isinstance(value, str) else value
+        call = parse_json(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where} must have the JSON of a function call, column {error.colno} is broken: {error.msg}, got "

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_ray.data.formats.markup import gap_free, refuse
+from trl_ray.data.json_text import parse_json
 from trl_ray.errors import DataError
 from trl_ray.types import Message
 
@@ -180,7 +181,7 @@ class _Reader:
 def _arguments(text: str) -> Any:
     """The JSON object of a call; a function that takes bare text gets the text."""
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError:
         return text
     return value if isinstance(value, dict) else text

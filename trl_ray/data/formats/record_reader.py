@@ -6,7 +6,7 @@ first row and columns ─► convention, text format, DatasetFormat ─┘
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -164,28 +164,3 @@ def _source(column: str, row: Mapping[str, Any]) -> str:
         "completion": ("output", *whole),
     }
     return next((source for source in sources.get(column, ()) if source in row), column)
-
-
-def read_records(
-    rows: Iterable[Mapping[str, Any]],
-    *,
-    name: str,
-    columns: Collection[str] | None = None,
-    accept: Collection[DatasetType] = ALL_TYPES,
-    text_format: TextFormat | None = None,
-    text_field: str = "text",
-) -> Iterator[Record]:
-    """One record per row, lazily; see `reader_for`.
-
-    Raises:
-        DataError: there is no row at all, or one that is not what it must be.
-    """
-    reader = None
-    for number, row in enumerate(rows):
-        if reader is None:
-            reader = reader_for(
-                row, name=name, columns=columns, accept=accept, text_format=text_format, text_field=text_field
-            )
-        yield reader.read(number, row)
-    if reader is None:
-        raise DataError(f"A dataset must have at least one row, {name} has none. Check the file or the split.")

@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trl_ray.data.json_text import parse_json
+
 _ANSWERS = ("completion", "chosen", "rejected")
 
 
@@ -31,19 +33,21 @@ def _list(value: Any) -> Sequence[Any]:
     """A list that may be written as JSON; empty where it is none."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except json.JSONDecodeError:
             return ()
     return value if isinstance(value, (list, tuple)) else ()
 
 
-def _name(tool: Any) -> Any:
+def _name(tool: Any) -> str | None:
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-    return function.get("name") if isinstance(function, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
-def _is_call(call: Any, names: set[Any]) -> bool:
-    return isinstance(call, Mapping) and set(call) <= {"name", "arguments"} and call.get("name") in names
+def _is_call(call: Any, names: set[str | None]) -> bool:
+    name = call.get("name") if isinstance(call, Mapping) and set(call) <= {"name", "arguments"} else None
+    return isinstance(name, str) and name in names
 
 
 def _answer(calls: Sequence[Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from trl_ray.data.json_text import parse_json
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
 
@@ -66,7 +67,7 @@ def _parsed(value: str) -> tuple[list[Any] | None, str | None]:
 def _loaded(value: str) -> Any:
     """What JSON or Python says the text is; None where neither can say."""
     try:
-        return json.loads(value)
+        return parse_json(value)
     except json.JSONDecodeError:
         pass
     plain = _ARRAY.sub(lambda match: match["list"], value.strip())
@@ -84,4 +85,6 @@ def _problem(value: str) -> str | None:
         json.JSONDecoder().raw_decode(value.lstrip())
     except json.JSONDecodeError as error:
         return f"column {error.colno}: {error.msg}"
+    except (ValueError, RecursionError):
+        return "nested too deeply, or a number of too many digits"
     return None

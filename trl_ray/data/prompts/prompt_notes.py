@@ -11,8 +11,8 @@ from trl_ray.data.chat.faithful_rendering import Finding, Unrendered
 from trl_ray.data.chat.row_format import TOOLS
 from trl_ray.data.formats.detection import SYSTEM_TEXTS
 from trl_ray.data.prompts.prompt_drafts import PromptDraft, PromptRow
+from trl_ray.data.validation import show_rows
 
-_SHOWN_ROWS = 10
 _UNRENDERED = {
     Unrendered.MOVED_THOUGHT: "thoughts that the chat template has no place for: the model reads them in the content, "
     "between <think> and </think>",
@@ -92,7 +92,7 @@ def _about_columns(name: str, drafts: Sequence[PromptDraft]) -> Iterator[str]:
 
 
 def _about_template(name: str, drafts: Sequence[PromptDraft]) -> Iterator[str]:
-    found = {draft.origin.number: draft.findings for draft in drafts if draft.findings}
+    found = {draft.place: draft.findings for draft in drafts if draft.findings}
     return unrendered_notes(found, what=f"{len(drafts)} prompts of {name}")
 
 
@@ -109,7 +109,7 @@ def unrendered_notes(findings: Mapping[int, Sequence[Finding]], *, what: str) ->
             first = found[0][1]
             rows = list(dict.fromkeys(row for row, _ in found))
             yield (
-                f"{len(rows)} of {what} have {text} ({_numbers(rows)}); first: message {first.message}, field "
+                f"{len(rows)} of {what} have {text} ({show_rows(rows)}); first: message {first.message}, field "
                 f"{first.field!r}."
             )
 
@@ -128,9 +128,3 @@ def _about_lengths(name: str, rows: Sequence[PromptRow], cut: Sequence[int], tot
             f"{lost} of {whole} ({lost / whole:.1%}) tokens of the completions of {name} are beyond "
             f"max_completion_length and cut off, in {sum(row.num_cut > 0 for row in given)} rows."
         )
-
-
-def _numbers(rows: Sequence[int]) -> str:
-    shown = ", ".join(map(str, rows[:_SHOWN_ROWS]))
-    more = len(rows) - _SHOWN_ROWS
-    return f"row{'s' * (len(rows) != 1)} {shown}" + (f" and {more} more" if more > 0 else "")

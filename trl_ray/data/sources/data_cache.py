@@ -3,8 +3,8 @@
     $HF_DATASETS_CACHE/trl_ray/tokens/KEY/   tokenised rows, a folder each       (deleting any of it is safe)
     $HF_DATASETS_CACHE/trl_ray/files/KEY     what was found out about a file
 
-A name is a hash of all that the content depends on, the code of this package's `data` included, so nothing is ever
-out of date. Everything appears under its name whole, by renaming. `datasets.disable_caching()` is heeded.
+A name is a hash of all that the content depends on, the code of this package included, so nothing is ever out of date.
+Everything appears under its name whole, by renaming. `datasets.disable_caching()` is heeded.
 """
 
 from __future__ import annotations
@@ -12,14 +12,20 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
 import xxhash
 
+_PARTS = ("config", "data", "types")
+"""Of this package, those that tokens depend on."""
 _FORMAT = 1
 """Part of every key: a change of what is stored makes older files meaningless."""
+_LEFT_SECONDS = 86_400
+"""A folder that nothing was put into for so long belongs to a run that was killed."""
 
 
 def cache_folder(kind: str) -> Path | None:
@@ -33,11 +39,11 @@ def cache_folder(kind: str) -> Path | None:
 
 @lru_cache(maxsize=1)
 def code_key() -> str:
-    """A hash of what makes tokens of rows: this part of the package, and the libraries that it relies on."""
+    """A hash of what makes tokens of rows: these parts of the package, and the libraries that it relies on."""
     libraries = [version(name) for name in ("jinja2", "tokenizers", "transformers")]
     digest = xxhash.xxh3_128(repr((_FORMAT, libraries)).encode())
-    folder = Path(__file__).resolve().parents[1]
-    for file in sorted(folder.rglob("*.py")):
+    folder = Path(__file__).resolve().parents[2]
+    for file in sorted(file for part in _PARTS for file in (folder / part).rglob("*.py")):
         digest.update(str(file.relative_to(folder)).encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -59,6 +65,20 @@ def put_file(path: Path, content: str) -> None:
         Path(name).unlink(missing_ok=True)
 
 
+def folder_beside(path: Path) -> Path:
+    """A new folder that may be renamed to `path`; what others left unfinished there a day ago goes away.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(".*"):
+        with suppress(OSError):  # another run takes it away as well
+            if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+                shutil.rmtree(left)
+    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+
+
 def put_folder(made: Path, path: Path) -> None:
     """Give a folder that is whole its name; what is there under the name goes away.
 
@@ -66,7 +86,7 @@ def put_folder(made: Path, path: Path) -> None:
         OSError: the folder cannot be renamed.
     """
     if path.exists():
-        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        aside = folder_beside(path)
         path.replace(aside / path.name)
         shutil.rmtree(aside)
     made.replace(path)

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from trl_ray.data.json_text import parse_json
 from trl_ray.data.sources.arrow_rows import without_filled_arguments
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
@@ -135,7 +136,7 @@ def _read_jsonl(path: Path, start: int) -> Iterator[Any]:
 
 
 def _parsed(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_object)
+    return parse_json(text, pairs=_object)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

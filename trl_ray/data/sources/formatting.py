@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from trl_ray.data.sources.row_sequences import ChangedRows, function_key
+from trl_ray.data.sources.row_sequences import ChangedRows
 from trl_ray.data.sources.stored_rows import is_stored, stored_dataset
 from trl_ray.errors import DataError
 
@@ -39,7 +39,7 @@ def formatted_rows(rows: Any, make: Callable[[Any], str], *, column: str) -> Any
 
     if is_stored(rows):
         stored = stored_dataset(rows, name=f"the given {type(rows).__name__}").rows
-        return ChangedRows(rows=stored, change=lambda _, row: text(row), told=function_key(make))
+        return ChangedRows(rows=stored, change=lambda _, row: text(row), told=None)
     if callable(getattr(rows, "map", None)):
         return rows.map(text, remove_columns=list(rows.column_names or ()))
     return [text(row) for row in rows]

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trl_ray.config.sections import MixtureStopping
+from trl_ray.data.sources.row_sequences import GatheredRows, RowSequence
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
 
@@ -128,8 +129,14 @@ def join(
             np.arange(len(source.rows)) if share is None else share.rows_of(source)
             for source, share in zip(sources, shares, strict=True)
         ]
+        drawn = [
+            replace(source, rows=GatheredRows(source.rows, numbers))
+            if share is not None and share.seed is not None and isinstance(source.rows, RowSequence)
+            else source
+            for source, share, numbers in zip(sources, shares, kept, strict=True)
+        ]
         return Mixture(
-            sources=tuple(sources),
+            sources=tuple(drawn),
             source_ids=np.repeat(np.arange(len(sources)), [len(each) for each in kept]),
             row_numbers=np.concatenate(kept),
         )

@@ -3,6 +3,7 @@
     file ─ survey: number of rows, columns ─► FileRows     reads on from the row before; another place is looked up
     datasets.Dataset ───────────────────────► LibraryRows  some rows at a time
     column_mapping, datasets.columns ───────► ChangedRows  of other rows, changed one by one
+    a share that is drawn ──────────────────► GatheredRows of other rows, held in memory
 
 Every sequence can be read by several forked processes at once, and has a key: what its rows are made from, as a hash.
 """
@@ -15,11 +16,12 @@ import itertools
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
@@ -56,8 +58,10 @@ class RowSequence(Sequence[Row]):
 
 def content_key(rows: Sequence[Row]) -> str | None:
     """A hash of all rows, whatever holds them; None where they cannot be hashed."""
-    if isinstance(rows, RowSequence):
-        return rows.content_key()
+    return rows.content_key() if isinstance(rows, RowSequence) else _key_of_each(rows)
+
+
+def _key_of_each(rows: Iterable[Row]) -> str | None:
     digest = xxhash.xxh3_128()
     buffer = io.BytesIO()
     for row in rows:
@@ -77,16 +81,6 @@ def content_key(rows: Sequence[Row]) -> str | None:
 def combined_key(*parts: object) -> str | None:
     """A hash of several; None where one of them is None."""
     return None if None in parts else xxhash.xxh3_128(json.dumps(parts).encode()).hexdigest()
-
-
-def function_key(function: Callable[..., Any]) -> str | None:
-    """A hash of what a function of a user's does, of all that it is written with; None where that cannot be told."""
-    from datasets.fingerprint import Hasher
-
-    try:
-        return str(Hasher.hash(function))
-    except (TypeError, AttributeError, ValueError, RecursionError, pickle.PicklingError):
-        return None
 
 
 def array_key(array: NDArray[Any]) -> str:
@@ -195,6 +189,30 @@ class LibraryRows(RowSequence):
         return combined_key(self._dataset._fingerprint, str(shown))
 
 
+class GatheredRows(RowSequence):
+    """Some rows of others, which are then asked for in any order: they are read once, in their own, and held.
+
+    Args:
+        rows: best read in order.
+        numbers: [N] of those to be held; the others are not there.
+    """
+
+    def __init__(self, rows: RowSequence, numbers: NDArray[np.int64]) -> None:
+        self._rows = rows
+        self._held = {number: rows[number] for number in np.sort(numbers).tolist()}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index not in self._held:
+            raise IndexError(index)
+        return self._held[index]
+
+    def content_key(self) -> str | None:
+        return self._rows.content_key()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChangedRows(RowSequence):
     """Other rows, each changed by a function of its number and itself."""
@@ -202,7 +220,7 @@ class ChangedRows(RowSequence):
     rows: Sequence[Row]
     change: Callable[[int, Row], Row]
     told: str | None
-    """What the function does; the same text is the same function. None: nobody knows."""
+    """What the function does; the same text is the same function. None: a user's, known by the rows that it makes."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -211,4 +229,4 @@ class ChangedRows(RowSequence):
         return self.change(index, self.rows[index])
 
     def content_key(self) -> str | None:
-        return combined_key(self.told, content_key(self.rows))
+        return _key_of_each(self) if self.told is None else combined_key(self.told, content_key(self.rows))

@@ -163,7 +163,7 @@ class CallbackList:
         self._shown_args = ShownArguments(args)
         self._optimizer = ShownOptimizer(args.learning_rate)
         self._shown: dict[str, Any] = {"optimizer": self._optimizer, "lr_scheduler": ShownSchedule(self._optimizer)}
-        self._course: TrainingSpan | None = None
+        self._span: TrainingSpan | None = None
         self._say: Say | None = None
         self._initial: bytes | None = None
         self._in_epoch, self._epoch_before = False, 0.0
@@ -201,7 +201,7 @@ class CallbackList:
         Raises:
             CallbackError: a callback raised, or asked for what cannot be done; so do all methods below.
         """
-        restarted, self._course, self._say = self._course is not None, span, say
+        restarted, self._span, self._say = self._span is not None, span, say
         for problem in self._rewind(checkpoint):
             say(EventKind.WARNING, "driver", detail=problem)
         state = self.state
@@ -327,8 +327,8 @@ class CallbackList:
         await self.dispatch(Hook.EPOCH_END)
 
     def _find_best_checkpoint(self) -> None:
-        assert self._course is not None, "a session has begun"
-        folder = self._course.checkpoints / f"step-{self.state.best_global_step}"
+        assert self._span is not None, "a session has begun"
+        folder = self._span.checkpoints / f"step-{self.state.best_global_step}"
         self.state.best_model_checkpoint = str(folder) if folder.is_dir() else None
 
     async def _call(self, callback: Any, hook: Hook, payload: Mapping[str, Any]) -> Any:
@@ -376,7 +376,7 @@ class CallbackList:
 
     def _check_control(self, callback: Any, hook: Hook) -> None:
         """Refuse what cannot be done when it is asked for, while it is known who asks."""
-        control, span = self.control, self._course
+        control, span = self.control, self._span
         assert span is not None, "a session has begun"
         if control.should_training_stop and self.stopped_by is None:
             self.stopped_by = f"{name_of(callback)}.{hook}"

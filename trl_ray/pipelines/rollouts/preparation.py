@@ -58,6 +58,7 @@ from trl_ray.pipelines.run.planning import (
     teacher_memory,
     total_steps,
 )
+from trl_ray.pipelines.run.run_date import with_date
 from trl_ray.rewards.reward_registry import (
     RewardSpec,
     load_function,
@@ -332,6 +333,8 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     check_reference(model, resolve_options(objective.loss))
     drawn = sampling_notes(config.part(GenerationConfig), config.rollout)
     tokenizer = load_tokenizer(model)
+    if (dated := with_date(config, tokenizer)) is not config:
+        config, objective = dated, type(objective)(dated)
     shape = load_shape(model, tokenizer)
     max_model_len = _max_model_len(config, max_positions(model), unscaled=unscaled_positions(model))
     data, limit = config.part(PromptConfig), max_model_len - config.max_completion_length

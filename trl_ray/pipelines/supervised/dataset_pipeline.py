@@ -75,7 +75,7 @@ class SupervisedSession(Session):
             recorder=recorder,
             opening=self._opening,
             feed=plan.feed(accounts.place or StreamPlace(), sets.train),
-            held_out={name: tuple(found.examples) for name, found in sets.held_out.items()},
+            held_out={name: found.examples for name, found in sets.held_out.items()},
             accounts=accounts,
             stopping=stopping,
             stop=stop,
@@ -225,7 +225,9 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
     def _prepare(self) -> SupervisedPlan:
         self._fit_positions()
         loss = resolve_options(self.config.part(self.loss_class))
-        return prepare_supervised(self.config, self._inputs, task=self._task(), loss=loss)
+        plan = prepare_supervised(self.config, self._inputs, task=self._task(), loss=loss)
+        self.config = plan.config
+        return plan
 
     def _fit_positions(self) -> None:
         """The default of `max_length` gives way to a model that holds less, and the run says so."""

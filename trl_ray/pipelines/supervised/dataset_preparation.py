@@ -41,6 +41,7 @@ from trl_ray.models.scoring.router_loss import aux_loss_coefficient
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
 from trl_ray.pipelines.run.model_notes import model_notes
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
+from trl_ray.pipelines.run.run_date import with_date
 from trl_ray.pipelines.supervised.example_feed import Feed, ShuffledFeed, StreamFeed, StreamPlace
 from trl_ray.pipelines.supervised.user_metrics import MetricFunctions
 from trl_ray.runtime.runtime import Role
@@ -90,6 +91,12 @@ class DatasetInputs:
             train_dataset=texts(self.train_dataset, evaluation=False),
             eval_dataset=texts(self.eval_dataset, evaluation=True),
         )
+
+    def after_formatting(self, config: SupervisedRunConfig, rows: object) -> SupervisedRunConfig:
+        """How to read what `formatted` made of `rows`: of named ones (None), columns are renamed and parts held out."""
+        if self.formatting_func is None or rows is not None:
+            return config
+        return config.replace(column_mapping={}, test_split_size=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -248,15 +255,17 @@ def prepare_supervised(
     check_reference(model, loss)
     if inputs.metrics is not None:
         inputs.metrics.check(config)
-    inputs = inputs.formatted(config)
+    given, inputs = inputs, inputs.formatted(config)
     tokenizer = load_tokenizer(model)
+    config = with_date(config, tokenizer)
     shape = load_shape(model, tokenizer)
     _check_length(config, max_positions(model))
     if getattr(loss, "precompute_ref_log_probs", False):
         _check_cache_dir(config.ref_log_probs_cache_dir)
     _check_stream(config, inputs.train_dataset)
-    load = partial(load_examples, config, tokenizer, task=task)
-    train = None if config.dataset_streaming else load(dataset=inputs.train_dataset)
+    load = partial(load_examples, tokenizer=tokenizer, task=task)
+    rows_of = partial(given.after_formatting, config)
+    train = None if config.dataset_streaming else load(rows_of(given.train_dataset), dataset=inputs.train_dataset)
     if train is not None:
         train.require_examples()
     first = _first_window(config, tokenizer, task, inputs.train_dataset) if train is None else None
@@ -270,7 +279,7 @@ def prepare_supervised(
         train=train,
         head=first,
         told=set() if first is None else _kinds(first),
-        held_out=_held_out(config, inputs, load),
+        held_out=_held_out(config, inputs, partial(load, rows_of(given.eval_dataset))),
         total_steps=_total_steps(config, train),
         cut=cut_rules(config, shape, max_examples=config.per_device_train_batch_size),
         eval_cut=cut_rules(config, shape, max_examples=config.per_device_eval_batch_size),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -93,6 +94,9 @@ def test_mistral_reads_a_list_of_calls_and_named_calls() -> None:
         ("<|channel|>commentary<|message|>{}<|call|>", HARMONY, None),
         ("[TOOL_CALLS] []", MISTRAL, None),
         ("[TOOL_CALLS]add{}", MISTRAL, None),
+        (f'<tool_call>{{"name": "add", "arguments": {"[" * 9999}}}</tool_call>', HERMES, None),
+        (f'<tool_call>{{"name": "add", "arguments": {{"a": {"1" * 9999}}}}}</tool_call>', HERMES, None),
+        (f'<tool_call>{{"name": "add", "arguments": {json.dumps("[" * 99999)}}}</tool_call>', HERMES, None),
     ],
 )
 def test_what_is_not_wholly_in_the_format_is_content(text: str, form: ToolCallFormat, content: str | None) -> None:

@@ -18,7 +18,6 @@ from trl_ray.data.chat.training_templates import (
     OWN,
     has_generation_markers,
     keeps_prefixes,
-    renders_tools,
     supports_tool_calling,
     template_source,
     training_template,
@@ -83,7 +82,12 @@ def test_a_template_trains_the_stop_token_and_keeps_prefixes_and_is_its_own_trai
     made = tokenizer(template_source(family))
     assert trains_stop_token(made)
     assert training_template(made).name == OWN
-    assert supports_tool_calling(made) == renders_tools(made) == (family in WITH_TOOLS)
+    tool = {"type": "function", "function": {"name": "probe_name", "description": "probe_words", "parameters": {
+        "type": "object", "properties": {"probe_key": {"type": "string"}}}}}  # fmt: skip
+    chat = ChatFormat(template=template_source(family), tools=[tool])
+    text = render_chat(made, [{"role": "user", "content": "hi"}], chat).text
+    renders_tools = all(word in text for word in ("probe_name", "probe_words", "probe_key"))
+    assert supports_tool_calling(made) == renders_tools == (family in WITH_TOOLS)
     if family in WITH_TOOLS:
         assert keeps_prefixes(made)
 

@@ -100,6 +100,8 @@ def test_pairs_for_a_reward_model_may_be_tokens() -> None:
         assert rejected.completion_ids.tolist() == [8, TOKENIZER.eos_token_id]
         assert chosen.label is not None
         assert chosen.label.margin == 0.5
+        (note,) = load([{**row, "chosen": "a", "rejected": "b"}], RewardModelConfig(), REWARD).notes
+        assert f"column_mapping={{{names[0]}: null, {names[1]}: null}}" in note
     same = {"chosen_ids": [5, 6], "rejected_ids": [5, 6]}
     assert load([same, row], RewardModelConfig(), REWARD).untrained == {0: Untrained.TIE}
 
@@ -123,6 +125,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 0]}, "must be that of one text without padding"),
     ({"input_ids": [1, 2], "labels": [1, 2], "position_ids": [0, 0]}, "must be that of one text without padding"),
     ({"input_ids": [1, 2], "labels": [1, 2], "seq_lengths": [1, 1]}, "would see each other"),
+    ({"input_ids": [1, 2], "labels": [1, 2], "seq_lengths": 3}, "must be left out, got int 3"),
 ]
 
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from packed_rows import PackedPiece, PackedRow, fill, rows_of
 from trl_ray.config.example_options import PackingStrategy
-from trl_ray.data.examples.packing import PackedPiece, PackedRow, Packing, pack
+from trl_ray.data.examples.packing import Packing, pack
 from trl_ray.errors import ConfigError
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)
@@ -18,13 +19,13 @@ MAX_LENGTH = st.integers(2, 24)
 
 
 def layout(packing: Packing) -> list[list[tuple[int, int, int]]]:
-    return [[(piece.example, piece.start, piece.stop) for piece in row.pieces] for row in packing.rows]
+    return [[(piece.example, piece.start, piece.stop) for piece in row.pieces] for row in rows_of(packing)]
 
 
 def tokens(packing: Packing) -> Counter[tuple[int, int]]:
     return Counter(
         (piece.example, place)
-        for row in packing.rows
+        for row in rows_of(packing)
         for piece in row.pieces
         for place in range(piece.start, piece.stop)
     )
@@ -45,7 +46,7 @@ def test_split_keeps_the_rest_of_a_long_example_as_a_piece_of_its_own() -> None:
 def test_wrapped_keeps_the_order_and_cuts_where_a_row_is_full() -> None:
     packing = pack([5, 2, 3, 1], max_length=4, strategy="wrapped")
     assert layout(packing) == [[(0, 0, 4)], [(0, 4, 5), (1, 0, 2), (2, 0, 1)], [(2, 1, 3), (3, 0, 1)]]
-    assert packing.fill() == 11 / 12
+    assert fill(packing) == 11 / 12
 
 
 def test_a_row_tells_its_boundaries_positions_and_pieces() -> None:
@@ -65,7 +66,7 @@ def test_the_first_token_of_a_piece_is_never_a_target_and_the_given_masks_stay_a
 
 @given(LENGTHS, MAX_LENGTH, st.sampled_from(PackingStrategy))
 def test_no_row_is_empty_or_longer_than_allowed(lengths: list[int], max_length: int, strategy: PackingStrategy) -> None:
-    assert all(0 < len(row) <= max_length for row in pack(lengths, max_length=max_length, strategy=strategy).rows)
+    assert all(0 < len(row) <= max_length for row in rows_of(pack(lengths, max_length=max_length, strategy=strategy)))
 
 
 @given(LENGTHS, MAX_LENGTH, st.sampled_from([PackingStrategy.BFD_SPLIT, PackingStrategy.WRAPPED]))
@@ -85,13 +86,13 @@ def test_best_fit_places_the_head_of_every_example_exactly_once_and_counts_what_
     heads = [min(size, max_length) for size in lengths]
     assert tokens(packing) == Counter((example, place) for example, size in enumerate(heads) for place in range(size))
     assert packing.cut_tokens == sum(lengths) - sum(heads)
-    assert all(piece.start == 0 for row in packing.rows for piece in row.pieces)
+    assert all(piece.start == 0 for row in rows_of(packing) for piece in row.pieces)
 
 
 @given(LENGTHS, MAX_LENGTH)
 def test_best_fit_opens_a_row_only_when_no_other_has_room(lengths: list[int], max_length: int) -> None:
     """Of any two rows, the later one's first piece did not fit into the earlier one as it then was."""
-    rows = pack(lengths, max_length=max_length, strategy="bfd").rows
+    rows = rows_of(pack(lengths, max_length=max_length, strategy="bfd"))
     for later in range(len(rows)):
         opening = len(rows[later].pieces[0])
         for earlier in rows[:later]:
@@ -104,21 +105,21 @@ def test_best_fit_opens_a_row_only_when_no_other_has_room(lengths: list[int], ma
 @given(LENGTHS, MAX_LENGTH)
 def test_wrapped_leaves_room_in_the_last_row_only(lengths: list[int], max_length: int) -> None:
     packing = pack(lengths, max_length=max_length, strategy="wrapped")
-    assert all(len(row) == max_length for row in packing.rows[:-1])
+    assert all(len(row) == max_length for row in rows_of(packing)[:-1])
 
 
 @given(LENGTHS, MAX_LENGTH, st.sampled_from(PackingStrategy))
 def test_positions_restart_at_every_boundary(lengths: list[int], max_length: int, strategy: PackingStrategy) -> None:
-    for row in pack(lengths, max_length=max_length, strategy=strategy).rows:
+    for row in rows_of(pack(lengths, max_length=max_length, strategy=strategy)):
         starts = np.flatnonzero(row.positions() == 0)
         assert starts.tolist() == row.boundaries()[:-1].tolist()
         assert len(row.piece_ids()) == len(row)
 
 
 def test_nothing_to_pack_makes_no_row() -> None:
-    assert pack([], max_length=4, strategy="bfd").rows == ()
-    assert pack([0, 0], max_length=4, strategy="wrapped").rows == ()
-    assert pack([0], max_length=4, strategy="bfd").fill() == 1.0
+    assert rows_of(pack([], max_length=4, strategy="bfd")) == ()
+    assert rows_of(pack([0, 0], max_length=4, strategy="wrapped")) == ()
+    assert fill(pack([0], max_length=4, strategy="bfd")) == 1.0
 
 
 def test_wrong_options_are_refused_by_name() -> None:

@@ -54,7 +54,7 @@ def test_a_step_is_scored_at_the_last_token_of_its_separator() -> None:
     assert found.sample.completion_ids.tolist() == [*ids("ab\nc\n"), END]
     assert found.sample.loss_mask.tolist() == [False, False, False, True, False, True]
     assert read_at(found) == [("pqab\n", True), ("pqab\nc\n", False)]
-    assert (found.row, found.sample.group_id, found.is_cut) == (5, 5, False)
+    assert (found.row, found.sample.group_id, found.cut_tokens) == (5, 5, 0)
 
 
 def test_a_separator_of_several_tokens_is_scored_at_its_last() -> None:
@@ -71,7 +71,7 @@ def test_limits_keep_the_end_of_the_prompt_and_the_start_of_the_steps() -> None:
     found = sample(rules=replace(RULES, max_prompt_length=1, max_completion_length=4))
     assert read_at(found) == [("qab\n", True)]
     assert found.sample.completion_ids.tolist() == [*ids("ab\nc"), END]
-    assert found.is_cut
+    assert found.cut_tokens > 0
     assert read_at(sample(rules=replace(RULES, max_length=5))) == [("pqab\n", True)]
     assert made(SOLUTION, replace(RULES, max_length=4)) is Untrained.TRUNCATED
     assert made(SOLUTION, replace(RULES, max_length=2)) is Untrained.TRUNCATED

@@ -8,25 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 
+from packed_rows import rows_of
 from tiny_models import build_tokenizer
 from trl_ray.config.example_options import TruncationMode
 from trl_ray.data.chat.training_templates import template_source, training_template
 from trl_ray.data.examples.left_out_rows import Untrained
 from trl_ray.data.examples.packing import pack
 from trl_ray.data.examples.supervised_texts import (
-    SupervisedData,
     SupervisedRecord,
     SupervisedRules,
     SupervisedSample,
     as_training_sample,
-    tokenize_record,
-    tokenize_records,
 )
 from trl_ray.data.examples.tokenisation import common_prefix_length
 from trl_ray.data.formats.record_reader import reader_for
 from trl_ray.data.formats.records import Document, PromptCompletion
 from trl_ray.data.formats.transcripts import TextFormat
 from trl_ray.errors import ConfigError, DataError, ModelError
+from whole_datasets import SupervisedData, tokenize_record, tokenize_records
 
 TOKENIZER = build_tokenizer()
 END = 258  # <|im_end|>
@@ -183,7 +182,7 @@ def test_samples_pack_into_rows_whose_targets_have_a_context() -> None:
     lengths = [len(found.token_ids) for found in data.samples]
     packing = pack(lengths, max_length=5, strategy="bfd_split")
     assert lengths == [5, 2, 3]
-    masks = [row.gather_targets([found.loss_mask for found in data.samples]) for row in packing.rows]
+    masks = [row.gather_targets([found.loss_mask for found in data.samples]) for row in rows_of(packing)]
     assert [mask.tolist() for mask in masks] == [[False, True, True, True, True], [False, True, True, False, True]]
     assert sum(int(mask.sum()) for mask in masks) == sum(int(found.loss_mask.sum()) for found in data.samples)
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
+import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,7 @@ from trl_ray.data.examples.example_set import ExampleSet, ExampleTask, load_exam
 from trl_ray.data.examples.left_out_rows import Untrained
 from trl_ray.data.examples.row_tokenisation import RowTokeniser
 from trl_ray.data.sources import row_sequences, stored_rows
+from trl_ray.data.sources.formatting import formatted_rows
 from trl_ray.errors import DataError, InputError, ResourceError
 from trl_ray.types import Example, TrainingSample
 
@@ -455,3 +461,54 @@ def test_who_comes_second_with_the_same_tokens_uses_its_own(calls: list[int], mo
     found = load(texts(4))
     assert (len(found), sum(calls), found.kept_in) == (4, 4, None)
     assert "Directory not empty" in found.notes[0]
+
+
+def test_who_is_second_while_it_renames_says_nothing_false(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(made: Path, path: Path) -> None:
+        shutil.copytree(made, path)
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(token_cache, "put_folder", taken)
+    found = load(texts(4))
+    assert (len(found), sum(calls), found.notes) == (4, 4, ())
+    assert "kept in" in str(found.kept_in)
+
+
+def test_who_is_second_leaves_the_folder_of_the_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(texts(4))
+    (entry,) = cache.iterdir()
+    before = {path.name: path.stat().st_ino for path in entry.iterdir()}
+    known = token_cache._open
+    asked: list[Path] = []
+
+    def late(place: Path, total: int) -> pa.Table | None:  # the first is not there yet when the second looks for it
+        asked.append(place)
+        return None if len(asked) == 1 else known(place, total)
+
+    monkeypatch.setattr(token_cache, "_open", late)
+    second = load(texts(4))
+    assert (asked, second.notes) == ([entry, entry], ())
+    assert {path.name: path.stat().st_ino for path in entry.iterdir()} == before
+
+
+def test_what_a_killed_run_left_goes_away_after_a_day(cache: Path) -> None:
+    for name, age in ((".old", 90_000), (".new", 80_000)):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "tokens.arrow").touch()
+        os.utime(cache / name, (time.time() - age,) * 2)
+    load(texts(4))
+    assert not (cache / ".old").exists()
+    assert (cache / ".new").exists()
+
+
+def test_texts_of_a_function_are_told_apart_by_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_rows, "LARGE_ROWS", 2)
+    given = datasets.Dataset.from_list([{"a": n} for n in range(4)])
+    module = types.ModuleType("prompts_of_a_user")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    trained_ids = []
+    for source in ("x", "y"):  # edited between two runs; datasets' own hash of it is that of its name
+        exec(f"def make(row):\n    return '{source}' * 2", module.__dict__)
+        found = load(formatted_rows(given, module.make, column="text"))
+        trained_ids.append([row.samples[0].completion_ids.tolist() for row in found.examples])
+    assert trained_ids[0] != trained_ids[1]

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from trl_ray.data.formats.detection import DatasetType, Form, detect
-from trl_ray.data.formats.record_reader import read_records, reader_for
+from trl_ray.data.formats.record_reader import reader_for
 from trl_ray.data.formats.records import (
     Document,
     PreferencePair,
@@ -14,6 +14,7 @@ from trl_ray.data.formats.records import (
 )
 from trl_ray.data.formats.transcripts import TextFormat
 from trl_ray.errors import DataError
+from whole_datasets import read_records
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 SFT = (DatasetType.LANGUAGE_MODELING, DatasetType.PROMPT_COMPLETION)

@@ -5,10 +5,11 @@ import pytest
 
 from trl_ray.data.formats.detection import DatasetType
 from trl_ray.data.formats.foreign_formats import to_messages
-from trl_ray.data.formats.record_reader import read_records, reader_for
+from trl_ray.data.formats.record_reader import reader_for
 from trl_ray.data.formats.records import Document, PreferencePair, PromptCompletion, PromptOnly, UnpairedPreference
 from trl_ray.data.formats.transcripts import TextFormat
 from trl_ray.errors import DataError
+from whole_datasets import read_records
 
 
 def read(*rows, **options):
@@ -155,7 +156,15 @@ def test_answers_that_are_the_json_of_calls_call_the_tools_beside_them():
     expected = PromptCompletion(prompt=(Q,), completion=(answer,), tools=(tool,))
     assert read(row) == read({**row, "tools": json.dumps([tool])}) == [expected]
     # Whatever is no call of these tools is text, which has no place for them.
-    for other in ("[1, 2]", "x", '[{"name": "other", "arguments": {}}]', '[{"name": "look", "score": 1}]', "[]"):
+    for other in (
+        "[1, 2]",
+        "x",
+        '[{"name": "other", "arguments": {}}]',
+        '[{"name": "look", "score": 1}]',
+        "[]",
+        '[{"name": ["look"]}]',
+        "[" * 99999,
+    ):
         assert "text has no place for tools" in refusal({**row, "completion": other})
         assert read({**row, "completion": other, "tools": None})[0].completion == other
 
@@ -224,6 +233,10 @@ def test_llama2_and_mistral_are_one_way_of_writing_where_they_cannot_be_told_apa
         (
             ({"conversations": [turn("function_call", "{")]},),
             "message 0 must have the JSON of a function call, column 2",
+        ),
+        (
+            ({"conversations": [turn("function_call", "[" * 99999)]},),
+            "message 0 must have the JSON of a function call, column 1 is broken: nested too deeply",
         ),
         (({"conversations": [turn("function_call", "{}")]},), "message 0 must have a function call with a name"),
         (({"conversations": None},), "Row 0 of toys, field 'conversations' must be a list of messages, got None"),

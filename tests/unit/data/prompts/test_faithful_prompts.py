@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from family_templates import FAMILIES
 from tiny_models import build_tokenizer
 from trl_ray.config.losses.distillation_options import RepromptConfig
 from trl_ray.config.reward_model_options import RewardModelKind
-from trl_ray.config.sections import PromptConfig
+from trl_ray.config.sections import DatasetConfig, PromptConfig
 from trl_ray.data.chat.chat_rendering import ChatFormat
 from trl_ray.data.chat.training_templates import template_source
 from trl_ray.data.prompts.given_completions import GivenCompletions
@@ -204,6 +205,16 @@ def test_a_result_that_a_template_does_not_write_is_told() -> None:
     source = load([{"prompt": [says("user", "q"), says("tool", "2"), says("user", "r")]}], made)
     (note,) = source.notes
     assert "leaves out" in note and note.endswith("(row 0); first: message 1, field 'content'.")
+
+
+def test_rows_of_several_datasets_that_a_template_changes_are_each_counted(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        row = {"prompt": [says("user", "q", mood="glad"), says("user", "r", mood="sad")]}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    sources = [DatasetConfig(path=str(tmp_path / f"{name}.jsonl")) for name in ("a", "b")]
+    config = PromptConfig(shuffle_dataset=False, datasets=sources)
+    (note,) = load_prompts(config, PLAIN, seed=0, max_prompt_tokens=None).notes
+    assert note.startswith("2 of 2 prompts") and "(rows 0, 1)" in note
 
 
 @pytest.mark.parametrize("key", ["name", "mood", "images", "think"])

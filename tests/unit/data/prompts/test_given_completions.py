@@ -11,12 +11,12 @@ from tokenizers import normalizers
 
 from tiny_models import build_tokenizer
 from trl_ray.config.sections import PromptConfig
-from trl_ray.data.examples.supervised_texts import SupervisedRules, SupervisedSample, tokenize_record
-from trl_ray.data.formats.record_reader import read_records
+from trl_ray.data.examples.supervised_texts import SupervisedRules, SupervisedSample
 from trl_ray.data.formats.transcripts import TextFormat
 from trl_ray.data.prompts.given_completions import GivenCompletions
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
 from trl_ray.errors import DataError, ModelError
+from whole_datasets import read_records, tokenize_record
 
 TOKENIZER = build_tokenizer()
 TEXTS = [{"prompt": "two plus two is", "completion": " four"}, {"prompt": "a", "completion": "b<|im_end|>"}]

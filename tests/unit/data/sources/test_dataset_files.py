@@ -191,6 +191,14 @@ def test_text_of_a_parquet_file_that_is_no_utf8_is_told(tmp_path: Path) -> None:
         list(read_file(tmp_path / "a.parquet"))
 
 
+@pytest.mark.parametrize(("value", "said"), [("[" * 99999, "nested too deeply"), ("1" * 5000, "too many digits")])
+def test_json_that_cannot_be_held_names_its_line(value: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"a": 1}}\n{{"a": {value}}}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=f"line 2 is broken at column 1: .*{said}"):
+        list(read_file(path))
+
+
 def test_only_the_rows_that_are_asked_for_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\nbroken\n{"a": 2}\n', encoding="utf-8")

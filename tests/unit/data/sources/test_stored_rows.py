@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 
-from trl_ray.config.sections import DataConfig
+from trl_ray.config.sections import DataConfig, DatasetConfig
 from trl_ray.data.sources import dataset_files, row_sequences, stored_rows
 from trl_ray.data.sources.dataset_loading import Rows, load_rows
 from trl_ray.data.sources.row_sequences import FileRows, LibraryRows, RowSequence, content_key
@@ -78,6 +78,23 @@ def test_rows_that_follow_each_other_are_read_from_one_opening_of_the_file(
     assert opened == [0]
     assert found[2] == ROWS[2]
     assert opened == [0, 2]
+
+
+def test_a_share_that_is_drawn_is_read_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = jsonl(tmp_path / "a.jsonl")
+    opened: list[int] = []
+
+    def counted(path: Path, start: int = 0) -> Any:
+        opened.append(start)
+        return dataset_files.read_file(path, start)
+
+    monkeypatch.setattr(row_sequences, "read_file", counted)
+    sources = [DatasetConfig(path=str(path), share=0.8, share_seed=7)]
+    drawn, held = load(datasets=sources), load(datasets=sources, in_memory=True)
+    assert list(drawn.rows) == list(held.rows)
+    assert list(drawn.rows) != ROWS[:5]
+    assert len(opened) == 1
+    assert row_sequences.content_key(drawn.rows) is not None
 
 
 def test_a_forked_process_reads_for_itself(tmp_path: Path) -> None:

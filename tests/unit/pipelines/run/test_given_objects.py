@@ -80,6 +80,20 @@ def test_a_formatting_function_makes_texts_of_rows_that_the_configuration_names(
     assert trained == "text: " + rows("sft", 1)[0]["completion"] + "<|im_end|>"
 
 
+def test_a_formatting_function_is_given_renamed_rows_and_those_that_are_held_out(tmp_path: Path, model: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"a": str(n), "b": "x"}) + "\n" for n in range(8)))
+    options = {**values(model, tmp_path / "run"), "dataset_name": str(path), "eval_steps": 1}
+    options |= {"column_mapping": {"a": "said"}, "test_split_size": 0.25}
+    pipeline = SFTPipeline(args=build(SFTConfig, options), formatting_func=lambda row: "text: " + row["said"])
+    plan = pipeline.prepare()
+    assert plan.train is not None
+    tokens = [sample.completion_ids for found in (plan.train, plan.held_out[""]) for e in found.examples
+              for sample in e.samples]  # fmt: skip
+    said = [build_tokenizer().decode(ids).removesuffix("<|im_end|>")[-1] for ids in tokens]
+    assert (len(plan.train), len(plan.held_out[""]), sorted(said)) == (6, 2, list("01234567"))
+
+
 def test_a_reference_may_be_another_model(tmp_path: Path, model: str) -> None:
     options = build(DPOConfig, values(model, tmp_path / "run"))
     pipeline = DPOPipeline(args=options, train_dataset=rows("dpo", 8), ref_model=model)
