@@ -48,7 +48,9 @@ class Speed:
         self, args: SFTConfig, state: TrainerState, control: TrainerControl, logs: dict[str, float], **payload: Any
     ) -> None:
         """See the class."""
-        print(f"step {state.global_step}/{state.max_steps}: {logs['throughput/trained_tokens_per_s']:.0f} tokens/s")
+        speed = logs.get("throughput/trained_tokens_per_s")
+        if speed is not None:  # an evaluation's line has none
+            print(f"step {state.global_step}/{state.max_steps}: {speed:.0f} tokens/s")
 
 
 def sums(count: int, seed: int) -> list[dict[str, Any]]:

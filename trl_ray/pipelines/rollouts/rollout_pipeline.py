@@ -137,7 +137,9 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
         )
 
     def _prepare(self) -> Preparation:
-        return prepare(self.config, self._inputs, objective=self.objective_class(self.config))
+        plan = prepare(self.config, self._inputs, objective=self.objective_class(self.config))
+        self.config = plan.config
+        return plan
 
     def _announcement(self) -> Mapping[str, Any]:
         return {"staleness_bound": self.config.max_age_at_use}

@@ -95,7 +95,8 @@ def test_prompts_have_the_date_of_their_run(tmp_path: Path, model: str, day: Any
     plan = pipeline.prepare()
     assert TOKENIZER.decode(plan.prompts.prompt(0).token_ids.tolist()).startswith("30 Nov 2026")
     assert plan.config.chat_template_kwargs == {"strftime_now": "2026-11-30"}
-    assert plan.objective.config is plan.config
+    # The run's own configuration is what goes into its directory.
+    assert plan.objective.config is plan.config is pipeline.config
 
 
 def test_a_template_without_a_date_leaves_the_options_alone(tmp_path: Path, model: str) -> None:
