@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trl_ray.config.keywords.json_text import read_json
+from trl_ray.config.keywords.json_keywords import read_json
 from trl_ray.config.messages import nearest
 
 _VLLM, _TRANSFORMERS = "vllm", "transformers"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trl_ray.config.keywords.json_text import read_json
+from trl_ray.config.keywords.json_keywords import read_json
 
 _OPTIONS: Mapping[str, str] = {
     "dtype": "dtype",
