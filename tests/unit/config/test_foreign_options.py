@@ -87,6 +87,8 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
      {"hub_revision": "v2", "push_to_hub": True}),
     (GRPOConfig, {"push_to_hub_revision": False, "push_to_hub_organization": None}, {}),
     (GRPOConfig, {"trackio_static_space_id": False}, {}),
+    (SFTConfig, {"push_to_hub_revision": "v1"}, {"hub_revision": "v1"}),
+    (SFTConfig, {"push_to_hub_revision": True}, {"push_to_hub": True}),
     # LLaMA-Factory
     (SFTConfig, {"stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all"},
      {"use_peft": True, "lora_r": 8, "lora_target_modules": "all-linear", "assistant_only_loss": True}),

@@ -65,6 +65,15 @@ def _repository(value: Any, given: Any) -> Reading | None:
     return None if "/" in str(name) else {"hub_model_id": f"{organisation}/{name}"}
 
 
+def _pushed_revision(value: Any, given: Mapping[str, Any]) -> Reading | None:
+    """open-r1's switch, or the name of a branch."""
+    if isinstance(value, str):
+        return {"hub_revision": value}
+    if value is True:
+        return {"push_to_hub": True}
+    return {} if value in (False, None) else None
+
+
 TRAINING: Rows = {
     # Precision and speed.
     "fp16": only(False, None, says="Set bf16=true, which needs no scaling of the loss."),
@@ -198,9 +207,7 @@ TRAINING: Rows = {
     "push_to_hub_token": renamed("hub_token"),
     "push_to_hub_model_id": read_by(_repository, says=_REPOSITORY),
     "push_to_hub_organization": read_by(_repository, says=_REPOSITORY),
-    "push_to_hub_revision": by_value(
-        {True: {"push_to_hub": True}}, nothing=(False, None), says="Set hub_revision, the name of a branch."
-    ),
+    "push_to_hub_revision": read_by(_pushed_revision, says="Set hub_revision, the name of a branch."),
     "tpu_num_cores": only(None, says="Remove it: the learner computes on CPUs or NVIDIA GPUs."),
     "past_index": only(-1, says="Remove it."),
     "torchdynamo": always(_COMPILE),
