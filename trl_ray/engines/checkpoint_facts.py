@@ -16,6 +16,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from trl_ray.engines.checkpoint_layout import CheckpointLayout, empty_model
 from trl_ray.errors import ModelError
+from trl_ray.models.policy_loading import positions_of
 from trl_ray.models.vocabulary import missing_rows
 from trl_ray.models.weight_payload import build_manifest
 from trl_ray.types import TensorEntry
@@ -71,12 +72,6 @@ def read_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, *, revision: s
     except OSError:  # Many checkpoints have none.
         generation = None
     return stop_ids_of(tokenizer, generation)
-
-
-def positions_of(text: Any) -> int | None:
-    """Positions that a text configuration allows; None where there is no limit."""
-    value = getattr(text, "max_position_embeddings", None)
-    return int(value) if value else None
 
 
 def at_revision(revision: str | None) -> dict[str, Any]:

@@ -25,11 +25,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizer
 from transformers.utils import logging
 
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
-from trl_ray.engines.checkpoint_facts import at_revision, is_recurrent, positions_of, read_facts, stop_ids_of
+from trl_ray.engines.checkpoint_facts import at_revision, is_recurrent, read_facts, stop_ids_of
 from trl_ray.engines.logit_rules import LogitRules
 from trl_ray.engines.sampling import BatchSampling, draw, processed_logprobs, sample_seed
 from trl_ray.engines.thread import EngineThread
 from trl_ray.models.companions.teacher_model import TeacherModel
+from trl_ray.models.policy_loading import positions_of
 from trl_ray.models.quantised_checkpoints import dequantising, make_plain
 from trl_ray.models.scoring.head import check_head
 from trl_ray.models.scoring.rope_regimes import compute_by_sequence

@@ -469,7 +469,12 @@ def max_positions(model: ModelConfig) -> int | None:
     Raises:
         ModelError: its configuration cannot be loaded.
     """
-    value = getattr(load_model_config(model).get_text_config(), "max_position_embeddings", None)
+    return positions_of(load_model_config(model).get_text_config())
+
+
+def positions_of(text: Any) -> int | None:
+    """Positions that a text configuration allows; None where there is no limit."""
+    value = getattr(text, "max_position_embeddings", None)
     return int(value) if value else None
 
 

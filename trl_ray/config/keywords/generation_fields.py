@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trl_ray.config.keywords.json_keywords import read_json
+from trl_ray.config.keywords.json_keywords import held_keywords
 from trl_ray.config.messages import nearest
 
 _VLLM, _TRANSFORMERS = "vllm", "transformers"
@@ -156,9 +156,8 @@ def read_generation_kwargs(values: Any) -> Any:
     Raises:
         ValueError: a field is unknown, or cannot be had.
     """
-    held = values.get("generation_kwargs") if isinstance(values, Mapping) else None
-    held = read_json("generation_kwargs", held)
-    if not held or not isinstance(held, Mapping):
+    held = held_keywords(values, "generation_kwargs")
+    if not held:
         return values
     read, left = dict(values), dict[str, Any]()
     for name, value in held.items():

@@ -1,22 +1,28 @@
 """Keywords of a library that are written as JSON, as a command line has them.
 
-'{"top_p": 0.9}' --read_json--> {"top_p": 0.9}
+'{"top_p": 0.9}' --held_keywords--> {"top_p": 0.9}
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 
-def read_json(option: str, held: Any) -> Any:
-    """What a text that begins as a JSON object holds; anything else as it is.
+def held_keywords(values: Any, option: str) -> Mapping[str, Any]:
+    """What an option of a configuration holds before it is validated, also as JSON; nothing where it is no mapping.
 
     Raises:
-        ValueError: the text is no JSON.
+        ValueError: it is a text that begins as a JSON object and is none.
     """
-    if not isinstance(held, str) or not held.lstrip().startswith("{"):
-        return held
+    held = values.get(option) if isinstance(values, Mapping) else None
+    if isinstance(held, str) and held.lstrip().startswith("{"):
+        held = _read_json(option, held)
+    return held if isinstance(held, Mapping) else {}
+
+
+def _read_json(option: str, held: str) -> Any:
     try:
         return json.loads(held)
     except ValueError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trl_ray.config.keywords.json_keywords import read_json
+from trl_ray.config.keywords.json_keywords import held_keywords
 
 _OPTIONS: Mapping[str, str] = {
     "dtype": "dtype",
@@ -64,9 +64,8 @@ def read_model_init_kwargs(values: Any) -> Any:
     Raises:
         ValueError: a keyword cannot be had, or another option says otherwise.
     """
-    held = values.get("model_init_kwargs") if isinstance(values, Mapping) else None
-    held = read_json("model_init_kwargs", held)
-    if not held or not isinstance(held, Mapping):
+    held = held_keywords(values, "model_init_kwargs")
+    if not held:
         return values
     read, left = {key: value for key, value in values.items() if key != "model_init_kwargs"}, {}
     for name, value in held.items():
