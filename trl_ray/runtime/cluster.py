@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from trl_ray import errors
 from trl_ray.config.sections import RuntimeConfig
 from trl_ray.errors import ActorLostError, DeadlineError, ResourceError, RunError, TrlRayError
 from trl_ray.runtime.remote import HEALTH_GROUP, ActorPlan, remote_class
@@ -92,6 +93,8 @@ class RayHandle:
         if isinstance(error, (TimeoutError, GetTimeoutError)):
             return DeadlineError(f"{where} must answer within {deadline_s:g} s, but did not.")
         if isinstance(error, RayActorError):
+            if error.actor_init_failed and (raised := _raised_by_constructor(error)) is not None:
+                return raised
             return ActorLostError(f"{self._name} died during {method} ({type(error).__name__}): {_last_line(error)}")
         return ActorLostError(f"{where} could not be completed by Ray ({type(error).__name__}): {_last_line(error)}")
 
@@ -99,6 +102,14 @@ class RayHandle:
 def _handle_of(name: str, role: Role, raw: bytes, is_async: bool) -> RayHandle:
     """What `RayHandle.__reduce__` made; the bytes come from this run's own driver."""
     return RayHandle(name, role, pickle.loads(raw), is_async=is_async)
+
+
+def _raised_by_constructor(error: BaseException) -> TrlRayError | None:
+    """What an actor's constructor raised on purpose, of which Ray keeps the text alone; its messages have one line."""
+    kind, _, message = _last_line(error).partition(": ")
+    found = getattr(errors, kind.removeprefix(f"{errors.__name__}."), None)
+    is_ours = isinstance(found, type) and issubclass(found, TrlRayError)
+    return found(message) if is_ours and message else None
 
 
 def _last_line(error: BaseException) -> str:
