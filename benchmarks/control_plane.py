@@ -111,9 +111,7 @@ def make_completions(*, count: int, tokens: int, version: int) -> tuple[Completi
 
 def make_payload(args: argparse.Namespace) -> bytes:
     """One finished group as the journal stores it."""
-    ticket = GroupTicket(
-        group_id=0, attempt=0, prompt=make_prompt(0, tokens=args.prompt_length), admitted_at_version=0
-    )
+    ticket = GroupTicket(group_id=0, attempt=0, prompt=make_prompt(0, tokens=args.prompt_length), admitted_at_version=0)
     completions = make_completions(count=args.completions, tokens=args.length, version=0)
     rewards = tuple(Reward(total=float(i), parts={"accuracy": float(i)}) for i in range(args.completions))
     return encode_group(RolloutGroup(ticket=ticket, completions=completions, rewards=rewards, worker="rollout-0"))
@@ -146,9 +144,7 @@ def run_ledger(store: DurableLedger, args: argparse.Namespace, payload: bytes, p
             saved = step
 
 
-def finish_leases(
-    store: DurableLedger, worker: str, *, count: int, version: int, payload: bytes, now: float
-) -> None:
+def finish_leases(store: DurableLedger, worker: str, *, count: int, version: int, payload: bytes, now: float) -> None:
     """Lease, and commit what was leased."""
     keys = store.lease(worker=worker, count=count, now=now)
     for key in keys:
