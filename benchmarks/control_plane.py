@@ -48,7 +48,7 @@ from trl_ray.types import (
     VersionSpan,
     WeightVersion,
 )
-from trl_ray.wire.group_payload import encode_group, encode_prompt
+from trl_ray.wire.group_payload import decode_group, encode_group, encode_prompt
 
 CALLS = ("admit", "lease", "generated", "commit", "take", "payload", "trained", "release", "checkpoint")
 """Of the ledger, whose share is told."""
@@ -298,8 +298,8 @@ async def train(queue: Any, workers: Sequence[Any], pulled: list[int], p: int, s
 
 async def take(queue: Any, p: int, step: int) -> Sequence[RolloutGroup]:
     """As the driver has them."""
-    groups: Sequence[RolloutGroup] = await ask(queue, "take", n=p, step=step, wait_s=WAIT_S)
-    return groups
+    stored = await ask(queue, "take_stored", n=p, step=step, wait_s=WAIT_S)
+    return [decode_group(payload) for payload in stored]
 
 
 async def run_ray(args: argparse.Namespace, folder: Path) -> dict[str, float]:

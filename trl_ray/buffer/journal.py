@@ -19,7 +19,7 @@ import mmap
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ class Journal:
         """How many bytes of a torn last record were cut off on opening."""
         self._lock = self._acquire()
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             self._end = self._recover()
         except (OSError, JournalError) as error:
             os.close(self._lock)
@@ -93,7 +93,7 @@ class Journal:
     def _acquire(self) -> int:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(lock_path(self.path), os.O_RDWR | os.O_CREAT, 0o644)
+            lock = os.open(lock_path(self.path), os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise JournalError(f"The journal {self.path} must lie in a writable folder: {error}.") from error
         try:
@@ -216,7 +216,27 @@ class Journal:
         try:
             os.fdatasync(self._file)
         except OSError as error:
-            raise JournalError(f"The journal {self.path} must reach its disk, but: {error}. Resume the run.") from error
+            raise self._off_disk(error) from error
+
+    def sync_waiter(self) -> Callable[[], None]:
+        """A function that does what `sync` does, of what is written now, and may be called on another thread.
+
+        The journal may be replaced or closed meanwhile.
+        """
+        file = os.dup(self._file)
+
+        def wait() -> None:
+            try:
+                os.fdatasync(file)
+            except OSError as error:
+                raise self._off_disk(error) from error
+            finally:
+                os.close(file)
+
+        return wait
+
+    def _off_disk(self, error: OSError) -> JournalError:
+        return JournalError(f"The journal {self.path} must reach its disk, but: {error}. Resume the run.")
 
     @property
     def end(self) -> int:
@@ -294,7 +314,7 @@ class Rewrite:
         return offsets
 
     def _write(self, drafts: Iterable[JournalDraft]) -> list[int]:
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
         self._put(_MAGIC)
         offsets = []
         for draft in drafts:

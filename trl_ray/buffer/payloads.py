@@ -48,6 +48,7 @@ class Payloads:
         self.folder = Path(folder)
         self._file_bytes = file_bytes
         self._numbers = {int(path.stem) for path in self.folder.glob("[0-9]*.bin") if path.stem.isdigit()}
+        self._next = max(self._numbers, default=-1) + 1
         self._current = -1
         self._end = 0
         self._open: dict[int, int] = {}
@@ -80,11 +81,11 @@ class Payloads:
         if self._current >= 0 and self._end >= self._file_bytes:
             self._retire()
         if self._current < 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            number = max(self._numbers, default=-1) + 1
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            number = self._next
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-            self._open[number] = os.open(self._path(number), flags, 0o644)
-            self._current, self._end = number, 0
+            self._open[number] = os.open(self._path(number), flags, 0o600)
+            self._current, self._end, self._next = number, 0, number + 1
             self._numbers.add(number)
         return self._open[self._current]
 
@@ -93,6 +94,10 @@ class Payloads:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.bin"
+
+    def reserve(self, place: Place) -> None:
+        """Never write the file of this place: it was named once, and may be gone."""
+        self._next = max(self._next, place.file + 1)
 
     def read(self, place: Place) -> bytes:
         """The payload that was written there.
