@@ -31,7 +31,8 @@ from trl_ray.pipelines.run.recording import Recorder
 from trl_ray.rewards.scoring import ScoredGroup
 from trl_ray.runtime.local import LocalRuntime
 from trl_ray.runtime.weights import WeightTransport
-from trl_ray.types import ActorReport, Event, Metric, Reduce, RolloutGroup, StepResult, WeightVersion
+from trl_ray.types import ActorReport, Event, Metric, Reduce, StepResult, WeightVersion
+from trl_ray.wire.group_payload import encode_group
 
 
 def config(**changes: Any) -> AsyncGRPOConfig:
@@ -115,7 +116,7 @@ class Actors:
 
     async def ask_queue(self, method: str, **kwargs: Any) -> Any:
         await asyncio.sleep(0)
-        while method == "take" and self.delivers and self.admitted < 2 * kwargs["step"]:
+        while method == "take_stored" and self.delivers and self.admitted < 2 * kwargs["step"]:
             await asyncio.sleep(0)
         return getattr(self, f"_{method}", lambda **given: self.log.append(f"{method} {given.get('step', '')}"))(
             **kwargs
@@ -159,10 +160,9 @@ class Actors:
         self.admitted += len(prompts)
         self.log.append(f"admit {len(prompts)} at version {version}")
 
-    def _take(self, *, n: int, step: int, wait_s: float) -> list[RolloutGroup]:
-        return (
-            [] if not self.delivers else [group(number, version=step - 1) for number in range(n * (step - 1), n * step)]
-        )
+    def _take_stored(self, *, n: int, step: int, wait_s: float) -> list[bytes]:
+        numbers = range(n * (step - 1), n * step) if self.delivers else ()
+        return [encode_group(group(number, version=step - 1)) for number in numbers]
 
     def _trained(self, *, step: int) -> None:
         self.step = step

@@ -40,6 +40,7 @@ from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult
+from trl_ray.wire.group_payload import decode_group
 
 AGREEMENT = "agreement.json"
 """In checkpoints: what sampler and learner showed at version 0."""
@@ -180,11 +181,11 @@ class RolloutLoop(StepLoop[_Trained]):
         began = moved = said = time.monotonic()
         seen: int | None = None
         while True:
-            groups: list[RolloutGroup] = await self._actors.ask_queue(
-                "take", n=config.groups_per_step, step=step, wait_s=_POLL_S
+            stored: list[bytes] = await self._actors.ask_queue(
+                "take_stored", n=config.groups_per_step, step=step, wait_s=_POLL_S
             )
-            if groups:
-                return groups
+            if stored:
+                return [decode_group(payload) for payload in stored]
             await self._drain()
             await self._heed_stop()
             if self._pulling is not None and self._pulling.done():
@@ -312,8 +313,8 @@ class RolloutLoop(StepLoop[_Trained]):
         )
         teachers.checkpoint = str(path)
         # One checkpoint behind, so that a run whose newest checkpoint is damaged can go back to the one before.
-        if self._saved not in (0, step):
-            await self._actors.ask_queue("checkpoint", step=self._saved)
+        if self._saved != step:
+            await self._actors.ask_queue("checkpoint", step=self._saved, saved=step)
 
     async def _save_last(self) -> None:
         await self._pulled()
