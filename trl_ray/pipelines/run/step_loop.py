@@ -243,6 +243,7 @@ class StepLoop(ABC, Generic[TrainedT]):
         """Write a checkpoint of the last finished step."""
         step, begin = self.step, time.time()
         path = self._recorder.directory.checkpoint(step)
+        self._recorder.guard()
         await self._write_checkpoint(path)
         self._saved = step
         self._recorder.checkpoint(path, step=step, seconds=time.time() - begin)
