@@ -28,6 +28,7 @@ from trl_ray.pipelines.rollouts.preparation import Preparation
 from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop
 from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder
+from trl_ray.pipelines.run.signals import Stop
 from trl_ray.rewards.scoring import ScoredGroup
 from trl_ray.runtime.local import LocalRuntime
 from trl_ray.runtime.weights import WeightTransport
@@ -204,7 +205,7 @@ class RolloutRun:
         self, path: Path, *, total: int = 4, callbacks: tuple[Any, ...] = (), left_out: int = 0, **changes: Any
     ) -> None:
         self._left_out = left_out
-        self.path, self.log, self.stop = path / "run", list[str](), asyncio.Event()
+        self.path, self.log, self.stop = path / "run", list[str](), Stop()
         self.actors = Actors(self.log)
         self.diary = Diary(book=self.log)
         self._config, self._total = config(**changes), total

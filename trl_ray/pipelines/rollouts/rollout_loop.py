@@ -38,6 +38,7 @@ from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.learner_actors import under_watch
 from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
+from trl_ray.pipelines.run.signals import Stop, StopRequested, unless
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult
 
@@ -47,6 +48,7 @@ BEST = "best.json"
 """In checkpoints: the best evaluation so far."""
 _POLL_S = 2.0
 _SAY_WAITING_S = 30.0
+_STOP_PATIENCE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,7 +71,7 @@ class RolloutLoop(StepLoop[_Trained]):
     _recorder: Recorder
 
     def __init__(
-        self, *, plan: Preparation, actors: RolloutActors, recorder: Recorder, opening: Opening, stop: asyncio.Event
+        self, *, plan: Preparation, actors: RolloutActors, recorder: Recorder, opening: Opening, stop: Stop
     ) -> None:
         stopping = EarlyStopping.of(plan.config)
         if opening.checkpoint is not None and (kept := Path(opening.checkpoint) / BEST).is_file():
@@ -165,7 +167,7 @@ class RolloutLoop(StepLoop[_Trained]):
             staleness=trained.staleness,
         )
         await self._callbacks.logged(line)
-        evaluated = await self._evaluate() if self._evaluation_is_due else {}
+        evaluated = await self._evaluate_in_time() if self._evaluation_is_due else {}
         self._recorder.step(
             self.step, line=line, groups=trained.groups, built=trained.built, snapshot=snapshot, evaluated=evaluated
         )
@@ -180,9 +182,7 @@ class RolloutLoop(StepLoop[_Trained]):
         began = moved = said = time.monotonic()
         seen: int | None = None
         while True:
-            groups: list[RolloutGroup] = await self._actors.ask_queue(
-                "take", n=config.groups_per_step, step=step, wait_s=_POLL_S
-            )
+            groups = await self._ask_for_groups(step)
             if groups:
                 return groups
             await self._drain()
@@ -203,6 +203,16 @@ class RolloutLoop(StepLoop[_Trained]):
                 self._recorder.say(
                     EventKind.WAITING, "learner", step=step, seconds=round(now - began, 1), on=await self._culprits()
                 )
+
+    async def _ask_for_groups(self, step: int) -> list[RolloutGroup]:
+        """What the queue has for a step, or nothing, within the time of a poll."""
+        asking = self._actors.ask_queue("take", n=self._config.groups_per_step, step=step, wait_s=_POLL_S)
+        try:
+            groups: list[RolloutGroup] = await unless(self._stop, asking)
+        except StopRequested:
+            await self._heed_stop()
+            raise
+        return groups
 
     async def _culprits(self) -> str:
         named: str = await self._actors.ask_queue("describe_wait", n=self._config.groups_per_step)
@@ -244,12 +254,19 @@ class RolloutLoop(StepLoop[_Trained]):
             self._recorder.skipped(step, what="groups")
 
     async def _publish(self, step: int, *, wait_s: float, step_s: float) -> int:
-        """Publish, and pull beside the next step; a pull must have ended before the next one begins."""
-        await self._pulled()
-        identity = await self._actors.publish(step=step)
-        self._pulling = asyncio.create_task(self._pull(step, identity.version, wait_s, step_s), name=f"pull {step}")
-        if self._config.slot_bounds.max_staleness == 0:
-            await self._pulled()
+        """Publish, and pull beside the next step; a pull must have ended before the next one begins.
+
+        When the run is to end, it is not kept by a worker that does not pull.
+        """
+        try:
+            await unless(self._stop, self._pulled(), patience_s=_STOP_PATIENCE_S)
+            identity = await self._actors.publish(step=step)
+            pulling = self._pull(step, identity.version, wait_s, step_s)
+            self._pulling = asyncio.create_task(pulling, name=f"pull {step}")
+            if self._config.slot_bounds.max_staleness == 0:
+                await unless(self._stop, self._pulled(), patience_s=_STOP_PATIENCE_S)
+        except StopRequested:
+            return step
         return identity.version
 
     async def _pull(self, step: int, version: int, wait_s: float, step_s: float) -> None:
