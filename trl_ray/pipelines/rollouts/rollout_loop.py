@@ -19,6 +19,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -259,12 +260,12 @@ class RolloutLoop(StepLoop[_Trained]):
         When the run is to end, it is not kept by a worker that does not pull.
         """
         try:
-            await unless(self._stop, self._pulled(), patience_s=_STOP_PATIENCE_S)
+            await self._pulled_in_time()
             identity = await self._actors.publish(step=step)
             pulling = self._pull(step, identity.version, wait_s, step_s)
             self._pulling = asyncio.create_task(pulling, name=f"pull {step}")
             if self._config.slot_bounds.max_staleness == 0:
-                await unless(self._stop, self._pulled(), patience_s=_STOP_PATIENCE_S)
+                await self._pulled_in_time()
         except StopRequested:
             return step
         return identity.version
@@ -278,6 +279,18 @@ class RolloutLoop(StepLoop[_Trained]):
         """Until the workers hold the weights that were published last."""
         if self._pulling is not None:
             await self._pulling
+
+    async def _pulled_in_time(self) -> None:
+        """As `_pulled`, but a run that is to end waits for no worker that hangs or is being replaced.
+
+        Raises:
+            StopRequested: that was so.
+        """
+        try:
+            await unless(self._stop, self._pulled(), patience_s=_STOP_PATIENCE_S)
+        except StopRequested:
+            self._pulling = None
+            raise
 
     async def _drain(self) -> None:
         """Write down what the actors have to tell, and stop when rewards or teachers fail without end."""
@@ -333,5 +346,6 @@ class RolloutLoop(StepLoop[_Trained]):
             await self._actors.ask_queue("checkpoint", step=self._saved)
 
     async def _save_last(self) -> None:
-        await self._pulled()
+        with suppress(StopRequested):
+            await self._pulled_in_time()
         await super()._save_last()

@@ -307,5 +307,5 @@ class StepLoop(ABC, Generic[TrainedT]):
             async with asyncio.timeout(left):
                 await self._save_last()
         except TimeoutError:
-            return False
+            return self._recorder.directory.checkpoint(self.step).is_dir()
         return True
