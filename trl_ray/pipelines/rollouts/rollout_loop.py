@@ -19,6 +19,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.learner_actors import under_watch
 from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
+from trl_ray.pipelines.run.signals import Stop, StopRequested, unless
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult
 from trl_ray.wire.group_payload import decode_group
@@ -48,6 +50,7 @@ BEST = "best.json"
 """In checkpoints: the best evaluation so far."""
 _POLL_S = 2.0
 _SAY_WAITING_S = 30.0
+_STOP_PATIENCE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,7 +73,7 @@ class RolloutLoop(StepLoop[_Trained]):
     _recorder: Recorder
 
     def __init__(
-        self, *, plan: Preparation, actors: RolloutActors, recorder: Recorder, opening: Opening, stop: asyncio.Event
+        self, *, plan: Preparation, actors: RolloutActors, recorder: Recorder, opening: Opening, stop: Stop
     ) -> None:
         stopping = EarlyStopping.of(plan.config)
         if opening.checkpoint is not None and (kept := Path(opening.checkpoint) / BEST).is_file():
@@ -166,7 +169,7 @@ class RolloutLoop(StepLoop[_Trained]):
             staleness=trained.staleness,
         )
         await self._callbacks.logged(line)
-        evaluated = await self._evaluate() if self._evaluation_is_due else {}
+        evaluated = await self._evaluate_in_time() if self._evaluation_is_due else {}
         self._recorder.step(
             self.step, line=line, groups=trained.groups, built=trained.built, snapshot=snapshot, evaluated=evaluated
         )
@@ -181,11 +184,9 @@ class RolloutLoop(StepLoop[_Trained]):
         began = moved = said = time.monotonic()
         seen: int | None = None
         while True:
-            stored: list[bytes] = await self._actors.ask_queue(
-                "take_stored", n=config.groups_per_step, step=step, wait_s=_POLL_S
-            )
-            if stored:
-                return [decode_group(payload) for payload in stored]
+            groups = await self._ask_for_groups(step)
+            if groups:
+                return groups
             await self._drain()
             await self._heed_stop()
             if self._pulling is not None and self._pulling.done():
@@ -204,6 +205,16 @@ class RolloutLoop(StepLoop[_Trained]):
                 self._recorder.say(
                     EventKind.WAITING, "learner", step=step, seconds=round(now - began, 1), on=await self._culprits()
                 )
+
+    async def _ask_for_groups(self, step: int) -> list[RolloutGroup]:
+        """What the queue has for a step, or nothing, within the time of a poll."""
+        asking = self._actors.ask_queue("take_stored", n=self._config.groups_per_step, step=step, wait_s=_POLL_S)
+        try:
+            stored: list[bytes] = await unless(self._stop, asking)
+        except StopRequested:
+            await self._heed_stop()
+            raise
+        return [decode_group(payload) for payload in stored]
 
     async def _culprits(self) -> str:
         named: str = await self._actors.ask_queue("describe_wait", n=self._config.groups_per_step)
@@ -245,12 +256,19 @@ class RolloutLoop(StepLoop[_Trained]):
             self._recorder.skipped(step, what="groups")
 
     async def _publish(self, step: int, *, wait_s: float, step_s: float) -> int:
-        """Publish, and pull beside the next step; a pull must have ended before the next one begins."""
-        await self._pulled()
-        identity = await self._actors.publish(step=step)
-        self._pulling = asyncio.create_task(self._pull(step, identity.version, wait_s, step_s), name=f"pull {step}")
-        if self._config.slot_bounds.max_staleness == 0:
-            await self._pulled()
+        """Publish, and pull beside the next step; a pull must have ended before the next one begins.
+
+        When the run is to end, it is not kept by a worker that does not pull.
+        """
+        try:
+            await self._pulled_in_time()
+            identity = await self._actors.publish(step=step)
+            pulling = self._pull(step, identity.version, wait_s, step_s)
+            self._pulling = asyncio.create_task(pulling, name=f"pull {step}")
+            if self._config.slot_bounds.max_staleness == 0:
+                await self._pulled_in_time()
+        except StopRequested:
+            return step
         return identity.version
 
     async def _pull(self, step: int, version: int, wait_s: float, step_s: float) -> None:
@@ -262,6 +280,18 @@ class RolloutLoop(StepLoop[_Trained]):
         """Until the workers hold the weights that were published last."""
         if self._pulling is not None:
             await self._pulling
+
+    async def _pulled_in_time(self) -> None:
+        """As `_pulled`, but a run that is to end waits for no worker that hangs or is being replaced.
+
+        Raises:
+            StopRequested: that was so.
+        """
+        try:
+            await unless(self._stop, self._pulled(), patience_s=_STOP_PATIENCE_S)
+        except StopRequested:
+            self._pulling = None
+            raise
 
     async def _drain(self) -> None:
         """Write down what the actors have to tell, and stop when rewards or teachers fail without end."""
@@ -317,5 +347,6 @@ class RolloutLoop(StepLoop[_Trained]):
             await self._actors.ask_queue("checkpoint", step=self._saved, saved=step)
 
     async def _save_last(self) -> None:
-        await self._pulled()
+        with suppress(StopRequested):
+            await self._pulled_in_time()
         await super()._save_last()

@@ -49,10 +49,11 @@ from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
 from trl_ray.pipelines.run.given_rows import given_rows
 from trl_ray.pipelines.run.hub_pushes import hub_place
 from trl_ray.pipelines.run.recording import RunRecorder
-from trl_ray.pipelines.run.signals import run_to_end
+from trl_ray.pipelines.run.signals import Stop, StopRequested, grace_s, run_to_end, unless
+from trl_ray.pipelines.run.stopping import close_in_time, tell_of_stop, what_is_left
 from trl_ray.pipelines.run.trainer_methods import TrainerMethods
 from trl_ray.runtime.local import LocalRuntime
-from trl_ray.runtime.runtime import Runtime
+from trl_ray.runtime.runtime import Role, Runtime
 from trl_ray.types import EventKind
 
 if TYPE_CHECKING:
@@ -124,6 +125,8 @@ class Plan(Protocol):
 
 
 _LOG = logging.getLogger(__name__)
+_DISK_BYTES_PER_S = 1e9
+"""What a checkpoint is written with at best."""
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 PlanT = TypeVar("PlanT", bound=Plan)
 
@@ -152,12 +155,12 @@ class Session(ABC):
     recorder: RunRecorder
 
     @abstractmethod
-    async def run(self, stop: asyncio.Event) -> TrainOutput:
+    async def run(self, stop: Stop) -> TrainOutput:
         """Start the actors and train to the end.
 
         Raises:
             LearnerLostError: another session may go on from the last checkpoint.
-            InterruptedRun: the stop event was set; a checkpoint was written.
+            InterruptedRun: the stop event was set; a checkpoint was written if there was time.
         """
 
     @abstractmethod
@@ -364,8 +367,9 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         if resume_from_checkpoint is not None:
             self.config = self.config.replace(resume_from_checkpoint=resume_from_checkpoint)
         plan = self.prepare()
+        grace = grace_s(self.config.runtime.stop_grace_s)
         with RunLock.hold(self.config.output_dir) as self._lock:
-            self._trained = run_to_end(lambda stop: self._train(plan, stop))
+            self._trained = run_to_end(lambda stop: self._train(plan, stop), grace=grace)
         if self.config.push_to_hub:
             try:
                 self.push_to_hub()
@@ -429,8 +433,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             "without labels. Call evaluate(eval_dataset), which answers them and scores the answers."
         )
 
-    async def _evaluate(self, plan: PlanT, callbacks: CallbackList, model: Path | None, stop: asyncio.Event) -> None:
-        runtime = self._open_runtime(plan)
+    async def _evaluate(self, plan: PlanT, callbacks: CallbackList, model: Path | None, stop: Stop) -> None:
+        runtime = await self._open_runtime(plan, stop)
         directory = RunDirectory.create(self.config.output_dir)
         opening = Opening(
             runtime=runtime,
@@ -448,24 +452,23 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             callbacks.close()
             await runtime.close()
 
-    async def _train(self, plan: PlanT, stop: asyncio.Event) -> TrainOutput:
-        runtime = self._open_runtime(plan)
+    async def _train(self, plan: PlanT, stop: Stop) -> TrainOutput:
+        runtime = await self._open_runtime(plan, stop)
         try:
             directory = self._open_directory()
             return await self._sessions(plan, runtime, directory, stop)
         finally:
+            stop.settled = True
             self._callbacks.close()
-            await runtime.close()
+            await close_in_time(runtime, stop)
 
-    async def _sessions(
-        self, plan: PlanT, runtime: Runtime, directory: RunDirectory, stop: asyncio.Event
-    ) -> TrainOutput:
+    async def _sessions(self, plan: PlanT, runtime: Runtime, directory: RunDirectory, stop: Stop) -> TrainOutput:
         """One session after the other, each from the last checkpoint, until training ends."""
         restarts = 0
         while True:
             session = self._open_session(plan, runtime, directory, resuming=self._resume or restarts > 0)
             try:
-                output = await session.run(stop)
+                output = await self._run_session(session, directory, stop)
             except LearnerLostError as error:
                 restarts += 1
                 session.recorder.say(EventKind.ACTOR_LOST, "learner", reason=str(error))
@@ -474,15 +477,26 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                     raise
                 session.recorder.close()
                 await session.dismiss()
-            except InterruptedRun as error:
-                self._end(session.recorder, EventKind.INTERRUPTED, error)
+            except (InterruptedRun, asyncio.CancelledError, KeyboardInterrupt) as error:
+                stop.settled = True
+                self._end(session.recorder, EventKind.INTERRUPTED, error, is_short=stop.at_once)
                 raise
-            except (TrlRayError, asyncio.CancelledError, KeyboardInterrupt) as error:
+            except TrlRayError as error:
                 self._end(session.recorder, EventKind.RUN_FAILED, error)
                 raise
             else:
                 self._end(session.recorder, EventKind.RUN_FINISHED, None)
                 return output
+
+    async def _run_session(self, session: Session, directory: RunDirectory, stop: Stop) -> TrainOutput:
+        """To its end, or to the end of the time that a signal leaves."""
+        stop.hold()
+        telling = asyncio.create_task(tell_of_stop(stop, session.recorder))
+        try:
+            with stop.ends_in_order(lambda: what_is_left(directory)):
+                return await session.run(stop)
+        finally:
+            telling.cancel()
 
     def _open_session(self, plan: PlanT, runtime: Runtime, directory: RunDirectory, *, resuming: bool) -> Session:
         """Rewind the run directory to the last good checkpoint, and make the session that goes on from it."""
@@ -537,6 +551,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             computes_in=config.computes_in,
             **self._announcement(),
         )
+        slow = plan.expected_memory()[Role.LEARNER] / _DISK_BYTES_PER_S
+        session.recorder.tell_of_grace(slow, grace=grace_s(config.runtime.stop_grace_s), is_measured=False)
         return session
 
     def _logging_steps(self, plan: PlanT) -> int:
@@ -551,10 +567,12 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         """What else a run says of itself when it starts."""
         return {}
 
-    def _end(self, recorder: RunRecorder, kind: EventKind, error: BaseException | None) -> None:
+    def _end(
+        self, recorder: RunRecorder, kind: EventKind, error: BaseException | None, *, is_short: bool = False
+    ) -> None:
         recorder.say(kind, "driver", **({"error": f"{type(error).__name__}: {error}"} if error is not None else {}))
         recorder.close()
-        if self.config.html_report:
+        if self.config.html_report and not is_short:
             build_report(recorder.directory.path)
 
     def _open_directory(self) -> RunDirectory:
@@ -571,10 +589,15 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         self._given.keep()
         return directory
 
-    def _open_runtime(self, plan: PlanT) -> Runtime:
+    async def _open_runtime(self, plan: PlanT, stop: Stop) -> Runtime:
         if self.config.runtime.kind is RuntimeKind.LOCAL:
             return LocalRuntime()
         # Imported here so that runtime.kind=local starts without Ray's import.
         from trl_ray.runtime.cluster import RayRuntime
 
-        return RayRuntime(self.config.runtime, plan.actors())
+        try:
+            return await unless(stop, RayRuntime.open(self.config.runtime, plan.actors()))
+        except StopRequested:
+            raise stop.error(" while Ray started; nothing was begun") from None
+        finally:
+            stop.hold()
