@@ -59,11 +59,19 @@ class Prompts:
     def __len__(self) -> int:
         return 4
 
-    fingerprint = columns_fingerprint = "f"
+    def take(self, first: int, count: int) -> list[Any]:
+        ordinals = range(first, first + count)
+        self._log.extend(f"prompt {ordinal}" for ordinal in ordinals)
+        return [prompt(ordinal) for ordinal in ordinals]
 
-    def prompt(self, ordinal: int) -> Any:
-        self._log.append(f"prompt {ordinal}")
-        return prompt(ordinal)
+    def epochs_after(self, count: int) -> float:
+        return count / len(self)
+
+    def news(self) -> tuple[str, ...]:
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
 
 
 @dataclass(slots=True, eq=False)

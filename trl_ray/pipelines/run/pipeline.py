@@ -206,6 +206,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
     """What a user gave in Python beside the configuration; a dataclass with `train_dataset` and `eval_dataset`."""
     resumes_within: ClassVar[int | None] = None
     """How many of the newest checkpoints a run can go on from; None: all."""
+    reads_held_out: ClassVar[bool] = True
+    """Whether held-out streams are read to their end, and not as far as `eval_num_prompts`."""
 
     def __init__(
         self,
@@ -390,7 +392,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                     f"{', '.join(map(str, named)) or 'none'}; got {eval_dataset!r}."
                 )
             eval_dataset = {eval_dataset: named[eval_dataset]}
-        eval_dataset = given_rows(eval_dataset, evaluation=True)
+        eval_dataset = given_rows(eval_dataset, evaluation=self.reads_held_out)
         train = inputs.train_dataset
         if train is None and config.dataset_name is None and not config.datasets:
             train = eval_dataset
