@@ -50,6 +50,7 @@ from trl_ray.pipelines.run.hub_pushes import hub_place
 from trl_ray.pipelines.run.recording import RunRecorder
 from trl_ray.pipelines.run.signals import run_to_end
 from trl_ray.pipelines.run.trainer_methods import TrainerMethods
+from trl_ray.runtime import waits
 from trl_ray.runtime.local import LocalRuntime
 from trl_ray.runtime.runtime import Runtime
 from trl_ray.types import EventKind
@@ -459,15 +460,22 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         while True:
             session = self._open_session(plan, runtime, directory, resuming=self._resume or restarts > 0)
             try:
-                output = await session.run(stop)
+                with waits.heard_by(waits.Listener(session.recorder.emit)):
+                    output = await session.run(stop)
             except LearnerLostError as error:
                 restarts += 1
                 session.recorder.say(EventKind.ACTOR_LOST, "learner", reason=str(error))
                 if restarts > self.config.runtime.max_learner_restarts:
                     self._end(session.recorder, EventKind.RUN_FAILED, error)
                     raise
+                try:
+                    with waits.heard_by(waits.Listener(session.recorder.emit)):
+                        await session.dismiss()
+                        await runtime.renew()
+                except TrlRayError as without_room:
+                    self._end(session.recorder, EventKind.RUN_FAILED, without_room)
+                    raise
                 session.recorder.close()
-                await session.dismiss()
             except InterruptedRun as error:
                 self._end(session.recorder, EventKind.INTERRUPTED, error)
                 raise
