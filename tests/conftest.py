@@ -95,7 +95,7 @@ SECONDS = {
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the longest files first; skip `gpu` tests where GPUs are hidden, and `long` ones unless they are asked for."""
+    """Put the longest files first; skip `gpu` tests where GPUs are hidden, `long` ones unless they are asked for."""
     for item in items:
         if item.get_closest_marker("long") and not config.option.long:
             item.add_marker(pytest.mark.skip(reason="takes long, and needs --long"))

@@ -53,9 +53,9 @@ _LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
-def heard_by(listener: Listener) -> Iterator[None]:
-    """Tell this listener of all waits below, those of tasks that are begun there included."""
-    token = _LISTENER.set(listener)
+def heard_by(emit: Callable[[Event], None]) -> Iterator[None]:
+    """Tell of all waits below, those of tasks that are begun there included."""
+    token = _LISTENER.set(Listener(emit))
     try:
         yield
     finally:

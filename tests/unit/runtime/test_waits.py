@@ -15,7 +15,6 @@ class Ear:
 
     def __init__(self):
         self.events = []
-        self.listener = waits.Listener(self.events.append)
 
     def heard(self):
         return [(event.detail["on"], event.detail["seconds"]) for event in self.events]
@@ -30,7 +29,7 @@ def test_a_wait_that_lasts_is_told_of_after_30_60_and_120_seconds_with_who_waits
     ear = Ear()
 
     async def run():
-        with waits.heard_by(ear.listener):
+        with waits.heard_by(ear.events.append):
             work = waits.answer(later(200), on="rollout-1.pull", deadline_s=600)
             return await asyncio.create_task(work, name="pull of step 3")
 
@@ -45,7 +44,7 @@ def test_what_has_always_taken_long_is_told_of_only_when_it_takes_twice_as_long(
     ear = Ear()
 
     async def run():
-        with waits.heard_by(ear.listener):
+        with waits.heard_by(ear.events.append):
             for seconds in (40, 70, 170):
                 await waits.answer(later(seconds), on="learner.step", deadline_s=3600)
             await waits.answer(later(40), on="learner.save", deadline_s=3600)
@@ -104,7 +103,7 @@ def test_looking_again_and_again_is_told_of_at_once_where_that_is_asked_and_ends
         return False
 
     async def run():
-        with waits.heard_by(ear.listener), pytest.raises(DeadlineError, match="room must answer within 40 s"):
+        with waits.heard_by(ear.events.append), pytest.raises(DeadlineError, match="room must answer within 40 s"):
             await waits.until(never, on="room", every_s=10, deadline_s=40, told_at_once=True)
 
     run_in_virtual_time(run())
