@@ -128,6 +128,9 @@ class Actors:
 
         return (SimpleNamespace(call=call),)
 
+    async def ask_worker(self, handle: Any, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
+        return await handle.call(method, *args, **kwargs)
+
     async def ask_queue(self, method: str, **kwargs: Any) -> Any:
         await asyncio.sleep(0)
         while method == "take_stored" and self.delivers and self.admitted < 2 * kwargs["step"]:

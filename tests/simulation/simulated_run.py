@@ -26,7 +26,6 @@ from simulation.simulated_runtime import SimulatedHandle, SimulatedRuntime
 from simulation.virtual_time import WedgedError, run_virtually
 from trl_ray.actors import rollout_worker
 from trl_ray.actors.rollout_queue import RolloutQueue
-from trl_ray.actors.rollout_worker import RolloutWorker
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.runs.grpo_config import GRPOConfig

@@ -42,6 +42,7 @@ from trl_ray.observe.service_sinks import services_of
 from trl_ray.observe.sinks import Observer
 from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
 from trl_ray.pipelines.callbacks.hooks import CallbackList
+from trl_ray.pipelines.run.evaluation_run import EvaluatedNumbers, evaluation_config
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
 from trl_ray.pipelines.run.given_rows import given_rows
 from trl_ray.pipelines.run.hub_pushes import hub_place
@@ -50,6 +51,7 @@ from trl_ray.pipelines.run.session import Opening, Plan, Session, TrainOutput
 from trl_ray.pipelines.run.signals import Stop, StopRequested, grace_s, run_to_end, unless
 from trl_ray.pipelines.run.stopping import close_in_time, tell_of_stop, what_is_left
 from trl_ray.pipelines.run.trainer_methods import TrainerMethods
+from trl_ray.runtime import waits
 from trl_ray.runtime.local import LocalRuntime
 from trl_ray.runtime.runtime import Role, Runtime
 from trl_ray.types import EventKind
@@ -63,35 +65,6 @@ _DISK_BYTES_PER_S = 1e9
 """What a checkpoint is written with at best."""
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 PlanT = TypeVar("PlanT", bound=Plan)
-
-
-class _Numbers:
-    """A callback that keeps what was evaluated last."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, float] = {}
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **payload: Any) -> None:
-        """See the class."""
-        self.numbers = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-
-
-def evaluation_config(config: ConfigT, folder: str) -> ConfigT:
-    """The options of one evaluation in a folder of its own: no checkpoints, no services, no callbacks."""
-    return config.replace(
-        output_dir=folder,
-        eval_strategy="steps",
-        eval_steps=1,
-        eval_on_start=None,
-        save_strategy="no",
-        load_best_model_at_end=False,
-        early_stopping_patience=None,
-        resume_from_checkpoint=None,
-        report_to=[],
-        push_to_hub=False,
-        callbacks=[],
-        html_report=False,
-    )
 
 
 class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
@@ -311,7 +284,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         """
         del ignore_keys
         with tempfile.TemporaryDirectory(prefix="trl_ray-evaluation-") as folder:
-            pipeline, found = copy(self), _Numbers()
+            pipeline, found = copy(self), EvaluatedNumbers()
             pipeline.config = evaluation_config(self.config, folder)
             pipeline._inputs = self._with_held_out(eval_dataset)
             self._given.write(self.config.part(ModelConfig))
@@ -374,8 +347,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 if restarts > self.config.runtime.max_learner_restarts:
                     self._end(session.recorder, EventKind.RUN_FAILED, error)
                     raise
-                session.recorder.close()
-                await session.dismiss()
+                await self._dismiss(session, runtime)
             except (InterruptedRun, asyncio.CancelledError, KeyboardInterrupt) as error:
                 stop.settled = True
                 self._end(session.recorder, EventKind.INTERRUPTED, error, is_short=stop.at_once)
@@ -392,10 +364,21 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         stop.hold()
         telling = asyncio.create_task(tell_of_stop(stop, session.recorder))
         try:
-            with stop.ends_in_order(lambda: what_is_left(directory)):
+            with stop.ends_in_order(lambda: what_is_left(directory)), waits.heard_by(session.recorder.emit):
                 return await session.run(stop)
         finally:
             telling.cancel()
+
+    async def _dismiss(self, session: Session, runtime: Runtime) -> None:
+        """End a session's actors, so that others may begin on the nodes that are left."""
+        try:
+            with waits.heard_by(session.recorder.emit):
+                await session.dismiss()
+                await runtime.renew()
+        except TrlRayError as error:
+            self._end(session.recorder, EventKind.RUN_FAILED, error)
+            raise
+        session.recorder.close()
 
     def _open_session(self, plan: PlanT, runtime: Runtime, directory: RunDirectory, *, resuming: bool) -> Session:
         """Rewind the run directory to the last good checkpoint, and make the session that goes on from it."""
