@@ -9,6 +9,7 @@
     ├── RunError          the run failed after it had started              -> exit code 3
     │   ├── ActorLostError    an actor died; whether its last call ran is unknown
     │   │   └── LearnerLostError  the learner did; it restarts from the last checkpoint
+    │   ├── ClusterLostError  Ray's head, or Ray on the driver's node, is gone
     │   ├── DeadlineError     an actor or a wait did not answer within its deadline
     │   ├── StallError        work remains, yet nothing has moved
     │   ├── EngineError       an inference engine failed, hung, or holds wrong weights
@@ -61,6 +62,10 @@ class ActorLostError(RunError):
 
 class LearnerLostError(ActorLostError):
     """The learner died or hung. It restarts as a whole, from the last checkpoint."""
+
+
+class ClusterLostError(RunError):
+    """Ray's head, or Ray on the driver's node, is gone, and every actor with it."""
 
 
 class DeadlineError(RunError, TimeoutError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from trl_ray.errors import ActorLostError, DeadlineError
@@ -95,6 +96,11 @@ class LocalRuntime:
         """Nothing comes back by itself here."""
         del role
         return False
+
+    async def watch(self, say: Callable[[str], None]) -> None:
+        """This process cannot be lost without its driver."""
+        del say
+        await asyncio.Event().wait()
 
     async def close(self) -> None:
         """End all objects, the youngest first."""

@@ -47,6 +47,7 @@ from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
 from trl_ray.pipelines.run.given_rows import given_rows
 from trl_ray.pipelines.run.hub_pushes import hub_place
+from trl_ray.pipelines.run.learner_actors import beside_guards
 from trl_ray.pipelines.run.recording import RunRecorder
 from trl_ray.pipelines.run.signals import Stop, StopRequested, grace_s, run_to_end, unless
 from trl_ray.pipelines.run.stopping import close_in_time, tell_of_stop, what_is_left
@@ -462,7 +463,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         while True:
             session = self._open_session(plan, runtime, directory, resuming=self._resume or restarts > 0)
             try:
-                output = await self._run_session(session, directory, stop)
+                output = await self._run_session(session, runtime, directory, stop)
             except LearnerLostError as error:
                 restarts += 1
                 session.recorder.say(EventKind.ACTOR_LOST, "learner", reason=str(error))
@@ -482,13 +483,19 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 self._end(session.recorder, EventKind.RUN_FINISHED, None)
                 return output
 
-    async def _run_session(self, session: Session, directory: RunDirectory, stop: Stop) -> TrainOutput:
-        """To its end, or to the end of the time that a signal leaves."""
+    async def _run_session(
+        self, session: Session, runtime: Runtime, directory: RunDirectory, stop: Stop
+    ) -> TrainOutput:
+        """To its end, to the end of the time that a signal leaves, or of Ray itself."""
+
+        def missed(detail: str) -> None:
+            session.recorder.say(EventKind.WAITING, "ray", on=detail)
+
         stop.hold()
         telling = asyncio.create_task(tell_of_stop(stop, session.recorder))
         try:
             with stop.ends_in_order(lambda: what_is_left(directory)):
-                return await session.run(stop)
+                return await beside_guards(session.run(stop), runtime.watch(missed))
         finally:
             telling.cancel()
 
