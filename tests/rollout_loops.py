@@ -32,7 +32,8 @@ from trl_ray.pipelines.run.signals import Stop
 from trl_ray.rewards.scoring import ScoredGroup
 from trl_ray.runtime.local import LocalRuntime
 from trl_ray.runtime.weights import WeightTransport
-from trl_ray.types import ActorReport, Event, Metric, Reduce, RolloutGroup, StepResult, WeightVersion
+from trl_ray.types import ActorReport, Event, Metric, Reduce, StepResult, WeightVersion
+from trl_ray.wire.group_payload import encode_group
 
 
 def config(**changes: Any) -> AsyncGRPOConfig:
@@ -58,11 +59,19 @@ class Prompts:
     def __len__(self) -> int:
         return 4
 
-    fingerprint = columns_fingerprint = "f"
+    def take(self, first: int, count: int) -> list[Any]:
+        ordinals = range(first, first + count)
+        self._log.extend(f"prompt {ordinal}" for ordinal in ordinals)
+        return [prompt(ordinal) for ordinal in ordinals]
 
-    def prompt(self, ordinal: int) -> Any:
-        self._log.append(f"prompt {ordinal}")
-        return prompt(ordinal)
+    def epochs_after(self, count: int) -> float:
+        return count / len(self)
+
+    def news(self) -> tuple[str, ...]:
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
 
 
 @dataclass(slots=True, eq=False)
@@ -121,7 +130,7 @@ class Actors:
 
     async def ask_queue(self, method: str, **kwargs: Any) -> Any:
         await asyncio.sleep(0)
-        while method == "take" and self.delivers and self.admitted < 2 * kwargs["step"]:
+        while method == "take_stored" and self.delivers and self.admitted < 2 * kwargs["step"]:
             await asyncio.sleep(0)
         return getattr(self, f"_{method}", lambda **given: self.log.append(f"{method} {given.get('step', '')}"))(
             **kwargs
@@ -165,10 +174,9 @@ class Actors:
         self.admitted += len(prompts)
         self.log.append(f"admit {len(prompts)} at version {version}")
 
-    def _take(self, *, n: int, step: int, wait_s: float) -> list[RolloutGroup]:
-        return (
-            [] if not self.delivers else [group(number, version=step - 1) for number in range(n * (step - 1), n * step)]
-        )
+    def _take_stored(self, *, n: int, step: int, wait_s: float) -> list[bytes]:
+        numbers = range(n * (step - 1), n * step) if self.delivers else ()
+        return [encode_group(group(number, version=step - 1)) for number in numbers]
 
     def _trained(self, *, step: int) -> None:
         self.step = step

@@ -26,7 +26,8 @@ from pathlib import Path
 from trl_ray.algorithms.policy.group_samples import BuiltStep
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
-from trl_ray.errors import AgreementError, StallError
+from trl_ray.config.sections import RuntimeKind
+from trl_ray.errors import AgreementError, InputError, StallError
 from trl_ray.models.companions.teacher_rules import FOLDER
 from trl_ray.pipelines.rollouts.agreement_check import AgreementCheck
 from trl_ray.pipelines.rollouts.evaluation import evaluate, held_out_loss
@@ -42,6 +43,7 @@ from trl_ray.pipelines.run.recording import Recorder, StepTimes
 from trl_ray.pipelines.run.signals import Stop, StopRequested, unless
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult
+from trl_ray.wire.group_payload import decode_group
 
 AGREEMENT = "agreement.json"
 """In checkpoints: what sampler and learner showed at version 0."""
@@ -92,6 +94,8 @@ class RolloutLoop(StepLoop[_Trained]):
         self._agreement = AgreementCheck(plan.config, first_step=first_judged)
         self._restore_agreement(opening.checkpoint)
         self._pulling: asyncio.Task[None] | None = None
+        self._unreadable: InputError | None = None
+        """What is wrong with the next rows of a stream."""
 
     def _restore_agreement(self, checkpoint: str | None) -> None:
         file = None if checkpoint is None else Path(checkpoint) / AGREEMENT
@@ -102,14 +106,17 @@ class RolloutLoop(StepLoop[_Trained]):
 
     def _epoch_after(self, step: int) -> float:
         """Passes over the prompts once so many steps are trained."""
-        return step * self._config.groups_per_step / len(self._plan.prompts)
+        return self._plan.prompts.epochs_after(step * self._config.groups_per_step)
 
     async def run(self) -> None:
         plan = self._plan
         # Before the first prompt is admitted: callbacks may take their time, or refuse.
         await self._begin(
             epoch=self._epoch_after(self.step),
-            num_train_epochs=math.ceil(self._epoch_after(plan.total_steps)),
+            num_train_epochs=math.ceil(
+                # Nobody knows how long a stream is.
+                self._config.num_train_epochs if plan.steps_per_epoch is None else self._epoch_after(plan.total_steps)
+            ),
             can_stop_epoch=False,
         )
         try:
@@ -121,8 +128,11 @@ class RolloutLoop(StepLoop[_Trained]):
                 await asyncio.gather(self._pulling, return_exceptions=True)
 
     async def _admit(self) -> None:
-        """Keeps the slots charged, and issues no more groups than the remaining steps need."""
-        prompts, config = self._plan.prompts, self._config
+        """Keeps the slots charged, and issues no more groups than the remaining steps need.
+
+        Where the next rows of a stream cannot be used it issues no more: what is issued may be trained first.
+        """
+        config = self._config
         while True:
             free: int = await self._actors.ask_queue("wait_for_slots", wait_s=_POLL_S)
             snapshot = await self._actors.ask_queue("snapshot")
@@ -132,8 +142,38 @@ class RolloutLoop(StepLoop[_Trained]):
                 await asyncio.sleep(0.25 if free else 0)
                 continue
             first: int = await self._actors.ask_queue("next_ordinal")
-            chosen = [prompts.prompt(ordinal) for ordinal in range(first, first + count)]
+            try:
+                chosen = await self._read(first, count)
+            except InputError as error:
+                self._unreadable = error
+                await asyncio.Event().wait()
             await self._actors.ask_queue("admit", prompts=chosen, version=self._recorder.pulled_version)
+
+    async def _read(self, first: int, count: int) -> list[Prompt]:
+        """The prompts to issue; on actors a stream is read beside the loop, which must go on answering."""
+        prompts = self._plan.prompts
+        if self._config.dataset_streaming and self._config.runtime.kind is RuntimeKind.RAY:
+            chosen = await asyncio.to_thread(prompts.take, first, count)
+        else:
+            chosen = prompts.take(first, count)
+        for sentence in prompts.news():
+            self._recorder.say(EventKind.WARNING, "data", detail=sentence)
+        return chosen
+
+    async def _end_unread(self) -> None:
+        """End the run where the next rows of a stream cannot be used, once what was issued before them is trained."""
+        if self._unreadable is None:
+            return
+        snapshot = await self._actors.ask_queue("snapshot")
+        if snapshot.live_total >= self._config.groups_per_step:
+            return
+        if not self.step:
+            raise self._unreadable
+        await self._save_last()
+        raise type(self._unreadable)(
+            f"{self._unreadable} {self.step} steps were trained before it and are kept; once it is mended, go on "
+            f"with: trl-ray resume {self._recorder.directory.path}"
+        ) from self._unreadable
 
     async def _train_step(self, step: int) -> _Trained:
         begin = time.time()
@@ -188,6 +228,7 @@ class RolloutLoop(StepLoop[_Trained]):
                 return groups
             await self._drain()
             await self._heed_stop()
+            await self._end_unread()
             if self._pulling is not None and self._pulling.done():
                 self._pulling.result()
             now = time.monotonic()
@@ -207,13 +248,13 @@ class RolloutLoop(StepLoop[_Trained]):
 
     async def _ask_for_groups(self, step: int) -> list[RolloutGroup]:
         """What the queue has for a step, or nothing, within the time of a poll."""
-        asking = self._actors.ask_queue("take", n=self._config.groups_per_step, step=step, wait_s=_POLL_S)
+        asking = self._actors.ask_queue("take_stored", n=self._config.groups_per_step, step=step, wait_s=_POLL_S)
         try:
-            groups: list[RolloutGroup] = await unless(self._stop, asking)
+            stored: list[bytes] = await unless(self._stop, asking)
         except StopRequested:
             await self._heed_stop()
             raise
-        return groups
+        return [decode_group(payload) for payload in stored]
 
     async def _culprits(self) -> str:
         named: str = await self._actors.ask_queue("describe_wait", n=self._config.groups_per_step)
@@ -342,8 +383,8 @@ class RolloutLoop(StepLoop[_Trained]):
         )
         teachers.checkpoint = str(path)
         # One checkpoint behind, so that a run whose newest checkpoint is damaged can go back to the one before.
-        if self._saved not in (0, step):
-            await self._actors.ask_queue("checkpoint", step=self._saved)
+        if self._saved != step:
+            await self._actors.ask_queue("checkpoint", step=self._saved, saved=step)
 
     async def _save_last(self) -> None:
         with suppress(StopRequested):

@@ -20,7 +20,7 @@ from trl_ray.pipelines.rollouts.reward_model_actors import GivenReward, name_rew
 from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop
 from trl_ray.pipelines.run.given_objects import GivenFolders, trainer_objects
-from trl_ray.pipelines.run.given_rows import given_rows
+from trl_ray.pipelines.run.given_rows import given_rows, is_stream
 from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
 from trl_ray.pipelines.run.recording import Recorder
 from trl_ray.pipelines.run.signals import Stop
@@ -82,6 +82,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
 
     config_class: ClassVar[type[RunConfig]]
     resumes_within: ClassVar[int | None] = 2
+    reads_held_out: ClassVar[bool] = False
     objective_class: ClassVar[type[Objective[Any]]]
     """What the pipeline makes of finished groups; with the configuration it is what a pipeline is."""
     _inputs: Inputs
@@ -132,9 +133,11 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
             folders=folders,
             **changes,
         )
+        if is_stream(train_dataset) and self.config.max_steps > 0:
+            self.config = self.config.replace(dataset_streaming=True)
         self._inputs = Inputs(
             train_dataset=given_rows(train_dataset),
-            eval_dataset=given_rows(eval_dataset, evaluation=True),
+            eval_dataset=given_rows(eval_dataset, evaluation=self.reads_held_out),
             reward_funcs=separated.given,
         )
 

@@ -40,6 +40,7 @@ from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report.report_page import build_report
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.run_files import read_json_lines
+from trl_ray.observe.run_lock import RunLock, in_use, living_holder
 from trl_ray.observe.service_sinks import services_of
 from trl_ray.observe.sinks import Observer
 from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
@@ -206,6 +207,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
     """What a user gave in Python beside the configuration; a dataclass with `train_dataset` and `eval_dataset`."""
     resumes_within: ClassVar[int | None] = None
     """How many of the newest checkpoints a run can go on from; None: all."""
+    reads_held_out: ClassVar[bool] = True
+    """Whether held-out streams are read to their end, and not as far as `eval_num_prompts`."""
 
     def __init__(
         self,
@@ -246,6 +249,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         self._is_changed = False
         """The run goes on with other options than it began with."""
         self._resume_at: int | None = None
+        self._lock: RunLock | None = None
+        """Of the run directory, while it is trained into."""
         self._trained: TrainOutput | None = None
         self._given_callbacks = callbacks
         self._callbacks = CallbackList((), args=self.config)
@@ -295,6 +300,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         """
         if self.config.resume_from_checkpoint:
             self._resume, self._resume_at = True, self._checkpoint_to_resume(self.config.resume_from_checkpoint)
+        if holder := living_holder(Path(self.config.output_dir).expanduser().absolute()):
+            raise in_use(Path(self.config.output_dir), holder)
         if not self._resume:
             RunDirectory.check_free(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
         elif self.config.save_only_model:
@@ -364,7 +371,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             self.config = self.config.replace(resume_from_checkpoint=resume_from_checkpoint)
         plan = self.prepare()
         grace = grace_s(self.config.runtime.stop_grace_s)
-        self._trained = run_to_end(lambda stop: self._train(plan, stop), grace=grace)
+        with RunLock.hold(self.config.output_dir) as self._lock:
+            self._trained = run_to_end(lambda stop: self._train(plan, stop), grace=grace)
         if self.config.push_to_hub:
             try:
                 self.push_to_hub()
@@ -385,7 +393,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                     f"{', '.join(map(str, named)) or 'none'}; got {eval_dataset!r}."
                 )
             eval_dataset = {eval_dataset: named[eval_dataset]}
-        eval_dataset = given_rows(eval_dataset, evaluation=True)
+        eval_dataset = given_rows(eval_dataset, evaluation=self.reads_held_out)
         train = inputs.train_dataset
         if train is None and config.dataset_name is None and not config.datasets:
             train = eval_dataset
@@ -536,6 +544,11 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 callbacks=self._callbacks,
             ),
         )
+        if self._lock is not None:
+            session.recorder.guard = self._lock.check
+            if self._lock.taken_from is not None:
+                session.recorder.say(EventKind.WARNING, "driver", detail=self._lock.taken_from)
+                self._lock.taken_from = None
         for problem in found.problems:
             session.recorder.say(EventKind.WARNING, "driver", detail=f"a checkpoint cannot be used: {problem}")
         session.recorder.say(

@@ -6,7 +6,7 @@ RolloutLoop --> Recorder --> Observer (console, metrics.jsonl, events.jsonl, wan
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ class RunRecorder:
     def __init__(self, *, directory: RunDirectory, observer: Observer) -> None:
         self.directory = directory
         self.last: dict[str, float] = {}
+        self.guard: Callable[[], None] = lambda: None
+        """Raises where the run directory is no more this run's to write."""
         self._observer = observer
         self._ended: float | None = None
         self._told_of_grace = False
@@ -85,6 +87,7 @@ class RunRecorder:
 
     def _write_step(self, step: int, record: Mapping[str, float], ledger: LedgerSnapshot) -> None:
         """The line of one optimizer step, and the ledger after it."""
+        self.guard()
         self.last = dict(record)
         self._observer.step(step, record)
         self.directory.write_ledger(ledger.to_json())

@@ -247,6 +247,7 @@ class StepLoop(ABC, Generic[TrainedT]):
         """Write a checkpoint of the last finished step."""
         step, begin = self.step, time.monotonic()
         path = self._recorder.directory.checkpoint(step)
+        self._recorder.guard()
         await self._write_checkpoint(path)
         self._saved, self._save_seconds = step, time.monotonic() - begin
         self._recorder.checkpoint(path, step=step, seconds=self._save_seconds)

@@ -138,7 +138,7 @@ def test_a_run_on_rewards_ends_when_they_get_no_better(tmp_path: Path) -> None:
 def test_the_journal_forgets_up_to_the_checkpoint_before_the_newest(tmp_path: Path) -> None:
     run = RolloutRun(tmp_path, total=5, save_steps=2, callbacks=(Counter(),)).go()
     assert run.logged("save", "checkpoint") == [
-        "save 2", "save 2", "save 4", "checkpoint 2", "save 4", "save 5", "checkpoint 4", "save 5",
+        "save 2", "checkpoint 0", "save 2", "save 4", "checkpoint 2", "save 4", "save 5", "checkpoint 4", "save 5",
     ]  # fmt: skip
     assert list(run.actors.files[4]) == ["ledger.json", OBJECTIVE_STATE, PROMPTS, AGREEMENT, CALLBACKS]
     assert json.loads(run.actors.files[4]["ledger.json"])["step"] == 4
