@@ -46,6 +46,7 @@ from trl_ray.pipelines.run.evaluation_run import EvaluatedNumbers, evaluation_co
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
 from trl_ray.pipelines.run.given_rows import given_rows
 from trl_ray.pipelines.run.hub_pushes import hub_place
+from trl_ray.pipelines.run.learner_actors import beside_guards
 from trl_ray.pipelines.run.recording import RunRecorder
 from trl_ray.pipelines.run.session import Opening, Plan, Session, TrainOutput
 from trl_ray.pipelines.run.signals import Stop, StopRequested, grace_s, run_to_end, unless
@@ -340,7 +341,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         while True:
             session = self._open_session(plan, runtime, directory, resuming=self._resume or restarts > 0)
             try:
-                output = await self._run_session(session, directory, stop)
+                output = await self._run_session(session, runtime, directory, stop)
             except LearnerLostError as error:
                 restarts += 1
                 session.recorder.say(EventKind.ACTOR_LOST, "learner", reason=str(error))
@@ -359,13 +360,19 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 self._end(session.recorder, EventKind.RUN_FINISHED, None)
                 return output
 
-    async def _run_session(self, session: Session, directory: RunDirectory, stop: Stop) -> TrainOutput:
-        """To its end, or to the end of the time that a signal leaves."""
+    async def _run_session(
+        self, session: Session, runtime: Runtime, directory: RunDirectory, stop: Stop
+    ) -> TrainOutput:
+        """To its end, to the end of the time that a signal leaves, or of Ray itself."""
+
+        def missed(detail: str) -> None:
+            session.recorder.say(EventKind.WAITING, "ray", on=detail)
+
         stop.hold()
         telling = asyncio.create_task(tell_of_stop(stop, session.recorder))
         try:
             with stop.ends_in_order(lambda: what_is_left(directory)), waits.heard_by(session.recorder.emit):
-                return await session.run(stop)
+                return await beside_guards(session.run(stop), runtime.watch(missed))
         finally:
             telling.cancel()
 
