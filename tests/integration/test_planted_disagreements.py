@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from runs import PROMPTS, async_grpo, events, grpo, lines
+from runs import PROMPTS, async_grpo, events, grpo, lines, sdpo
 from tiny_architectures import build_tiny_architecture
 from tiny_models import build_tiny_model
 from trl_ray.engines import sampling
@@ -12,6 +12,7 @@ from trl_ray.errors import AgreementError, RunError, WeightError
 from trl_ray.models.scoring.scoring_module import ScoringModule
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
 from trl_ray.pipelines.grpo import GRPOPipeline
+from trl_ray.pipelines.sdpo import SDPOPipeline
 
 pytestmark = pytest.mark.integration
 
@@ -160,7 +161,31 @@ def test_sampling_that_is_reshaped_behind_the_runs_back(model, tmp_path, monkeyp
         train(model, tmp_path / "run")
 
 
-def test_sampling_that_the_run_asked_to_reshape_is_told_and_goes_on(model, tmp_path):
-    train(model, tmp_path / "run", top_k=5)
-    told = [event["detail"]["detail"] for event in events(tmp_path / "run", "warning") if "cause" in event["detail"]]
-    assert len(told) == 1 and "top_k=5" in told[0]
+TRUNCATED = {"top_p": 0.7, "top_k": 20, "min_p": 0.02, "temperature": 0.8}
+ASKED = {
+    "grpo": (grpo, {}),
+    "sampler's": (grpo, {"old_logprobs": "sampler"}),
+    "product": (grpo, {"old_logprobs": "sampler", "importance_sampling_level": "sequence_product"}),
+    "sequence-mask": (grpo, {"vllm_importance_sampling_mode": "sequence_mask", "chunk_lm_head_size": 64}),
+    "penalties": (grpo, {"repetition_penalty": 1.3, "min_tokens": 4, "generation_kwargs": {"bad_words": ["e"]}}),
+    "packed": (grpo, {"share_prompt": "always", "generation_kwargs": {"typical_p": 0.9}}),
+    "async": (async_grpo, {}),
+    "sdpo": (sdpo, {"max_staleness": 1}),
+}
+
+
+@pytest.mark.parametrize(("make", "changes"), ASKED.values(), ids=ASKED)
+def test_sampling_that_the_run_asked_to_reshape_leaves_ratios_at_one(model, tmp_path, make, changes):
+    pipeline = {grpo: GRPOPipeline, async_grpo: AsyncGRPOPipeline, sdpo: SDPOPipeline}[make]
+    options = {"max_steps": 2, "runtime": {"max_restarts": 0}, **TRUNCATED, **changes}
+    pipeline(args=make(model, tmp_path / "run", **options), train_dataset=PROMPTS).train()
+    [first, _] = lines(tmp_path / "run" / "metrics.jsonl")
+    assert first["agreement/age_0/abs_diff"] < 1e-5
+    assert first["kl/sampler"] < 1e-9
+    # The mean ratio of SDPO is that of the distilled tokens.
+    assert first.get("importance/mean", first.get("self_distillation/is_ratio")) == pytest.approx(1.0, abs=1e-5)
+    assert first.get("importance/max", 1.0) == pytest.approx(1.0, abs=1e-3)
+    assert first.get("clip/low", 0.0) == first.get("clip/high", 0.0) == 0.0
+    warnings = [event["detail"] for event in events(tmp_path / "run", "warning")]
+    assert not [detail for detail in warnings if "cause" in detail]
+    assert any("top_p=0.7" in detail["detail"] for detail in warnings)

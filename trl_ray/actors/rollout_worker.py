@@ -30,6 +30,7 @@ from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.data.prompts.reprompts import DecodingTokenizer
 from trl_ray.engines.factory import create_engine
+from trl_ray.engines.sampling import reshapes
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import ActorLostError, DataError, DeadlineError, EngineError, RunError, TrlRayError
 from trl_ray.models.policy_loading import config_changes, find_source, load_tokenizer
@@ -487,8 +488,8 @@ def open_engine(
 
 
 def sampling_params(generation: GenerationConfig) -> SamplingParams:
-    """The engine's view of the generation options."""
-    return SamplingParams(
+    """The engine's view of the generation options; log-probs are what the learner computes."""
+    params = SamplingParams(
         max_tokens=generation.max_completion_length,
         temperature=generation.temperature,
         top_p=generation.top_p,
@@ -499,6 +500,7 @@ def sampling_params(generation: GenerationConfig) -> SamplingParams:
         min_tokens=generation.min_tokens,
         fields=generation.engine_fields,
     )
+    return replace(params, policy_logprobs=reshapes(params))
 
 
 def held_out_params(generation: GenerationConfig) -> SamplingParams:
