@@ -1,5 +1,7 @@
 """Faults that make sampler and learner two policies, planted one by one: each is told in words of its own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from trl_ray.errors import AgreementError, RunError, WeightError
 from trl_ray.models.scoring.scoring_module import ScoringModule
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
 from trl_ray.pipelines.grpo import GRPOPipeline
+from trl_ray.pipelines.rollouts.agreement_check import AgreementCheck
 from trl_ray.pipelines.sdpo import SDPOPipeline
 
 pytestmark = pytest.mark.integration
@@ -159,6 +162,45 @@ def test_sampling_that_is_reshaped_behind_the_runs_back(model, tmp_path, monkeyp
     monkeypatch.setattr("trl_ray.engines.transformers.processed_logprobs", reshaped)
     with pytest.raises(AgreementError, match=words):
         train(model, tmp_path / "run")
+
+
+def plant_late_sampling(monkeypatch, **changes):
+    """Have the engine sample otherwise than asked once it has pulled version 2, in a run that sees no fresh tokens."""
+    monkeypatch.setattr(AgreementCheck, "_judge_sampled", lambda self, values, evidence: iter(()))
+    original = TransformersBackend.add
+
+    def add(self, key, request):
+        sampling = replace(request.sampling, **changes) if self._version >= 2 else request.sampling
+        original(self, key, replace(request, sampling=sampling))
+
+    monkeypatch.setattr(TransformersBackend, "add", add)
+
+
+@pytest.mark.parametrize(
+    ("changes", "temperature", "words"),
+    [
+        ({"top_p": 0.7}, 1.0, "tokens were left out"),
+        ({"min_p": 0.2}, 0.8, "tokens were left out"),
+        ({"temperature": 1.3}, 1.0, "sampling was reshaped: what was sampled came from another distribution"),
+        ({"repetition_penalty": 1.5}, 1.0, "sampling was reshaped"),
+    ],
+    ids=["top-p", "min-p", "temperature", "penalty"],
+)
+def test_sampling_that_is_reshaped_late_in_a_run_is_told_without_fresh_tokens(
+    model, tmp_path, monkeypatch, changes, temperature, words
+):
+    plant_late_sampling(monkeypatch, **changes)
+    options = {"max_staleness": 1, "max_steps": 9, "temperature": temperature}
+    with pytest.raises(AgreementError, match=rf"an engine must say of tokens what it said.*{words}.*cause: sampling"):
+        train(model, tmp_path / "run", asynchronous=True, **options)
+
+
+def test_sampling_that_is_reshaped_late_in_a_run_in_bfloat16_is_told_and_goes_on(model, tmp_path, monkeypatch):
+    plant_late_sampling(monkeypatch, top_p=0.7)
+    options = {"max_staleness": 1, "max_steps": 9, "dtype": "bfloat16"}
+    train(model, tmp_path / "run", asynchronous=True, **options)
+    told = [event["detail"] for event in events(tmp_path / "run", "warning")]
+    assert "sampling" in [detail.get("cause") for detail in told]
 
 
 TRUNCATED = {"top_p": 0.7, "top_k": 20, "min_p": 0.02, "temperature": 0.8}

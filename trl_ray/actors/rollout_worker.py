@@ -148,7 +148,12 @@ class RolloutWorker:
             max_logprobs=top_k,
         )
         self._proof = WeightProof(
-            self._engine, name=name, model=model, rule=agreement, deadline_s=rollout.hang_deadline_s
+            self._engine,
+            name=name,
+            model=model,
+            rule=agreement,
+            deadline_s=rollout.hang_deadline_s,
+            temperature=generation.temperature,
         )
         self._teaching = None if teaching is None else self._open_teaching(teaching, teachers or {})
         self._scores_raw_texts = scores_raw_texts
@@ -358,6 +363,7 @@ class RolloutWorker:
     async def _walk(self, ticket: GroupTicket, future: Future[tuple[Completion, ...]]) -> None:
         began = self._in_flight[ticket.group_id, ticket.attempt]
         completions = await asyncio.wrap_future(future)
+        self._proof.note(ticket.prompt.token_ids, completions)
         # From here on the engine is free for others: this group is scored while the next one is generated.
         self._room.set()
         spans = [self._log.span("generate", began)]

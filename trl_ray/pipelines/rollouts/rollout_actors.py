@@ -27,7 +27,17 @@ from trl_ray.pipelines.run.learner_actors import Emit, LearnerActors, drained, l
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime
 from trl_ray.runtime.supervision import Supervisor, Watched
 from trl_ray.runtime.weights import Published, WeightTransport
-from trl_ray.types import ActorReport, Event, EventKind, Health, IntArray, PullReport, TrainingGap, WeightVersion
+from trl_ray.types import (
+    ActorReport,
+    Event,
+    EventKind,
+    Health,
+    IntArray,
+    PullReport,
+    SamplingGap,
+    TrainingGap,
+    WeightVersion,
+)
 
 _CONTROL_S = 60.0
 _PAUSE_S = 0.25
@@ -75,6 +85,7 @@ class RolloutActors:
             first_check_ids=first_check_ids,
         )
         self._checked: dict[str, PullReport] = {}
+        self._sampled: dict[str, SamplingGap] = {}
         self._training: TrainingGap | None = None
         self.teachers = TeacherActors(
             runtime=runtime,
@@ -120,7 +131,12 @@ class RolloutActors:
         reports = [report for name, report in self._checked.items() if name in self._working]
         means = [report.weight_check_mean for report in reports if report.weight_check_mean is not None]
         own = [report.own_files_mean for report in reports if report.own_files_mean is not None]
-        return Evidence(weights=max(means, default=None), own_files=max(own, default=None), training=self._training)
+        return Evidence(
+            weights=max(means, default=None),
+            own_files=max(own, default=None),
+            training=self._training,
+            sampling=tuple(gap for name, gap in self._sampled.items() if name in self._working),
+        )
 
     async def start(self) -> None:
         """Start every actor side by side, publish the learner's weights, and let the workers begin."""
@@ -219,6 +235,9 @@ class RolloutActors:
         report = await self._weights.pull(handle)
         version, seconds = report.version, round(report.seconds, 4)
         self._emit(EventKind.WEIGHTS_PULLED, handle.name, version=version, checksum=report.checksum, seconds=seconds)
+        # Kept over pulls that found no tokens to compare, of which there may be some between two steps.
+        if report.sampling is not None:
+            self._sampled[handle.name] = report.sampling
         if report.weight_check_mean is None:
             return
         agrees = report.disagreement is None
