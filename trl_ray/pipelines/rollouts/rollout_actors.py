@@ -39,6 +39,7 @@ from trl_ray.types import (
     Health,
     IntArray,
     PullReport,
+    SamplingGap,
     TrainingGap,
     WeightVersion,
 )
@@ -93,6 +94,7 @@ class RolloutActors:
             first_check_ids=first_check_ids,
         )
         self._checked: dict[str, PullReport] = {}
+        self._sampled: dict[str, SamplingGap] = {}
         self._training: TrainingGap | None = None
         self.teachers = TeacherActors(
             runtime=runtime,
@@ -147,7 +149,12 @@ class RolloutActors:
         reports = [report for name, report in self._checked.items() if name in self._working]
         means = [report.weight_check_mean for report in reports if report.weight_check_mean is not None]
         own = [report.own_files_mean for report in reports if report.own_files_mean is not None]
-        return Evidence(weights=max(means, default=None), own_files=max(own, default=None), training=self._training)
+        return Evidence(
+            weights=max(means, default=None),
+            own_files=max(own, default=None),
+            training=self._training,
+            sampling=tuple(gap for name, gap in self._sampled.items() if name in self._working),
+        )
 
     async def start(self) -> None:
         """Start every actor side by side, publish the learner's weights, and let the workers begin."""
@@ -305,6 +312,9 @@ class RolloutActors:
         report = await self._weights.pull(handle)
         version, seconds = report.version, round(report.seconds, 4)
         self._emit(EventKind.WEIGHTS_PULLED, handle.name, version=version, checksum=report.checksum, seconds=seconds)
+        # Kept over pulls that found no tokens to compare, of which there may be some between two steps.
+        if report.sampling is not None:
+            self._sampled[handle.name] = report.sampling
         if report.weight_check_mean is None:
             return
         agrees = report.disagreement is None
