@@ -208,14 +208,19 @@ def _run(main: Callable[[Stop], Coroutine[Any, Any, T]], grace: float | None) ->
             with _signals(stop, task):
                 return await main(stop)
 
-        task = loop.create_task(guarded())
+        task, interrupt = loop.create_task(guarded()), None
         while True:
             try:
                 return loop.run_until_complete(task)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as error:
                 if task.done():
                     raise
+                interrupt = error
                 task.cancel()
+            except asyncio.CancelledError:
+                if interrupt is None:
+                    raise
+                raise interrupt from None
 
 
 class _Threads(ThreadPoolExecutor):
