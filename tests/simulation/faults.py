@@ -15,6 +15,8 @@ class Fate(enum.StrEnum):
     LOST_REQUEST = "lost request"
     LOST_REPLY = "lost reply"
     LATE_REPLY = "late reply"
+    LATE_REQUEST = "late request"
+    """It arrives long after its caller has given up."""
     REPEATED_REQUEST = "repeated request"
     """It arrives again, long after."""
 
@@ -54,6 +56,10 @@ DENSE = FaultPlan(
     calls=0.15, probes=0.003, worker_every_s=50, queue_every_s=60, learner_every_s=500, driver_every_s=600, writes=0.01,
 )  # fmt: skip
 
+STORM = FaultPlan(
+    calls=0.35, probes=0.01, worker_every_s=15, queue_every_s=25, learner_every_s=300, driver_every_s=300, writes=0.02,
+)  # fmt: skip
+
 
 class Faults:
     """Draws faults and counts them; `stop` ends them, so that a run can come to its end."""
@@ -77,7 +83,7 @@ class Faults:
         share = self.plan.probes if probe else self.plan.calls
         if not self.active or share <= 0 or self.rng.random() >= share:
             return Fate.FINE
-        fates = [Fate.LOST_REQUEST, Fate.LOST_REPLY, Fate.LATE_REPLY, Fate.REPEATED_REQUEST]
+        fates = [Fate.LOST_REQUEST, Fate.LOST_REPLY, Fate.LATE_REPLY, Fate.LATE_REQUEST, Fate.REPEATED_REQUEST]
         # Only the queue's calls are idempotent by contract.
         fate = self.rng.choice(fates if role == "queue" else fates[:3])
         self.counts[fate.value] += 1
