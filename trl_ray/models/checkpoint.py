@@ -253,9 +253,15 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
-def latest_checkpoint(directory: str | Path) -> FoundCheckpoint:
-    """The youngest checkpoint that verifies; what is wrong with younger ones is told, not raised."""
-    _rescue(Path(directory))
+def latest_checkpoint(directory: str | Path, *, mend: bool = True) -> FoundCheckpoint:
+    """The youngest checkpoint that verifies; what is wrong with younger ones is told, not raised.
+
+    Args:
+        directory: of all checkpoints.
+        mend: put one back whose replacement was killed half-way; only where no other process writes the directory.
+    """
+    if mend:
+        _rescue(Path(directory))
     problems = []
     for path in reversed(list_checkpoints(directory)):
         try:

@@ -6,7 +6,7 @@ RolloutLoop --> Recorder --> Observer (console, metrics.jsonl, events.jsonl, wan
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import Observer, TrainedGroups
 from trl_ray.observe.staleness import StalenessMonitor
 from trl_ray.pipelines.rollouts.evaluation_numbers import answer_numbers
+from trl_ray.pipelines.run.signals import give_more_grace, in_ray_job
 from trl_ray.types import ActorReport, Evaluation, Event, EventKind, Metric, RolloutGroup, StepResult
 
 
@@ -40,8 +41,11 @@ class RunRecorder:
     def __init__(self, *, directory: RunDirectory, observer: Observer) -> None:
         self.directory = directory
         self.last: dict[str, float] = {}
+        self.guard: Callable[[], None] = lambda: None
+        """Raises where the run directory is no more this run's to write."""
         self._observer = observer
         self._ended: float | None = None
+        self._told_of_grace = False
 
     def emit(self, event: Event) -> None:
         """Write down one event."""
@@ -64,12 +68,26 @@ class RunRecorder:
         """Write down a checkpoint."""
         self.say(EventKind.CHECKPOINT, "learner", step=step, path=path.name, seconds=round(seconds, 3))
 
+    def tell_of_grace(self, checkpoint_s: float, *, grace: float, is_measured: bool) -> None:
+        """Say once in a Ray job that `ray job stop` leaves less time than a checkpoint takes."""
+        if self._told_of_grace or not in_ray_job() or checkpoint_s < grace:
+            return
+        self._told_of_grace = True
+        takes = f"takes {checkpoint_s:.1f} s" if is_measured else f"is likely to take {checkpoint_s:.0f} s or more"
+        self.say(
+            EventKind.WARNING,
+            "driver",
+            detail=f"a checkpoint {takes}, but `ray job stop` kills after {grace:g} s: what was trained since the last "
+            f"checkpoint would be trained again. {give_more_grace(2 * checkpoint_s + 10)}",
+        )
+
     def close(self) -> None:
         """Flush and close all sinks."""
         self._observer.close()
 
     def _write_step(self, step: int, record: Mapping[str, float], ledger: LedgerSnapshot) -> None:
         """The line of one optimizer step, and the ledger after it."""
+        self.guard()
         self.last = dict(record)
         self._observer.step(step, record)
         self.directory.write_ledger(ledger.to_json())
