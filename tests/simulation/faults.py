@@ -44,13 +44,15 @@ class FaultPlan:
     """Of steps whose numbers are not finite."""
     refusals: float = 0.01
     """Of groups that an engine refuses."""
+    no_room: float = 0.1
+    """Of looks for a place for a worker."""
     cut_off: float = 0.03
     """Of groups whose completions are all cut off."""
 
 
 QUIET = FaultPlan(
     calls=0, probes=0, worker_every_s=0, queue_every_s=0, learner_every_s=0, driver_every_s=0, writes=0, skips=0,
-    refusals=0, cut_off=0,
+    refusals=0, cut_off=0, no_room=0,
 )  # fmt: skip
 DENSE = FaultPlan(
     calls=0.15, probes=0.003, worker_every_s=50, queue_every_s=60, learner_every_s=500, driver_every_s=600, writes=0.01,

@@ -232,6 +232,18 @@ class SimulatedRuntime:
         if handle.process in self.processes:
             self.processes.remove(handle.process)
 
+    async def has_room(self, role: Role, *, slot: int = 0) -> bool:
+        """Now and then the nodes that are left have none."""
+        return not self._faults.happens(self._faults.plan.no_room, "no room")
+
+    async def renew(self) -> None:
+        """Nothing was reserved."""
+
+    async def watch(self, say: Callable[[str], None]) -> None:
+        """The driver's death is decided elsewhere."""
+        del say
+        await asyncio.Event().wait()
+
     def survives(self, role: Role) -> bool:
         return role is Role.QUEUE
 
