@@ -29,6 +29,8 @@ class FaultPlan:
     """Of calls that are lost, late or repeated."""
     probes: float = 0.0005
     """The same of health probes, each of which costs an actor its life."""
+    pulls: float = 0.02
+    """The same of weight pulls, whose callers wait long."""
     worker_every_s: float = 200.0
     """Deaths, hangs and broken engines of rollout workers."""
     queue_every_s: float = 300.0
@@ -51,7 +53,7 @@ class FaultPlan:
 
 
 QUIET = FaultPlan(
-    calls=0, probes=0, worker_every_s=0, queue_every_s=0, learner_every_s=0, driver_every_s=0, writes=0, skips=0,
+    calls=0, probes=0, pulls=0, worker_every_s=0, queue_every_s=0, learner_every_s=0, driver_every_s=0, writes=0, skips=0,
     refusals=0, cut_off=0, no_room=0,
 )  # fmt: skip
 DENSE = FaultPlan(
@@ -81,8 +83,8 @@ class Faults:
     def fate(self, role: str, method: str) -> Fate:
         """Of one call."""
         # What costs an actor its life when it is lost is lost less often.
-        probe = role == "learner" or method in ("health", "start", "pull")
-        share = self.plan.probes if probe else self.plan.calls
+        probe = role == "learner" or method in ("health", "start")
+        share = self.plan.probes if probe else self.plan.pulls if method == "pull" else self.plan.calls
         if not self.active or share <= 0 or self.rng.random() >= share:
             return Fate.FINE
         fates = [Fate.LOST_REQUEST, Fate.LOST_REPLY, Fate.LATE_REPLY, Fate.LATE_REQUEST, Fate.REPEATED_REQUEST]
