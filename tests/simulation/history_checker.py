@@ -1,6 +1,6 @@
 """Reads a written history and says what is wrong with it; it knows nothing of the package.
 
-    history.jsonl, one event a line --> lost, unexpected, duplicated, recovered (Jepsen's words), and illegal transitions
+    history, one event a line --> lost, unexpected, duplicated, recovered (Jepsen's words), and illegal transitions
 
 A timeline ends where the learner goes back to a checkpoint; the next one begins with the steps up to it.
 """
@@ -142,7 +142,9 @@ class Checker:
             self._wrong(f"the commit of group {group_id}, attempt {attempt}, was acknowledged, yet another is trained")
         for version, checksum in sample["versions"]:
             if self.checksums.get(version) != checksum:
-                self._wrong(f"group {group_id} was sampled by weights {checksum!r} of version {version}, which are gone")
+                self._wrong(
+                    f"group {group_id} was sampled by weights {checksum!r} of version {version}, which are gone"
+                )
         oldest = min(version for version, _ in sample["versions"])
         age = self.step - oldest
         if not 0 <= age <= self.rules["max_age_at_use"]:

@@ -1,7 +1,7 @@
 """A disk that forgets: what was never waited for may be gone after a power cut, and a write may end anywhere.
 
-    write_all -- now and then killed after any byte --> file        fsync, fdatasync --> so many bytes are safe
-    power cut: the journal keeps at least what is safe; payload files, for which nobody waits, keep anything
+write_all -- now and then killed after any byte --> file        fsync, fdatasync --> so many bytes are safe
+power cut: the journal keeps at least what is safe; payload files, for which nobody waits, keep anything
 """
 
 from __future__ import annotations

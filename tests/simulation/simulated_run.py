@@ -66,7 +66,7 @@ class Scene:
     """Seconds the learner needs for a step."""
     generate_s: float = 12.0
     """Seconds an engine needs for a group, on average."""
-    save_steps: int = 12
+    save_steps: int = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +204,9 @@ class SimulatedRun:
         self.scene = scene
         rng = random.Random(scene.seed)
         self.rules = SlotBounds(
-            groups_per_step=rng.choice([1, 2, 4]), max_staleness=rng.choice([0, 1, 2]), max_look_ahead=rng.choice([1, 3])
+            groups_per_step=rng.choice([1, 2, 4]),
+            max_staleness=rng.choice([0, 1, 2]),
+            max_look_ahead=rng.choice([1, 3]),
         )
         self.max_attempts = rng.choice([2, 4])
         self.adaptive = rng.random() < 0.5
@@ -238,9 +240,7 @@ class SimulatedRun:
             for event in answer.events:
                 if event.kind is EventKind.GROUP_DROPPED:
                     detail = event.detail
-                    self.say(
-                        "dropped", group=detail["group_id"], attempt=detail["attempt"], reason=detail["reason"]
-                    )
+                    self.say("dropped", group=detail["group_id"], attempt=detail["attempt"], reason=detail["reason"])
 
     # ---- actors
 
@@ -301,7 +301,7 @@ class SimulatedRun:
         self.disk.kill_share = self.scene.plan.writes
         config = GRPOConfig(
             rollout={"num_workers": 2, "canary_every": 0, "lease_s": 60.0, "engine": "transformers"},
-            runtime={"max_restarts": 1_000_000, "health_interval_s": 5.0, "health_deadline_s": 15.0},
+            runtime={"max_restarts": 1_000_000, "health_interval_s": 8.0, "health_deadline_s": 15.0},
         )
         resuming, at = False, 0
         with self.disk.installed():
