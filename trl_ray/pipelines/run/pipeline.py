@@ -49,8 +49,10 @@ from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
 from trl_ray.pipelines.run.given_rows import given_rows
 from trl_ray.pipelines.run.hub_pushes import hub_place
 from trl_ray.pipelines.run.learner_actors import beside_guards
+from trl_ray.pipelines.run.one_evaluation import FoundNumbers, evaluation_config
+from trl_ray.pipelines.run.ray_job import grace_s
 from trl_ray.pipelines.run.recording import RunRecorder
-from trl_ray.pipelines.run.signals import Stop, StopRequested, grace_s, run_to_end, unless
+from trl_ray.pipelines.run.signals import Stop, StopRequested, run_to_end, unless
 from trl_ray.pipelines.run.stopping import close_in_time, tell_of_stop, what_is_left
 from trl_ray.pipelines.run.trainer_methods import TrainerMethods
 from trl_ray.runtime.local import LocalRuntime
@@ -167,35 +169,6 @@ class Session(ABC):
     @abstractmethod
     async def dismiss(self) -> None:
         """End the actors for good."""
-
-
-class _Numbers:
-    """A callback that keeps what was evaluated last."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, float] = {}
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **payload: Any) -> None:
-        """See the class."""
-        self.numbers = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-
-
-def evaluation_config(config: ConfigT, folder: str) -> ConfigT:
-    """The options of one evaluation in a folder of its own: no checkpoints, no services, no callbacks."""
-    return config.replace(
-        output_dir=folder,
-        eval_strategy="steps",
-        eval_steps=1,
-        eval_on_start=None,
-        save_strategy="no",
-        load_best_model_at_end=False,
-        early_stopping_patience=None,
-        resume_from_checkpoint=None,
-        report_to=[],
-        push_to_hub=False,
-        callbacks=[],
-        html_report=False,
-    )
 
 
 class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
@@ -415,7 +388,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         """
         del ignore_keys
         with tempfile.TemporaryDirectory(prefix="trl_ray-evaluation-") as folder:
-            pipeline, found = copy(self), _Numbers()
+            pipeline, found = copy(self), FoundNumbers()
             pipeline.config = evaluation_config(self.config, folder)
             pipeline._inputs = self._with_held_out(eval_dataset)
             self._given.write(self.config.part(ModelConfig))
@@ -561,6 +534,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             **self._announcement(),
         )
         slow = plan.expected_memory()[Role.LEARNER] / _DISK_BYTES_PER_S
+        session.recorder.tell_of_lost_folder()
         session.recorder.tell_of_grace(slow, grace=grace_s(config.runtime.stop_grace_s), is_measured=False)
         return session
 

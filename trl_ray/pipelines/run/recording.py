@@ -21,7 +21,7 @@ from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import Observer, TrainedGroups
 from trl_ray.observe.staleness import StalenessMonitor
 from trl_ray.pipelines.rollouts.evaluation_numbers import answer_numbers
-from trl_ray.pipelines.run.signals import give_more_grace, in_ray_job
+from trl_ray.pipelines.run.ray_job import give_more_grace, in_ray_job, is_deleted_with_job
 from trl_ray.types import ActorReport, Evaluation, Event, EventKind, Metric, RolloutGroup, StepResult
 
 
@@ -80,6 +80,15 @@ class RunRecorder:
             detail=f"a checkpoint {takes}, but `ray job stop` kills after {grace:g} s: what was trained since the last "
             f"checkpoint would be trained again. {give_more_grace(2 * checkpoint_s + 10)}",
         )
+
+    def tell_of_lost_folder(self) -> None:
+        """Say that the run will not outlive its Ray job."""
+        if is_deleted_with_job(self.directory.path):
+            detail = (
+                f"output_dir is {self.directory.path}, in the copy of the submitted folder, which Ray deletes with the "
+                "job. Give it an absolute path that outlives the job."
+            )
+            self.say(EventKind.WARNING, "driver", detail=detail)
 
     def close(self) -> None:
         """Flush and close all sinks."""
