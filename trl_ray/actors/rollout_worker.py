@@ -31,6 +31,7 @@ from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.data.prompts.reprompts import DecodingTokenizer
 from trl_ray.engines.factory import create_engine
+from trl_ray.engines.sampling import reshapes
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import ActorLostError, DataError, DeadlineError, EngineError, RunError, TrlRayError
 from trl_ray.models.policy_loading import config_changes, find_source, load_tokenizer
@@ -57,6 +58,7 @@ from trl_ray.types import (
     WeightCheck,
     WeightPayload,
 )
+from trl_ray.types.clock import steady_time
 from trl_ray.wire.worker_news import GroupFailed, GroupGenerated, WorkerNews, finished_group
 
 _POLL_S = 5.0
@@ -149,7 +151,12 @@ class RolloutWorker:
             max_logprobs=top_k,
         )
         self._proof = WeightProof(
-            self._engine, name=name, model=model, rule=agreement, deadline_s=rollout.hang_deadline_s
+            self._engine,
+            name=name,
+            model=model,
+            rule=agreement,
+            deadline_s=rollout.hang_deadline_s,
+            temperature=generation.temperature,
         )
         self._teaching = None if teaching is None else self._open_teaching(teaching, teachers or {})
         self._scores_raw_texts = scores_raw_texts
@@ -190,7 +197,7 @@ class RolloutWorker:
             EngineError: loading failed half-way.
             DeadlineError: the weight check was not scored in time.
         """
-        begin = time.time()
+        begin = steady_time()
         try:
             await asyncio.to_thread(self._proof.look_before, check)
             await asyncio.to_thread(self._load, payload)
@@ -305,7 +312,7 @@ class RolloutWorker:
             )
             for ticket in tickets
         ]
-        now = time.time()
+        now = steady_time()
         futures = self._complete([ticket.prompt for ticket in tickets], requests)
         for ticket, future in zip(tickets, futures, strict=True):
             # Noted before anything is awaited, so that the next lease already names it.
@@ -358,6 +365,7 @@ class RolloutWorker:
     async def _walk(self, ticket: GroupTicket, future: Future[tuple[Completion, ...]]) -> None:
         began = self._in_flight[ticket.group_id, ticket.attempt]
         completions = await asyncio.wrap_future(future)
+        self._proof.note(ticket.prompt.token_ids, completions)
         # From here on the engine is free for others: this group is scored while the next one is generated.
         self._room.set()
         spans = [self._log.span("generate", began)]
@@ -494,8 +502,8 @@ def open_engine(
 
 
 def sampling_params(generation: GenerationConfig) -> SamplingParams:
-    """The engine's view of the generation options."""
-    return SamplingParams(
+    """The engine's view of the generation options; log-probs are what the learner computes."""
+    params = SamplingParams(
         max_tokens=generation.max_completion_length,
         temperature=generation.temperature,
         top_p=generation.top_p,
@@ -506,6 +514,7 @@ def sampling_params(generation: GenerationConfig) -> SamplingParams:
         min_tokens=generation.min_tokens,
         fields=generation.engine_fields,
     )
+    return replace(params, policy_logprobs=reshapes(params))
 
 
 def held_out_params(generation: GenerationConfig) -> SamplingParams:

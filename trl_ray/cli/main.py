@@ -37,7 +37,8 @@ from trl_ray.pipelines.pipeline_registry import ENTRY_POINTS, find_pipeline
 from trl_ray.pipelines.run.signals import interrupt_at_once, own_process
 
 if TYPE_CHECKING:
-    from trl_ray.pipelines.run.pipeline import Pipeline, TrainOutput
+    from trl_ray.pipelines.run.pipeline import Pipeline
+    from trl_ray.pipelines.run.session import TrainOutput
 
 
 class ExitCode(enum.IntEnum):

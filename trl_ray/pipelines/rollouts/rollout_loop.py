@@ -30,7 +30,7 @@ from trl_ray.config.sections import RuntimeKind
 from trl_ray.errors import AgreementError, InputError, StallError
 from trl_ray.models.companions.teacher_rules import FOLDER
 from trl_ray.pipelines.rollouts.agreement_check import AgreementCheck
-from trl_ray.pipelines.rollouts.evaluation import evaluate, held_out_loss
+from trl_ray.pipelines.rollouts.evaluation import SHARE_TRIES, evaluate, held_out_loss
 from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
 from trl_ray.pipelines.rollouts.objective import with_metrics
 from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, PROMPTS, Preparation
@@ -38,11 +38,13 @@ from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.updates import Updated, prepare_step, train_on
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.learner_actors import under_watch
-from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
+from trl_ray.pipelines.run.session import Opening
 from trl_ray.pipelines.run.signals import Stop, StopRequested, unless
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
+from trl_ray.runtime import waits
 from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult
+from trl_ray.types.clock import steady_time
 from trl_ray.wire.group_payload import decode_group
 
 AGREEMENT = "agreement.json"
@@ -139,7 +141,7 @@ class RolloutLoop(StepLoop[_Trained]):
             remaining = (self._plan.total_steps - snapshot.step) * config.groups_per_step
             count = min(free, remaining - snapshot.live_total)
             if count <= 0:
-                await asyncio.sleep(0.25 if free else 0)
+                await waits.pause(0.25 if free else 0)
                 continue
             first: int = await self._actors.ask_queue("next_ordinal")
             try:
@@ -176,12 +178,12 @@ class RolloutLoop(StepLoop[_Trained]):
         ) from self._unreadable
 
     async def _train_step(self, step: int) -> _Trained:
-        begin = time.time()
+        begin = steady_time()
         groups = await self._take(step)
-        taken = time.time()
+        taken = steady_time()
         staleness = self._recorder.check_staleness(step, groups)
         updated = self._agree(step, await self._optimize(step, groups))
-        trained = time.time()
+        trained = steady_time()
         await self._settle(step, updated.result)
         version = await self._publish(step, wait_s=taken - begin, step_s=trained - begin)
         return _Trained(
@@ -191,7 +193,7 @@ class RolloutLoop(StepLoop[_Trained]):
             built=updated.built,
             staleness=staleness,
             version=version,
-            times=StepTimes(begin=begin, taken=taken, trained=trained, published=time.time()),
+            times=StepTimes(begin=begin, taken=taken, trained=trained, published=steady_time()),
         )
 
     async def _report(self, trained: _Trained) -> None:
@@ -348,12 +350,13 @@ class RolloutLoop(StepLoop[_Trained]):
         return numbers
 
     async def _evaluate_set(self, name: str, prompts: Sequence[Prompt]) -> dict[str, float]:
-        begin, plan, config = time.time(), self._plan, self._config
-        evaluation = await evaluate(
-            self._actors.working, prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s
-        )
+        begin, plan, config = steady_time(), self._plan, self._config
+        evaluation = await evaluate(self._actors, prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s)
         for reason in evaluation.lost:
-            self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of the evaluation was lost: {reason}")
+            self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of it was asked again: {reason}")
+        if missing := len(prompts) - len(evaluation.answers):
+            detail = f"{missing} of {len(prompts)} prompts are missing: whoever was asked was lost, {SHARE_TRIES} times"
+            self._recorder.say(EventKind.WARNING, "evaluation", detail=detail)
         held_out = await held_out_loss(
             evaluation.answers,
             step=self.step,
@@ -361,7 +364,7 @@ class RolloutLoop(StepLoop[_Trained]):
             cut=plan.cut,
             ask_learner=self._actors.learner.ask,
         )
-        return self._recorder.evaluated(self.step, evaluation.answers, held_out, time.time() - begin, name=name)
+        return self._recorder.evaluated(self.step, evaluation.answers, held_out, steady_time() - begin, name=name)
 
     async def _write_checkpoint(self, path: Path) -> None:
         """Also of teachers that are averages; then let the journal forget what it no longer needs."""

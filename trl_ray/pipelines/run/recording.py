@@ -5,7 +5,6 @@ RolloutLoop --> Recorder --> Observer (console, metrics.jsonl, events.jsonl, wan
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from trl_ray.observe.staleness import StalenessMonitor
 from trl_ray.pipelines.rollouts.evaluation_numbers import answer_numbers
 from trl_ray.pipelines.run.ray_job import give_more_grace, in_ray_job, is_deleted_with_job
 from trl_ray.types import ActorReport, Evaluation, Event, EventKind, Metric, RolloutGroup, StepResult
+from trl_ray.types.clock import steady_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ class Recorder(RunRecorder):
         Raises:
             WeightError: a token is older than the bound.
         """
-        return self._monitor.observe(groups, learner_version=step - 1, taken_at=time.time())
+        return self._monitor.observe(groups, learner_version=step - 1, taken_at=steady_time())
 
     def line(
         self,

@@ -1,4 +1,7 @@
-"""What a run that only evaluates is made of: options without a trace, and a callback that keeps the numbers."""
+"""An evaluation by itself: a run of its own, in a folder of its own, that trains nothing.
+
+options of the run --evaluation_config--> options of the evaluation        on_evaluate --> EvaluatedNumbers
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from trl_ray.config.runs.run_config import RunConfig
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
-class FoundNumbers:
+class EvaluatedNumbers:
     """A callback that keeps what was evaluated last."""
 
     def __init__(self) -> None:
