@@ -352,7 +352,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 await self._dismiss(session, runtime)
             except (InterruptedRun, asyncio.CancelledError, KeyboardInterrupt) as error:
                 stop.settled = True
-                self._end(session.recorder, EventKind.INTERRUPTED, error, is_short=stop.at_once)
+                self._end(session.recorder, EventKind.INTERRUPTED, error, stop=stop)
                 raise
             except TrlRayError as error:
                 self._end(session.recorder, EventKind.RUN_FAILED, error)
@@ -459,12 +459,16 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         return {}
 
     def _end(
-        self, recorder: RunRecorder, kind: EventKind, error: BaseException | None, *, is_short: bool = False
+        self, recorder: RunRecorder, kind: EventKind, error: BaseException | None, *, stop: Stop | None = None
     ) -> None:
         recorder.say(kind, "driver", **({"error": f"{type(error).__name__}: {error}"} if error is not None else {}))
-        recorder.close()
-        if self.config.html_report and not is_short:
+        hurries = stop is not None and (stop.at_once or stop.left_s is not None)
+        if not hurries:
+            recorder.close()
+        if self.config.html_report and not (stop is not None and stop.at_once):
             build_report(recorder.directory.path)
+        if hurries:  # a service may take its time
+            recorder.close()
 
     def _open_directory(self) -> RunDirectory:
         config = self.config.replace(resume_from_checkpoint=None)  # of the run, not of this start
