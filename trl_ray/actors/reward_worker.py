@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from trl_ray.types import (
     RewardFailure,
     ScoredGroup,
 )
+from trl_ray.types.clock import steady_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,7 @@ class RewardWorker:
     async def _score(
         self, group_prompt: Prompt, completions: Sequence[Completion], raw: RawTexts | None
     ) -> ScoredGroup:
-        start = time.time()
+        start = steady_time()
         rated = asyncio.gather(*(model.score(group_prompt, completions) for model in self._models))
         scores = []
         if self._functions:
@@ -144,22 +144,22 @@ class RewardWorker:
     async def _score_by_functions(self, group: GroupInput, size: int) -> tuple[float, ScoredGroup]:
         """When the group's turn came, and what the functions say."""
         if self._inline:
-            return time.time(), await self._score_inline(group)
+            return steady_time(), await self._score_inline(group)
         call = next(self._calls)
 
         def on_start() -> None:
-            self._busy[call] = time.time()
+            self._busy[call] = steady_time()
 
         future = self._sandbox.submit(group, size=size, on_start=on_start)
         try:
             scored = await asyncio.wrap_future(future)
         finally:
-            began = self._busy.pop(call, time.time())
+            began = self._busy.pop(call, steady_time())
         return began, scored
 
     async def _score_inline(self, group: GroupInput) -> ScoredGroup:
         call = next(self._calls)
-        self._busy[call] = time.time()
+        self._busy[call] = steady_time()
         try:
             return await score_group(self._loaded, group, may_abstain=bool(self._models))
         finally:

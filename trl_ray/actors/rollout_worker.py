@@ -58,6 +58,7 @@ from trl_ray.types import (
     WeightCheck,
     WeightPayload,
 )
+from trl_ray.types.clock import steady_time
 from trl_ray.wire.worker_news import GroupFailed, GroupGenerated, WorkerNews, finished_group
 
 _POLL_S = 5.0
@@ -196,7 +197,7 @@ class RolloutWorker:
             EngineError: loading failed half-way.
             DeadlineError: the weight check was not scored in time.
         """
-        begin = time.time()
+        begin = steady_time()
         try:
             await asyncio.to_thread(self._proof.look_before, check)
             await asyncio.to_thread(self._load, payload)
@@ -311,7 +312,7 @@ class RolloutWorker:
             )
             for ticket in tickets
         ]
-        now = time.time()
+        now = steady_time()
         futures = self._complete([ticket.prompt for ticket in tickets], requests)
         for ticket, future in zip(tickets, futures, strict=True):
             # Noted before anything is awaited, so that the next lease already names it.

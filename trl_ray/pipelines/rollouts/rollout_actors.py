@@ -43,6 +43,7 @@ from trl_ray.types import (
     TrainingGap,
     WeightVersion,
 )
+from trl_ray.types.clock import steady_time
 
 _CONTROL_S = 60.0
 _PAUSE_S = 0.25
@@ -198,13 +199,13 @@ class RolloutActors:
         Raises:
             LearnerLostError: the learner died or hung.
         """
-        begin, self._steps = time.time(), max(self._steps, step)
+        begin, self._steps = steady_time(), max(self._steps, step)
         with learner_lost():
             published = await self._weights.publish(self.learner.handle, step=step)
         identity = published.identity
         if published.check is not None and published.check.training is not None:
             self._training = published.check.training
-        seconds = round(time.time() - begin, 4)
+        seconds = round(steady_time() - begin, 4)
         self._emit(EventKind.WEIGHTS_PUBLISHED, "learner", **asdict(identity), seconds=seconds)
         return identity
 
@@ -363,7 +364,7 @@ class RolloutActors:
         self.teachers.lose(watched.handle)
         pid = watched.health.pid if watched.health else None
         self._emit(EventKind.ACTOR_LOST, name, reason=reason, pid=pid)
-        begin = time.time()
+        begin = steady_time()
         if role is Role.ROLLOUT:
             await self._discard(watched.handle)
             health, handle = await self._start_worker(watched.slot, reason)
@@ -373,7 +374,7 @@ class RolloutActors:
                 await self._feed(handle)
         self.supervisor.watch(handle, slot=watched.slot, health=health)
         told = {"replaces": name, "pid": health.pid, "same_process": health.pid == pid}
-        self._emit(EventKind.ACTOR_RESTARTED, handle.name, **told, seconds=round(time.time() - begin, 3))
+        self._emit(EventKind.ACTOR_RESTARTED, handle.name, **told, seconds=round(steady_time() - begin, 3))
 
     async def _feed(self, handle: ActorHandle) -> None:
         """Give a teacher that came back its weights; one that is lost meanwhile is found by the next probe."""

@@ -44,6 +44,7 @@ from trl_ray.pipelines.run.signals import Stop, StopRequested, unless
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.runtime import waits
 from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult
+from trl_ray.types.clock import steady_time
 from trl_ray.wire.group_payload import decode_group
 
 AGREEMENT = "agreement.json"
@@ -177,12 +178,12 @@ class RolloutLoop(StepLoop[_Trained]):
         ) from self._unreadable
 
     async def _train_step(self, step: int) -> _Trained:
-        begin = time.time()
+        begin = steady_time()
         groups = await self._take(step)
-        taken = time.time()
+        taken = steady_time()
         staleness = self._recorder.check_staleness(step, groups)
         updated = self._agree(step, await self._optimize(step, groups))
-        trained = time.time()
+        trained = steady_time()
         await self._settle(step, updated.result)
         version = await self._publish(step, wait_s=taken - begin, step_s=trained - begin)
         return _Trained(
@@ -192,7 +193,7 @@ class RolloutLoop(StepLoop[_Trained]):
             built=updated.built,
             staleness=staleness,
             version=version,
-            times=StepTimes(begin=begin, taken=taken, trained=trained, published=time.time()),
+            times=StepTimes(begin=begin, taken=taken, trained=trained, published=steady_time()),
         )
 
     async def _report(self, trained: _Trained) -> None:
@@ -349,7 +350,7 @@ class RolloutLoop(StepLoop[_Trained]):
         return numbers
 
     async def _evaluate_set(self, name: str, prompts: Sequence[Prompt]) -> dict[str, float]:
-        begin, plan, config = time.time(), self._plan, self._config
+        begin, plan, config = steady_time(), self._plan, self._config
         evaluation = await evaluate(self._actors, prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s)
         for reason in evaluation.lost:
             self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of it was asked again: {reason}")
@@ -363,7 +364,7 @@ class RolloutLoop(StepLoop[_Trained]):
             cut=plan.cut,
             ask_learner=self._actors.learner.ask,
         )
-        return self._recorder.evaluated(self.step, evaluation.answers, held_out, time.time() - begin, name=name)
+        return self._recorder.evaluated(self.step, evaluation.answers, held_out, steady_time() - begin, name=name)
 
     async def _write_checkpoint(self, path: Path) -> None:
         """Also of teachers that are averages; then let the journal forget what it no longer needs."""

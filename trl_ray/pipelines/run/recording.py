@@ -5,7 +5,6 @@ RolloutLoop --> Recorder --> Observer (console, metrics.jsonl, events.jsonl, wan
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,9 @@ from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import Observer, TrainedGroups
 from trl_ray.observe.staleness import StalenessMonitor
 from trl_ray.pipelines.rollouts.evaluation_numbers import answer_numbers
-from trl_ray.pipelines.run.signals import give_more_grace, in_ray_job
+from trl_ray.pipelines.run.ray_job import give_more_grace, in_ray_job, is_deleted_with_job
 from trl_ray.types import ActorReport, Evaluation, Event, EventKind, Metric, RolloutGroup, StepResult
+from trl_ray.types.clock import steady_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +81,15 @@ class RunRecorder:
             f"checkpoint would be trained again. {give_more_grace(2 * checkpoint_s + 10)}",
         )
 
+    def tell_of_lost_folder(self) -> None:
+        """Say that the run will not outlive its Ray job."""
+        if is_deleted_with_job(self.directory.path):
+            detail = (
+                f"output_dir is {self.directory.path}, in the copy of the submitted folder, which Ray deletes with the "
+                "job. Give it an absolute path that outlives the job."
+            )
+            self.say(EventKind.WARNING, "driver", detail=detail)
+
     def close(self) -> None:
         """Flush and close all sinks."""
         self._observer.close()
@@ -121,7 +130,7 @@ class Recorder(RunRecorder):
         Raises:
             WeightError: a token is older than the bound.
         """
-        return self._monitor.observe(groups, learner_version=step - 1, taken_at=time.time())
+        return self._monitor.observe(groups, learner_version=step - 1, taken_at=steady_time())
 
     def line(
         self,

@@ -200,6 +200,19 @@ def test_a_stop_while_groups_are_waited_for_leaves_a_checkpoint_of_step_zero(tmp
     assert list(run.actors.files) == [0]
 
 
+def test_a_clock_that_is_set_back_makes_no_step_shorter_than_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = iter(range(2_000_000_000, 0, -3600))
+    monkeypatch.setattr("time.time", lambda: float(next(moments)))
+    run = RolloutRun(tmp_path, total=2, eval_steps=1, save_steps=1).go()
+    for line in run.lines("metrics.jsonl"):
+        durations = {key: value for key, value in line.items() if key.startswith(("time/", "throughput/"))}
+        assert durations and min(durations.values()) >= 0, durations
+    told = [event["detail"]["seconds"] for event in run.lines("events.jsonl") if "seconds" in event["detail"]]
+    assert told and min(told) >= 0
+
+
 def hurry(run: RolloutRun, grace: float = 30.0) -> None:
     """What SIGTERM does."""
     run.stop.grace_s = grace
