@@ -62,6 +62,7 @@ def _hold_in() -> dict[str, str]:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         landlock.restrict_reach()
+        linux.drop_capabilities(linux.CAPABILITIES_TO_LOOK)
     except OSError as error:
         return {"processes of others out of reach": str(error)}
     return {}

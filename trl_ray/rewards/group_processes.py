@@ -24,9 +24,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trl_ray.rewards import sandbox_messages as wire
+from trl_ray.rewards.functions import text_of
 from trl_ray.rewards.jail.walls import Walls, kill_descendants
 from trl_ray.rewards.lone_answers import scored_alone
-from trl_ray.rewards.reward_registry import RewardSpec, Scorer
+from trl_ray.rewards.reward_registry import READ, RewardSpec, Scorer
 from trl_ray.rewards.scoring import GroupInput, NamedFunction, score_group
 from trl_ray.types import RewardErrorKind
 
@@ -76,7 +77,9 @@ class GroupProcesses:
         pipes: Pipes,
     ) -> None:
         self._functions = functions
-        self._alone = frozenset(spec.name for spec in specs if spec.scorer is Scorer.EVALUATOR)
+        self._reads = {
+            spec.name: READ.get(spec.reference or "", text_of) for spec in specs if spec.scorer is Scorer.EVALUATOR
+        }
         self._preparations = preparations
         self._walls = walls
         self._folder = folder
@@ -174,9 +177,10 @@ class GroupProcesses:
             os._exit(code)
 
     def _wrapped(self, named: NamedFunction, timeout_s: float) -> NamedFunction:
-        if named.name not in self._alone:
+        if named.name not in self._reads:
             return named
-        function = scored_alone(named.function, name=named.name, walls=self._walls, timeout_s=timeout_s)
+        reads = self._reads[named.name]
+        function = scored_alone(named.function, name=named.name, reads=reads, walls=self._walls, timeout_s=timeout_s)
         return NamedFunction(name=named.name, function=function, weight=named.weight)
 
     # ---- its answers, and its end ----------------------------------------------------------------------------

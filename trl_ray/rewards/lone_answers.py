@@ -13,11 +13,11 @@ import re
 import select
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_ray.rewards.functions import RewardFunction, text_of
+from trl_ray.rewards.functions import RewardFunction
 from trl_ray.rewards.jail.walls import MAX_FILES, Walls
 from trl_ray.rewards.scoring import accepted
 
@@ -26,6 +26,7 @@ _FUNCTION = re.compile(r"\b(?:a?(?:sin|cos|tan)h?|sec|csc|cot|exp|log|ln|sqrt|ab
 _CALL = re.compile(r"[A-Za-z0-9)\]'\"]\s*\(")
 _POWER = re.compile(r"\*\*|\^")
 _SMALL_POWER = re.compile(r"(?:\*\*|\^)\s*[0-9]{1,2}(?![0-9.]|\s*(?:\*\*|\^))")
+_STORE = re.compile(r"(?:\]|\.\s*[A-Za-z][A-Za-z0-9]*)\s*[-+*/^]*=(?!=)")
 _LARGE_NUMBER = re.compile(r"[0-9]{16}|<<|['\"].*\*|\*.*['\"]", re.DOTALL)
 _AT_ONCE = min(4, os.cpu_count() or 1)
 _MAX_CPU_S = 2.0
@@ -57,8 +58,8 @@ class _Fork:
 
 
 def is_plain(text: str) -> bool:
-    """Whether nothing could be called, and nothing could grow, were it run as Python: it needs no own process."""
-    if not _CHARACTERS.fullmatch(text) or _LARGE_NUMBER.search(text):
+    """Whether nothing could be called, changed or grow, were it run as Python: it needs no process of its own."""
+    if not _CHARACTERS.fullmatch(text) or _LARGE_NUMBER.search(text) or _STORE.search(text):
         return False
     powers = len(_POWER.findall(text))
     if powers > 2 or powers != len(_SMALL_POWER.findall(text)):
@@ -70,7 +71,9 @@ class ScorerRaised(Exception):
     """The function raised for one completion; says what."""
 
 
-def scored_alone(function: RewardFunction, *, name: str, walls: Walls, timeout_s: float) -> RewardFunction:
+def scored_alone(
+    function: RewardFunction, *, name: str, reads: Callable[[Any], str], walls: Walls, timeout_s: float
+) -> RewardFunction:
     """The same function, each completion for itself.
 
     An answer at which the function raises is wrong (0) too, unless it raises at all of them.
@@ -78,10 +81,11 @@ def scored_alone(function: RewardFunction, *, name: str, walls: Walls, timeout_s
     Args:
         function: scores each completion without regard to the others, not async.
         name: of its part.
+        reads: the text of a completion that it evaluates.
         walls: around this process.
         timeout_s: for all.
     """
-    lone = _LoneAnswers(function, name, walls, timeout_s)
+    lone = _LoneAnswers(function, name, reads, walls, timeout_s)
 
     def score(**arguments: Any) -> list[Any]:
         return lone.score(arguments)
@@ -90,11 +94,14 @@ def scored_alone(function: RewardFunction, *, name: str, walls: Walls, timeout_s
 
 
 class _LoneAnswers:
-    def __init__(self, function: RewardFunction, name: str, walls: Walls, timeout_s: float) -> None:
-        self._function, self._name, self._walls, self._timeout_s = function, name, walls, timeout_s
+    def __init__(
+        self, function: RewardFunction, name: str, reads: Callable[[Any], str], walls: Walls, timeout_s: float
+    ) -> None:
+        self._function, self._name, self._reads = function, name, reads
+        self._walls, self._timeout_s = walls, timeout_s
 
     def score(self, arguments: Mapping[str, Any]) -> list[Any]:
-        texts = [text_of(completion) for completion in arguments["completions"]]
+        texts = [self._reads(completion) for completion in arguments["completions"]]
         plain = [row for row, text in enumerate(texts) if is_plain(text)]
         lone = sorted(set(range(len(texts))) - set(plain))
         results = [_call(self._function, arguments, plain)] if plain else []

@@ -48,6 +48,9 @@ _CHECKS: Mapping[str, RowCheck] = {
 PREPARATIONS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {"reasoning_gym": functions.load_scorer}
 """What functions load for a row before they see a completion."""
 
+READ: Mapping[str, Callable[[Any], str]] = {"reasoning_gym": functions.answer_of}
+"""What functions that evaluate answers read of a completion, where that is not all of it."""
+
 GIVEN_ALWAYS = RAW | {"prompts", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state"}
 _MATHEMATICS = "trl.rewards.accuracy_rewards"
 _CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Collection
 from typing import Final
 
 PR_SET_PDEATHSIG: Final = 1
@@ -31,7 +32,9 @@ MS_REC: Final = 0x4000
 MS_PRIVATE: Final = 0x40000
 
 _CAPABILITY_VERSION = 0x20080522
-_LAST_CAPABILITY = 63
+ALL_CAPABILITIES: Final = range(64)
+CAPABILITIES_TO_LOOK: Final = (19, 21, 38)
+"""CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_PERFMON: with each, root reads the memory of other processes all the same."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -75,12 +78,16 @@ class _CapabilityHeader(ctypes.Structure):
     _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
 
 
-def drop_capabilities() -> None:
-    """Give up all of root's capabilities, for this process and what it starts, for good."""
-    for number in range(_LAST_CAPABILITY + 1):
+def drop_capabilities(numbers: Collection[int] = ALL_CAPABILITIES) -> None:
+    """Give up capabilities of root's, for this process and what it starts, for good."""
+    for number in numbers:
         try:
             prctl(PR_CAPBSET_DROP, number)
         except OSError:  # not root, or no such capability in this kernel
             break
-    header = _CapabilityHeader(_CAPABILITY_VERSION, 0)
-    _check(_libc.capset(ctypes.byref(header), (ctypes.c_uint32 * 6)()), "capset")
+    header, sets = _CapabilityHeader(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
+    _check(_libc.capget(ctypes.byref(header), sets), "capget")
+    for number in numbers:
+        for kind in range(3):  # effective, permitted, inheritable: of the lower 32 and then of the others
+            sets[3 * (number // 32) + kind] &= ~(1 << number % 32)
+    _check(_libc.capset(ctypes.byref(header), sets), "capset")
