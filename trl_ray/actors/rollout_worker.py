@@ -142,6 +142,8 @@ class RolloutWorker:
         self._name, self._model, self._queue, self._rewards = name, model, queue, tuple(rewards)
         self._rollout, self._generation, self._seed = rollout, generation, seed
         self._sampling, self._eval_sampling = sampling_params(generation), held_out_params(generation)
+        if rollout.engine_kwargs.get("logits_processors"):  # nobody knows what they do
+            self._sampling = replace(self._sampling, policy_logprobs=True)
         top_k = teaching.question.top_k if teaching is not None and teaching.asks is TeacherSeat.OWN_ENGINE else None
         self._engine = open_engine(
             model=model,
