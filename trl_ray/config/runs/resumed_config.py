@@ -34,7 +34,7 @@ _FREE = frozenset(
         *("eval_steps", "eval_strategy", "eval_delay", "eval_on_start", "eval_num_prompts"),
         *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
         *("early_stopping_patience", "early_stopping_threshold"),
-        *("trackio_bucket_id", "hub_token", "callbacks"),
+        *("trackio_bucket_id", "hub_token", "callbacks", "compute_metrics"),
         *("torch_empty_cache_steps", "dataset_num_proc", "per_device_eval_batch_size"),
         *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
         *("reward.timeout_s", "reward.num_workers", "reward.num_cpus", "reward.max_failures_in_a_row"),

@@ -31,6 +31,7 @@ from trl_ray.errors import AgreementError, InputError, StallError
 from trl_ray.models.companions.teacher_rules import FOLDER
 from trl_ray.pipelines.rollouts.agreement_check import AgreementCheck
 from trl_ray.pipelines.rollouts.evaluation import SHARE_TRIES, evaluate, held_out_loss
+from trl_ray.pipelines.rollouts.evaluation_numbers import prediction_of
 from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
 from trl_ray.pipelines.rollouts.objective import with_metrics
 from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, PROMPTS, Preparation
@@ -38,6 +39,7 @@ from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.updates import Updated, prepare_step, train_on
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.learner_actors import under_watch
+from trl_ray.pipelines.run.own_metrics import computed_metrics
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
 from trl_ray.pipelines.run.session import Opening
 from trl_ray.pipelines.run.signals import Stop, StopRequested, unless
@@ -364,7 +366,11 @@ class RolloutLoop(StepLoop[_Trained]):
             cut=plan.cut,
             ask_learner=self._actors.learner.ask,
         )
-        return self._recorder.evaluated(self.step, evaluation.answers, held_out, steady_time() - begin, name=name)
+        own = {}
+        if plan.compute_metrics is not None and evaluation.answers:
+            own = await computed_metrics(plan.compute_metrics, prediction_of(evaluation.answers), config)
+        seconds = steady_time() - begin
+        return self._recorder.evaluated(self.step, evaluation.answers, held_out, seconds, name=name, own=own)
 
     async def _write_checkpoint(self, path: Path) -> None:
         """Also of teachers that are averages; then let the journal forget what it no longer needs."""

@@ -20,6 +20,7 @@ from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import Observer, TrainedGroups
 from trl_ray.observe.staleness import StalenessMonitor
 from trl_ray.pipelines.rollouts.evaluation_numbers import answer_numbers
+from trl_ray.pipelines.run.own_metrics import own_numbers
 from trl_ray.pipelines.run.ray_job import give_more_grace, in_ray_job, is_deleted_with_job
 from trl_ray.types import ActorReport, Evaluation, Event, EventKind, Metric, RolloutGroup, StepResult
 from trl_ray.types.clock import steady_time
@@ -179,6 +180,7 @@ class Recorder(RunRecorder):
         seconds: float,
         *,
         name: str = "",
+        own: Mapping[str, Any] | None = None,
     ) -> dict[str, float]:
         """Write down an evaluation on held-out prompts, with what the learner said of the answers.
 
@@ -188,6 +190,7 @@ class Recorder(RunRecorder):
             held_out: of the learner, where it was asked.
             seconds: that it took.
             name: of the set; begins those of its numbers.
+            own: what the user's `compute_metrics` says of them.
 
         Returns:
             Its numbers, without ``eval/``.
@@ -195,6 +198,10 @@ class Recorder(RunRecorder):
         found = answer_numbers(answers)
         if held_out is not None:
             found |= {"loss": held_out.loss, **merged_values([held_out.metrics])}
+        mine, left_out = own_numbers(own or {}, name)
+        if left_out is not None:
+            self.say(EventKind.WARNING, "evaluation", detail=left_out)
+        found |= mine
         numbers = {f"{name}_{key}" if name else key: value for key, value in found.items()}
         self.say(
             EventKind.EVALUATED,
@@ -203,6 +210,7 @@ class Recorder(RunRecorder):
             prompts=len(answers),
             scored=sum(mean_reward(answer.scored.rewards) is not None for answer in answers),
             **{f"eval/{key}": value for key, value in numbers.items()},
+            **({"own": [f"{name}_{key}" if name else key for key in mine]} if mine else {}),
             seconds=round(seconds, 3),
         )
         groups = [answer.as_group(number) for number, answer in enumerate(answers)]
