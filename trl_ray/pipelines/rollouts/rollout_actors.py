@@ -330,6 +330,8 @@ class RolloutActors:
         except (WeightError, EngineError, ActorLostError, DeadlineError) as error:
             if isinstance(error, WeightError):
                 self._emit(EventKind.WEIGHT_CHECK, name, agrees=False, detail=str(error))
+            # At once: whoever asks next must not be given one that is known to be lost.
+            self._working.pop(name, None)
             self.supervisor.report(name, str(error))
         else:
             if name in self._aside:
