@@ -109,6 +109,8 @@ class RolloutActors:
         self._budgets: dict[str, RestartBudget] = {}
         self._steps = 0
         """Finished optimizer steps."""
+        self.restarts = 0
+        """How often an actor came back, or a worker was added."""
         self._begun: Counter[int] = Counter()
         """Workers that were ever started in each place; none gets the name of another."""
         self._pulls: dict[str, asyncio.Task[None]] = {}
@@ -364,6 +366,7 @@ class RolloutActors:
             if role is Role.TEACHER:
                 await self._feed(handle)
         self.supervisor.watch(handle, slot=watched.slot, health=health)
+        self.restarts += 1
         told = {"replaces": name, "pid": health.pid, "same_process": health.pid == pid}
         self._emit(EventKind.ACTOR_RESTARTED, handle.name, **told, seconds=round(time.time() - begin, 3))
 
@@ -450,6 +453,7 @@ class RolloutActors:
     async def _add_worker(self, slot: int) -> None:
         """Start a worker that had no room at first."""
         health, handle = await self._start_worker(slot, "it had no room")
+        self.restarts += 1
         self._emit(EventKind.ACTOR_STARTED, handle.name, pid=health.pid)
         self.supervisor.watch(handle, slot=slot, health=health)
 
