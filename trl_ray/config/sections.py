@@ -536,15 +536,15 @@ class RuntimeConfig(Section):
     """For a worker to pull one set of weights."""
     health_interval_s: Seconds = 1.0
     health_deadline_s: Seconds = 15.0
-    """A worker that answers no probe for this long is replaced."""
+    """An actor that has answered no probe for this long is replaced."""
     stall_deadline_s: Seconds = 900.0
-    """The run stops, naming who it waits for, when nothing has moved for this long."""
+    """The run stops, naming who it waits for, when no step has come nearer for this long."""
     stop_grace_s: Seconds | None = None
     """From SIGTERM to SIGKILL; None: what `ray job stop` leaves in a Ray job (3 s by default), 30 s elsewhere."""
     max_restarts: Natural = 10
-    """Of each worker and of the queue, until the learner restarts."""
+    """Of each worker and of the queue; five finished steps give one back, and so does a restart of the learner."""
     max_learner_restarts: Natural = 3
-    """From the last checkpoint."""
+    """From one checkpoint; a newer one gives them back."""
 
     @property
     def threads_of_learner(self) -> int:
