@@ -1,5 +1,6 @@
 """Nodes that are lost under a run: it goes on with who lives, tells so, and takes a new node when there is one."""
 
+import asyncio
 import os
 import signal
 import time
@@ -12,7 +13,10 @@ import pytest
 from node_cluster import NodeCluster
 from runs import PROMPTS, Disturbance, assert_balanced, async_grpo, events, lines, merge
 from tiny_models import build_tiny_model
+from trl_ray.config.sections import RolloutConfig, RuntimeConfig
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
+from trl_ray.runtime.cluster import RayRuntime
+from trl_ray.runtime.remote import plan_actors
 from warm_processes import warm_python
 
 pytestmark = pytest.mark.integration
@@ -96,6 +100,18 @@ def test_a_lost_rollout_node_leaves_the_run_to_the_other_worker(cluster, model, 
     waited = [event["detail"] for event in events(run, "waiting")]
     assert [detail["on"] for detail in waited] == [f"a node with room for {lost}"]
     assert_balanced(run, trained=160)
+
+
+@pytest.mark.parametrize(("strategy", "count"), [("SPREAD", 3), ("PACK", 2)])
+def test_places_lie_apart_or_together_as_the_run_asks(cluster, strategy, count):
+    cluster.keep([2, 2])
+    runtime, rollout = RuntimeConfig(placement_strategy=strategy), RolloutConfig(num_workers=2)
+    made = RayRuntime(runtime, plan_actors(runtime=runtime, rollout=rollout, reward=None))
+    try:
+        # Three places of one CPU each, on three nodes of one, two and two CPUs.
+        assert len(set(cluster.nodes_of_places())) == count
+    finally:
+        asyncio.run(made.close())
 
 
 def test_a_learner_whose_node_is_lost_goes_on_elsewhere_with_fewer_workers_until_a_node_is_added(

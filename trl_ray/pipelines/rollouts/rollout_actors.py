@@ -157,7 +157,7 @@ class RolloutActors:
         await self.learner.spawn()
         await self._spawn_rewards()
         await self.teachers.spawn()
-        slots = range(self._config.rollout.num_workers)
+        slots = range(self._config.rollout.most_workers)
         placed = [slot for slot in slots if await self._runtime.has_room(Role.ROLLOUT, slot=slot)]
         workers = [await self._spawn_worker(f"rollout-{slot}", slot) for slot in placed]
         with learner_lost():
