@@ -57,7 +57,7 @@ def test_a_worker_lost_in_a_pull_holds_nobody_though_no_node_has_room_for_anothe
     run_in_virtual_time(run())
     assert [name for name, _ in stage.told(EventKind.ACTOR_LOST)] == ["rollout-1"]
     # Waiting for room costs nothing: the one restart was immediate.
-    assert stage.actors._budget("rollout-1").used == 1
+    assert stage.actors._lost.budget("rollout-1").used == 1
 
 
 def test_a_worker_whose_pull_takes_far_longer_than_anothers_is_set_aside_and_comes_back_by_itself():
