@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
 from trl_ray.pipelines.rollouts.objective import with_metrics
 from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, PROMPTS, Preparation
 from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
+from trl_ray.pipelines.rollouts.stall_clock import StallClock
 from trl_ray.pipelines.rollouts.updates import Updated, prepare_step, train_on
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.learner_actors import under_watch
@@ -224,24 +224,25 @@ class RolloutLoop(StepLoop[_Trained]):
     async def _take(self, step: int) -> list[RolloutGroup]:
         """Wait for the groups of one step; say who is waited for, and give up when nothing moves any more."""
         config = self._config
-        began = moved = said = time.monotonic()
-        seen: int | None = None
+        clock = asyncio.get_running_loop().time
+        began = said = clock()
+        stall = StallClock(began)
         while True:
             groups = await self._ask_for_groups(step)
             if groups:
+                self._failures.next_step()
                 return groups
             await self._drain()
             await self._heed_stop()
             await self._end_unread()
             if self._pulling is not None and self._pulling.done():
                 self._pulling.result()
-            now = time.monotonic()
-            progress = (await self._actors.ask_queue("health")).progress
-            if progress != seen:
-                seen, moved = progress, now
-            if now - moved > config.runtime.stall_deadline_s:
+            snapshot: LedgerSnapshot = await self._actors.ask_queue("snapshot")
+            now = clock()
+            still_s = stall.still_for(snapshot.live, restarts=self._actors.restarts, now=now)
+            if still_s > config.runtime.stall_deadline_s:
                 raise StallError(
-                    f"step {step} needs {config.groups_per_step} groups, but nothing has moved for {now - moved:.0f} s "
+                    f"step {step} needs {config.groups_per_step} groups, but nothing has moved for {still_s:.0f} s "
                     f"(runtime.stall_deadline_s): {await self._culprits()}. Resume from the checkpoint."
                 )
             if now - said > _SAY_WAITING_S:

@@ -55,6 +55,7 @@ from trl_ray.pipelines.run.stopping import close_in_time, tell_of_stop, what_is_
 from trl_ray.pipelines.run.trainer_methods import TrainerMethods
 from trl_ray.runtime import waits
 from trl_ray.runtime.local import LocalRuntime
+from trl_ray.runtime.restart_budget import CheckpointBudget
 from trl_ray.runtime.runtime import Role, Runtime
 from trl_ray.types import EventKind
 
@@ -338,15 +339,15 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
 
     async def _sessions(self, plan: PlanT, runtime: Runtime, directory: RunDirectory, stop: Stop) -> TrainOutput:
         """One session after the other, each from the last checkpoint, until training ends."""
-        restarts = 0
+        restarts = CheckpointBudget(allowed=self.config.runtime.max_learner_restarts)
         while True:
-            session = self._open_session(plan, runtime, directory, resuming=self._resume or restarts > 0)
+            session = self._open_session(plan, runtime, directory, resuming=self._resume or restarts.used > 0)
             try:
                 output = await self._run_session(session, runtime, directory, stop)
             except LearnerLostError as error:
-                restarts += 1
                 session.recorder.say(EventKind.ACTOR_LOST, "learner", reason=str(error))
-                if restarts > self.config.runtime.max_learner_restarts:
+                found = list_checkpoints(directory.checkpoints)
+                if not restarts.take(checkpoint_step(found[-1]) if found else 0):
                     self._end(session.recorder, EventKind.RUN_FAILED, error)
                     raise
                 await self._dismiss(session, runtime)
