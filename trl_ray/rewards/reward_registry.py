@@ -122,7 +122,7 @@ def scorer_of(function: Callable[..., Any]) -> Scorer:
         function = function.func
     # functools.wraps copies the name of the module, too.
     home = "" if hasattr(function, "__wrapped__") else str(getattr(function, "__module__", ""))
-    if function is functions.reasoning_gym or home == _MATHEMATICS:
+    if function is functions.reasoning_gym or home in _MATHEMATICS:
         return Scorer.EVALUATOR
     is_ours = home == functions.__name__ or home == "trl.rewards" or home.startswith("trl.rewards.")
     return Scorer.RULE if is_ours else Scorer.USERS

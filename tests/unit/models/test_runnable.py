@@ -48,7 +48,7 @@ def test_what_another_engine_or_format_computes_alike_is_not(tmp_path, kind, eng
 
 
 def test_a_model_that_mixes_number_formats_is_computed_in_float32_alone(tmp_path):
-    with pytest.raises(ModelError, match="xlstm they cannot be computed in bfloat16.*Set dtype=float32"):
+    with pytest.raises(ModelError, match=r"xlstm they cannot be computed in bfloat16.*Set dtype=float32"):
         check_runnable(model(tmp_path, "xlstm", dtype="bfloat16"), "transformers")
     check_runnable(model(tmp_path, "xlstm"), "transformers")
 
