@@ -26,8 +26,8 @@ from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.rollouts.agreement_check import Evidence
 from trl_ray.pipelines.rollouts.preparation import Preparation
 from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop
-from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder
+from trl_ray.pipelines.run.session import Opening
 from trl_ray.pipelines.run.signals import Stop
 from trl_ray.rewards.scoring import ScoredGroup
 from trl_ray.runtime.local import LocalRuntime

@@ -10,6 +10,7 @@
     │   ├── ActorLostError    an actor died; whether its last call ran is unknown
     │   │   ├── LearnerLostError  the learner did; it restarts from the last checkpoint
     │   │   └── AnswerLostError   what an actor had left in the object store is gone
+    │   ├── ClusterLostError  Ray's head, or Ray on the driver's node, is gone
     │   ├── DeadlineError     an actor or a wait did not answer within its deadline
     │   ├── StallError        work remains, yet nothing has moved
     │   ├── EngineError       an inference engine failed, hung, or holds wrong weights
@@ -66,6 +67,10 @@ class LearnerLostError(ActorLostError):
 
 class AnswerLostError(ActorLostError):
     """What an actor had left in the object store is gone, with the node that held it."""
+
+
+class ClusterLostError(RunError):
+    """Ray's head, or Ray on the driver's node, is gone, and every actor with it."""
 
 
 class DeadlineError(RunError, TimeoutError):

@@ -10,19 +10,29 @@ import logging
 import os
 import pickle
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import ray
 from ray.actor import ActorHandle as RawHandle
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from trl_ray.config.sections import RuntimeConfig
-from trl_ray.errors import ActorLostError, AnswerLostError, DeadlineError, ResourceError, RunError, TrlRayError
+from trl_ray.errors import (
+    ActorLostError,
+    AnswerLostError,
+    ClusterLostError,
+    DeadlineError,
+    ResourceError,
+    RunError,
+    TrlRayError,
+)
 from trl_ray.runtime import waits
+from trl_ray.runtime.cluster_watch import Part, parts_of_cluster, watch_cluster
 from trl_ray.runtime.placement import Places
-from trl_ray.runtime.ray_thread import in_ray_thread
+from trl_ray.runtime.ray_processes import kill_own_raylets
+from trl_ray.runtime.ray_thread import in_ray_thread, leave_ray_behind
 from trl_ray.runtime.remote import HEALTH_GROUP, ActorPlan, remote_class
 from trl_ray.runtime.runtime import ActorHandle, Role
 
@@ -41,6 +51,10 @@ hangs is gone a second after it was told to go. A cluster that others start gets
 _END_S = 10.0
 _LOOK_S = 0.005
 """Between two looks at whether an answer that is not fetched is there."""
+_CLOSE_S = 15.0
+_CLOSE_LOST_S = 1.0
+"""Calls to a control store that is gone end with the process."""
+_LOG = logging.getLogger(__name__)
 
 
 class RayHandle:
@@ -175,6 +189,17 @@ def connect(config: RuntimeConfig) -> bool:
     return False
 
 
+def _parts(*, is_ours: bool) -> tuple[Part, ...]:
+    """The processes of Ray's that this driver cannot be without; a Ray client is told of them by its server."""
+    client: Any = ray.util.client.ray
+    if client.is_connected():
+        return ()
+    context, list_nodes = ray.get_runtime_context(), cast(Any, ray.nodes)
+    own = next(node for node in list_nodes() if node["NodeID"] == context.get_node_id())
+    raylet = (own["NodeManagerAddress"], int(own["NodeManagerPort"]))
+    return parts_of_cluster(gcs=context.gcs_address, raylet=raylet, is_ours=is_ours)
+
+
 class RayRuntime:
     """Makes Ray actors inside one placement group."""
 
@@ -186,8 +211,10 @@ class RayRuntime:
         """
         self._plans = plans
         self._handles: list[RayHandle] = []
+        self._is_lost = False
         self._started_ray = connect(config)
         self._places = Places(plans, config)
+        self._parts = _parts(is_ours=self._started_ray)
         try:
             self._places.reserve()
         except BaseException:
@@ -241,8 +268,25 @@ class RayRuntime:
     def survives(self, role: Role) -> bool:
         return all(plan.survives for plan in self._plans.values() if plan.role is role)
 
+    async def watch(self, say: Callable[[str], None]) -> None:
+        try:
+            await watch_cluster(self._parts, say=say)
+        except ClusterLostError:
+            self._is_lost = True
+            raise
+
     async def close(self) -> None:
-        await in_ray_thread(self._close)
+        """What Ray does not answer to, and what fails in it, is left to the end of the process: the run is over."""
+        try:
+            async with asyncio.timeout(_CLOSE_LOST_S if self._is_lost else _CLOSE_S):
+                await in_ray_thread(self._close)
+        except TimeoutError:
+            _LOG.warning("Ray did not end in time; its processes end with this one")
+            if self._is_lost and self._started_ray:
+                kill_own_raylets()
+        except Exception as error:
+            leave_ray_behind()
+            _LOG.warning("Ray could not be ended in order (%s: %s)", type(error).__name__, error)
 
     def _close(self) -> None:
         while self._handles:

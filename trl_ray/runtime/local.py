@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from trl_ray.errors import ActorLostError
@@ -96,6 +98,11 @@ class LocalRuntime:
         """Nothing comes back by itself here."""
         del role
         return False
+
+    async def watch(self, say: Callable[[str], None]) -> None:
+        """This process cannot be lost without its driver."""
+        del say
+        await asyncio.Event().wait()
 
     async def close(self) -> None:
         """End all objects, the youngest first."""

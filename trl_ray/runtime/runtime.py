@@ -7,6 +7,7 @@ pipeline -- await handle.call("method", ..., deadline_s=...) --> answer, Deadlin
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from trl_ray.types import Handle
@@ -89,6 +90,14 @@ class Runtime(Protocol):
 
     def survives(self, role: Role) -> bool:
         """Whether an actor of this role comes back under its own handle after it died."""
+        ...
+
+    async def watch(self, say: Callable[[str], None]) -> None:
+        """Until cancelled, telling of what is missed for a moment.
+
+        Raises:
+            ClusterLostError: the place itself is gone.
+        """
         ...
 
     async def close(self) -> None:

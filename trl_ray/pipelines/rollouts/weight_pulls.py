@@ -17,7 +17,7 @@ from trl_ray.runtime import waits
 from trl_ray.runtime.runtime import ActorHandle, Role
 from trl_ray.runtime.supervision import Supervisor
 from trl_ray.runtime.weights import Published, WeightTransport
-from trl_ray.types import Event, EventKind, PullReport, TrainingGap
+from trl_ray.types import Event, EventKind, PullReport, SamplingGap, TrainingGap
 
 _CONTROL_S = 60.0
 
@@ -47,6 +47,7 @@ class WeightPulls:
         self._weights, self._teachers, self._supervisor = weights, teachers, supervisor
         self._emit_event, self._patience_s, self._deadline_s = emit, patience_s, deadline_s
         self._checked: dict[str, PullReport] = {}
+        self._sampled: dict[str, SamplingGap] = {}
         self._pulls: dict[str, asyncio.Task[None]] = {}
         self._aside: set[str] = set()
         """Workers whose pull takes so much longer than others' that nobody waits for it."""
@@ -58,7 +59,12 @@ class WeightPulls:
         reports = [report for name, report in self._checked.items() if name in self.working]
         means = [report.weight_check_mean for report in reports if report.weight_check_mean is not None]
         own = [report.own_files_mean for report in reports if report.own_files_mean is not None]
-        return Evidence(weights=max(means, default=None), own_files=max(own, default=None), training=training)
+        return Evidence(
+            weights=max(means, default=None),
+            own_files=max(own, default=None),
+            training=training,
+            sampling=tuple(gap for name, gap in self._sampled.items() if name in self.working),
+        )
 
     async def pull(self) -> None:
         """Have every working rollout worker and every teacher pull the newest weights, side by side.
@@ -114,6 +120,9 @@ class WeightPulls:
         report = await self._weights.pull(handle)
         version, seconds = report.version, round(report.seconds, 4)
         self._emit(EventKind.WEIGHTS_PULLED, handle.name, version=version, checksum=report.checksum, seconds=seconds)
+        # Kept over pulls that found no tokens to compare, of which there may be some between two steps.
+        if report.sampling is not None:
+            self._sampled[handle.name] = report.sampling
         if report.weight_check_mean is None:
             return
         agrees = report.disagreement is None

@@ -39,8 +39,13 @@ async def under_watch(watch: Watch, work: Coroutine[Any, Any, T], *beside: Corou
     Raises:
         LearnerLostError: it died or hung.
     """
+    return await beside_guards(work, watch.run(), *beside)
+
+
+async def beside_guards(work: Coroutine[Any, Any, T], *beside: Coroutine[Any, Any, None]) -> T:
+    """The result of work, ended by the first error of what runs beside it."""
     task = asyncio.create_task(work, name="work")
-    guards = [asyncio.create_task(watch.run(), name="supervise"), *(asyncio.create_task(each) for each in beside)]
+    guards = [asyncio.create_task(each) for each in beside]
     try:
         await waits.first([task, *guards], on="training")
         for guard in guards:  # two may end together; the supervisor knows best why an actor is gone

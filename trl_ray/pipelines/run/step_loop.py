@@ -22,8 +22,8 @@ from trl_ray.config.step_counts import steps_of
 from trl_ray.models.checkpoint import prune
 from trl_ray.pipelines.callbacks.hooks import TrainingSpan
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
-from trl_ray.pipelines.run.pipeline import Opening, Plan
 from trl_ray.pipelines.run.recording import RunRecorder
+from trl_ray.pipelines.run.session import Opening, Plan
 from trl_ray.pipelines.run.signals import Stop, StopRequested, unless
 from trl_ray.pipelines.run.stopping import what_is_left
 from trl_ray.types import EventKind, StepResult
