@@ -15,7 +15,6 @@ import asyncio
 import functools
 import itertools
 import os
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from trl_ray.types import (
     RewardFailure,
     ScoredGroup,
 )
+from trl_ray.types.clock import steady_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +139,7 @@ class RewardWorker:
     async def _score(
         self, group_prompt: Prompt, completions: Sequence[Completion], raw: RawTexts | None
     ) -> ScoredGroup:
-        start = time.time()
+        start = steady_time()
         rated = asyncio.gather(*(model.score(group_prompt, completions) for model in self._models))
         scores: list[ScoredGroup] = []
         if self._functions:
@@ -193,18 +193,18 @@ class RewardWorker:
         call = next(self._calls)
 
         def on_start() -> None:
-            self._busy[call] = time.time()
+            self._busy[call] = steady_time()
 
         future = sandbox.submit(group, size=size, on_start=on_start)
         try:
             scored = await asyncio.wrap_future(future)
         finally:
-            began = self._busy.pop(call, time.time())
+            began = self._busy.pop(call, steady_time())
         return began, scored
 
     async def _score_inline(self, group: GroupInput) -> tuple[float, ScoredGroup]:
         call = next(self._calls)
-        began = self._busy[call] = time.time()
+        began = self._busy[call] = steady_time()
         try:
             return began, await score_group(self._loaded, group, may_abstain=self._may_abstain)
         finally:
