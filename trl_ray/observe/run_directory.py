@@ -5,7 +5,7 @@ RUN_DIR/
   metrics.jsonl     one line per optimizer step    journal.bin      the ledger's journal
   events.jsonl      what happened to whom          completions/     step-000012.parquet
   trace.jsonl       spans of the actors            checkpoints/     step-12/
-  report.html       drawn from all of the above
+  report.html       drawn from all of the above    .config.yaml     the options once more, to know an edit by
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from pathlib import Path
 from trl_ray.errors import ConfigError
 from trl_ray.observe.run_files import atomic_write_json, atomic_write_text, read_json_lines, to_json, writing
 
-_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "trace.jsonl", "ledger.json", "journal.bin", "report.html")
+_FILES = (
+    *("config.yaml", ".config.yaml", "metrics.jsonl", "events.jsonl", "trace.jsonl", "ledger.json", "journal.bin"),
+    "report.html",
+)
 _FOLDERS = ("completions", "checkpoints", "model", "wandb", "tensorboard", "mlflow")
 # A folder with one of these was made by a run; nothing else is ever overwritten.
 _MARKS = ("metrics.jsonl", "events.jsonl")
@@ -89,6 +92,12 @@ class RunDirectory:
         return self.path / "config.yaml"
 
     @property
+    def recorded_config(self) -> Path | None:
+        """The options as the run wrote them down itself; None where it was begun by an earlier release."""
+        path = self.path / ".config.yaml"
+        return path if path.is_file() else None
+
+    @property
     def metrics(self) -> Path:
         """One line per optimizer step."""
         return self.path / "metrics.jsonl"
@@ -137,7 +146,8 @@ class RunDirectory:
         return self.checkpoints / f"step-{step}"
 
     def write_config(self, text: str) -> None:
-        """Save the resolved options (YAML text) atomically."""
+        """Save the resolved options (YAML text) atomically; twice, so that it is known when one is edited."""
+        atomic_write_text(self.path / ".config.yaml", text)
         atomic_write_text(self.config, text)
 
     def write_ledger(self, summary: object) -> None:
