@@ -9,8 +9,10 @@ is deterministic given the arguments (time among them), which is what makes repl
 
 from __future__ import annotations
 
+import base64
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,8 +79,11 @@ class DurableLedger:
         now: float,
         resume_from_step: int | None = None,
         resume_version: int | None = None,
+        copy: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the journal and rebuild from it.
+
+        With a `copy`, as `copy_of` makes it, a journal that is empty goes on from there.
 
         Raises:
             JournalError: the journal is locked, damaged, of another run, or does not reach the step to resume.
@@ -96,6 +101,8 @@ class DurableLedger:
         self._set_up(rules)
         try:
             self._rebuild()
+            if copy is not None and not self._incarnations:
+                self._begin_from(copy, rules, incarnation)
             self._enter(rules, incarnation, now, resume_from_step, resume_version)
         except BaseException:
             self.journal.close()
@@ -274,6 +281,45 @@ class DurableLedger:
         args = {"step": step, "version": version, "mark": mark, "now": now, "rules": self.rules.to_state()}
         return self._settle(True, True, "restore", **args)
 
+    def copy_of(self, *, step: int, now: float) -> dict[str, Any]:
+        """The ledger as a run needs it that goes back to `step` without this journal; JSON values.
+
+        It has no payloads: what was live then is generated again.
+
+        Raises:
+            ValueError: as `Ledger.restore`.
+        """
+        rules = replace(self.rules, reuse_finished=False)
+        ledger = Ledger.from_state(self.ledger.to_state(), rules=rules)
+        ledger.restore(step=step, version=None, now=now)
+        ledger.checkpoint(step=step)
+        prompts = {group_id: base64.b64encode(self._prompts[group_id]).decode() for group_id in ledger.holders()}
+        return {
+            "step": step,
+            "ledger": ledger.to_state(),
+            "controller": self.controller.to_state(),
+            "limit": self.slots.limit,
+            "prompt_ids": self._prompt_ids,
+            "prompts": prompts,
+        }
+
+    def _begin_from(self, copy: Mapping[str, Any], rules: BufferRules, incarnation: str) -> None:
+        """One record, so that a process that dies meanwhile leaves a journal that is empty or whole."""
+        head = {**copy, "rules": rules.to_state(), "incarnation": incarnation}
+        self._load_copy(head)
+        self._log("copy", {}, **{key: value for key, value in head.items() if key != "op"})
+
+    def _load_copy(self, head: Mapping[str, Any]) -> None:
+        self._set_up(BufferRules.from_state(head["rules"]))
+        self.ledger = Ledger.from_state(head["ledger"], rules=self.rules)
+        self.controller.load_state(head["controller"])
+        self.slots.limit = head["limit"]
+        self.slots.reset(self.ledger.holders())
+        self._incarnations = [head["incarnation"]]
+        self._prompt_ids = list(head["prompt_ids"])
+        self._known = {name: group_id for group_id, name in enumerate(self._prompt_ids)}
+        self._prompts = {int(group_id): base64.b64decode(text) for group_id, text in head["prompts"].items()}
+
     # ---- looking in --------------------------------------------------------------------------------------
 
     def prompt(self, group_id: int) -> bytes:
@@ -412,6 +458,8 @@ class DurableLedger:
             if op == "open":
                 self._set_up(BufferRules.from_state(record.head["rules"]))
                 self._incarnations = [record.head["incarnation"]]
+            elif op == "copy":
+                self._load_copy(record.head)
             elif op == "admit":
                 prompts = _split(record.payload, record.head["sizes"])
                 self.admit(prompts=prompts, **record.head["args"])

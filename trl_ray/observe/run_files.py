@@ -142,6 +142,25 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def cut_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Cut a file after its last whole line to keep, in place: who appends to it goes on behind, and a full disk is no
+    obstacle. A line before that one which is not to be kept stays.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    if not path.is_file():
+        return
+    with writing(path), path.open("r+b") as stream:
+        end = place = 0
+        for line in stream:
+            place += len(line)
+            record = parse_json(line.decode("utf-8", "replace")) if line.endswith(b"\n") else None
+            if isinstance(record, dict) and keep(record):
+                end = place
+        stream.truncate(end)
+
+
 def parse_json(text: str) -> Any:
     """The value of a JSON text, or None when the text is torn."""
     try:

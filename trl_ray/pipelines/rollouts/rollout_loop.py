@@ -24,6 +24,7 @@ from pathlib import Path
 
 from trl_ray.algorithms.policy.group_samples import BuiltStep
 from trl_ray.buffer.entry import LedgerSnapshot
+from trl_ray.buffer.journal_reach import LEDGER_COPY
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.errors import AgreementError, StallError
 from trl_ray.models.companions.teacher_rules import FOLDER
@@ -305,6 +306,7 @@ class RolloutLoop(StepLoop[_Trained]):
             kept[BEST] = self._stopping.state_dict()
         extra = {name: json.dumps(state).encode() for name, state in kept.items()} | self._callbacks.files()
         step, teachers = self.step, self._actors.teachers
+        extra[LEDGER_COPY] = await self._actors.ask_queue("ledger_copy", step=step)
         beside = path.with_name(f"{FOLDER}-{step}.tmp")
         adopt = {FOLDER: str(beside)} if await teachers.save(beside) else {}
         await self._actors.learner.ask(

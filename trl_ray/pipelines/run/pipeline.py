@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
@@ -27,13 +28,7 @@ from trl_ray.config.sections import Dtype, ModelConfig, RuntimeKind
 from trl_ray.config.step_counts import steps_of
 from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, RunError, TrlRayError
 from trl_ray.models.adapters.adapter_config import adapter_options
-from trl_ray.models.checkpoint import (
-    checkpoint_step,
-    latest_checkpoint,
-    leave_after,
-    list_checkpoints,
-    verify_checkpoint,
-)
+from trl_ray.models.checkpoint import checkpoint_step
 from trl_ray.models.hub import check_hub
 from trl_ray.models.policy_loading import checkpoint_dtype, find_source
 from trl_ray.observe.observer import open_observer
@@ -47,6 +42,7 @@ from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_w
 from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
 from trl_ray.pipelines.run.given_rows import given_rows
+from trl_ray.pipelines.run.going_back import Return, Wish, find_return, leave_aside, resolve
 from trl_ray.pipelines.run.hub_pushes import hub_place
 from trl_ray.pipelines.run.recording import RunRecorder
 from trl_ray.pipelines.run.signals import run_to_end
@@ -142,6 +138,8 @@ class Opening:
     resuming: bool
     """Whether anything was trained before."""
     callbacks: CallbackList
+    ledger_copy: str | None = None
+    """The file that stands for the journal, where that is lost."""
     only_evaluates: bool = False
     """Nothing is trained: the held-out numbers are all that is asked for."""
 
@@ -242,7 +240,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         self._resume = False
         self._is_changed = False
         """The run goes on with other options than it began with."""
-        self._resume_at: int | None = None
+        self._wish = Wish()
         self._lock: RunLock | None = None
         """Of the run directory, while it is trained into."""
         self._trained: TrainOutput | None = None
@@ -261,12 +259,23 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         return cast(ConfigT, cls.config_class()) if args is None else args
 
     @classmethod
-    def from_run(cls, run_dir: str | Path, *, changes: Sequence[str] = (), **inputs: Any) -> Self:
+    def from_run(
+        cls,
+        run_dir: str | Path,
+        *,
+        changes: Sequence[str] = (),
+        from_checkpoint: int | None = None,
+        new_journal: bool = False,
+        **inputs: Any,
+    ) -> Self:
         """The pipeline of an interrupted run, ready to go on.
 
         Args:
             run_dir: of the run.
             changes: of its options, as ``key=value``.
+            from_checkpoint: the step of the checkpoint to go back to, 0 for the beginning; None: the newest good one.
+            new_journal: go on with the checkpoint's own copy of the ledger, because the journal is lost or damaged;
+                what was generated and not yet trained then is generated again, and events say so.
             inputs: those that Python gave the first time.
 
         Raises:
@@ -276,6 +285,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         config = resumed_config(cls.config_class, directory.config, changes).replace(output_dir=str(directory.path))
         pipeline = cls(args=config, **inputs)  # type: ignore[arg-type]
         pipeline._resume, pipeline._is_changed = True, bool(changes)
+        pipeline._wish = Wish(at=from_checkpoint, new_journal=new_journal)
         return pipeline
 
     @abstractmethod
@@ -293,7 +303,9 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             InputError: what is wrong, and what to do.
         """
         if self.config.resume_from_checkpoint:
-            self._resume, self._resume_at = True, self._checkpoint_to_resume(self.config.resume_from_checkpoint)
+            self._resume, self._wish = True, Wish(given=self.config.resume_from_checkpoint)
+        if self._resume:
+            self._wish = resolve(self._wish, self.config.output_dir, within=self.resumes_within)
         if holder := living_holder(Path(self.config.output_dir).expanduser().absolute()):
             raise in_use(Path(self.config.output_dir), holder)
         if not self._resume:
@@ -315,33 +327,6 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         if not self._callbacks.is_empty:
             self._callbacks.show(**self._shown_objects(plan.steps_per_epoch))
         return plan
-
-    def _checkpoint_to_resume(self, given: str | bool) -> int | None:
-        """The step of the checkpoint to go on from; None is the last one.
-
-        Raises:
-            ConfigError: it is none of the run in `output_dir`, or older than the run can go back to.
-            CheckpointError: it is damaged.
-        """
-        directory = RunDirectory.open_existing(self.config.output_dir)
-        path = Path(directory.path if given is True else str(given)).expanduser().absolute()
-        if path == directory.path:
-            return None
-        known = list_checkpoints(directory.checkpoints)
-        if path not in known:
-            raise ConfigError(
-                f"resume_from_checkpoint must be true or a checkpoint of the run in output_dir, which has "
-                f"{', '.join(each.name for each in known) or 'none'} in {directory.checkpoints}; got {given}. For a "
-                f"new run from its weights set model_name_or_path={given}."
-            )
-        if self.resumes_within is not None and path not in known[-self.resumes_within :]:
-            raise ConfigError(
-                f"resume_from_checkpoint must be one of the last {self.resumes_within} checkpoints here, as the "
-                f"ledger's journal reaches no further back, got {path.name} of {known[-1].name}. For a new run from "
-                f"its weights set model_name_or_path={given}."
-            )
-        verify_checkpoint(path)
-        return checkpoint_step(path)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: None = None, ignore_keys_for_eval: Any = None
@@ -449,21 +434,22 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             await runtime.close()
 
     async def _train(self, plan: PlanT, stop: asyncio.Event) -> TrainOutput:
+        back = self._find_return(self._wish) if self._resume else Return()
         runtime = self._open_runtime(plan)
         try:
             directory = self._open_directory()
-            return await self._sessions(plan, runtime, directory, stop)
+            return await self._sessions(plan, runtime, directory, back, stop)
         finally:
             self._callbacks.close()
             await runtime.close()
 
     async def _sessions(
-        self, plan: PlanT, runtime: Runtime, directory: RunDirectory, stop: asyncio.Event
+        self, plan: PlanT, runtime: Runtime, directory: RunDirectory, back: Return, stop: asyncio.Event
     ) -> TrainOutput:
         """One session after the other, each from the last checkpoint, until training ends."""
         restarts = 0
         while True:
-            session = self._open_session(plan, runtime, directory, resuming=self._resume or restarts > 0)
+            session = self._open_session(plan, runtime, directory, back, resuming=self._resume or restarts > 0)
             try:
                 output = await session.run(stop)
             except LearnerLostError as error:
@@ -471,6 +457,11 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 session.recorder.say(EventKind.ACTOR_LOST, "learner", reason=str(error))
                 if restarts > self.config.runtime.max_learner_restarts:
                     self._end(session.recorder, EventKind.RUN_FAILED, error)
+                    raise
+                try:
+                    back = self._find_return(Wish(), reads_journal=False)
+                except RunError as useless:
+                    self._end(session.recorder, EventKind.RUN_FAILED, useless)
                     raise
                 session.recorder.close()
                 await session.dismiss()
@@ -484,14 +475,17 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 self._end(session.recorder, EventKind.RUN_FINISHED, None)
                 return output
 
-    def _open_session(self, plan: PlanT, runtime: Runtime, directory: RunDirectory, *, resuming: bool) -> Session:
-        """Rewind the run directory to the last good checkpoint, and make the session that goes on from it."""
+    def _find_return(self, wish: Wish, *, reads_journal: bool = True) -> Return:
+        """Where the run goes on from; changes nothing. See `find_return`."""
+        directory = RunDirectory.open_existing(self.config.output_dir)
+        has_journal = self.resumes_within is not None
+        return find_return(directory, wish=wish, has_journal=has_journal, reads_journal=reads_journal)
+
+    def _open_session(
+        self, plan: PlanT, runtime: Runtime, directory: RunDirectory, back: Return, *, resuming: bool
+    ) -> Session:
+        """The session that goes on from there; metrics are cut once its actors are started."""
         config = self.config
-        found = latest_checkpoint(directory.checkpoints)
-        step = checkpoint_step(found.path) if found.path is not None else 0
-        if resuming:
-            # Before the files are opened: what is written must follow what was kept.
-            directory.truncate_after(step)
         observer = open_observer(
             directory,
             config=config.model_dump(mode="json"),
@@ -515,8 +509,9 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 runtime=runtime,
                 directory=directory,
                 observer=observer,
-                checkpoint=found.path,
-                step=step,
+                checkpoint=back.checkpoint,
+                step=back.step,
+                ledger_copy=back.ledger_copy,
                 resuming=resuming,
                 callbacks=self._callbacks,
             ),
@@ -526,13 +521,15 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             if self._lock.taken_from is not None:
                 session.recorder.say(EventKind.WARNING, "driver", detail=self._lock.taken_from)
                 self._lock.taken_from = None
-        for problem in found.problems:
-            session.recorder.say(EventKind.WARNING, "driver", detail=f"a checkpoint cannot be used: {problem}")
+        if resuming:
+            session.recorder.cut = partial(directory.truncate_after, back.step)
+            for sentence in leave_aside(directory, back):
+                session.recorder.say(EventKind.WARNING, "driver", detail=sentence)
         session.recorder.say(
             EventKind.RUN_RESUMED if resuming else EventKind.RUN_STARTED,
             "driver",
             pipeline=self.name,
-            step=step,
+            step=back.step,
             total_steps=plan.total_steps,
             computes_in=config.computes_in,
             **self._announcement(),
@@ -561,8 +558,6 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         config = self.config.replace(resume_from_checkpoint=None)  # of the run, not of this start
         if self._resume:
             directory = RunDirectory.open_existing(self.config.output_dir)
-            if self._resume_at is not None:
-                leave_after(directory.checkpoints, step=self._resume_at)
             if self.config.resume_from_checkpoint or self._is_changed:
                 directory.write_config(dump_yaml(config))
             return directory

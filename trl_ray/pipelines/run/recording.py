@@ -42,6 +42,8 @@ class RunRecorder:
         self.last: dict[str, float] = {}
         self.guard: Callable[[], None] = lambda: None
         """Raises where the run directory is no more this run's to write."""
+        self.cut: Callable[[], None] = lambda: None
+        """Forgets the steps that are trained again; not before all is there to train them."""
         self._observer = observer
         self._ended: float | None = None
 
@@ -65,6 +67,11 @@ class RunRecorder:
     def checkpoint(self, path: Path, *, step: int, seconds: float) -> None:
         """Write down a checkpoint."""
         self.say(EventKind.CHECKPOINT, "learner", step=step, path=path.name, seconds=round(seconds, 3))
+
+    def begin(self) -> None:
+        """Training begins: all that it needs is there."""
+        self.guard()
+        self.cut()
 
     def close(self) -> None:
         """Flush and close all sinks."""

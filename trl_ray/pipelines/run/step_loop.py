@@ -184,6 +184,7 @@ class StepLoop(ABC, Generic[TrainedT]):
         if self._opening.only_evaluates:
             await self._evaluate()
             return
+        self._recorder.begin()
         if self.step == 0 and self._can_evaluate and self._config.evaluates_first:
             await self._evaluate()
         while not self._is_over:
