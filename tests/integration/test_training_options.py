@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def test_a_policy_goes_on_from_any_checkpoint_that_is_whole_with_the_ledger_that
     assert main(["resume", str(run), "--from-checkpoint", "9"]) == 2
     assert main(["resume", str(run), "--from-checkpoint", "3", "--new-journal"]) == 0
     told = [event["detail"].get("detail", "") for event in events(run, "warning")]
-    assert any("steps 4 to 5 are trained again, 0 groups that were on their way then" in text for text in told)
+    assert any(re.search(r"steps 4 to 5 are trained again, \d groups that were on their way", text) for text in told)
     assert_balanced(run, trained=20)
     assert comparable(run) == numbers
     after = weights(run, 5)

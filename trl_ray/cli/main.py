@@ -34,6 +34,7 @@ from trl_ray.config.teacher_options import TeacherServeConfig
 from trl_ray.errors import ConfigError, InputError, InterruptedRun, RunError, TrlRayError
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.pipelines.pipeline_registry import ENTRY_POINTS, find_pipeline
+from trl_ray.pipelines.run.signals import interrupt_at_once, own_process
 
 if TYPE_CHECKING:
     from trl_ray.pipelines.run.pipeline import Pipeline, TrainOutput
@@ -96,13 +97,20 @@ def _summary(command: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code; without `argv` it is the process's own, and may be left at once."""
+    if argv is None:
+        interrupt_at_once()
+        own_process()
     try:
-        return _run(argv)
+        code = _run(argv)
     finally:
         # What the console left unwritten would otherwise end Python with an error of its own.
         for stream in (sys.stdout, sys.stderr):
             _write("", stream)
+    if argv is None and code == ExitCode.INTERRUPTED:
+        # Whoever asked for it waits, and may kill; all is written.
+        os._exit(code)
+    return code
 
 
 def _write(text: str, stream: TextIO) -> None:
@@ -129,7 +137,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except InterruptedRun as error:
         return _say(ExitCode.INTERRUPTED, f"trl-ray: {error}")
     except (KeyboardInterrupt, asyncio.CancelledError):
-        return _say(ExitCode.INTERRUPTED, "trl-ray: interrupted at once; the last checkpoint and the journal are kept")
+        return _say(ExitCode.INTERRUPTED, "trl-ray: interrupted at once; checkpoints and the journal are kept")
     except TrlRayError as error:
         return _say(
             ExitCode.FAILED,

@@ -539,6 +539,8 @@ class RuntimeConfig(Section):
     """A worker that answers no probe for this long is replaced."""
     stall_deadline_s: Seconds = 900.0
     """The run stops, naming who it waits for, when nothing has moved for this long."""
+    stop_grace_s: Seconds | None = None
+    """From SIGTERM to SIGKILL; None: what `ray job stop` leaves in a Ray job (3 s by default), 30 s elsewhere."""
     max_restarts: Natural = 10
     """Of each worker and of the queue, until the learner restarts."""
     max_learner_restarts: Natural = 3

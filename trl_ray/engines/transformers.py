@@ -27,7 +27,7 @@ from transformers.utils import logging
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
 from trl_ray.engines.checkpoint_facts import at_revision, is_recurrent, read_facts, stop_ids_of
 from trl_ray.engines.logit_rules import LogitRules
-from trl_ray.engines.sampling import BatchSampling, draw, processed_logprobs, sample_seed
+from trl_ray.engines.sampling import BatchSampling, draw, policy_logprobs, processed_logprobs, sample_seed
 from trl_ray.engines.thread import EngineThread
 from trl_ray.models.companions.teacher_model import TeacherModel
 from trl_ray.models.policy_loading import positions_of
@@ -415,7 +415,7 @@ class TransformersBackend:
         return logits
 
     def _sample(self, batch: _Batch, logits: torch.Tensor) -> None:
-        """Draw one token per row and note it with log-prob and version."""
+        """Draw one token per row and note it with the policy's log-prob and the version."""
         ruled = any(row.rules is not None for row in batch.rows)
         logprobs = processed_logprobs(
             _biased(batch.rows, logits) if ruled else logits,
@@ -430,6 +430,8 @@ class TransformersBackend:
         tokens = draw(logprobs, batch.sampling, uniforms.to(logprobs.device))
         if batch.seen is not None:
             batch.seen.scatter_(1, tokens, True)
+        if batch.sampling.reshapes:
+            logprobs = policy_logprobs(logits, batch.sampling)
         chosen = logprobs.gather(1, tokens)[:, 0].tolist()
         for row, token, logprob in zip(batch.rows, tokens[:, 0].tolist(), chosen, strict=True):
             row.append(token, logprob, self._version)

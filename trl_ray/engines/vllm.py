@@ -27,8 +27,9 @@ from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
 from trl_ray.engines.checkpoint_facts import CheckpointFacts, default_kv_bytes, read_facts
 from trl_ray.engines.checkpoint_layout import CheckpointLayout, in_checkpoint_layout
 from trl_ray.engines.completion_scoring import answer_of, top_width
-from trl_ray.engines.sampling import sample_seed
+from trl_ray.engines.sampling import reshapes, sample_seed
 from trl_ray.engines.thread import EngineThread
+from trl_ray.engines.vllm_workers.policy_logprobs import report_policy_logprobs
 from trl_ray.errors import ConfigError
 from trl_ray.models.weight_payload import named_tensors
 from trl_ray.types import (
@@ -171,6 +172,7 @@ class VLLMBackend:
         self._scores: set[str] = set()
         self._questions: dict[str, _Question] = {}
         self._version = CHECKPOINT_VERSION.version
+        self._reports_policy = False
         self._max_logprobs = 0
         self._llm: Any = None
         self._facts: CheckpointFacts | None = None
@@ -220,6 +222,9 @@ class VLLMBackend:
         from vllm.inputs.engine import tokens_input
 
         prompt = [int(token) for token in request.prompt_ids]
+        if not self._reports_policy and (reshapes(request.sampling) or self._overrides.get("logits_processors")):
+            self._llm.collective_rpc(report_policy_logprobs)
+            self._reports_policy = True
         for index in range(request.n):
             try:
                 params = self._params(request, index, room=self._max_model_len - len(prompt))

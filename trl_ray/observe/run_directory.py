@@ -5,7 +5,8 @@ RUN_DIR/
   metrics.jsonl     one line per optimizer step    journal.bin      the ledger's journal
   events.jsonl      what happened to whom          completions/     step-000012.parquet
   trace.jsonl       spans of the actors            checkpoints/     step-12/
-  report.html       drawn from all of the above    run.lock         who writes it now
+    journal.bin.payloads/   groups that may be trained yet
+    report.html       drawn from all of the above    run.lock         who writes it now
 
 Whoever changes a directory holds its lock first (run_lock.py). Who may read: private_files.py.
 """
@@ -24,7 +25,7 @@ from trl_ray.observe.run_files import atomic_write_json, atomic_write_text, cut_
 from trl_ray.observe.run_lock import LOCK
 
 _FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "trace.jsonl", "ledger.json", "journal.bin", "report.html")
-_FOLDERS = ("completions", "checkpoints", "model", "wandb", "tensorboard", "mlflow")
+_FOLDERS = ("completions", "checkpoints", "journal.bin.payloads", "model", "wandb", "tensorboard", "mlflow")
 # A folder with one of these was made by a run; nothing else is ever overwritten.
 _MARKS = ("metrics.jsonl", "events.jsonl")
 

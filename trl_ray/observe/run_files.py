@@ -11,6 +11,7 @@ import enum
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from trl_ray.errors import RunError
+from trl_ray.observe.private_files import open_private
 
 
 @contextmanager
@@ -70,10 +72,11 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         RunError: the file cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # By name no other writer's, on no other node either.
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     with writing(path):
         try:
-            with draft.open("wb") as stream:
+            with open(draft, "wb", opener=open_private) as stream:
                 write(stream)
             os.replace(draft, path)
         except BaseException:
@@ -101,7 +104,7 @@ class JsonLines:
         self.path = path
         with writing(path):
             torn = _is_torn(path)
-            self._stream = path.open("a", encoding="utf-8")
+            self._stream = open(path, "a", encoding="utf-8", opener=open_private)  # noqa: SIM115
             if torn:
                 self._stream.write("\n")
 

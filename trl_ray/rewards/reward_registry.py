@@ -22,18 +22,23 @@ from trl_ray.config.messages import nearest
 from trl_ray.config.object_paths import find_object
 from trl_ray.config.trl_options.reward_names import read_reward_names
 from trl_ray.errors import ConfigError
-from trl_ray.rewards import functions
+from trl_ray.rewards import functions, mathematics
 from trl_ray.rewards.functions import RewardFunction
 from trl_ray.rewards.scoring import RAW
 
 REGISTERED: Mapping[str, RewardFunction] = {
+    "accuracy_reward": mathematics.accuracy_reward,
     "arithmetic": functions.arithmetic,
     "exact_answer": functions.exact_answer,
     "last_number": functions.last_number,
+    "reasoning_accuracy_reward": mathematics.reasoning_accuracy_reward,
     "reasoning_gym": functions.reasoning_gym,
     "think_format": functions.think_format,
 }
-FACTORIES: Mapping[str, Callable[..., RewardFunction]] = {"soft_overlong": functions.soft_overlong}
+FACTORIES: Mapping[str, Callable[..., RewardFunction]] = {
+    "cosine_scaled_reward": mathematics.cosine_scaled_reward,
+    "soft_overlong": functions.soft_overlong,
+}
 
 RowCheck = Callable[[Mapping[str, Any]], str | None]
 """Says what is wrong with the columns of a row; None where nothing is."""
@@ -45,7 +50,7 @@ _CHECKS: Mapping[str, RowCheck] = {
 """Functions that cannot score every value of their columns."""
 
 GIVEN_ALWAYS = RAW | {"prompts", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state"}
-_MATHEMATICS = "trl.rewards.accuracy_rewards"
+_MATHEMATICS = frozenset({"trl.rewards.accuracy_rewards", mathematics.__name__})
 _CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 
 
@@ -93,12 +98,13 @@ def make_spec(function: str | Callable[..., Any]) -> RewardSpec:
 
 
 def _require_package(function: Callable[..., Any]) -> None:
-    """TRL's functions for mathematics ask for another package only when they are called: at the first reward."""
-    if getattr(function, "__module__", None) != _MATHEMATICS or importlib.util.find_spec("math_verify") is not None:
+    """Functions for mathematics, TRL's too, ask for another package only when they are called: at the first reward."""
+    ours_or_trls = getattr(function, "__module__", None) in _MATHEMATICS
+    if not ours_or_trls or importlib.util.find_spec("math_verify") is not None:
         return
     raise ConfigError(
-        f"Reward function {function_name(function)} needs the package math-verify, which is not installed. pip install "
-        "math-verify, or take another reward function."
+        f"Reward function {function_name(function)} needs the package {mathematics.NEEDS}, which is not installed. pip "
+        f"install {mathematics.NEEDS} (or trl-ray[math]), or take another reward function."
     )
 
 

@@ -6,11 +6,12 @@ probe the address --> ray.init --> compare plan and cluster --> placement group 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import pickle
 import socket
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import ray
 from ray.actor import ActorHandle as RawHandle
@@ -20,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from trl_ray.config.sections import RuntimeConfig
 from trl_ray.errors import ActorLostError, DeadlineError, ResourceError, RunError, TrlRayError
+from trl_ray.runtime.ray_thread import in_ray_thread
 from trl_ray.runtime.remote import HEALTH_GROUP, ActorPlan, remote_class
 from trl_ray.runtime.runtime import ActorHandle, Role
 
@@ -126,6 +128,9 @@ def _probe(address: str, timeout_s: float) -> None:
 def connect(config: RuntimeConfig) -> bool:
     """Join the cluster the configuration names, or start Ray on this machine.
 
+    In the main thread Ray would take the handler of SIGTERM; elsewhere it says that it does not, which nobody needs to
+    know.
+
     Returns:
         True when Ray was started here and must be stopped at the end.
 
@@ -134,6 +139,7 @@ def connect(config: RuntimeConfig) -> bool:
     """
     if ray.is_initialized():
         return False
+    logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
     # A driver of `ray job submit` finds the cluster that runs it in RAY_ADDRESS.
     address = config.address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
@@ -199,6 +205,15 @@ class RayRuntime:
             self._disconnect()
             raise
 
+    @classmethod
+    async def open(cls, config: RuntimeConfig, plans: Mapping[str, ActorPlan]) -> Self:
+        """As the constructor, beside the event loop; what a caller that is cancelled waits for no more is undone.
+
+        Raises:
+            ResourceError: see the constructor.
+        """
+        return await in_ray_thread(lambda: cls(config, plans), undo=lambda runtime: runtime._close())
+
     async def spawn(
         self, role: Role, name: str, cls: type, /, *, slot: int = 0, plan: str | None = None, **kwargs: Any
     ) -> ActorHandle:
@@ -231,6 +246,9 @@ class RayRuntime:
         return all(plan.survives for plan in self._plans.values() if plan.role is role)
 
     async def close(self) -> None:
+        await in_ray_thread(self._close)
+
+    def _close(self) -> None:
         while self._handles:
             ray.kill(self._handles.pop().raw, no_restart=True)
         self._disconnect()

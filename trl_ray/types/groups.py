@@ -104,7 +104,8 @@ class Completion:
     token_ids: IntArray
     """[L] sampled ids, the end-of-sequence token included when there is one."""
     logprobs: FloatArray
-    """[L] natural-log probability of each id under the sampling distribution (temperature applied)."""
+    """[L] natural-log probability of each id under the policy at the sampling temperature, before top-p and the like
+    (`trl_ray.engines.sampling` has the reason)."""
     versions: tuple[VersionSpan, ...]
     """Which weight version sampled which tokens; covers [0, L) without gaps."""
     finish_reason: FinishReason

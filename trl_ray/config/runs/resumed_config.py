@@ -25,6 +25,7 @@ _FREE = frozenset(
             "on_non_finite",
             "max_attempts",
             "max_resampled_groups",
+            "on_bad_row",
         ),
         *("logging_steps", "logging_strategy", "logging_first_step", "log_completions", "num_completions_to_print"),
         *("report_to", "project", "run_name", "trackio_space_id", "html_report"),

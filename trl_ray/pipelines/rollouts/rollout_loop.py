@@ -19,6 +19,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from trl_ray.algorithms.policy.group_samples import BuiltStep
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.buffer.journal_reach import LEDGER_COPY
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
-from trl_ray.errors import AgreementError, StallError
+from trl_ray.config.sections import RuntimeKind
+from trl_ray.errors import AgreementError, InputError, StallError
 from trl_ray.models.companions.teacher_rules import FOLDER
 from trl_ray.pipelines.rollouts.agreement_check import AgreementCheck
 from trl_ray.pipelines.rollouts.evaluation import evaluate, held_out_loss
@@ -39,8 +41,10 @@ from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.learner_actors import under_watch
 from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
+from trl_ray.pipelines.run.signals import Stop, StopRequested, unless
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult
+from trl_ray.wire.group_payload import decode_group
 
 AGREEMENT = "agreement.json"
 """In checkpoints: what sampler and learner showed at version 0."""
@@ -48,6 +52,7 @@ BEST = "best.json"
 """In checkpoints: the best evaluation so far."""
 _POLL_S = 2.0
 _SAY_WAITING_S = 30.0
+_STOP_PATIENCE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,7 +75,7 @@ class RolloutLoop(StepLoop[_Trained]):
     _recorder: Recorder
 
     def __init__(
-        self, *, plan: Preparation, actors: RolloutActors, recorder: Recorder, opening: Opening, stop: asyncio.Event
+        self, *, plan: Preparation, actors: RolloutActors, recorder: Recorder, opening: Opening, stop: Stop
     ) -> None:
         stopping = EarlyStopping.of(plan.config)
         if opening.checkpoint is not None and (kept := Path(opening.checkpoint) / BEST).is_file():
@@ -90,6 +95,8 @@ class RolloutLoop(StepLoop[_Trained]):
         self._agreement = AgreementCheck(plan.config, first_step=first_judged)
         self._restore_agreement(opening.checkpoint)
         self._pulling: asyncio.Task[None] | None = None
+        self._unreadable: InputError | None = None
+        """What is wrong with the next rows of a stream."""
 
     def _restore_agreement(self, checkpoint: str | None) -> None:
         file = None if checkpoint is None else Path(checkpoint) / AGREEMENT
@@ -100,14 +107,17 @@ class RolloutLoop(StepLoop[_Trained]):
 
     def _epoch_after(self, step: int) -> float:
         """Passes over the prompts once so many steps are trained."""
-        return step * self._config.groups_per_step / len(self._plan.prompts)
+        return self._plan.prompts.epochs_after(step * self._config.groups_per_step)
 
     async def run(self) -> None:
         plan = self._plan
         # Before the first prompt is admitted: callbacks may take their time, or refuse.
         await self._begin(
             epoch=self._epoch_after(self.step),
-            num_train_epochs=math.ceil(self._epoch_after(plan.total_steps)),
+            num_train_epochs=math.ceil(
+                # Nobody knows how long a stream is.
+                self._config.num_train_epochs if plan.steps_per_epoch is None else self._epoch_after(plan.total_steps)
+            ),
             can_stop_epoch=False,
         )
         try:
@@ -119,8 +129,11 @@ class RolloutLoop(StepLoop[_Trained]):
                 await asyncio.gather(self._pulling, return_exceptions=True)
 
     async def _admit(self) -> None:
-        """Keeps the slots charged, and issues no more groups than the remaining steps need."""
-        prompts, config = self._plan.prompts, self._config
+        """Keeps the slots charged, and issues no more groups than the remaining steps need.
+
+        Where the next rows of a stream cannot be used it issues no more: what is issued may be trained first.
+        """
+        config = self._config
         while True:
             free: int = await self._actors.ask_queue("wait_for_slots", wait_s=_POLL_S)
             snapshot = await self._actors.ask_queue("snapshot")
@@ -130,8 +143,38 @@ class RolloutLoop(StepLoop[_Trained]):
                 await asyncio.sleep(0.25 if free else 0)
                 continue
             first: int = await self._actors.ask_queue("next_ordinal")
-            chosen = [prompts.prompt(ordinal) for ordinal in range(first, first + count)]
+            try:
+                chosen = await self._read(first, count)
+            except InputError as error:
+                self._unreadable = error
+                await asyncio.Event().wait()
             await self._actors.ask_queue("admit", prompts=chosen, version=self._recorder.pulled_version)
+
+    async def _read(self, first: int, count: int) -> list[Prompt]:
+        """The prompts to issue; on actors a stream is read beside the loop, which must go on answering."""
+        prompts = self._plan.prompts
+        if self._config.dataset_streaming and self._config.runtime.kind is RuntimeKind.RAY:
+            chosen = await asyncio.to_thread(prompts.take, first, count)
+        else:
+            chosen = prompts.take(first, count)
+        for sentence in prompts.news():
+            self._recorder.say(EventKind.WARNING, "data", detail=sentence)
+        return chosen
+
+    async def _end_unread(self) -> None:
+        """End the run where the next rows of a stream cannot be used, once what was issued before them is trained."""
+        if self._unreadable is None:
+            return
+        snapshot = await self._actors.ask_queue("snapshot")
+        if snapshot.live_total >= self._config.groups_per_step:
+            return
+        if not self.step:
+            raise self._unreadable
+        await self._save_last()
+        raise type(self._unreadable)(
+            f"{self._unreadable} {self.step} steps were trained before it and are kept; once it is mended, go on "
+            f"with: trl-ray resume {self._recorder.directory.path}"
+        ) from self._unreadable
 
     async def _train_step(self, step: int) -> _Trained:
         begin = time.time()
@@ -166,7 +209,7 @@ class RolloutLoop(StepLoop[_Trained]):
             staleness=trained.staleness,
         )
         await self._callbacks.logged(line)
-        evaluated = await self._evaluate() if self._evaluation_is_due else {}
+        evaluated = await self._evaluate_in_time() if self._evaluation_is_due else {}
         self._recorder.step(
             self.step, line=line, groups=trained.groups, built=trained.built, snapshot=snapshot, evaluated=evaluated
         )
@@ -181,13 +224,12 @@ class RolloutLoop(StepLoop[_Trained]):
         began = moved = said = time.monotonic()
         seen: int | None = None
         while True:
-            groups: list[RolloutGroup] = await self._actors.ask_queue(
-                "take", n=config.groups_per_step, step=step, wait_s=_POLL_S
-            )
+            groups = await self._ask_for_groups(step)
             if groups:
                 return groups
             await self._drain()
             await self._heed_stop()
+            await self._end_unread()
             if self._pulling is not None and self._pulling.done():
                 self._pulling.result()
             now = time.monotonic()
@@ -204,6 +246,16 @@ class RolloutLoop(StepLoop[_Trained]):
                 self._recorder.say(
                     EventKind.WAITING, "learner", step=step, seconds=round(now - began, 1), on=await self._culprits()
                 )
+
+    async def _ask_for_groups(self, step: int) -> list[RolloutGroup]:
+        """What the queue has for a step, or nothing, within the time of a poll."""
+        asking = self._actors.ask_queue("take_stored", n=self._config.groups_per_step, step=step, wait_s=_POLL_S)
+        try:
+            stored: list[bytes] = await unless(self._stop, asking)
+        except StopRequested:
+            await self._heed_stop()
+            raise
+        return [decode_group(payload) for payload in stored]
 
     async def _culprits(self) -> str:
         named: str = await self._actors.ask_queue("describe_wait", n=self._config.groups_per_step)
@@ -245,12 +297,19 @@ class RolloutLoop(StepLoop[_Trained]):
             self._recorder.skipped(step, what="groups")
 
     async def _publish(self, step: int, *, wait_s: float, step_s: float) -> int:
-        """Publish, and pull beside the next step; a pull must have ended before the next one begins."""
-        await self._pulled()
-        identity = await self._actors.publish(step=step)
-        self._pulling = asyncio.create_task(self._pull(step, identity.version, wait_s, step_s), name=f"pull {step}")
-        if self._config.slot_bounds.max_staleness == 0:
-            await self._pulled()
+        """Publish, and pull beside the next step; a pull must have ended before the next one begins.
+
+        When the run is to end, it is not kept by a worker that does not pull.
+        """
+        try:
+            await self._pulled_in_time()
+            identity = await self._actors.publish(step=step)
+            pulling = self._pull(step, identity.version, wait_s, step_s)
+            self._pulling = asyncio.create_task(pulling, name=f"pull {step}")
+            if self._config.slot_bounds.max_staleness == 0:
+                await self._pulled_in_time()
+        except StopRequested:
+            return step
         return identity.version
 
     async def _pull(self, step: int, version: int, wait_s: float, step_s: float) -> None:
@@ -262,6 +321,18 @@ class RolloutLoop(StepLoop[_Trained]):
         """Until the workers hold the weights that were published last."""
         if self._pulling is not None:
             await self._pulling
+
+    async def _pulled_in_time(self) -> None:
+        """As `_pulled`, but a run that is to end waits for no worker that hangs or is being replaced.
+
+        Raises:
+            StopRequested: that was so.
+        """
+        try:
+            await unless(self._stop, self._pulled(), patience_s=_STOP_PATIENCE_S)
+        except StopRequested:
+            self._pulling = None
+            raise
 
     async def _drain(self) -> None:
         """Write down what the actors have to tell, and stop when rewards or teachers fail without end."""
@@ -280,10 +351,12 @@ class RolloutLoop(StepLoop[_Trained]):
     async def _evaluate_set(self, name: str, prompts: Sequence[Prompt]) -> dict[str, float]:
         begin, plan, config = time.time(), self._plan, self._config
         evaluation = await evaluate(
-            self._actors.working, prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s
+            lambda: self._actors.working, prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s
         )
+        found = len(evaluation.answers)
         for reason in evaluation.lost:
-            self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of the evaluation was lost: {reason}")
+            detail = f"a worker was lost in the evaluation: {reason}; {found} of {len(prompts)} prompts are answered"
+            self._recorder.say(EventKind.WARNING, "evaluation", step=self.step, detail=detail)
         held_out = await held_out_loss(
             evaluation.answers,
             step=self.step,
@@ -314,9 +387,10 @@ class RolloutLoop(StepLoop[_Trained]):
         )
         teachers.checkpoint = str(path)
         # One checkpoint behind, so that a run whose newest checkpoint is damaged can go back to the one before.
-        if self._saved not in (0, step):
-            await self._actors.ask_queue("checkpoint", step=self._saved)
+        if self._saved != step:
+            await self._actors.ask_queue("checkpoint", step=self._saved, saved=step)
 
     async def _save_last(self) -> None:
-        await self._pulled()
+        with suppress(StopRequested):
+            await self._pulled_in_time()
         await super()._save_last()

@@ -40,15 +40,17 @@ from trl_ray.observe.service_sinks import services_of
 from trl_ray.observe.sinks import Observer
 from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
 from trl_ray.pipelines.callbacks.hooks import CallbackList
+from trl_ray.pipelines.run.evaluation_alone import EvaluatedNumbers, evaluation_config
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
 from trl_ray.pipelines.run.given_rows import given_rows
 from trl_ray.pipelines.run.going_back import Return, Wish, find_return, leave_aside, resolve
 from trl_ray.pipelines.run.hub_pushes import hub_place
 from trl_ray.pipelines.run.recording import RunRecorder
-from trl_ray.pipelines.run.signals import run_to_end
+from trl_ray.pipelines.run.signals import Stop, StopRequested, grace_s, run_to_end, unless
+from trl_ray.pipelines.run.stopping import close_in_time, tell_of_stop, what_is_left
 from trl_ray.pipelines.run.trainer_methods import TrainerMethods
 from trl_ray.runtime.local import LocalRuntime
-from trl_ray.runtime.runtime import Runtime
+from trl_ray.runtime.runtime import Role, Runtime
 from trl_ray.types import EventKind
 
 if TYPE_CHECKING:
@@ -120,6 +122,8 @@ class Plan(Protocol):
 
 
 _LOG = logging.getLogger(__name__)
+_DISK_BYTES_PER_S = 1e9
+"""What a checkpoint is written with at best."""
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 PlanT = TypeVar("PlanT", bound=Plan)
 
@@ -150,46 +154,17 @@ class Session(ABC):
     recorder: RunRecorder
 
     @abstractmethod
-    async def run(self, stop: asyncio.Event) -> TrainOutput:
+    async def run(self, stop: Stop) -> TrainOutput:
         """Start the actors and train to the end.
 
         Raises:
             LearnerLostError: another session may go on from the last checkpoint.
-            InterruptedRun: the stop event was set; a checkpoint was written.
+            InterruptedRun: the stop event was set; a checkpoint was written if there was time.
         """
 
     @abstractmethod
     async def dismiss(self) -> None:
         """End the actors for good."""
-
-
-class _Numbers:
-    """A callback that keeps what was evaluated last."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, float] = {}
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **payload: Any) -> None:
-        """See the class."""
-        self.numbers = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-
-
-def evaluation_config(config: ConfigT, folder: str) -> ConfigT:
-    """The options of one evaluation in a folder of its own: no checkpoints, no services, no callbacks."""
-    return config.replace(
-        output_dir=folder,
-        eval_strategy="steps",
-        eval_steps=1,
-        eval_on_start=None,
-        save_strategy="no",
-        load_best_model_at_end=False,
-        early_stopping_patience=None,
-        resume_from_checkpoint=None,
-        report_to=[],
-        push_to_hub=False,
-        callbacks=[],
-        html_report=False,
-    )
 
 
 class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
@@ -201,6 +176,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
     """What a user gave in Python beside the configuration; a dataclass with `train_dataset` and `eval_dataset`."""
     resumes_within: ClassVar[int | None] = None
     """How many of the newest checkpoints a run can go on from; None: all."""
+    reads_held_out: ClassVar[bool] = True
+    """Whether held-out streams are read to their end, and not as far as `eval_num_prompts`."""
 
     def __init__(
         self,
@@ -349,8 +326,9 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         if resume_from_checkpoint is not None:
             self.config = self.config.replace(resume_from_checkpoint=resume_from_checkpoint)
         plan = self.prepare()
+        grace = grace_s(self.config.runtime.stop_grace_s)
         with RunLock.hold(self.config.output_dir) as self._lock:
-            self._trained = run_to_end(lambda stop: self._train(plan, stop))
+            self._trained = run_to_end(lambda stop: self._train(plan, stop), grace=grace)
         if self.config.push_to_hub:
             try:
                 self.push_to_hub()
@@ -371,7 +349,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                     f"{', '.join(map(str, named)) or 'none'}; got {eval_dataset!r}."
                 )
             eval_dataset = {eval_dataset: named[eval_dataset]}
-        eval_dataset = given_rows(eval_dataset, evaluation=True)
+        eval_dataset = given_rows(eval_dataset, evaluation=self.reads_held_out)
         train = inputs.train_dataset
         if train is None and config.dataset_name is None and not config.datasets:
             train = eval_dataset
@@ -393,7 +371,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         """
         del ignore_keys
         with tempfile.TemporaryDirectory(prefix="trl_ray-evaluation-") as folder:
-            pipeline, found = copy(self), _Numbers()
+            pipeline, found = copy(self), EvaluatedNumbers()
             pipeline.config = evaluation_config(self.config, folder)
             pipeline._inputs = self._with_held_out(eval_dataset)
             self._given.write(self.config.part(ModelConfig))
@@ -414,8 +392,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             "without labels. Call evaluate(eval_dataset), which answers them and scores the answers."
         )
 
-    async def _evaluate(self, plan: PlanT, callbacks: CallbackList, model: Path | None, stop: asyncio.Event) -> None:
-        runtime = self._open_runtime(plan)
+    async def _evaluate(self, plan: PlanT, callbacks: CallbackList, model: Path | None, stop: Stop) -> None:
+        runtime = await self._open_runtime(plan, stop)
         directory = RunDirectory.create(self.config.output_dir)
         opening = Opening(
             runtime=runtime,
@@ -433,25 +411,26 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             callbacks.close()
             await runtime.close()
 
-    async def _train(self, plan: PlanT, stop: asyncio.Event) -> TrainOutput:
+    async def _train(self, plan: PlanT, stop: Stop) -> TrainOutput:
         back = self._find_return(self._wish) if self._resume else Return()
-        runtime = self._open_runtime(plan)
+        runtime = await self._open_runtime(plan, stop)
         try:
             directory = self._open_directory()
             return await self._sessions(plan, runtime, directory, back, stop)
         finally:
+            stop.settled = True
             self._callbacks.close()
-            await runtime.close()
+            await close_in_time(runtime, stop)
 
     async def _sessions(
-        self, plan: PlanT, runtime: Runtime, directory: RunDirectory, back: Return, stop: asyncio.Event
+        self, plan: PlanT, runtime: Runtime, directory: RunDirectory, back: Return, stop: Stop
     ) -> TrainOutput:
         """One session after the other, each from the last checkpoint, until training ends."""
         restarts = 0
         while True:
             session = self._open_session(plan, runtime, directory, back, resuming=self._resume or restarts > 0)
             try:
-                output = await session.run(stop)
+                output = await self._run_session(session, directory, stop)
             except LearnerLostError as error:
                 restarts += 1
                 session.recorder.say(EventKind.ACTOR_LOST, "learner", reason=str(error))
@@ -465,15 +444,26 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                     raise
                 session.recorder.close()
                 await session.dismiss()
-            except InterruptedRun as error:
-                self._end(session.recorder, EventKind.INTERRUPTED, error)
+            except (InterruptedRun, asyncio.CancelledError, KeyboardInterrupt) as error:
+                stop.settled = True
+                self._end(session.recorder, EventKind.INTERRUPTED, error, is_short=stop.at_once)
                 raise
-            except (TrlRayError, asyncio.CancelledError, KeyboardInterrupt) as error:
+            except TrlRayError as error:
                 self._end(session.recorder, EventKind.RUN_FAILED, error)
                 raise
             else:
                 self._end(session.recorder, EventKind.RUN_FINISHED, None)
                 return output
+
+    async def _run_session(self, session: Session, directory: RunDirectory, stop: Stop) -> TrainOutput:
+        """To its end, or to the end of the time that a signal leaves."""
+        stop.hold()
+        telling = asyncio.create_task(tell_of_stop(stop, session.recorder))
+        try:
+            with stop.ends_in_order(lambda: what_is_left(directory)):
+                return await session.run(stop)
+        finally:
+            telling.cancel()
 
     def _find_return(self, wish: Wish, *, reads_journal: bool = True) -> Return:
         """Where the run goes on from; changes nothing. See `find_return`."""
@@ -534,6 +524,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             computes_in=config.computes_in,
             **self._announcement(),
         )
+        slow = plan.expected_memory()[Role.LEARNER] / _DISK_BYTES_PER_S
+        session.recorder.tell_of_grace(slow, grace=grace_s(config.runtime.stop_grace_s), is_measured=False)
         return session
 
     def _logging_steps(self, plan: PlanT) -> int:
@@ -548,10 +540,12 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         """What else a run says of itself when it starts."""
         return {}
 
-    def _end(self, recorder: RunRecorder, kind: EventKind, error: BaseException | None) -> None:
+    def _end(
+        self, recorder: RunRecorder, kind: EventKind, error: BaseException | None, *, is_short: bool = False
+    ) -> None:
         recorder.say(kind, "driver", **({"error": f"{type(error).__name__}: {error}"} if error is not None else {}))
         recorder.close()
-        if self.config.html_report:
+        if self.config.html_report and not is_short:
             build_report(recorder.directory.path)
 
     def _open_directory(self) -> RunDirectory:
@@ -566,10 +560,15 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         self._given.keep()
         return directory
 
-    def _open_runtime(self, plan: PlanT) -> Runtime:
+    async def _open_runtime(self, plan: PlanT, stop: Stop) -> Runtime:
         if self.config.runtime.kind is RuntimeKind.LOCAL:
             return LocalRuntime()
         # Imported here so that runtime.kind=local starts without Ray's import.
         from trl_ray.runtime.cluster import RayRuntime
 
-        return RayRuntime(self.config.runtime, plan.actors())
+        try:
+            return await unless(stop, RayRuntime.open(self.config.runtime, plan.actors()))
+        except StopRequested:
+            raise stop.error(" while Ray started; nothing was begun") from None
+        finally:
+            stop.hold()

@@ -21,6 +21,7 @@ from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import Observer, TrainedGroups
 from trl_ray.observe.staleness import StalenessMonitor
 from trl_ray.pipelines.rollouts.evaluation_numbers import answer_numbers
+from trl_ray.pipelines.run.signals import give_more_grace, in_ray_job
 from trl_ray.types import ActorReport, Evaluation, Event, EventKind, Metric, RolloutGroup, StepResult
 
 
@@ -46,6 +47,7 @@ class RunRecorder:
         """Forgets the steps that are trained again; not before all is there to train them."""
         self._observer = observer
         self._ended: float | None = None
+        self._told_of_grace = False
 
     def emit(self, event: Event) -> None:
         """Write down one event."""
@@ -72,6 +74,19 @@ class RunRecorder:
         """Training begins: all that it needs is there."""
         self.guard()
         self.cut()
+
+    def tell_of_grace(self, checkpoint_s: float, *, grace: float, is_measured: bool) -> None:
+        """Say once in a Ray job that `ray job stop` leaves less time than a checkpoint takes."""
+        if self._told_of_grace or not in_ray_job() or checkpoint_s < grace:
+            return
+        self._told_of_grace = True
+        takes = f"takes {checkpoint_s:.1f} s" if is_measured else f"is likely to take {checkpoint_s:.0f} s or more"
+        self.say(
+            EventKind.WARNING,
+            "driver",
+            detail=f"a checkpoint {takes}, but `ray job stop` kills after {grace:g} s: what was trained since the last "
+            f"checkpoint would be trained again. {give_more_grace(2 * checkpoint_s + 10)}",
+        )
 
     def close(self) -> None:
         """Flush and close all sinks."""

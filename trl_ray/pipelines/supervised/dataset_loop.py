@@ -18,7 +18,7 @@ from trl_ray.errors import InputError
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.pipeline import Opening
-from trl_ray.pipelines.run.signals import heed_signals
+from trl_ray.pipelines.run.signals import Stop, heed_signals
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.pipelines.supervised.dataset_preparation import SupervisedPlan
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder, SupervisedTimes
@@ -67,7 +67,7 @@ class DatasetLoop(StepLoop[_Trained]):
         held_out: Mapping[str, Sequence[Example]],
         accounts: Accounts,
         stopping: EarlyStopping,
-        stop: asyncio.Event,
+        stop: Stop,
     ) -> None:
         super().__init__(
             plan=plan, recorder=recorder, opening=opening, stopping=stopping, can_evaluate=bool(held_out), stop=stop
@@ -128,7 +128,7 @@ class DatasetLoop(StepLoop[_Trained]):
         return _Trained(epoch=ready.fed.epoch, result=result, fed=ready.fed, times=times)
 
     async def _report(self, trained: _Trained) -> None:
-        evaluated = await self._evaluate() if self._evaluation_is_due else {}
+        evaluated = await self._evaluate_in_time() if self._evaluation_is_due else {}
         self._recorder.report(await self._actors.drain())
         self._recorder.step(
             self.step,
