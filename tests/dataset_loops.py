@@ -22,7 +22,7 @@ from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import EventsFile, MetricsFile, Observer
 from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
-from trl_ray.pipelines.run.pipeline import Opening
+from trl_ray.pipelines.run.session import Opening
 from trl_ray.pipelines.run.signals import Stop
 from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
 from trl_ray.pipelines.supervised.dataset_preparation import DatasetInputs, SupervisedPlan

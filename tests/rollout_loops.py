@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,14 +21,15 @@ from trl_ray.actors.rollout_worker import EvaluatedPrompt
 from trl_ray.algorithms.batches.micro_batches import CutRules
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig
+from trl_ray.models.checkpoint import MANIFEST, TRAINER_STATE
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import EventsFile, MetricsFile, Observer
 from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.rollouts.agreement_check import Evidence
 from trl_ray.pipelines.rollouts.preparation import Preparation
 from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop
-from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder
+from trl_ray.pipelines.run.session import Opening
 from trl_ray.pipelines.run.signals import Stop
 from trl_ray.rewards.scoring import ScoredGroup
 from trl_ray.runtime.local import LocalRuntime
@@ -128,6 +130,9 @@ class Actors:
 
         return (SimpleNamespace(call=call),)
 
+    async def ask_worker(self, handle: Any, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
+        return await handle.call(method, *args, **kwargs)
+
     async def ask_queue(self, method: str, **kwargs: Any) -> Any:
         await asyncio.sleep(0)
         while method == "take_stored" and self.delivers and self.admitted < 2 * kwargs["step"]:
@@ -203,7 +208,7 @@ class Actors:
             await self.may_save.wait()
             self.files[kwargs["step"]], self.adopted[kwargs["step"]] = kwargs["extra"], kwargs["adopt"]
             self.log.append(f"save {kwargs['step']}")
-            Path(*args, f"step-{kwargs['step']}").mkdir()
+            write_checkpoint(Path(*args), kwargs["step"])
             return None
         [batch] = args
         assert method == "step"
@@ -213,6 +218,15 @@ class Actors:
         found = {f"agreement/age_0/{name}": Metric(value=v) for name, v in self.sampled.get(batch.step, {}).items()}
         metrics = {"tokens/trained": tokens, **found}
         return StepResult(version=batch.step, loss=0.5, grad_norm=1.0, lr=0.1, skipped=skipped, metrics=metrics)
+
+
+def write_checkpoint(checkpoints: Path, step: int) -> None:
+    """The least that verifies."""
+    folder = checkpoints / f"step-{step}"
+    folder.mkdir()
+    (folder / TRAINER_STATE).write_bytes(b"")
+    files = {TRAINER_STATE: {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}}
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "step": step, "files": files}))
 
 
 class RolloutRun:

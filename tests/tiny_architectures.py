@@ -20,6 +20,8 @@ from tiny_models import MAX_POSITIONS, VOCAB_SIZE, build_tokenizer
 
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 _PAIRED = ["sliding_attention", "full_attention"]
+# Tied weights as wide as the others' would make one token certain: nothing to sample, and nothing to learn.
+_GEMMA: dict[str, Any] = {"tie_word_embeddings": True, "initializer_range": 0.05}
 _LINEAR: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
@@ -46,9 +48,9 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": None}),
-    "gemma": ("gemma", {"tie_word_embeddings": True}),
-    "gemma2": ("gemma2", {"tie_word_embeddings": True, "sliding_window": 64, "layer_types": _PAIRED}),
-    "gemma3": ("gemma3_text", {"tie_word_embeddings": True, "sliding_window": 64, "layer_types": _PAIRED}),
+    "gemma": ("gemma", _GEMMA),
+    "gemma2": ("gemma2", {**_GEMMA, "sliding_window": 64, "layer_types": _PAIRED}),
+    "gemma3": ("gemma3_text", {**_GEMMA, "sliding_window": 64, "layer_types": _PAIRED}),
     "phi": ("phi", {}),
     "phi3": ("phi3", {}),
     "stablelm": ("stablelm", {}),
@@ -59,7 +61,7 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "cohere": ("cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}),
     "cohere2": (
         "cohere2",
-        {"logit_scale": 0.25, "tie_word_embeddings": True, "sliding_window": 256, "layer_types": _PAIRED},
+        {"logit_scale": 0.25, "tie_word_embeddings": True, "sliding_window": 64, "layer_types": _PAIRED},
     ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "starcoder2": ("starcoder2", {"sliding_window": None}),
@@ -68,7 +70,8 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 512, "head_dim": None},
     ),
     "gpt2": ("gpt2", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": MAX_POSITIONS}),
-    "gpt_neox": ("gpt_neox", {}),
+    # An option that the model does not have: transformers does not read it, vLLM does.
+    "gpt_neox": ("gpt_neox", {"num_key_value_heads": None}),
     "opt": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 128}),
     "bloom": ("bloom", {"n_layer": 2, "n_head": 4, "tie_word_embeddings": True}),
     "glm4": ("glm4", {"pad_token_id": 259}),
@@ -132,7 +135,7 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "recurrent_gemma": ("recurrent_gemma", {"lru_width": 128, "attention_window_size": 64}),
 }
-"""By name: transformers' model type, and options beside the common ones."""
+"""By name: transformers' model type, and options beside the common ones; None leaves a common one out."""
 
 
 def tiny_config(name: str) -> Any:
@@ -153,7 +156,8 @@ def tiny_config(name: str) -> Any:
         "eos_token_id": 258,
         "pad_token_id": 259,
     }
-    given = {option: value for option, value in {**common, **options}.items() if (option, value) != ("head_dim", None)}
+    dropped = {option for option in common if options.get(option, common[option]) is None}
+    given = {option: value for option, value in {**common, **options}.items() if option not in dropped}
     return AutoConfig.for_model(model_type, **given)
 
 

@@ -54,11 +54,12 @@ def run(engine, *requests):
     return [future.result(timeout=120) for future in engine.submit(requests)]
 
 
-def reference(model, prompt, tokens, *, temperature=1.0):
+def reference(model, prompt, tokens, *, temperature=1.0, barred=()):
     """[L] log-probs of a completion by one forward over prompt and completion."""
     ids = torch.tensor(np.concatenate([prompt, tokens])[None].astype(np.int64))
     with torch.no_grad():
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].clone()
+    logits[:, list(barred)] = -torch.inf
     return (logits / temperature).log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
 
 
@@ -82,6 +83,11 @@ def test_logprobs_are_those_of_the_tempered_distribution(engine):
     np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 
+def test_logprobs_are_renormalised_after_filters(engine):
+    [[completion]] = run(engine, request_of(top_k=1, min_tokens=24))
+    assert completion.logprobs.tolist() == [0.0] * 24
+
+
 RESHAPED = {
     "top-p": {"top_p": 0.7},
     "top-k": {"top_k": 5},
@@ -97,7 +103,7 @@ RESHAPED = {
 
 @pytest.mark.parametrize("reshaping", RESHAPED.values(), ids=RESHAPED)
 def test_logprobs_are_the_policys_whatever_reshapes_sampling(engine, reshaping):
-    [completions] = run(engine, request_of(n=4, seed=4, **reshaping))
+    [completions] = run(engine, request_of(n=4, seed=4, policy_logprobs=True, **reshaping))
     temperature = reshaping.get("temperature", 1.0)
     for completion in completions:
         expected = reference(OLD, PROMPT, completion.token_ids, temperature=temperature)
@@ -108,22 +114,28 @@ def test_logprobs_are_the_policys_whatever_reshapes_sampling(engine, reshaping):
 def test_logprobs_are_the_policys_where_a_grammar_masks_tokens(engine):
     if not is_vllm(engine):
         pytest.skip("the transformers engine has no grammars")
-    [completions] = run(engine, request_of(n=4, fields={"structured_outputs": {"regex": "[ab]{8}"}}))
+    [completions] = run(
+        engine, request_of(n=4, policy_logprobs=True, fields={"structured_outputs": {"regex": "[ab]{8}"}})
+    )
     for completion in completions:
         assert set(completion.text) <= {"a", "b"}
         np.testing.assert_allclose(completion.logprobs, reference(OLD, PROMPT, completion.token_ids), atol=5e-5)
 
 
-def test_neighbours_that_reshape_nothing_keep_their_logprobs(engine):
+def test_neighbours_may_want_other_logprobs(engine):
     plain = request_of(n=2, seed=6, temperature=0.8, name="plain")
+    filtered = request_of(n=2, seed=7, temperature=0.8, top_k=1, name="filtered")
+    asked = dataclasses.replace(filtered, sampling=dataclasses.replace(filtered.sampling, policy_logprobs=True))
     [alone] = run(engine, plain)
-    [among, filtered] = run(engine, plain, request_of(n=2, seed=6, temperature=0.8, top_k=1, name="filtered"))
+    [among, renormalised, of_policy] = run(engine, plain, filtered, asked)
     for one, other in zip(alone, among, strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
         np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=5e-5)
-    # What is drawn from is what was asked for: with one token to choose from, the most probable one.
-    [best] = run(engine, request_of(temperature=0.0))
-    assert [c.token_ids.tolist() for c in filtered] == [best[0].token_ids.tolist()] * 2
+    assert same(renormalised, of_policy)
+    assert not any(completion.logprobs.any() for completion in renormalised)
+    for completion in of_policy:
+        expected = reference(OLD, PROMPT, completion.token_ids, temperature=0.8)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=5e-5)
 
 
 def test_samples_of_a_group_differ_and_a_seed_reproduces_them(engine):
@@ -176,11 +188,11 @@ def test_a_stop_string_ends_a_completion_and_stays_in_it(engine):
     assert len(cut.logprobs) == len(cut.token_ids) == cut.versions[-1].end
 
 
-def test_min_tokens_bars_the_end_of_sequence_and_leaves_the_logprobs_alone(engine):
+def test_min_tokens_bars_the_end_of_sequence_and_counts_in_the_logprobs(engine):
     [completions] = run(engine, request_of(n=8, seed=2, max_tokens=100, min_tokens=100))
     for completion in completions:
-        expected = reference(OLD, PROMPT, completion.token_ids)
-        np.testing.assert_allclose(completion.logprobs, expected, atol=5e-5)
+        expected = reference(OLD, PROMPT, completion.token_ids, barred=[EOS])
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
         assert len(completion.token_ids) == 100
 
 
@@ -231,8 +243,8 @@ def test_tokens_before_and_after_an_update_in_flight_are_those_of_old_and_new_we
                 VersionSpan(version=0, start=0, end=11),
                 VersionSpan(version=4, start=11, end=40),
             )
-            old = reference(OLD, request.prompt_ids, completion.token_ids)
-            new = reference(NEW, request.prompt_ids, completion.token_ids)
+            old = reference(OLD, request.prompt_ids, completion.token_ids, barred=[EOS])
+            new = reference(NEW, request.prompt_ids, completion.token_ids, barred=[EOS])
             np.testing.assert_allclose(completion.logprobs[:11], old[:11], atol=1e-4)
             np.testing.assert_allclose(completion.logprobs[11:], new[11:], atol=1e-4)
             assert np.abs(old - new).max() > 1  # The two models could not be mistaken for each other.

@@ -121,12 +121,15 @@ def test_every_pipeline_reads_streams_and_evaluates_on_the_first_rows_of_one(mod
     options = {"max_steps": 1, "stream_window": 8, "eval_steps": 1, "eval_num_prompts": 3}
     for name, pipeline, config in (
         ("rloo", RLOOPipeline, build(RLOOConfig, values(model, tmp_path / "rloo", **options))),
-        ("sdpo", SDPOPipeline, sdpo(model, tmp_path / "sdpo", **options)),
+        ("sdpo", SDPOPipeline, sdpo(model, tmp_path / "sdpo", max_prompt_length=8, **options)),
         ("distill", DistillPipeline, distill(model, model, tmp_path / "distill", **options)),
     ):
         output = pipeline(args=config, **streams).train()
         assert output.steps == 1 and output.ledger.trained == config.groups_per_step
         assert [event["detail"]["prompts"] for event in events(tmp_path / name, "evaluated")][-1] == 3
+    # A token a byte: of "count to 3: " four are cut off.
+    (line,) = lines(tmp_path / "sdpo" / "metrics.jsonl")
+    assert (line["prompt/truncated_fraction"], line["prompt/truncated_tokens"]) == (1.0, 4.0)
 
 
 def test_a_stream_needs_its_steps_counted_before_anything_starts(model: str, tmp_path: Path) -> None:

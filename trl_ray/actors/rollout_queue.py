@@ -123,7 +123,7 @@ class RolloutQueue:
         self._clip_range, self._max_resampled = reward_clip_range, max_resampled_groups
         self._clock = clock
         self._log = ActorLog(name, clock)
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: dict[asyncio.Future[None], None] = {}  # in order: who has waited longest is woken first
         # A long-poll outlives the worker that sent it, and must not lease to the dead. Names are never used again.
         self._lost_workers: set[str] = set()
         self._progress = 0
@@ -510,11 +510,11 @@ class RolloutQueue:
             if answer or left <= 0 or until():
                 return answer
             woken = loop.create_future()
-            self._waiters.add(woken)
+            self._waiters[woken] = None
             try:
                 await asyncio.wait([woken], timeout=left)
             finally:
-                self._waiters.discard(woken)
+                self._waiters.pop(woken, None)
         return nothing
 
     def _wake(self) -> None:

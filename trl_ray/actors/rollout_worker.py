@@ -31,6 +31,7 @@ from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.data.prompts.reprompts import DecodingTokenizer
 from trl_ray.engines.factory import create_engine
+from trl_ray.engines.sampling import reshapes
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import ActorLostError, DataError, DeadlineError, EngineError, RunError, TrlRayError
 from trl_ray.models.policy_loading import config_changes, find_source, load_tokenizer
@@ -149,7 +150,12 @@ class RolloutWorker:
             max_logprobs=top_k,
         )
         self._proof = WeightProof(
-            self._engine, name=name, model=model, rule=agreement, deadline_s=rollout.hang_deadline_s
+            self._engine,
+            name=name,
+            model=model,
+            rule=agreement,
+            deadline_s=rollout.hang_deadline_s,
+            temperature=generation.temperature,
         )
         self._teaching = None if teaching is None else self._open_teaching(teaching, teachers or {})
         self._scores_raw_texts = scores_raw_texts
@@ -358,6 +364,7 @@ class RolloutWorker:
     async def _walk(self, ticket: GroupTicket, future: Future[tuple[Completion, ...]]) -> None:
         began = self._in_flight[ticket.group_id, ticket.attempt]
         completions = await asyncio.wrap_future(future)
+        self._proof.note(ticket.prompt.token_ids, completions)
         # From here on the engine is free for others: this group is scored while the next one is generated.
         self._room.set()
         spans = [self._log.span("generate", began)]
@@ -494,8 +501,8 @@ def open_engine(
 
 
 def sampling_params(generation: GenerationConfig) -> SamplingParams:
-    """The engine's view of the generation options."""
-    return SamplingParams(
+    """The engine's view of the generation options; log-probs are what the learner computes."""
+    params = SamplingParams(
         max_tokens=generation.max_completion_length,
         temperature=generation.temperature,
         top_p=generation.top_p,
@@ -506,6 +513,7 @@ def sampling_params(generation: GenerationConfig) -> SamplingParams:
         min_tokens=generation.min_tokens,
         fields=generation.engine_fields,
     )
+    return replace(params, policy_logprobs=reshapes(params))
 
 
 def held_out_params(generation: GenerationConfig) -> SamplingParams:

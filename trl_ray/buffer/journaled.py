@@ -267,7 +267,7 @@ class JournaledState:
 
     def _move_payloads_out_of_the_journal(self) -> None:
         """Journals of earlier versions hold the payloads themselves, and are about to be rewritten without them."""
-        ids = [group_id for group_id in self._inline if self.ledger.needs_payload(group_id)]
+        ids = [g for g in self._inline if g not in self._places and self.ledger.needs_payload(g)]
         if ids:
             places = self._payloads.append([self.payload(group_id) for group_id in ids])
             self._places.update(zip(ids, places, strict=True))

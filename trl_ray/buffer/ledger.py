@@ -316,7 +316,9 @@ class Ledger(LedgerBooks):
         newest = step if saved is None else saved
         assert newest <= self.step, f"Only a finished step has a checkpoint: {self.step} was the last, got {newest}."
         self.oldest_restorable = max(self.oldest_restorable, step)
-        self.saved = {each for each in {*self.saved, step, newest} if each >= self.oldest_restorable}
+        # A step that is passed is too late to tell of: what it needed of payloads may be gone.
+        told = {newest} if newest == self.step else set()
+        self.saved = {each for each in self.saved | told if each >= self.oldest_restorable}
         final = [e for e in self._settled.values() if (e.step or 0) <= step and not self._holds_slot(e)]
         for entry in final:
             del self._settled[entry.group_id]

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from trl_ray.cli.leaving import leave
 from trl_ray.cli.option_arguments import read_options
 from trl_ray.cli.option_help import describe_options
 from trl_ray.config.base import Section
@@ -37,7 +38,8 @@ from trl_ray.pipelines.pipeline_registry import ENTRY_POINTS, find_pipeline
 from trl_ray.pipelines.run.signals import interrupt_at_once, own_process
 
 if TYPE_CHECKING:
-    from trl_ray.pipelines.run.pipeline import Pipeline, TrainOutput
+    from trl_ray.pipelines.run.pipeline import Pipeline
+    from trl_ray.pipelines.run.session import TrainOutput
 
 
 class ExitCode(enum.IntEnum):
@@ -107,9 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What the console left unwritten would otherwise end Python with an error of its own.
         for stream in (sys.stdout, sys.stderr):
             _write("", stream)
-    if argv is None and code == ExitCode.INTERRUPTED:
-        # Whoever asked for it waits, and may kill; all is written.
-        os._exit(code)
+    if argv is None:
+        leave(code, at_once=code == ExitCode.INTERRUPTED)
     return code
 
 

@@ -1,15 +1,16 @@
-"""From logits to sampled tokens, with log-probs under the policy at the temperature of the run.
+"""From logits to sampled tokens, with log-probs of what is drawn from, or of the policy at the temperature.
 
     logits [B, V] -> min_tokens, repetition penalty -> temperature -> min-p, top-k, top-p -> log-softmax -> one draw
-           `-------> temperature -> log-softmax -> the log-prob of the drawn token
+           `-------> temperature -> log-softmax -> the drawn token's log-prob with `policy_logprobs`
 
 Every function works on B rows with parameters of their own. Order and meaning are vLLM's, so both engines sample
 from the same distribution. B rows, V vocabulary.
 
 *Which log-prob is a drawn token's?* Where sampling is reshaped (top-p, top-k, min-p, penalties, biases, bans, grammars)
 tokens come from mu(a) = pi(a) w(a) / Z: pi is softmax(logits / temperature), which the learner scores, w what reshapes
-it (0 or 1 of a filter), Z its mean under pi, which of a filter is the mass it keeps. Engines give log pi(a), and not
-log mu(a), as a ratio must compare one policy with itself, and with log mu even fresh tokens have the ratio Z:
+it (0 or 1 of a filter), Z its mean under pi, which of a filter is the mass it keeps. A run whose options reshape asks
+for log pi(a) (`policy_logprobs`) and not for log mu(a), as a ratio must compare one policy with itself, and with log mu
+even fresh tokens have the ratio Z:
 
 * with log pi the ratio is pi now / pi then. On fresh tokens it is 1, in any number format; Z and w cancel for as long
   as what is reshaped stays what it was. It is as exact over a whole completion as over a token, a token that leaves the
@@ -21,7 +22,8 @@ log mu(a), as a ratio must compare one policy with itself, and with log mu even 
   logits of its own: rounding moves tokens over the edge, each with a jump of the ratio, and a drawn token that has left
   the nucleus has no log-prob at all, so that it must be kept against the definition.
 
-TRL compares log mu of vLLM with log pi of the learner. What the penalties of a run do to pi is not learnt either way.
+TRL compares log mu of vLLM with log pi of the learner. A run that asks for nothing of the kind goes on asking for log
+mu, so that sampling which is reshaped behind its back shows in every ratio.
 """
 
 from __future__ import annotations
@@ -84,8 +86,8 @@ class BatchSampling:
     """Whether any row uses top-k, top-p or min-p."""
     penalises: bool
     """Whether any row has a repetition penalty other than 1."""
-    reshapes: bool
-    """Whether any row is drawn from another distribution than that of logits and temperature."""
+    of_policy: torch.Tensor | None
+    """[B, 1] bool: rows that want the policy's log-probs; None: none does."""
 
     @staticmethod
     def of(rows: Sequence[SamplingParams], *, vocab_size: int, device: torch.device) -> BatchSampling:
@@ -103,7 +105,9 @@ class BatchSampling:
             min_tokens=column([row.min_tokens for row in rows], torch.int64),
             filters=any(row.top_p < 1 or row.top_k > 0 or row.min_p > 0 for row in rows),
             penalises=any(row.repetition_penalty != 1 for row in rows),
-            reshapes=any(reshapes(row) for row in rows),
+            of_policy=column([row.policy_logprobs for row in rows], torch.bool)
+            if any(row.policy_logprobs for row in rows)
+            else None,
         )
 
 
@@ -116,7 +120,7 @@ def reshapes(params: SamplingParams) -> bool:
 def policy_logprobs(logits: torch.Tensor, sampling: BatchSampling) -> torch.Tensor:
     """The policy's log-probs at the temperature of each row, whatever else sampling does.
 
-    The same operations as in `processed_logprobs`: where nothing is reshaped these are its bits.
+    The operations are those of `processed_logprobs`: where nothing is reshaped these are its bits.
 
     Args:
         logits: [B, V] raw, any float dtype.

@@ -135,6 +135,11 @@ class EngineThread:
         return self._limits.max_model_len
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the model's head."""
+        return self._limits.vocab_size
+
+    @property
     def broken(self) -> str | None:
         """Why the engine must be replaced; None while it works."""
         return self._broken

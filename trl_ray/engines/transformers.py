@@ -415,7 +415,7 @@ class TransformersBackend:
         return logits
 
     def _sample(self, batch: _Batch, logits: torch.Tensor) -> None:
-        """Draw one token per row and note it with the policy's log-prob and the version."""
+        """Draw one token per row and note it with log-prob and version."""
         ruled = any(row.rules is not None for row in batch.rows)
         logprobs = processed_logprobs(
             _biased(batch.rows, logits) if ruled else logits,
@@ -430,8 +430,8 @@ class TransformersBackend:
         tokens = draw(logprobs, batch.sampling, uniforms.to(logprobs.device))
         if batch.seen is not None:
             batch.seen.scatter_(1, tokens, True)
-        if batch.sampling.reshapes:
-            logprobs = policy_logprobs(logits, batch.sampling)
+        if batch.sampling.of_policy is not None:
+            logprobs = torch.where(batch.sampling.of_policy, policy_logprobs(logits, batch.sampling), logprobs)
         chosen = logprobs.gather(1, tokens)[:, 0].tolist()
         for row, token, logprob in zip(batch.rows, tokens[:, 0].tolist(), chosen, strict=True):
             row.append(token, logprob, self._version)

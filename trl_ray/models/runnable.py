@@ -33,12 +33,9 @@ _REFUSED: Mapping[str, str] = {
 _REFUSED_BY_VLLM: Mapping[str, str] = {
     "lfm2": "vLLM reads an option of its configuration (conv_dim) that transformers 5 does not write",
     "recurrent_gemma": "vLLM has no such model",
-    "gpt_neox": "what vLLM makes of transformers' code is off by more than a nat with the same files",
 }
 _REFUSED_BY_VLLM_ON_CPU: Mapping[str, str] = {
     "mamba": "vLLM has no kernel for its scan on a CPU",
-    "deepseek_v2": "vLLM's latent attention on a CPU is off by more than a nat with the same files",
-    "deepseek_v3": "vLLM's latent attention on a CPU is off by more than a nat with the same files",
 }
 _BF16_ON_CPU = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
 """Model types whose linear attention vLLM computes in bfloat16 alone, on a CPU."""

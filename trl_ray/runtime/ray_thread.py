@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _work: SimpleQueue[Callable[[], None]] | None = None
+_unfinished = 0
+_left_behind = False
 _lock = threading.Lock()
 
 
@@ -41,23 +43,39 @@ async def in_ray_thread(work: Callable[[], T], *, undo: Callable[[T], Any] | Non
         if undo is not None and answer.exception() is None:
             undo(answer.result())
 
-    _queue().put(run)
+    _put(run)
     try:
         return await asyncio.wrap_future(answer)
     except asyncio.CancelledError:
-        _queue().put(take_back)
+        _put(take_back)
         raise
 
 
-def _queue() -> SimpleQueue[Callable[[], None]]:
-    global _work
+def leave_ray_behind() -> None:
+    """Ray is in no state to be asked anything more."""
+    global _left_behind
+    _left_behind = True
+
+
+def ray_is_left_behind() -> bool:
+    """Whether a call to Ray has not come back, or must not be made: an orderly end of Python would wait for it."""
+    return _left_behind or _unfinished > 0
+
+
+def _put(work: Callable[[], None]) -> None:
+    global _unfinished, _work
     with _lock:
+        _unfinished += 1
         if _work is None:
             _work = SimpleQueue()
             threading.Thread(target=_serve, args=(_work,), name="ray", daemon=True).start()
-        return _work
+        _work.put(work)
 
 
 def _serve(queue: SimpleQueue[Callable[[], None]]) -> None:
+    global _unfinished
     while True:
-        queue.get()()
+        work = queue.get()
+        work()
+        with _lock:
+            _unfinished -= 1

@@ -12,7 +12,8 @@ from trl_ray import errors
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.cli.main import ExitCode, build_parser, main
 from trl_ray.config.load import dump_yaml
-from trl_ray.pipelines.run.pipeline import Pipeline, TrainOutput
+from trl_ray.pipelines.run.pipeline import Pipeline
+from trl_ray.pipelines.run.session import TrainOutput
 
 
 def subclasses(cls):

@@ -65,7 +65,7 @@ def test_the_policys_log_probs_know_the_temperature_and_nothing_else():
     rows = [params(temperature=0.5, top_k=1), params(repetition_penalty=2.0, min_tokens=3), params(temperature=0.0)]
     sampling = BatchSampling.of(rows, vocab_size=2, device=CPU)
     got = policy_logprobs(torch.tensor([[0.2, 0.8]] * 3).log(), sampling).exp()
-    assert sampling.reshapes
+    assert sampling.of_policy is None
     assert torch.allclose(got, torch.tensor([[1 / 17, 16 / 17], [0.2, 0.8], [0.2, 0.8]]))
 
 
@@ -74,7 +74,7 @@ def test_where_nothing_is_reshaped_they_are_the_bits_of_what_is_drawn_from():
     sampling = BatchSampling.of([params(temperature=0.7)] * 4, vocab_size=300, device=CPU)
     lengths, none = torch.zeros(4, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     drawn = processed_logprobs(logits, sampling, lengths=lengths, stop_ids=none, seen=None)
-    assert not sampling.reshapes and torch.equal(policy_logprobs(logits, sampling), drawn)
+    assert torch.equal(policy_logprobs(logits, sampling), drawn)
 
 
 @pytest.mark.parametrize(

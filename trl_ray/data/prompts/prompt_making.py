@@ -14,7 +14,7 @@ from trl_ray.config.sections import PromptConfig
 from trl_ray.data.bad_rows import BadRows
 from trl_ray.data.examples.tokenisation import ExampleTokenizer
 from trl_ray.data.formats.detection import Form
-from trl_ray.data.prompts.given_completions import GivenCompletions, require_completions
+from trl_ray.data.prompts.given_completions import GivenCompletions, GivenRow, require_completions
 from trl_ray.data.prompts.prompt_drafts import ColumnCheck, PromptDraft, PromptLoading, PromptRow
 from trl_ray.data.prompts.prompt_notes import prompt_notes
 from trl_ray.data.prompts.prompt_rows import PromptReader, prompt_readers
@@ -117,7 +117,7 @@ def make_prompts(
         PromptRow(
             token_ids=ids[kept],
             num_cut=len(ids) - len(ids[kept]),
-            given=None if (row := given.get(draft.place)) is None else replace(row, prompt_ids=row.prompt_ids[kept]),
+            given=None if (row := given.get(draft.place)) is None else _cut(row, kept),
             messages=None if isinstance(draft.prompt, str) else draft.prompt,
             text=draft.prompt if isinstance(draft.prompt, str) else None,
             columns={column: draft.columns.get(column) for column in every},
@@ -137,6 +137,11 @@ def make_prompts(
         notes=(*bad.report(), *prompt_notes(rows.name, drafts, kept_rows, cut, sum(map(len, token_ids)))),
         first=drafts[0] if first is None else first,
     )
+
+
+def _cut(row: GivenRow, kept: slice) -> GivenRow:
+    ids = row.prompt_ids[kept]
+    return replace(row, prompt_ids=ids, num_cut_off_prompt=len(row.prompt_ids) - len(ids))
 
 
 def _encode_rendered(tokenizer: ExampleTokenizer, texts: Sequence[str]) -> list[IntArray]:

@@ -151,6 +151,7 @@ class PromptSource:
             text=row.text,
             columns=row.columns,
             given_ids=None if given is None else given.token_ids,
+            num_cut=row.num_cut if given is None else given.num_cut_off_prompt,
         )
 
     def take(self, first: int, count: int) -> list[Prompt]:

@@ -1,28 +1,27 @@
 """Answers held-out prompts on the rollout workers, beside the work they have in flight.
 
-prompts --split evenly--> RolloutWorker.evaluate (scored, taught) --> answers        (a lost share: another worker)
+prompts --split evenly--> RolloutWorker.evaluate (scored, taught) --> answers
 answers --held_out_loss--> learner.evaluate --> how far the student is from its teachers on its own answers
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from trl_ray.actors.rollout_worker import EvaluatedPrompt
 from trl_ray.algorithms.batches.micro_batches import CutRules, train_batch
 from trl_ray.errors import ActorLostError, DeadlineError, EngineError
 from trl_ray.pipelines.rollouts.objective import Objective
 from trl_ray.pipelines.rollouts.updates import AskLearner
+from trl_ray.runtime import waits
 from trl_ray.types import Evaluation, Handle, Prompt
 
-_PAUSE_S = 0.5
-_TRIES = 3
-"""How many workers are asked for one share."""
+SHARE_TRIES = 4
+"""How many workers a share may be lost with."""
+_LOOK_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,51 +29,57 @@ class HeldOutAnswers:
     """What the workers answered."""
 
     answers: tuple[EvaluatedPrompt, ...]
-    lost: tuple[str, ...] = ()
-    """Why workers gave no answer; its loss is the supervisor's business."""
+    lost: tuple[str, ...]
+    """Why a share had to be asked again; the loss of its worker is the supervisor's business."""
 
 
-async def evaluate(
-    workers: Callable[[], Sequence[Handle]], prompts: Sequence[Prompt], *, seed: int, deadline_s: float
-) -> HeldOutAnswers:
-    """Split the prompts over the workers and gather their answers; the share of one that is lost goes to others.
+class Answering(Protocol):
+    """Rollout workers that are watched over."""
 
-    waits for: the answers of all shares, and for a worker where none is left.  unblocked by: the answers; the deadline.
+    @property
+    def working(self) -> Sequence[Handle]:
+        """Those that hold current weights."""
+        ...
+
+    async def ask_worker(self, handle: Handle, method: str, /, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
+        """Call one; the wait ends with its loss."""
+        ...
+
+
+async def evaluate(workers: Answering, prompts: Sequence[Prompt], *, seed: int, deadline_s: float) -> HeldOutAnswers:
+    """Split the prompts over the workers and gather their answers.
+
+    The share of a worker that is lost goes to another one as it is, so that its samples stay the same.
 
     Args:
-        workers: those that hold current weights, now.
+        workers: those of the run.
         prompts: held-out ones, always the same.
         seed: of the samples, so that evaluations differ by the weights alone.
-        deadline_s: for a worker's share, and for a worker to be there; what is missing then is missing.
+        deadline_s: for one worker's share.
     """
-    count = max(1, len(workers()))
-    shares = {index: share for index in range(count) if (share := prompts[index::count])}
-    answers: dict[int, list[EvaluatedPrompt]] = {}
+    count = max(1, len(workers.working))
+    shares = [share for index in range(count) if (share := prompts[index::count])]
     lost: list[str] = []
-    failed: list[Handle] = []
-    tries: Counter[int] = Counter()
-    end = time.monotonic() + deadline_s
-    while missing := [index for index in shares if index not in answers and tries[index] < _TRIES]:
-        able = [worker for worker in workers() if not any(worker is each for each in failed)]
-        if not able and time.monotonic() > end:
-            break
-        if not able:
-            await asyncio.sleep(_PAUSE_S)
-            continue
-        asked = list(zip(missing, able, strict=False))
-        calls = [worker.call("evaluate", shares[index], seed=seed, deadline_s=deadline_s) for index, worker in asked]
-        for (index, worker), outcome in zip(asked, await asyncio.gather(*calls, return_exceptions=True), strict=True):
-            if isinstance(outcome, (ActorLostError, DeadlineError, EngineError)):
-                lost.append(str(outcome))
-                failed.append(worker)
-                tries[index] += 1
-            elif isinstance(outcome, BaseException):
-                raise outcome
+
+    async def ask(place: int) -> Sequence[EvaluatedPrompt]:
+        async def is_there() -> bool:
+            return bool(workers.working)
+
+        for attempt in range(SHARE_TRIES):
+            await waits.until(is_there, on="a rollout worker to evaluate", every_s=_LOOK_S, deadline_s=deadline_s)
+            worker = workers.working[(place + attempt) % len(workers.working)]
+            try:
+                answers: Sequence[EvaluatedPrompt] = await workers.ask_worker(
+                    worker, "evaluate", shares[place], seed=seed, deadline_s=deadline_s
+                )
+            except (ActorLostError, DeadlineError, EngineError) as error:
+                lost.append(str(error))
             else:
-                answers[index] = outcome
-                end = time.monotonic() + deadline_s
-    # In the order of the shares, whoever answered them.
-    return HeldOutAnswers(answers=tuple(each for index in shares for each in answers.get(index, ())), lost=tuple(lost))
+                return answers
+        return ()
+
+    found = await asyncio.gather(*(ask(place) for place in range(len(shares))))
+    return HeldOutAnswers(answers=tuple(answer for share in found for answer in share), lost=tuple(lost))
 
 
 async def held_out_loss(

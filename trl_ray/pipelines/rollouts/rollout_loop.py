@@ -31,7 +31,7 @@ from trl_ray.config.sections import RuntimeKind
 from trl_ray.errors import AgreementError, InputError, StallError
 from trl_ray.models.companions.teacher_rules import FOLDER
 from trl_ray.pipelines.rollouts.agreement_check import AgreementCheck
-from trl_ray.pipelines.rollouts.evaluation import evaluate, held_out_loss
+from trl_ray.pipelines.rollouts.evaluation import SHARE_TRIES, evaluate, held_out_loss
 from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
 from trl_ray.pipelines.rollouts.objective import with_metrics
 from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, PROMPTS, Preparation
@@ -39,10 +39,11 @@ from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.updates import Updated, prepare_step, train_on
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.learner_actors import under_watch
-from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
+from trl_ray.pipelines.run.session import Opening
 from trl_ray.pipelines.run.signals import Stop, StopRequested, unless
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
+from trl_ray.runtime import waits
 from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult
 from trl_ray.wire.group_payload import decode_group
 
@@ -140,7 +141,7 @@ class RolloutLoop(StepLoop[_Trained]):
             remaining = (self._plan.total_steps - snapshot.step) * config.groups_per_step
             count = min(free, remaining - snapshot.live_total)
             if count <= 0:
-                await asyncio.sleep(0.25 if free else 0)
+                await waits.pause(0.25 if free else 0)
                 continue
             first: int = await self._actors.ask_queue("next_ordinal")
             try:
@@ -350,13 +351,12 @@ class RolloutLoop(StepLoop[_Trained]):
 
     async def _evaluate_set(self, name: str, prompts: Sequence[Prompt]) -> dict[str, float]:
         begin, plan, config = time.time(), self._plan, self._config
-        evaluation = await evaluate(
-            lambda: self._actors.working, prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s
-        )
-        found = len(evaluation.answers)
+        evaluation = await evaluate(self._actors, prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s)
         for reason in evaluation.lost:
-            detail = f"a worker was lost in the evaluation: {reason}; {found} of {len(prompts)} prompts are answered"
-            self._recorder.say(EventKind.WARNING, "evaluation", step=self.step, detail=detail)
+            self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of it was asked again: {reason}")
+        if missing := len(prompts) - len(evaluation.answers):
+            detail = f"{missing} of {len(prompts)} prompts are missing: whoever was asked was lost, {SHARE_TRIES} times"
+            self._recorder.say(EventKind.WARNING, "evaluation", detail=detail)
         held_out = await held_out_loss(
             evaluation.answers,
             step=self.step,

@@ -21,8 +21,9 @@ from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop
 from trl_ray.pipelines.run.given_objects import GivenFolders, trainer_objects
 from trl_ray.pipelines.run.given_rows import given_rows, is_stream
-from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
+from trl_ray.pipelines.run.pipeline import Pipeline
 from trl_ray.pipelines.run.recording import Recorder
+from trl_ray.pipelines.run.session import Opening, Session, TrainOutput
 from trl_ray.pipelines.run.signals import Stop
 from trl_ray.pipelines.run.stopping import started
 from trl_ray.rewards.reward_registry import function_name

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
-from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.load import dump_yaml
 from trl_ray.config.runs.cadence_options import Strategy
 from trl_ray.config.runs.resumed_config import resumed_config
@@ -34,91 +32,29 @@ from trl_ray.models.policy_loading import checkpoint_dtype, find_source
 from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report.report_page import build_report
 from trl_ray.observe.run_directory import RunDirectory
-from trl_ray.observe.run_files import read_json_lines
 from trl_ray.observe.run_lock import RunLock, in_use, living_holder
 from trl_ray.observe.service_sinks import services_of
 from trl_ray.observe.sinks import Observer
 from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
 from trl_ray.pipelines.callbacks.hooks import CallbackList
-from trl_ray.pipelines.run.evaluation_alone import EvaluatedNumbers, evaluation_config
+from trl_ray.pipelines.run.evaluation_run import EvaluatedNumbers, evaluation_config
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
 from trl_ray.pipelines.run.given_rows import given_rows
 from trl_ray.pipelines.run.going_back import Return, Wish, find_return, leave_aside, resolve
 from trl_ray.pipelines.run.hub_pushes import hub_place
+from trl_ray.pipelines.run.learner_actors import beside_guards
 from trl_ray.pipelines.run.recording import RunRecorder
+from trl_ray.pipelines.run.session import Opening, Plan, Session, TrainOutput
 from trl_ray.pipelines.run.signals import Stop, StopRequested, grace_s, run_to_end, unless
 from trl_ray.pipelines.run.stopping import close_in_time, tell_of_stop, what_is_left
 from trl_ray.pipelines.run.trainer_methods import TrainerMethods
+from trl_ray.runtime import waits
 from trl_ray.runtime.local import LocalRuntime
 from trl_ray.runtime.runtime import Role, Runtime
 from trl_ray.types import EventKind
 
 if TYPE_CHECKING:
-    from trl_ray.runtime.remote import ActorPlan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainOutput:
-    """How a run ended."""
-
-    steps: int
-    run_dir: Path
-    metrics: dict[str, float]
-    """The last step's line of metrics.jsonl."""
-    ledger: LedgerSnapshot
-    """Of prompt groups, or of rows where a dataset is trained on."""
-    model: Path
-    """Folder with the run's model: the last checkpoint, or the best with `load_best_model_at_end`."""
-    worst_age: int | None = None
-    """The oldest token trained on, in optimizer steps; None where nothing was sampled."""
-
-    @property
-    def global_step(self) -> int:
-        """`steps`, as transformers calls them."""
-        return self.steps
-
-    @property
-    def training_loss(self) -> float:
-        """The mean loss over all steps; NaN of those that met one."""
-        losses = [line.get("loss") for line in read_json_lines(self.run_dir / "metrics.jsonl")]
-        known = [float(loss) for loss in losses if loss is not None]
-        return sum(known) / len(known) if known else math.nan
-
-
-class Plan(Protocol):
-    """A run that is ready to start, as the dry run shows it."""
-
-    @property
-    def config(self) -> RunConfig:
-        """Resolved options."""
-        ...
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        ...
-
-    @property
-    def steps_per_epoch(self) -> float | None:
-        """Optimizer steps of one pass over the rows; None where that is not known."""
-        ...
-
-    def describe(self) -> Mapping[str, Any]:
-        """The plan in numbers."""
-        ...
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know of the rows, a sentence each."""
-        ...
-
-    def expected_memory(self) -> Mapping[str, float]:
-        """Bytes that an actor of each plan is expected to hold, by `ActorPlan.key`; activations are not counted."""
-        ...
-
-    def actors(self) -> dict[str, ActorPlan]:
-        """How many actors there are and what each gets, by the key of its plan."""
-        ...
+    pass
 
 
 _LOG = logging.getLogger(__name__)
@@ -126,45 +62,6 @@ _DISK_BYTES_PER_S = 1e9
 """What a checkpoint is written with at best."""
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 PlanT = TypeVar("PlanT", bound=Plan)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Opening:
-    """What a session starts from."""
-
-    runtime: Runtime
-    directory: RunDirectory
-    observer: Observer
-    checkpoint: str | None
-    """The newest good one."""
-    step: int
-    """Its step; 0 without one."""
-    resuming: bool
-    """Whether anything was trained before."""
-    callbacks: CallbackList
-    ledger_copy: str | None = None
-    """The file that stands for the journal, where that is lost."""
-    only_evaluates: bool = False
-    """Nothing is trained: the held-out numbers are all that is asked for."""
-
-
-class Session(ABC):
-    """One life of the actors, from a checkpoint on."""
-
-    recorder: RunRecorder
-
-    @abstractmethod
-    async def run(self, stop: Stop) -> TrainOutput:
-        """Start the actors and train to the end.
-
-        Raises:
-            LearnerLostError: another session may go on from the last checkpoint.
-            InterruptedRun: the stop event was set; a checkpoint was written if there was time.
-        """
-
-    @abstractmethod
-    async def dismiss(self) -> None:
-        """End the actors for good."""
 
 
 class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
@@ -430,7 +327,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         while True:
             session = self._open_session(plan, runtime, directory, back, resuming=self._resume or restarts > 0)
             try:
-                output = await self._run_session(session, directory, stop)
+                output = await self._run_session(session, runtime, directory, stop)
             except LearnerLostError as error:
                 restarts += 1
                 session.recorder.say(EventKind.ACTOR_LOST, "learner", reason=str(error))
@@ -442,8 +339,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 except RunError as useless:
                     self._end(session.recorder, EventKind.RUN_FAILED, useless)
                     raise
-                session.recorder.close()
-                await session.dismiss()
+                await self._dismiss(session, runtime)
             except (InterruptedRun, asyncio.CancelledError, KeyboardInterrupt) as error:
                 stop.settled = True
                 self._end(session.recorder, EventKind.INTERRUPTED, error, is_short=stop.at_once)
@@ -455,15 +351,32 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 self._end(session.recorder, EventKind.RUN_FINISHED, None)
                 return output
 
-    async def _run_session(self, session: Session, directory: RunDirectory, stop: Stop) -> TrainOutput:
-        """To its end, or to the end of the time that a signal leaves."""
+    async def _run_session(
+        self, session: Session, runtime: Runtime, directory: RunDirectory, stop: Stop
+    ) -> TrainOutput:
+        """To its end, to the end of the time that a signal leaves, or of Ray itself."""
+
+        def missed(detail: str) -> None:
+            session.recorder.say(EventKind.WAITING, "ray", on=detail)
+
         stop.hold()
         telling = asyncio.create_task(tell_of_stop(stop, session.recorder))
         try:
-            with stop.ends_in_order(lambda: what_is_left(directory)):
-                return await session.run(stop)
+            with stop.ends_in_order(lambda: what_is_left(directory)), waits.heard_by(session.recorder.emit):
+                return await beside_guards(session.run(stop), runtime.watch(missed))
         finally:
             telling.cancel()
+
+    async def _dismiss(self, session: Session, runtime: Runtime) -> None:
+        """End a session's actors, so that others may begin on the nodes that are left."""
+        try:
+            with waits.heard_by(session.recorder.emit):
+                await session.dismiss()
+                await runtime.renew()
+        except TrlRayError as error:
+            self._end(session.recorder, EventKind.RUN_FAILED, error)
+            raise
+        session.recorder.close()
 
     def _find_return(self, wish: Wish, *, reads_journal: bool = True) -> Return:
         """Where the run goes on from; changes nothing. See `find_return`."""

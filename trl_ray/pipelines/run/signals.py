@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
-from trl_ray.errors import ActorLostError, DeadlineError, InterruptedRun
+from trl_ray.errors import ActorLostError, ClusterLostError, DeadlineError, InterruptedRun
+from trl_ray.runtime.ray_processes import kill_own_raylets
 
 T = TypeVar("T")
 
@@ -44,6 +45,7 @@ _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _GRACE_S = 30.0
 """What Kubernetes and Slurm leave."""
 _INTERRUPTED = 130
+_LOSSES = (ActorLostError, ClusterLostError, DeadlineError)
 
 
 class StopRequested(Exception):
@@ -135,7 +137,7 @@ class Stop(asyncio.Event):
         """
         try:
             yield
-        except (ActorLostError, DeadlineError, asyncio.CancelledError, KeyboardInterrupt) as error:
+        except (*_LOSSES, asyncio.CancelledError, KeyboardInterrupt) as error:
             if not self.is_requested or self.at_once:
                 raise
             lost = str(error) or "no time was left to end the step"
@@ -206,14 +208,19 @@ def _run(main: Callable[[Stop], Coroutine[Any, Any, T]], grace: float | None) ->
             with _signals(stop, task):
                 return await main(stop)
 
-        task = loop.create_task(guarded())
+        task, interrupt = loop.create_task(guarded()), None
         while True:
             try:
                 return loop.run_until_complete(task)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as error:
                 if task.done():
                     raise
+                interrupt = error
                 task.cancel()
+            except asyncio.CancelledError:
+                if interrupt is None:
+                    raise
+                raise interrupt from None
 
 
 class _Threads(ThreadPoolExecutor):
@@ -330,6 +337,7 @@ class _Handlers:
 
     def _leave(self) -> None:
         if _owns_process and not self._has_ended():
+            kill_own_raylets()
             os._exit(_INTERRUPTED)
 
     def _has_ended(self) -> bool:

@@ -22,8 +22,8 @@ from trl_ray.config.step_counts import steps_of
 from trl_ray.models.checkpoint import prune
 from trl_ray.pipelines.callbacks.hooks import TrainingSpan
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
-from trl_ray.pipelines.run.pipeline import Opening, Plan
 from trl_ray.pipelines.run.recording import RunRecorder
+from trl_ray.pipelines.run.session import Opening, Plan
 from trl_ray.pipelines.run.signals import Stop, StopRequested, unless
 from trl_ray.pipelines.run.stopping import what_is_left
 from trl_ray.types import EventKind, StepResult
@@ -254,7 +254,9 @@ class StepLoop(ABC, Generic[TrainedT]):
         self._recorder.checkpoint(path, step=step, seconds=self._save_seconds)
         self._recorder.tell_of_grace(self._save_seconds, grace=self._stop.grace_s, is_measured=True)
         if self._config.save_total_limit is not None:
-            prune(path.parent, keep=self._config.save_total_limit, spare=self._best_checkpoint)
+            # Reads the newest one whole, which may take a while.
+            keep = self._config.save_total_limit
+            await asyncio.to_thread(prune, path.parent, keep=keep, spare=self._best_checkpoint)
         await self._callbacks.saved()
 
     @property

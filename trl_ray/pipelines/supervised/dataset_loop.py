@@ -17,7 +17,7 @@ from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.errors import InputError
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
-from trl_ray.pipelines.run.pipeline import Opening
+from trl_ray.pipelines.run.session import Opening
 from trl_ray.pipelines.run.signals import Stop, heed_signals
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.pipelines.supervised.dataset_preparation import SupervisedPlan

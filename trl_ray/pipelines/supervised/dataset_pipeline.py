@@ -27,7 +27,8 @@ from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.given_objects import trainer_objects
 from trl_ray.pipelines.run.given_rows import given_rows, is_stream
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
-from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
+from trl_ray.pipelines.run.pipeline import Pipeline
+from trl_ray.pipelines.run.session import Opening, Session, TrainOutput
 from trl_ray.pipelines.run.signals import Stop
 from trl_ray.pipelines.run.stopping import started
 from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop

@@ -1,4 +1,7 @@
-"""An evaluation that is asked for by itself: its options, and the numbers that come of it."""
+"""An evaluation by itself: a run of its own, in a folder of its own, that trains nothing.
+
+options of the run --evaluation_config--> options of the evaluation        on_evaluate --> EvaluatedNumbers
+"""
 
 from __future__ import annotations
 
