@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from callbacks_for_tests import Diary
-from dataset_loops import Watch
+from dataset_loops import Watch, write_checkpoint
 from fakes import completion, group, health, prompt, reward
 from objectives import objective_of
 from trl_ray.actors.rollout_worker import EvaluatedPrompt
 from trl_ray.algorithms.batches.micro_batches import CutRules
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig
-from trl_ray.models.checkpoint import MANIFEST, TRAINER_STATE
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import EventsFile, MetricsFile, Observer
 from trl_ray.pipelines.callbacks.hooks import CallbackList
@@ -218,15 +216,6 @@ class Actors:
         found = {f"agreement/age_0/{name}": Metric(value=v) for name, v in self.sampled.get(batch.step, {}).items()}
         metrics = {"tokens/trained": tokens, **found}
         return StepResult(version=batch.step, loss=0.5, grad_norm=1.0, lr=0.1, skipped=skipped, metrics=metrics)
-
-
-def write_checkpoint(checkpoints: Path, step: int) -> None:
-    """The least that verifies."""
-    folder = checkpoints / f"step-{step}"
-    folder.mkdir()
-    (folder / TRAINER_STATE).write_bytes(b"")
-    files = {TRAINER_STATE: {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}}
-    (folder / MANIFEST).write_text(json.dumps({"format": 1, "step": step, "files": files}))
 
 
 class RolloutRun:
