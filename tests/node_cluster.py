@@ -73,12 +73,18 @@ class NodeCluster:
         self._cluster.remove_node(node, allow_graceful=False)  # type: ignore[no-untyped-call]
 
     def node_of(self, bundle: int) -> Any:
-        """The node, head apart, that holds a bundle of the placement group that was made last."""
+        """The node, head apart, that holds a bundle of the placement group there is."""
+        found = self.nodes_of_places()[bundle]
+        return next(node for node in self._nodes if node.node_id == found)
+
+    @staticmethod
+    def nodes_of_places() -> list[str]:
+        """The nodes of all bundles of the placement group there is."""
         from ray.util.placement_group import placement_group_table
 
-        tables = [table for table in placement_group_table().values() if table["state"] == "CREATED"]
-        found = tables[-1]["bundles_to_node_id"][bundle]
-        return next(node for node in self._nodes if node.node_id == found)
+        [table] = [table for table in placement_group_table().values() if table["state"] == "CREATED"]
+        found = table["bundles_to_node_id"]
+        return [found[bundle] for bundle in range(len(found))]
 
     @staticmethod
     def send(node: Any, number: signal.Signals) -> None:

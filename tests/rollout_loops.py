@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +83,11 @@ class Actors:
     failed: Mapping[int, list[Event]] = field(default_factory=dict)
     """What the n-th call of `drain` tells."""
     on_step: Callable[[int], None] = lambda step: None
+    restarts: int = 0
+    poll_s: float = 0.0
+    """What each call of the queue takes."""
+    asked: int = 0
+    """Calls of the queue; it is never idle."""
     delivers: bool = True
     """Whether the workers finish any group."""
     pull_fails: Exception | None = None
@@ -132,7 +137,8 @@ class Actors:
         return await handle.call(method, *args, **kwargs)
 
     async def ask_queue(self, method: str, **kwargs: Any) -> Any:
-        await asyncio.sleep(0)
+        self.asked += 1
+        await asyncio.sleep(self.poll_s)
         while method == "take_stored" and self.delivers and self.admitted < 2 * kwargs["step"]:
             await asyncio.sleep(0)
         return getattr(self, f"_{method}", lambda **given: self.log.append(f"{method} {given.get('step', '')}"))(
@@ -196,7 +202,7 @@ class Actors:
         return 4
 
     def _health(self) -> Any:
-        return health()
+        return replace(health(), progress=self.asked)
 
     def _describe_wait(self, *, n: int) -> str:
         return "rollout-0"

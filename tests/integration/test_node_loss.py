@@ -1,50 +1,38 @@
 """Nodes that are lost under a run: it goes on with who lives, tells so, and takes a new node when there is one."""
 
+import json
 import os
-import signal
-import time
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
-from node_cluster import NodeCluster
-from runs import PROMPTS, Disturbance, assert_balanced, async_grpo, events, lines, merge
+from node_scenarios import PYTHON, SCENARIOS
+from runs import ROOT, assert_balanced, events, lines
 from tiny_models import build_tiny_model
-from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
 from warm_processes import warm_python
 
 pytestmark = pytest.mark.integration
-ROOT = Path(__file__).parents[2]
-RAY = {"kind": "ray", "health_interval_s": 0.3, "health_deadline_s": 6.0}
-
-
-LEARNER = 0
-"""Its place in the group of all; those of rollout workers follow."""
-
-
-def until(condition, *, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came to be"
-        time.sleep(0.05)
+LONG = {"rollout node stopped"}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return build_tiny_model(tmp_path_factory.mktemp("model"), family="qwen2", tied=True, seed=0)
-
-
-@pytest.fixture(scope="module")
-def cluster(ray_tmpdir):
-    environment = {
-        "env_vars": {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
-        "py_executable": warm_python(),
-    }
-    made = NodeCluster(head_cpus=1, environment=environment)
-    yield made
-    made.close()
+def played(ray_tmpdir, tmp_path_factory, request):
+    """The folder of each scenario by name, and what it told; all of them share one cluster in one process."""
+    folder = tmp_path_factory.mktemp("nodes")
+    model = build_tiny_model(folder / "model", family="qwen2", tied=True, seed=0)
+    names = [name for name in SCENARIOS if name not in LONG or request.config.option.long]
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    done = subprocess.run(
+        [warm_python(), str(ROOT / "tests" / "node_scenarios.py"), model, str(folder), *names],
+        env={**os.environ, "PYTHONPATH": path, PYTHON: warm_python()},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return {name: (folder / name / "run", json.loads((folder / name / "told.json").read_text())) for name in names}
 
 
 def longest_gap(run, *, since):
@@ -53,44 +41,11 @@ def longest_gap(run, *, since):
     return max(later - sooner for sooner, later in pairwise(times) if later > since)
 
 
-def goes_on(run):
-    """Whether there was a step after the learner was lost."""
-    resumed = events(run, "run_resumed")
-    return bool(resumed) and any(line["time"] > resumed[0]["time"] for line in lines(run / "metrics.jsonl"))
-
-
-def losing(cluster, run, victim, number):
-    """Lose a node once the run has made three steps; (the thread that does it, when it did)."""
-    struck = []
-
-    def strike():
-        struck.append(time.time())
-        cluster.send(victim(), number)
-
-    return Disturbance(run, after_step=3, act=strike), struck
-
-
-def config_of(model, run, **changes):
-    base = {"max_steps": 40, "max_staleness": 2, "runtime": RAY, "rollout": {"num_workers": 2}}
-    return async_grpo(model, run, **merge(base, changes))
-
-
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(signal.SIGKILL, id="killed"),
-        pytest.param(signal.SIGSTOP, id="stopped", marks=pytest.mark.long),
-    ],
-)
-def test_a_lost_rollout_node_leaves_the_run_to_the_other_worker(cluster, model, tmp_path, number):
-    run = tmp_path / "run"
-    # The learner has the node of two CPUs; one worker is on the head, the other one on the second node.
-    nodes = cluster.keep([2, 1])
-    disturbance, struck = losing(cluster, run, lambda: nodes[1], number)
-    config = config_of(model, run, runtime={"learner_num_cpus": 2.0, "placement_strategy": "SPREAD"})
-    output = AsyncGRPOPipeline(args=config, train_dataset=PROMPTS).train()
-    assert disturbance.done and output.steps == 40
-    assert longest_gap(run, since=struck[0]) < 10
+@pytest.mark.parametrize("name", ["rollout node killed", pytest.param("rollout node stopped", marks=pytest.mark.long)])
+def test_a_lost_rollout_node_leaves_the_run_to_the_other_worker(played, name):
+    run, told = played[name]
+    assert told["steps"] == 40
+    assert longest_gap(run, since=told["struck"]) < 10
     [lost] = [event["actor"] for event in events(run, "actor_lost")]
     assert lost in ("rollout-0", "rollout-1")
     waited = [event["detail"] for event in events(run, "waiting")]
@@ -98,21 +53,18 @@ def test_a_lost_rollout_node_leaves_the_run_to_the_other_worker(cluster, model, 
     assert_balanced(run, trained=160)
 
 
-def test_a_learner_whose_node_is_lost_goes_on_elsewhere_with_fewer_workers_until_a_node_is_added(
-    cluster, model, tmp_path
-):
-    run = tmp_path / "run"
-    cluster.keep([2, 2])
-    config = config_of(model, run, runtime={"learner_num_cpus": 2.0}, save_steps=2, max_steps=120)
-    disturbance, _ = losing(cluster, run, lambda: cluster.node_of(LEARNER), signal.SIGKILL)
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        training = executor.submit(AsyncGRPOPipeline(args=config, train_dataset=PROMPTS).train)
-        until(lambda: training.done() or goes_on(run))
-        cluster.add(cpus=1)
-        output = training.result()
-    assert disturbance.done and output.steps == 120
+def test_places_lie_apart_or_together_as_the_run_asks(played):
+    _, told = played["places"]
+    assert (told["SPREAD"], told["PACK"]) == (3, 2)
+
+
+def test_a_learner_whose_node_is_lost_goes_on_elsewhere_with_fewer_workers_until_a_node_is_added(played):
+    run, told = played["learner node killed"]
+    assert told["steps"] == 120
     assert [event["actor"] for event in events(run, "actor_lost")].count("learner") == 1
     [resumed] = events(run, "run_resumed")
     after = [event["actor"] for event in events(run, "actor_started") if event["time"] > resumed["time"]]
     assert after.index("rollout-1") > after.index("rollout-0")
+    # It began with one worker, and the one that had no room came when the node did.
+    assert "a node with room for rollout-1" in [event["detail"]["on"] for event in events(run, "waiting")]
     assert_balanced(run, trained=480)

@@ -53,9 +53,19 @@ class FaultPlan:
 
 
 QUIET = FaultPlan(
-    calls=0, probes=0, pulls=0, worker_every_s=0, queue_every_s=0, learner_every_s=0, driver_every_s=0, writes=0, skips=0,
-    refusals=0, cut_off=0, no_room=0,
-)  # fmt: skip
+    calls=0,
+    probes=0,
+    pulls=0,
+    worker_every_s=0,
+    queue_every_s=0,
+    learner_every_s=0,
+    driver_every_s=0,
+    writes=0,
+    skips=0,
+    refusals=0,
+    cut_off=0,
+    no_room=0,
+)
 DENSE = FaultPlan(
     calls=0.15, probes=0.003, worker_every_s=50, queue_every_s=60, learner_every_s=500, driver_every_s=600, writes=0.01,
 )  # fmt: skip

@@ -35,6 +35,7 @@ from trl_ray.types import (
     Prompt,
     RolloutGroup,
 )
+from trl_ray.types.clock import steady_time
 from trl_ray.wire.group_payload import decode_group, decode_prompt, encode_prompt
 from trl_ray.wire.worker_news import GroupFailed, GroupFinished, GroupGenerated, WorkerNews, finished_group
 
@@ -78,7 +79,7 @@ class RolloutQueue:
         resume_version: int | None = None,
         ledger_copy: str | None = None,
         name: str = "rollout_queue",
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = steady_time,
     ) -> None:
         """Rebuild from the journal, or begin one.
 

@@ -58,6 +58,7 @@ from trl_ray.types import (
     WeightCheck,
     WeightPayload,
 )
+from trl_ray.types.clock import steady_time
 from trl_ray.wire.worker_news import GroupFailed, GroupGenerated, WorkerNews, finished_group
 
 _POLL_S = 5.0
@@ -141,6 +142,8 @@ class RolloutWorker:
         self._name, self._model, self._queue, self._rewards = name, model, queue, tuple(rewards)
         self._rollout, self._generation, self._seed = rollout, generation, seed
         self._sampling, self._eval_sampling = sampling_params(generation), held_out_params(generation)
+        if rollout.engine_kwargs.get("logits_processors"):  # nobody knows what they do
+            self._sampling = replace(self._sampling, policy_logprobs=True)
         top_k = teaching.question.top_k if teaching is not None and teaching.asks is TeacherSeat.OWN_ENGINE else None
         self._engine = open_engine(
             model=model,
@@ -196,7 +199,7 @@ class RolloutWorker:
             EngineError: loading failed half-way.
             DeadlineError: the weight check was not scored in time.
         """
-        begin = time.time()
+        begin = steady_time()
         try:
             await asyncio.to_thread(self._proof.look_before, check)
             await asyncio.to_thread(self._load, payload)
@@ -311,7 +314,7 @@ class RolloutWorker:
             )
             for ticket in tickets
         ]
-        now = time.time()
+        now = steady_time()
         futures = self._complete([ticket.prompt for ticket in tickets], requests)
         for ticket, future in zip(tickets, futures, strict=True):
             # Noted before anything is awaited, so that the next lease already names it.

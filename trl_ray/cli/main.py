@@ -250,7 +250,8 @@ def _finish(output: TrainOutput) -> int:
     )
     age = "" if output.worst_age is None else f"; oldest token trained on: {output.worst_age} steps"
     _print(f"{output.steps} steps; ledger: {balance}{age}")
-    _print(f"report: {output.run_dir / 'report.html'}")
+    if (report := output.run_dir / "report.html").is_file():
+        _print(f"report: {report}")
     if not ledger.balanced or ledger.live_total:
         return _say(ExitCode.FAILED, f"trl-ray: the run ended with work unaccounted for: {balance}")
     return ExitCode.DONE

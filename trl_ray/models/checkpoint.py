@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_ray.errors import CheckpointError
 from trl_ray.models.adapters.lora import has_adapter, save_adapter
 from trl_ray.models.dropout import stated_dropout
+from trl_ray.models.plain_saving import save_plain
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.pt"
@@ -153,7 +154,7 @@ def _write_model(model: PreTrainedModel, directory: Path, weights: Mapping[str, 
         save_adapter(model, directory, weights)
     else:
         with stated_dropout(model):
-            model.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
+            save_plain(model, directory, weights=weights)
 
 
 def _unwritable(directory: str | Path, step: int, error: BaseException) -> CheckpointError:

@@ -1,7 +1,7 @@
 """Where actors go: places reserved for all of them together, and anew when a node is lost for good.
 
-plans --reserve--> one placement group: learner | rewards | ... | rollout workers, fewer where room is short
-                   + one group for each rollout worker that had no room, filled when a node has some
+plans --reserve--> one placement group: learner | rewards | ... | rollout workers, as many as there is room for
+                   + one group for each further rollout worker, filled when a node has room
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -71,26 +72,32 @@ class Places:
         """Of rollout workers for which the group of all had no room."""
 
     def reserve(self) -> None:
-        """Reserve a place for every actor.
+        """Reserve a place for every actor, of rollout workers for as many as there is room for.
 
         Raises:
             ResourceError: the cluster is too small, or taken.
         """
-        shortage = missing_resources(self._plans, resources("cluster_resources"))
+        least = {key: replace(plan, count=plan.fewest or plan.count) for key, plan in self._plans.items()}
+        shortage = missing_resources(least, resources("cluster_resources"))
         if shortage:
             raise ResourceError(f"the plan must fit the cluster, but it does not:\n{shortage}\nAsk for less.")
-        bundles, config = self._lay_out({}), self._config
-        if not bundles:
+        if not self._lay_out({}):
             return
-        self._group = placement_group(bundles, strategy=config.placement_strategy)
-        if not self._group.wait(timeout_seconds=config.placement_timeout_s):
+        config = self._config
+        choices = list(self._ever_fewer({key: plan.count for key, plan in least.items()}))
+        for fewer in choices:
+            bundles = self._lay_out(fewer)
+            self._group = placement_group(bundles, strategy=config.placement_strategy)
+            patience_s = config.placement_timeout_s if fewer is choices[-1] else _FREED_S
+            if self._group.wait(timeout_seconds=patience_s):
+                return
             free = {name: resources("available_resources").get(name, 0.0) for name in ("CPU", "GPU")}
             self.remove()
-            raise ResourceError(
-                f"bundles {bundles} ({config.placement_strategy}) must become free within "
-                f"{config.placement_timeout_s:g} s, but the cluster has {free} left. Stop what holds the rest, ask for "
-                "less, or raise runtime.placement_timeout_s."
-            )
+        raise ResourceError(
+            f"bundles {bundles} ({config.placement_strategy}) must become free within "
+            f"{config.placement_timeout_s:g} s, but the cluster has {free} left. Stop what holds the rest, ask for "
+            "less, or raise runtime.placement_timeout_s."
+        )
 
     async def renew(self) -> None:
         """Where a place is lost, reserve all anew, with fewer rollout workers if need be; every actor was ended.
@@ -102,7 +109,7 @@ class Places:
             return
         begin = time.monotonic()
         while True:
-            for fewer in self._ever_fewer():
+            for fewer in self._ever_fewer({}):
                 if await self._reserve_within(fewer, _FREED_S):
                     return
             if time.monotonic() - begin > self._config.placement_timeout_s:
@@ -126,18 +133,23 @@ class Places:
             return False
         return True
 
-    def _ever_fewer(self) -> Iterator[dict[str, int]]:
-        """Counts of rollout workers, from all to one, which the nodes that live can hold by their sum."""
+    def _ever_fewer(self, least: Mapping[str, int]) -> Iterator[dict[str, int]]:
+        """Counts of rollout workers, from all to the least, which the nodes that live can hold by their sum.
+
+        Args:
+            least: how many there must be, by plan; otherwise one.
+        """
         alive = resources("cluster_resources")
         elastic = [plan for plan in self._plans.values() if plan.role is Role.ROLLOUT]
         most = max((plan.count for plan in elastic), default=1)
-        for count in range(most, 0, -1):
+        lowest = max((least.get(plan.key, 1) for plan in elastic), default=1)
+        for count in range(most, lowest - 1, -1):
             fewer = {plan.key: min(count, plan.count) for plan in elastic}
             wanted: dict[str, float] = {}
             for bundle in self._lay_out(fewer):
                 for name, amount in bundle.items():
                     wanted[name] = wanted.get(name, 0.0) + amount
-            if count == 1 or all(amount <= alive.get(name, 0.0) for name, amount in wanted.items()):
+            if count == lowest or all(amount <= alive.get(name, 0.0) for name, amount in wanted.items()):
                 yield fewer
 
     def _lay_out(self, fewer: Mapping[str, int]) -> list[dict[str, float]]:

@@ -50,3 +50,27 @@ class RestartBudget:
         self.used = max(0, self.used - back)
         # What is left over counts towards the next one, unless there is nothing to give back.
         self.counted_at = steps if self.used == 0 else self.counted_at + back * STEPS_PER_RESTART
+
+
+@dataclass(slots=True, kw_only=True)
+class CheckpointBudget:
+    """The restarts of a learner, each from the newest checkpoint; mutable.
+
+    A newer checkpoint than at the last restart gives all of them back.
+    """
+
+    allowed: int
+    """Restarts from one checkpoint."""
+    used: int = 0
+    step: int = 0
+    """Of the checkpoint that was gone back to last."""
+
+    def take(self, step: int) -> bool:
+        """Use one; tell whether there was one left.
+
+        Args:
+            step: of the newest checkpoint; 0 without any.
+        """
+        self.used = 1 if step > self.step else self.used + 1
+        self.step = step
+        return self.used <= self.allowed

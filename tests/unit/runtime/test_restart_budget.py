@@ -1,6 +1,6 @@
 """Restarts are given back by progress, never by time, and each waits longer than the one before."""
 
-from trl_ray.runtime.restart_budget import STEPS_PER_RESTART, RestartBudget
+from trl_ray.runtime.restart_budget import STEPS_PER_RESTART, CheckpointBudget, RestartBudget
 
 
 def test_an_actor_that_is_lost_again_and_again_without_a_finished_step_uses_its_restarts_up():
@@ -25,3 +25,9 @@ def test_no_restart_is_saved_up_beyond_what_is_allowed():
     budget = RestartBudget(allowed=1)
     budget.take(1000)
     assert budget.take(1004) is None
+
+
+def test_a_learner_is_restarted_so_often_from_one_checkpoint_and_again_from_a_newer_one():
+    budget = CheckpointBudget(allowed=2)
+    assert [budget.take(step) for step in (0, 0, 10, 10, 20, 30, 30, 30)] == [True] * 7 + [False]
+    assert not CheckpointBudget(allowed=0).take(5)

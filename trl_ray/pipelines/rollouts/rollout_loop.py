@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,19 +31,23 @@ from trl_ray.errors import AgreementError, InputError, StallError
 from trl_ray.models.companions.teacher_rules import FOLDER
 from trl_ray.pipelines.rollouts.agreement_check import AgreementCheck
 from trl_ray.pipelines.rollouts.evaluation import SHARE_TRIES, evaluate, held_out_loss
+from trl_ray.pipelines.rollouts.evaluation_numbers import prediction_of
 from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
 from trl_ray.pipelines.rollouts.objective import with_metrics
 from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, PROMPTS, Preparation
 from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
+from trl_ray.pipelines.rollouts.stall_clock import StallClock
 from trl_ray.pipelines.rollouts.updates import Updated, prepare_step, train_on
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.learner_actors import under_watch
+from trl_ray.pipelines.run.own_metrics import computed_metrics
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
 from trl_ray.pipelines.run.session import Opening
 from trl_ray.pipelines.run.signals import Stop, StopRequested, unless
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.runtime import waits
 from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult
+from trl_ray.types.clock import steady_time
 from trl_ray.wire.group_payload import decode_group
 
 AGREEMENT = "agreement.json"
@@ -178,12 +181,12 @@ class RolloutLoop(StepLoop[_Trained]):
         ) from self._unreadable
 
     async def _train_step(self, step: int) -> _Trained:
-        begin = time.time()
+        begin = steady_time()
         groups = await self._take(step)
-        taken = time.time()
+        taken = steady_time()
         staleness = self._recorder.check_staleness(step, groups)
         updated = self._agree(step, await self._optimize(step, groups))
-        trained = time.time()
+        trained = steady_time()
         await self._settle(step, updated.result)
         version = await self._publish(step, wait_s=taken - begin, step_s=trained - begin)
         return _Trained(
@@ -193,7 +196,7 @@ class RolloutLoop(StepLoop[_Trained]):
             built=updated.built,
             staleness=staleness,
             version=version,
-            times=StepTimes(begin=begin, taken=taken, trained=trained, published=time.time()),
+            times=StepTimes(begin=begin, taken=taken, trained=trained, published=steady_time()),
         )
 
     async def _report(self, trained: _Trained) -> None:
@@ -222,24 +225,25 @@ class RolloutLoop(StepLoop[_Trained]):
     async def _take(self, step: int) -> list[RolloutGroup]:
         """Wait for the groups of one step; say who is waited for, and give up when nothing moves any more."""
         config = self._config
-        began = moved = said = time.monotonic()
-        seen: int | None = None
+        clock = asyncio.get_running_loop().time
+        began = said = clock()
+        stall = StallClock(began)
         while True:
             groups = await self._ask_for_groups(step)
             if groups:
+                self._failures.next_step()
                 return groups
             await self._drain()
             await self._heed_stop()
             await self._end_unread()
             if self._pulling is not None and self._pulling.done():
                 self._pulling.result()
-            now = time.monotonic()
-            progress = (await self._actors.ask_queue("health")).progress
-            if progress != seen:
-                seen, moved = progress, now
-            if now - moved > config.runtime.stall_deadline_s:
+            snapshot: LedgerSnapshot = await self._actors.ask_queue("snapshot")
+            now = clock()
+            still_s = stall.still_for(snapshot.live, restarts=self._actors.restarts, now=now)
+            if still_s > config.runtime.stall_deadline_s:
                 raise StallError(
-                    f"step {step} needs {config.groups_per_step} groups, but nothing has moved for {now - moved:.0f} s "
+                    f"step {step} needs {config.groups_per_step} groups, but nothing has moved for {still_s:.0f} s "
                     f"(runtime.stall_deadline_s): {await self._culprits()}. Resume from the checkpoint."
                 )
             if now - said > _SAY_WAITING_S:
@@ -350,7 +354,7 @@ class RolloutLoop(StepLoop[_Trained]):
         return numbers
 
     async def _evaluate_set(self, name: str, prompts: Sequence[Prompt]) -> dict[str, float]:
-        begin, plan, config = time.time(), self._plan, self._config
+        begin, plan, config = steady_time(), self._plan, self._config
         evaluation = await evaluate(self._actors, prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s)
         for reason in evaluation.lost:
             self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of it was asked again: {reason}")
@@ -364,7 +368,11 @@ class RolloutLoop(StepLoop[_Trained]):
             cut=plan.cut,
             ask_learner=self._actors.learner.ask,
         )
-        return self._recorder.evaluated(self.step, evaluation.answers, held_out, time.time() - begin, name=name)
+        own = {}
+        if plan.compute_metrics is not None and evaluation.answers:
+            own = await computed_metrics(plan.compute_metrics, prediction_of(evaluation.answers), config)
+        seconds = steady_time() - begin
+        return self._recorder.evaluated(self.step, evaluation.answers, held_out, seconds, name=name, own=own)
 
     async def _write_checkpoint(self, path: Path) -> None:
         """Also of teachers that are averages; then let the journal forget what it no longer needs."""

@@ -26,7 +26,7 @@ from trl_ray.config.sections import Dtype, ModelConfig, RuntimeKind
 from trl_ray.config.step_counts import steps_of
 from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, RunError, TrlRayError
 from trl_ray.models.adapters.adapter_config import adapter_options
-from trl_ray.models.checkpoint import checkpoint_step
+from trl_ray.models.checkpoint import checkpoint_step, list_checkpoints
 from trl_ray.models.hub import check_hub
 from trl_ray.models.policy_loading import checkpoint_dtype, find_source
 from trl_ray.observe.observer import open_observer
@@ -43,13 +43,15 @@ from trl_ray.pipelines.run.given_rows import given_rows
 from trl_ray.pipelines.run.going_back import Return, Wish, find_return, leave_aside, resolve
 from trl_ray.pipelines.run.hub_pushes import hub_place
 from trl_ray.pipelines.run.learner_actors import beside_guards
+from trl_ray.pipelines.run.ray_job import grace_s
 from trl_ray.pipelines.run.recording import RunRecorder
 from trl_ray.pipelines.run.session import Opening, Plan, Session, TrainOutput
-from trl_ray.pipelines.run.signals import Stop, StopRequested, grace_s, run_to_end, unless
+from trl_ray.pipelines.run.signals import Stop, StopRequested, run_to_end, unless
 from trl_ray.pipelines.run.stopping import close_in_time, tell_of_stop, what_is_left
 from trl_ray.pipelines.run.trainer_methods import TrainerMethods
 from trl_ray.runtime import waits
 from trl_ray.runtime.local import LocalRuntime
+from trl_ray.runtime.restart_budget import CheckpointBudget
 from trl_ray.runtime.runtime import Role, Runtime
 from trl_ray.types import EventKind
 
@@ -323,15 +325,15 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         self, plan: PlanT, runtime: Runtime, directory: RunDirectory, back: Return, stop: Stop
     ) -> TrainOutput:
         """One session after the other, each from the last checkpoint, until training ends."""
-        restarts = 0
+        restarts = CheckpointBudget(allowed=self.config.runtime.max_learner_restarts)
         while True:
-            session = self._open_session(plan, runtime, directory, back, resuming=self._resume or restarts > 0)
+            session = self._open_session(plan, runtime, directory, back, resuming=self._resume or restarts.used > 0)
             try:
                 output = await self._run_session(session, runtime, directory, stop)
             except LearnerLostError as error:
-                restarts += 1
                 session.recorder.say(EventKind.ACTOR_LOST, "learner", reason=str(error))
-                if restarts > self.config.runtime.max_learner_restarts:
+                found = list_checkpoints(directory.checkpoints)
+                if not restarts.take(checkpoint_step(found[-1]) if found else 0):
                     self._end(session.recorder, EventKind.RUN_FAILED, error)
                     raise
                 try:
@@ -342,7 +344,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 await self._dismiss(session, runtime)
             except (InterruptedRun, asyncio.CancelledError, KeyboardInterrupt) as error:
                 stop.settled = True
-                self._end(session.recorder, EventKind.INTERRUPTED, error, is_short=stop.at_once)
+                self._end(session.recorder, EventKind.INTERRUPTED, error, stop=stop)
                 raise
             except TrlRayError as error:
                 self._end(session.recorder, EventKind.RUN_FAILED, error)
@@ -438,6 +440,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             **self._announcement(),
         )
         slow = plan.expected_memory()[Role.LEARNER] / _DISK_BYTES_PER_S
+        session.recorder.tell_of_lost_folder()
         session.recorder.tell_of_grace(slow, grace=grace_s(config.runtime.stop_grace_s), is_measured=False)
         return session
 
@@ -454,12 +457,16 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         return {}
 
     def _end(
-        self, recorder: RunRecorder, kind: EventKind, error: BaseException | None, *, is_short: bool = False
+        self, recorder: RunRecorder, kind: EventKind, error: BaseException | None, *, stop: Stop | None = None
     ) -> None:
         recorder.say(kind, "driver", **({"error": f"{type(error).__name__}: {error}"} if error is not None else {}))
-        recorder.close()
-        if self.config.html_report and not is_short:
+        hurries = stop is not None and (stop.at_once or stop.left_s is not None)
+        if not hurries:
+            recorder.close()
+        if self.config.html_report and not (stop is not None and stop.at_once):
             build_report(recorder.directory.path)
+        if hurries:  # a service may take its time
+            recorder.close()
 
     def _open_directory(self) -> RunDirectory:
         config = self.config.replace(resume_from_checkpoint=None)  # of the run, not of this start

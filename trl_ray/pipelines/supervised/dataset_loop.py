@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from trl_ray.pipelines.supervised.example_updates import ReadyStep, StepsAhead, 
 from trl_ray.pipelines.supervised.rows_fingerprint import rows_fingerprint
 from trl_ray.pipelines.supervised.user_metrics import HeldOutPredictions
 from trl_ray.types import Evaluation, Example, StepResult
+from trl_ray.types.clock import steady_time
 
 PROGRESS = "progress.json"
 """In checkpoints: what the loop goes on from."""
@@ -116,13 +116,13 @@ class DatasetLoop(StepLoop[_Trained]):
         await self._train()
 
     async def _train_step(self, step: int) -> _Trained:
-        begin = time.time()
+        begin = steady_time()
         ready = await self._take(step)
-        fed = time.time()
+        fed = steady_time()
         if self._place + 1 < self._plan.total_steps:
             self._ahead.begin(step + 1, place=self._place + 2)
         result: StepResult = await self._actors.ask("step", await with_kl(ready.update, self._actors.ask))
-        trained = time.time()
+        trained = steady_time()
         self.accounts.advance(ready.fed, step=step, skipped=result.skipped)
         times = SupervisedTimes(begin=begin, fed=fed, trained=trained)
         return _Trained(epoch=ready.fed.epoch, result=result, fed=ready.fed, times=times)
@@ -169,7 +169,7 @@ class DatasetLoop(StepLoop[_Trained]):
     async def _evaluate(self) -> Mapping[str, float]:
         numbers: dict[str, float] = {}
         for name, update in self._evaluations.items():
-            begin, count = time.time(), len(self._held_out[name])
+            begin, count = steady_time(), len(self._held_out[name])
             evaluation: Evaluation = await self._actors.ask("evaluate", await with_kl(update, self._actors.ask))
             own = {} if self._predictions is None else await self._predictions.measure(self._held_out[name])
             numbers |= self._recorder.evaluated(self.step, evaluation, examples=count, begin=begin, name=name, own=own)

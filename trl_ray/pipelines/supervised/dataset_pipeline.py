@@ -27,6 +27,7 @@ from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.given_objects import trainer_objects
 from trl_ray.pipelines.run.given_rows import given_rows, is_stream
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
+from trl_ray.pipelines.run.own_metrics import found_metrics, named_metrics
 from trl_ray.pipelines.run.pipeline import Pipeline
 from trl_ray.pipelines.run.session import Opening, Session, TrainOutput
 from trl_ray.pipelines.run.signals import Stop
@@ -209,6 +210,7 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
             peft_config=peft_config,
             callbacks=callbacks,
             objects=trainer_objects(ref_model=ref_model, **objects),
+            compute_metrics=named_metrics(compute_metrics, self.checked(args).compute_metrics),
         )
         if is_stream(train_dataset) and self.config.max_steps > 0:
             self.config = self.config.replace(dataset_streaming=True)
@@ -218,7 +220,9 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
             eval_dataset=given_rows(eval_dataset, evaluation=True),
             formatting_func=formatting_func,
             metrics=MetricFunctions(
-                form=self.prediction_form, compute=compute_metrics, preprocess=preprocess_logits_for_metrics
+                form=self.prediction_form,
+                compute=found_metrics(compute_metrics, self.config.compute_metrics),
+                preprocess=preprocess_logits_for_metrics,
             ),
         )
 

@@ -27,6 +27,7 @@ from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
 from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, PROMPTS
 from trl_ray.pipelines.rollouts.rollout_loop import AGREEMENT
 from trl_ray.types import DropReason, Event, EventKind
+from virtual_time import run_in_virtual_time
 
 
 def failure(kind: EventKind, number: int = 0) -> Event:
@@ -203,6 +204,19 @@ def test_a_stop_while_groups_are_waited_for_leaves_a_checkpoint_of_step_zero(tmp
     assert list(run.actors.files) == [0]
 
 
+def test_a_clock_that_is_set_back_makes_no_step_shorter_than_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = iter(range(2_000_000_000, 0, -3600))
+    monkeypatch.setattr("time.time", lambda: float(next(moments)))
+    run = RolloutRun(tmp_path, total=2, eval_steps=1, save_steps=1).go()
+    for line in run.lines("metrics.jsonl"):
+        durations = {key: value for key, value in line.items() if key.startswith(("time/", "throughput/"))}
+        assert durations and min(durations.values()) >= 0, durations
+    told = [event["detail"]["seconds"] for event in run.lines("events.jsonl") if "seconds" in event["detail"]]
+    assert told and min(told) >= 0
+
+
 def hurry(run: RolloutRun, grace: float = 30.0) -> None:
     """What SIGTERM does."""
     run.stop.grace_s = grace
@@ -326,6 +340,25 @@ def test_a_run_in_which_nothing_moves_names_who_it_waits_for(tmp_path: Path) -> 
     run.actors.delivers = False
     with pytest.raises(StallError, match=r"step 1 needs 2 groups, but nothing has moved .*: rollout-0\. Resume"):
         run.go()
+
+
+def test_groups_that_are_dropped_and_replaced_without_end_are_no_progress(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, runtime={"kind": "local", "stall_deadline_s": 40.0})
+    # The queue has ever more to do, and always as many groups at work.
+    run.actors.delivers, run.actors.poll_s = False, 2.0
+    with pytest.raises(StallError, match=r"step 1 needs 2 groups, but nothing has moved for 4\d s"):
+        run_in_virtual_time(run.loop().run())
+
+
+@pytest.mark.parametrize("reason", [DropReason.STALE, DropReason.RETRIES_EXHAUSTED, DropReason.REWARD_FAILED])
+def test_no_reason_drops_groups_without_end_between_two_steps(reason: DropReason) -> None:
+    counted = FailuresInARow(config())
+    one = dropped(reason, in_a_row=1)  # others get ready in between
+    counted.count([one] * 100)
+    counted.next_step()
+    counted.count([one] * 100)
+    with pytest.raises(StallError, match=rf"at most 100 groups .* of 2 groups, but 101 were, as {reason.value}"):
+        counted.count([one])
 
 
 def dropped(reason: DropReason, **count: int) -> Event:
