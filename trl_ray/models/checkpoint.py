@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -287,11 +287,14 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
-def latest_checkpoint(directory: str | Path, *, mend: bool = True) -> FoundCheckpoint:
+def latest_checkpoint(
+    directory: str | Path, *, mend: bool = True, check: Callable[[Path], None] = lambda path: None
+) -> FoundCheckpoint:
     """The youngest checkpoint that verifies; what is wrong with younger ones is told, not raised.
 
     Args:
         directory: of all checkpoints.
+        check: raises a `CheckpointError` for one that cannot be used although it is whole.
         mend: put one back whose replacement was killed half-way; only where no other process writes the directory.
     """
     if mend:
@@ -300,6 +303,7 @@ def latest_checkpoint(directory: str | Path, *, mend: bool = True) -> FoundCheck
     for path in reversed(list_checkpoints(directory)):
         try:
             verify_checkpoint(path)
+            check(path)
         except CheckpointError as error:
             problems.append(str(error))
         else:

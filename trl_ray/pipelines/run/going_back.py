@@ -10,8 +10,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from trl_ray.buffer.journal_reach import LEDGER_COPY, JournalReach, groups_again, journal_reach, read_copy
+from trl_ray.config.runs.run_config import RunConfig
+from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import CheckpointError, ConfigError, JournalError
 from trl_ray.models.checkpoint import (
     checkpoint_step,
@@ -21,7 +24,11 @@ from trl_ray.models.checkpoint import (
     verify_checkpoint,
 )
 from trl_ray.observe.run_directory import RunDirectory
-from trl_ray.observe.run_files import read_json_lines, writing
+from trl_ray.observe.run_files import parse_json, read_json_lines, to_json, writing
+
+ORIGIN_FILE = "origin.json"
+"""In checkpoints: what they are of."""
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +41,47 @@ class Wish:
     """The step of the checkpoint to go back to; None: the newest that can be used."""
     new_journal: bool = False
     """Go on with the checkpoint's own copy of the ledger, whatever the journal says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What wrote a checkpoint: a run goes on from its own alone, whatever lies in the folder of its checkpoints."""
+
+    pipeline: str
+    model: str | None
+    """`model_name_or_path`: not compared itself, as a model given in Python gets another folder each time."""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Origin:
+        """That of a run."""
+        return cls(pipeline=config.pipeline, model=config.part(ModelConfig).model_name_or_path)
+
+    def file(self) -> dict[str, bytes]:
+        """By its name in a checkpoint."""
+        return {ORIGIN_FILE: to_json({"pipeline": self.pipeline}).encode()}
+
+    def check(self, checkpoint: Path) -> None:
+        """Of a verified checkpoint; those of earlier versions do not say what wrote them.
+
+        Raises:
+            CheckpointError: it is of another pipeline, or its model is of another shape.
+        """
+        for what, mine, found in (
+            ("pipeline", {"pipeline": self.pipeline}, _read_json(checkpoint / ORIGIN_FILE)),
+            ("model", _read_json(Path(self.model or "") / "config.json"), _read_json(checkpoint / "config.json")),
+        ):
+            named = [name for name in ("pipeline", *_SHAPE) if name in mine and name in found]
+            if differs := [name for name in named if mine[name] != found[name]]:
+                told = ", ".join(f"{name} {mine[name]} and not {found[name]}" for name in differs)
+                raise CheckpointError(
+                    f"{checkpoint} must be of this run, whose {what} has {told}. Use another checkpoint. "
+                    f"{_new_run(str(checkpoint))}"
+                )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    found = parse_json(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else None
+    return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,12 +148,18 @@ def resolve(wish: Wish, output_dir: str, *, within: int | None) -> Wish:
 
 
 def find_return(
-    directory: RunDirectory, *, wish: Wish = Wish(), has_journal: bool = False, reads_journal: bool = True
+    directory: RunDirectory,
+    *,
+    origin: Origin,
+    wish: Wish = Wish(),
+    has_journal: bool = False,
+    reads_journal: bool = True,
 ) -> Return:
     """The youngest checkpoint that verifies and that the ledger can be taken back to; changes nothing.
 
     Args:
         directory: of the run.
+        origin: what its checkpoints are of.
         wish: of the user.
         has_journal: whether the run keeps a ledger in a journal.
         reads_journal: whether the journal may be in another state than this process left it in.
@@ -114,7 +168,7 @@ def find_return(
         CheckpointError: there are checkpoints, and none can be used.
         JournalError: the journal does not reach back to the only ones that can be used; says what is left.
     """
-    found = _checkpoint(directory, wish)
+    found = _checkpoint(directory, wish, origin)
     if not has_journal or not (reads_journal or found.problems or wish.new_journal):
         return found
     if wish.new_journal:
@@ -128,14 +182,15 @@ def find_return(
     raise _useless(directory, found, reach)
 
 
-def _checkpoint(directory: RunDirectory, wish: Wish) -> Return:
+def _checkpoint(directory: RunDirectory, wish: Wish, origin: Origin) -> Return:
     if wish.at == 0:
         return Return()
     if wish.at is not None:
         path = directory.checkpoint(wish.at)
         verify_checkpoint(path)
+        origin.check(path)
         return Return(checkpoint=str(path), step=wish.at)
-    found = latest_checkpoint(directory.checkpoints)
+    found = latest_checkpoint(directory.checkpoints, check=origin.check)
     if found.path is None and found.problems:
         raise CheckpointError(
             f"A run must go on from a checkpoint that is whole, and none in {directory.checkpoints} is: "
@@ -188,6 +243,8 @@ def leave_aside(directory: RunDirectory, back: Return) -> list[str]:
         RunError: a file cannot be renamed.
     """
     told = [f"a checkpoint cannot be used: {problem}" for problem in back.problems]
+    if back.checkpoint is None:
+        told.append("there is no checkpoint to go on from: training begins anew, at step 0")
     with writing(directory.checkpoints):
         left = leave_after(directory.checkpoints, step=back.step)
     if left:

@@ -40,7 +40,7 @@ from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.run.evaluation_run import EvaluatedNumbers, evaluation_config
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
 from trl_ray.pipelines.run.given_rows import given_rows
-from trl_ray.pipelines.run.going_back import Return, Wish, find_return, leave_aside, resolve
+from trl_ray.pipelines.run.going_back import Origin, Return, Wish, find_return, leave_aside, resolve
 from trl_ray.pipelines.run.hub_pushes import hub_place
 from trl_ray.pipelines.run.learner_actors import beside_guards
 from trl_ray.pipelines.run.ray_job import grace_s
@@ -384,7 +384,13 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         """Where the run goes on from; changes nothing. See `find_return`."""
         directory = RunDirectory.open_existing(self.config.output_dir)
         has_journal = self.resumes_within is not None
-        return find_return(directory, wish=wish, has_journal=has_journal, reads_journal=reads_journal)
+        return find_return(
+            directory,
+            origin=Origin.of(self.config),
+            wish=wish,
+            has_journal=has_journal,
+            reads_journal=reads_journal,
+        )
 
     def _open_session(
         self, plan: PlanT, runtime: Runtime, directory: RunDirectory, back: Return, *, resuming: bool
