@@ -23,6 +23,7 @@ from trl_ray.algorithms.policy.advantages import clip_reward
 from trl_ray.buffer.durable import DurableLedger
 from trl_ray.buffer.entry import BufferRules, Change, ChangeKind, LedgerSnapshot, Outcome, WaitingGroup
 from trl_ray.buffer.journal import lock_path
+from trl_ray.buffer.journal_reach import read_copy, write_copy
 from trl_ray.buffer.news import News, NewsKind
 from trl_ray.errors import JournalError
 from trl_ray.types import (
@@ -76,6 +77,7 @@ class RolloutQueue:
         max_resampled_groups: int | None = None,
         resume_from_step: int | None = None,
         resume_version: int | None = None,
+        ledger_copy: str | None = None,
         name: str = "rollout_queue",
         clock: Callable[[], float] = steady_time,
     ) -> None:
@@ -98,6 +100,7 @@ class RolloutQueue:
                 is admitted any more. None replaces all.
             resume_from_step: step of the checkpoint to go back to; applied once per incarnation.
             resume_version: weight version of that checkpoint; None means the step.
+            ledger_copy: file with what the method `ledger_copy` answered then, for a journal that is lost.
             name: how events name this actor.
             clock: seconds since the epoch.
 
@@ -142,6 +145,7 @@ class RolloutQueue:
             now=clock(),
             resume_from_step=resume_from_step,
             resume_version=resume_version,
+            copy=None if ledger_copy is None else read_copy(ledger_copy),
         )
         self._limit = self._store.slots.limit
         if self._store.journal.truncated_bytes:
@@ -421,6 +425,10 @@ class RolloutQueue:
         """Until the journal that `checkpoint` began to compact is compact."""
         if self._compacting is not None:
             await self._compacting
+
+    async def ledger_copy(self, *, step: int) -> bytes:
+        """What a run needs of the ledger that goes back to `step`, the last finished one, and has no journal."""
+        return write_copy(self._store.copy_of(step=step, now=self._clock()))
 
     async def restore(self, *, step: int, mark: str, version: int | None = None) -> bool:
         """The learner went back to the checkpoint of `step`: so does the ledger, once per `mark`.

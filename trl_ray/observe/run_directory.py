@@ -22,7 +22,7 @@ from pathlib import Path
 
 from trl_ray.errors import ConfigError
 from trl_ray.observe.private_files import file_mode, make_folder
-from trl_ray.observe.run_files import atomic_write_json, atomic_write_text, read_json_lines, to_json, writing
+from trl_ray.observe.run_files import atomic_write_json, atomic_write_text, cut_json_lines, writing
 from trl_ray.observe.run_lock import LOCK
 
 _FILES = (
@@ -168,8 +168,7 @@ class RunDirectory:
         Raises:
             RunError: a file cannot be written.
         """
-        kept = [record for record in read_json_lines(self.metrics) if int(record.get("step", 0)) <= step]
-        atomic_write_text(self.metrics, "".join(to_json(record) + "\n" for record in kept))
+        cut_json_lines(self.metrics, lambda record: int(record.get("step", 0)) <= step)
         for file in self.completions.glob("*.parquet"):
             match = re.fullmatch(r"(?:step|eval(?:-.+)?)-(\d+)", file.stem)
             if match and int(match[1]) > step:

@@ -17,8 +17,8 @@ from trl_ray.errors import ConfigError, EngineError, ModelError, ResourceError
 # What vLLM 0.32 was seen to say.
 SMALL_CACHE = (
     "To serve at least one request with the model's max seq len (513), (0.0 GiB KV cache is needed, which is larger "
-    "than the available KV cache memory (0.0 GiB). Based on the available memory, the estimated maximum model length is "
-    "224. Try increasing `gpu_memory_utilization` (which also controls CPU memory on the CPU backend) or decreasing "
+    "than the available KV cache memory (0.0 GiB). Based on the available memory, the estimated maximum model length "
+    "is 224. Try increasing `gpu_memory_utilization` (which also controls CPU memory on the CPU backend) or decreasing "
     "`max_model_len` when initializing the engine. See https://docs.vllm.ai for more details."
 )
 NO_BLOCKS = (

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
@@ -25,13 +26,7 @@ from trl_ray.config.sections import Dtype, ModelConfig, RuntimeKind
 from trl_ray.config.step_counts import steps_of
 from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, RunError, TrlRayError
 from trl_ray.models.adapters.adapter_config import adapter_options
-from trl_ray.models.checkpoint import (
-    checkpoint_step,
-    latest_checkpoint,
-    leave_after,
-    list_checkpoints,
-    verify_checkpoint,
-)
+from trl_ray.models.checkpoint import checkpoint_step, list_checkpoints
 from trl_ray.models.hub import check_hub
 from trl_ray.models.policy_loading import checkpoint_dtype, find_source
 from trl_ray.observe.observer import open_observer
@@ -45,6 +40,7 @@ from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.run.evaluation_run import EvaluatedNumbers, evaluation_config
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
 from trl_ray.pipelines.run.given_rows import given_rows
+from trl_ray.pipelines.run.going_back import Origin, Return, Wish, find_return, leave_aside, resolve
 from trl_ray.pipelines.run.hub_pushes import hub_place
 from trl_ray.pipelines.run.learner_actors import beside_guards
 from trl_ray.pipelines.run.ray_job import grace_s
@@ -122,7 +118,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         self._resume = False
         self._changes: dict[str, str] = {}
         """Options with which the run goes on otherwise than it began, as ``old -> new`` by name."""
-        self._resume_at: int | None = None
+        self._wish = Wish()
         self._lock: RunLock | None = None
         """Of the run directory, while it is trained into."""
         self._trained: TrainOutput | None = None
@@ -141,12 +137,23 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         return cast(ConfigT, cls.config_class()) if args is None else args
 
     @classmethod
-    def from_run(cls, run_dir: str | Path, *, changes: Sequence[str] = (), **inputs: Any) -> Self:
+    def from_run(
+        cls,
+        run_dir: str | Path,
+        *,
+        changes: Sequence[str] = (),
+        from_checkpoint: int | None = None,
+        new_journal: bool = False,
+        **inputs: Any,
+    ) -> Self:
         """The pipeline of an interrupted run, ready to go on.
 
         Args:
             run_dir: of the run.
             changes: of its options, as ``key=value``.
+            from_checkpoint: the step of the checkpoint to go back to, 0 for the beginning; None: the newest good one.
+            new_journal: go on with the checkpoint's own copy of the ledger, because the journal is lost or damaged;
+                what was generated and not yet trained then is generated again, and events say so.
             inputs: those that Python gave the first time.
 
         Raises:
@@ -158,6 +165,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         config = resumed_config(cls.config_class, directory.config, changes, recorded=recorded)
         pipeline = cls(args=config.replace(output_dir=str(directory.path)), **inputs)  # type: ignore[arg-type]
         pipeline._resume, pipeline._changes = True, check_resumed(before, config)
+        pipeline._wish = Wish(at=from_checkpoint, new_journal=new_journal)
         return pipeline
 
     @abstractmethod
@@ -175,7 +183,9 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             InputError: what is wrong, and what to do.
         """
         if self.config.resume_from_checkpoint:
-            self._resume, self._resume_at = True, self._checkpoint_to_resume(self.config.resume_from_checkpoint)
+            self._resume, self._wish = True, Wish(given=self.config.resume_from_checkpoint)
+        if self._resume:
+            self._wish = resolve(self._wish, self.config.output_dir, within=self.resumes_within)
         if holder := living_holder(Path(self.config.output_dir).expanduser().absolute()):
             raise in_use(Path(self.config.output_dir), holder)
         if not self._resume:
@@ -211,33 +221,6 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         directory = RunDirectory.open_existing(self.config.output_dir)
         before = resumed_config(self.config_class, directory.recorded_config or directory.config)
         return check_resumed(before, self._given.as_recorded(self.config, before), unresolved=unresolved)
-
-    def _checkpoint_to_resume(self, given: str | bool) -> int | None:
-        """The step of the checkpoint to go on from; None is the last one.
-
-        Raises:
-            ConfigError: it is none of the run in `output_dir`, or older than the run can go back to.
-            CheckpointError: it is damaged.
-        """
-        directory = RunDirectory.open_existing(self.config.output_dir)
-        path = Path(directory.path if given is True else str(given)).expanduser().absolute()
-        if path == directory.path:
-            return None
-        known = list_checkpoints(directory.checkpoints)
-        if path not in known:
-            raise ConfigError(
-                f"resume_from_checkpoint must be true or a checkpoint of the run in output_dir, which has "
-                f"{', '.join(each.name for each in known) or 'none'} in {directory.checkpoints}; got {given}. For a "
-                f"new run from its weights set model_name_or_path={given}."
-            )
-        if self.resumes_within is not None and path not in known[-self.resumes_within :]:
-            raise ConfigError(
-                f"resume_from_checkpoint must be one of the last {self.resumes_within} checkpoints here, as the "
-                f"ledger's journal reaches no further back, got {path.name} of {known[-1].name}. For a new run from "
-                f"its weights set model_name_or_path={given}."
-            )
-        verify_checkpoint(path)
-        return checkpoint_step(path)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: None = None, ignore_keys_for_eval: Any = None
@@ -346,20 +329,23 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             await runtime.close()
 
     async def _train(self, plan: PlanT, stop: Stop) -> TrainOutput:
+        back = self._find_return(self._wish) if self._resume else Return()
         runtime = await self._open_runtime(plan, stop)
         try:
             directory = self._open_directory()
-            return await self._sessions(plan, runtime, directory, stop)
+            return await self._sessions(plan, runtime, directory, back, stop)
         finally:
             stop.settled = True
             self._callbacks.close()
             await close_in_time(runtime, stop)
 
-    async def _sessions(self, plan: PlanT, runtime: Runtime, directory: RunDirectory, stop: Stop) -> TrainOutput:
+    async def _sessions(
+        self, plan: PlanT, runtime: Runtime, directory: RunDirectory, back: Return, stop: Stop
+    ) -> TrainOutput:
         """One session after the other, each from the last checkpoint, until training ends."""
         restarts = CheckpointBudget(allowed=self.config.runtime.max_learner_restarts)
         while True:
-            session = self._open_session(plan, runtime, directory, resuming=self._resume or restarts.used > 0)
+            session = self._open_session(plan, runtime, directory, back, resuming=self._resume or restarts.used > 0)
             try:
                 output = await self._run_session(session, runtime, directory, stop)
             except LearnerLostError as error:
@@ -367,6 +353,11 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 found = list_checkpoints(directory.checkpoints)
                 if not restarts.take(checkpoint_step(found[-1]) if found else 0):
                     self._end(session.recorder, EventKind.RUN_FAILED, error)
+                    raise
+                try:
+                    back = self._find_return(Wish(), reads_journal=False)
+                except RunError as useless:
+                    self._end(session.recorder, EventKind.RUN_FAILED, useless)
                     raise
                 await self._dismiss(session, runtime)
             except (InterruptedRun, asyncio.CancelledError, KeyboardInterrupt) as error:
@@ -407,14 +398,23 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             raise
         session.recorder.close()
 
-    def _open_session(self, plan: PlanT, runtime: Runtime, directory: RunDirectory, *, resuming: bool) -> Session:
-        """Rewind the run directory to the last good checkpoint, and make the session that goes on from it."""
+    def _find_return(self, wish: Wish, *, reads_journal: bool = True) -> Return:
+        """Where the run goes on from; changes nothing. See `find_return`."""
+        directory = RunDirectory.open_existing(self.config.output_dir)
+        has_journal = self.resumes_within is not None
+        return find_return(
+            directory,
+            origin=Origin.of(self.config),
+            wish=wish,
+            has_journal=has_journal,
+            reads_journal=reads_journal,
+        )
+
+    def _open_session(
+        self, plan: PlanT, runtime: Runtime, directory: RunDirectory, back: Return, *, resuming: bool
+    ) -> Session:
+        """The session that goes on from there; metrics are cut once its actors are started."""
         config = self.config
-        found = latest_checkpoint(directory.checkpoints)
-        step = checkpoint_step(found.path) if found.path is not None else 0
-        if resuming:
-            # Before the files are opened: what is written must follow what was kept.
-            directory.truncate_after(step)
         observer = open_observer(
             directory,
             config=config.model_dump(mode="json"),
@@ -438,8 +438,9 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 runtime=runtime,
                 directory=directory,
                 observer=observer,
-                checkpoint=found.path,
-                step=step,
+                checkpoint=back.checkpoint,
+                step=back.step,
+                ledger_copy=back.ledger_copy,
                 resuming=resuming,
                 callbacks=self._callbacks,
             ),
@@ -449,13 +450,15 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             if self._lock.taken_from is not None:
                 session.recorder.say(EventKind.WARNING, "driver", detail=self._lock.taken_from)
                 self._lock.taken_from = None
-        for problem in found.problems:
-            session.recorder.say(EventKind.WARNING, "driver", detail=f"a checkpoint cannot be used: {problem}")
+        if resuming:
+            session.recorder.cut = partial(directory.truncate_after, back.step)
+            for sentence in leave_aside(directory, back):
+                session.recorder.say(EventKind.WARNING, "driver", detail=sentence)
         session.recorder.say(
             EventKind.RUN_RESUMED if resuming else EventKind.RUN_STARTED,
             "driver",
             pipeline=self.name,
-            step=step,
+            step=back.step,
             total_steps=plan.total_steps,
             computes_in=config.computes_in,
             **({"changed": self._changes} if resuming and self._changes else {}),
@@ -496,8 +499,6 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
     def _open_directory(self) -> RunDirectory:
         if self._resume:
             directory = RunDirectory.open_existing(self.config.output_dir)
-            if self._resume_at is not None:
-                leave_after(directory.checkpoints, step=self._resume_at)
             return directory
         directory = RunDirectory.create(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
         self._write_config(directory)
