@@ -1,6 +1,7 @@
 """`trl-ray`: runs pipelines, resumes runs, draws reports.
 
-    trl-ray PIPELINE [--config FILE] [OPTIONS] [--dry-run]      trl-ray resume RUN_DIR [OPTIONS]
+    trl-ray PIPELINE [--config FILE] [OPTIONS] [--dry-run]      trl-ray resume RUN_DIR [--from-checkpoint STEP]
+                                                                               [--new-journal] [OPTIONS]
     trl-ray teacher-serve [--config FILE] [OPTIONS] [--dry-run] trl-ray report RUN_DIR
     trl-ray PIPELINE --help                                     trl-ray env
     PIPELINE: sft dpo kto cpo orpo reward prm grpo async-grpo rloo sdpo distill
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from trl_ray.cli.leaving import leave
 from trl_ray.cli.option_arguments import read_options
 from trl_ray.cli.option_help import describe_options
 from trl_ray.config.base import Section
@@ -33,9 +35,11 @@ from trl_ray.config.teacher_options import TeacherServeConfig
 from trl_ray.errors import ConfigError, InputError, InterruptedRun, RunError, TrlRayError
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.pipelines.pipeline_registry import ENTRY_POINTS, find_pipeline
+from trl_ray.pipelines.run.signals import interrupt_at_once, own_process
 
 if TYPE_CHECKING:
-    from trl_ray.pipelines.run.pipeline import Pipeline, TrainOutput
+    from trl_ray.pipelines.run.pipeline import Pipeline
+    from trl_ray.pipelines.run.session import TrainOutput
 
 
 class ExitCode(enum.IntEnum):
@@ -68,6 +72,10 @@ def build_parser(*, outside: str | None = None) -> argparse.ArgumentParser:
         _add_options(commands.add_parser(name, help=_summary(name), add_help=False))
     resume = commands.add_parser("resume", help=_RESUMES)
     resume.add_argument("run_dir", metavar="RUN_DIR [OPTIONS]")
+    back = "step of the checkpoint to go back to, 0 for the beginning; the newest that can be used without it"
+    resume.add_argument("--from-checkpoint", "--from_checkpoint", dest="step", type=int, metavar="STEP", help=back)
+    anew = "the journal is lost or damaged: go on with the checkpoint's own copy of the ledger"
+    resume.add_argument("--new-journal", "--new_journal", dest="new_journal", action="store_true", help=anew)
     report = commands.add_parser("report", help="draw RUN_DIR/report.html again")
     report.add_argument("run_dir")
     _add_options(commands.add_parser(_SERVE, help=_SERVES, add_help=False))
@@ -91,13 +99,19 @@ def _summary(command: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code; without `argv` it is the process's own, and may be left at once."""
+    if argv is None:
+        interrupt_at_once()
+        own_process()
     try:
-        return _run(argv)
+        code = _run(argv)
     finally:
         # What the console left unwritten would otherwise end Python with an error of its own.
         for stream in (sys.stdout, sys.stderr):
             _write("", stream)
+    if argv is None:
+        leave(code, at_once=code == ExitCode.INTERRUPTED)
+    return code
 
 
 def _write(text: str, stream: TextIO) -> None:
@@ -124,7 +138,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except InterruptedRun as error:
         return _say(ExitCode.INTERRUPTED, f"trl-ray: {error}")
     except (KeyboardInterrupt, asyncio.CancelledError):
-        return _say(ExitCode.INTERRUPTED, "trl-ray: interrupted at once; the last checkpoint and the journal are kept")
+        return _say(ExitCode.INTERRUPTED, "trl-ray: interrupted at once; checkpoints and the journal are kept")
     except TrlRayError as error:
         return _say(
             ExitCode.FAILED,
@@ -182,7 +196,10 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.command == _SERVE:
         return _serve(args)
     if args.command == "resume":
-        return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir, changes=args.overrides).train())
+        resumed = _pipeline_of(args.run_dir).from_run(
+            args.run_dir, changes=args.overrides, from_checkpoint=args.step, new_journal=args.new_journal
+        )
+        return _finish(resumed.train())
     given = args.overrides
     values = apply_overrides({}, given) if args.config is None else read_options_of(args.config, given)
     # Not kept, as it may hold secrets; before the pipeline is imported, because libraries read it then.
@@ -233,7 +250,8 @@ def _finish(output: TrainOutput) -> int:
     )
     age = "" if output.worst_age is None else f"; oldest token trained on: {output.worst_age} steps"
     _print(f"{output.steps} steps; ledger: {balance}{age}")
-    _print(f"report: {output.run_dir / 'report.html'}")
+    if (report := output.run_dir / "report.html").is_file():
+        _print(f"report: {report}")
     if not ledger.balanced or ledger.live_total:
         return _say(ExitCode.FAILED, f"trl-ray: the run ended with work unaccounted for: {balance}")
     return ExitCode.DONE

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
 from trl_ray.engines.checkpoint_facts import at_revision, read_facts, stop_ids_of
 from trl_ray.engines.logit_rules import LogitRules
-from trl_ray.engines.sampling import BatchSampling, draw, processed_logprobs, sample_seed
+from trl_ray.engines.sampling import BatchSampling, draw, policy_logprobs, processed_logprobs, sample_seed
 from trl_ray.engines.start.cache_proof import keeps_cache
 from trl_ray.engines.thread import EngineThread
 from trl_ray.models.companions.teacher_model import TeacherModel
@@ -432,6 +432,8 @@ class TransformersBackend:
         tokens = draw(logprobs, batch.sampling, uniforms.to(logprobs.device))
         if batch.seen is not None:
             batch.seen.scatter_(1, tokens, True)
+        if batch.sampling.of_policy is not None:
+            logprobs = torch.where(batch.sampling.of_policy, policy_logprobs(logits, batch.sampling), logprobs)
         chosen = logprobs.gather(1, tokens)[:, 0].tolist()
         for row, token, logprob in zip(batch.rows, tokens[:, 0].tolist(), chosen, strict=True):
             row.append(token, logprob, self._version)

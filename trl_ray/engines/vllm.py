@@ -31,6 +31,7 @@ from trl_ray.engines.sampling import sample_seed
 from trl_ray.engines.start.start_errors import START_ERRORS, start_error
 from trl_ray.engines.start.vllm_differences import config_corrections, cpu_corrections
 from trl_ray.engines.thread import EngineThread
+from trl_ray.engines.vllm_workers.policy_logprobs import MARK, report_policy_logprobs
 from trl_ray.errors import ConfigError
 from trl_ray.models.weight_payload import named_tensors
 from trl_ray.types import (
@@ -173,6 +174,7 @@ class VLLMBackend:
         self._scores: set[str] = set()
         self._questions: dict[str, _Question] = {}
         self._version = CHECKPOINT_VERSION.version
+        self._reports_policy = False
         self._max_logprobs = 0
         self._llm: Any = None
         self._facts: CheckpointFacts | None = None
@@ -226,6 +228,9 @@ class VLLMBackend:
         from vllm.inputs.engine import tokens_input
 
         prompt = [int(token) for token in request.prompt_ids]
+        if request.sampling.policy_logprobs and not self._reports_policy:
+            self._llm.collective_rpc(report_policy_logprobs)
+            self._reports_policy = True
         for index in range(request.n):
             try:
                 params = self._params(request, index, room=self._max_model_len - len(prompt))
@@ -385,6 +390,8 @@ class VLLMBackend:
         max_tokens = min(wanted.max_tokens, room)
         fields = dict(wanted.fields)
         stop_ids = {*self._facts.stop_ids, *(int(token) for token in fields.pop("stop_token_ids", ()))}
+        if wanted.policy_logprobs:
+            fields["extra_args"] = {**(fields.get("extra_args") or {}), MARK: True}
         if isinstance(fields.get("structured_outputs"), Mapping):
             fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
         if isinstance(fields.get("logit_bias"), Mapping):  # a file's keys may be texts

@@ -71,6 +71,8 @@ class Prompt:
     """Extra dataset columns (JSON values), passed to reward functions by name."""
     given_ids: IntArray | None = None
     """[L] the dataset's own completion, to be trained on in place of sampled ones; None: completions are sampled."""
+    num_cut: int = 0
+    """Tokens that `max_prompt_length` cut off its beginning; messages and text are whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -104,7 +106,8 @@ class Completion:
     token_ids: IntArray
     """[L] sampled ids, the end-of-sequence token included when there is one."""
     logprobs: FloatArray
-    """[L] natural-log probability of each id under the sampling distribution (temperature applied)."""
+    """[L] natural-log probability of each id under the sampling distribution (temperature applied), or before it was
+    reshaped (`SamplingParams.policy_logprobs`)."""
     versions: tuple[VersionSpan, ...]
     """Which weight version sampled which tokens; covers [0, L) without gaps."""
     finish_reason: FinishReason

@@ -144,6 +144,12 @@ def test_a_reward_worker_that_is_lost_for_good_fails_the_group_and_not_the_engin
     assert (event.kind, event.detail["kind"], event.detail["prompt_id"]) == (EventKind.REWARD_FAILED, "crash", "0:3")
 
 
+def test_a_run_asks_for_the_policys_log_probs_where_its_options_reshape_sampling_and_only_there():
+    assert not sampling_params(GenerationConfig(temperature=0.7, stop=["a"])).policy_logprobs
+    for changes in ({"top_p": 0.9}, {"min_tokens": 2}, {"generation_kwargs": {"logit_bias": {5: 1.0}}}):
+        assert sampling_params(GenerationConfig(**changes)).policy_logprobs
+
+
 def test_held_out_prompts_may_be_answered_at_a_temperature_of_their_own(monkeypatch):
     asked = GenerationConfig(temperature=0.7, top_p=0.9, max_completion_length=8)
     assert held_out_params(asked) == sampling_params(asked)
@@ -343,3 +349,19 @@ def test_an_evaluation_answers_every_prompt_once_and_leaves_the_ledger_alone(mon
     assert stage.queue.calls == []
     [batch] = stage.engine.batches
     assert batch[0].seed != batch[1].seed
+
+
+def test_it_asks_with_the_version_that_it_samples_with_and_tells_of_a_pull(monkeypatch):
+    stage = Stage(monkeypatch)
+
+    async def run():
+        await stage.worker.pull(payload(3))
+        await stage.worker.start()
+        await until(lambda: bool(stage.queue.asked("lease")))
+        await stage.worker.pull(payload(4))
+        await until(lambda: bool(stage.queue.asked("pulled")))
+        stage.worker.close()
+
+    asyncio.run(run())
+    assert stage.queue.asked("lease")[0].kwargs["version"] == 3
+    assert [call.kwargs for call in stage.queue.asked("pulled")] == [{"worker": "rollout-0", "version": 4}]
