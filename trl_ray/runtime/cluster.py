@@ -26,6 +26,7 @@ from trl_ray.errors import (
     DeadlineError,
     ResourceError,
     RunError,
+    StartError,
     TrlRayError,
 )
 from trl_ray.runtime import waits
@@ -116,13 +117,16 @@ class RayHandle:
 
     def _translate(self, error: BaseException, method: str) -> TrlRayError:
         where = f"{self._name}.{method}"
+        # As itself, or as what kept Ray from calling the method.
+        if isinstance(error, ObjectLostError) or isinstance(getattr(error, "cause", None), ObjectLostError):
+            return AnswerLostError(f"{where} needs an answer that was lost with its node: {_last_line(error)}")
         if isinstance(error, RayTaskError):
             cause = error.cause
             if isinstance(cause, TrlRayError):
                 return type(cause)(*cause.args)
             return RunError(f"{where} raised {type(cause).__name__}: {cause}\n{error}")
-        if isinstance(error, ObjectLostError):
-            return AnswerLostError(f"{where} needs an answer that was lost with its node: {_last_line(error)}")
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            return StartError(f"{self._name} could not start: {_last_line(error)}")
         if isinstance(error, RayActorError):
             return ActorLostError(f"{self._name} died during {method} ({type(error).__name__}): {_last_line(error)}")
         return ActorLostError(f"{where} could not be completed by Ray ({type(error).__name__}): {_last_line(error)}")
