@@ -15,6 +15,8 @@ class Fate(enum.StrEnum):
     LOST_REQUEST = "lost request"
     LOST_REPLY = "lost reply"
     LATE_REPLY = "late reply"
+    LATE_REQUEST = "late request"
+    """It arrives long after its caller has given up."""
     REPEATED_REQUEST = "repeated request"
     """It arrives again, long after."""
 
@@ -27,6 +29,8 @@ class FaultPlan:
     """Of calls that are lost, late or repeated."""
     probes: float = 0.0005
     """The same of health probes, each of which costs an actor its life."""
+    pulls: float = 0.02
+    """The same of weight pulls, whose callers wait long."""
     worker_every_s: float = 200.0
     """Deaths, hangs and broken engines of rollout workers."""
     queue_every_s: float = 300.0
@@ -42,16 +46,32 @@ class FaultPlan:
     """Of steps whose numbers are not finite."""
     refusals: float = 0.01
     """Of groups that an engine refuses."""
+    no_room: float = 0.1
+    """Of looks for a place for a worker."""
     cut_off: float = 0.03
     """Of groups whose completions are all cut off."""
 
 
 QUIET = FaultPlan(
-    calls=0, probes=0, worker_every_s=0, queue_every_s=0, learner_every_s=0, driver_every_s=0, writes=0, skips=0,
-    refusals=0, cut_off=0,
-)  # fmt: skip
+    calls=0,
+    probes=0,
+    pulls=0,
+    worker_every_s=0,
+    queue_every_s=0,
+    learner_every_s=0,
+    driver_every_s=0,
+    writes=0,
+    skips=0,
+    refusals=0,
+    cut_off=0,
+    no_room=0,
+)
 DENSE = FaultPlan(
     calls=0.15, probes=0.003, worker_every_s=50, queue_every_s=60, learner_every_s=500, driver_every_s=600, writes=0.01,
+)  # fmt: skip
+
+STORM = FaultPlan(
+    calls=0.35, probes=0.01, worker_every_s=15, queue_every_s=25, learner_every_s=300, driver_every_s=300, writes=0.02,
 )  # fmt: skip
 
 
@@ -73,11 +93,11 @@ class Faults:
     def fate(self, role: str, method: str) -> Fate:
         """Of one call."""
         # What costs an actor its life when it is lost is lost less often.
-        probe = role == "learner" or method in ("health", "start", "pull")
-        share = self.plan.probes if probe else self.plan.calls
+        probe = role == "learner" or method in ("health", "start")
+        share = self.plan.probes if probe else self.plan.pulls if method == "pull" else self.plan.calls
         if not self.active or share <= 0 or self.rng.random() >= share:
             return Fate.FINE
-        fates = [Fate.LOST_REQUEST, Fate.LOST_REPLY, Fate.LATE_REPLY, Fate.REPEATED_REQUEST]
+        fates = [Fate.LOST_REQUEST, Fate.LOST_REPLY, Fate.LATE_REPLY, Fate.LATE_REQUEST, Fate.REPEATED_REQUEST]
         # Only the queue's calls are idempotent by contract.
         fate = self.rng.choice(fates if role == "queue" else fates[:3])
         self.counts[fate.value] += 1

@@ -1,6 +1,6 @@
 """Reads a written history and says what is wrong with it; it knows nothing of the package.
 
-    history.jsonl, one event a line --> lost, unexpected, duplicated, recovered (Jepsen's words), and illegal transitions
+    history, one event a line --> lost, unexpected, duplicated, recovered (Jepsen's words), and illegal transitions
 
 A timeline ends where the learner goes back to a checkpoint; the next one begins with the steps up to it.
 """

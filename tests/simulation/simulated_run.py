@@ -66,7 +66,7 @@ class Scene:
     """Seconds the learner needs for a step."""
     generate_s: float = 12.0
     """Seconds an engine needs for a group, on average."""
-    save_steps: int = 12
+    save_steps: int = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,7 +301,7 @@ class SimulatedRun:
         self.disk.kill_share = self.scene.plan.writes
         config = GRPOConfig(
             rollout={"num_workers": 2, "canary_every": 0, "lease_s": 60.0, "engine": "transformers"},
-            runtime={"max_restarts": 1_000_000, "health_interval_s": 5.0, "health_deadline_s": 15.0},
+            runtime={"max_restarts": 1_000_000, "health_interval_s": 8.0, "health_deadline_s": 15.0},
         )
         resuming, at = False, 0
         with self.disk.installed():

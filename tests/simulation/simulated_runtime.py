@@ -27,12 +27,12 @@ _ZOMBIE_S = 40.0
 class SimulatedProcess:
     """One actor, the tasks that run in it, and whether it lives."""
 
-    def __init__(self, name: str, role: Role, make: Callable[[], Any], *, reborn: bool) -> None:
+    def __init__(self, name: str, role: Role, make: Callable[[SimulatedProcess], Any], *, reborn: bool) -> None:
         self.name, self.role, self.reborn = name, role, reborn
         self._make = make
         self._tasks: dict[asyncio.Task[Any], None] = {}  # in order, so that a seed is a history
-        self._awake = asyncio.Event()
-        self._awake.set()
+        self.awake = asyncio.Event()
+        self.awake.set()
         self.instance: Any = None
         self.ended = False
         self.problem: str | None = None
@@ -40,13 +40,13 @@ class SimulatedProcess:
 
     def start(self) -> None:
         """Construct it; what its constructor raises is kept, and the process stays dead."""
-        self._awake.set()
+        self.awake.set()
         if self.ended:
             return
         try:
-            self.instance = self._make()
+            self.instance = self._make(self)
         except KilledError:
-            self.kill()
+            asyncio.get_running_loop().call_later(_REBIRTH_S, self.start)
         except TrlRayError as error:
             self.problem = str(error)
             raise
@@ -57,7 +57,7 @@ class SimulatedProcess:
 
     async def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a method in the process, which may die in it."""
-        await self._awake.wait()
+        await self.awake.wait()
         if self.instance is None:
             raise ActorLostError(f"{self.name} is dead")
         try:
@@ -81,13 +81,13 @@ class SimulatedProcess:
 
     def hang(self, seconds: float) -> None:
         """Answer nothing for a while."""
-        self._awake.clear()
-        asyncio.get_running_loop().call_later(seconds, self._awake.set)
+        self.awake.clear()
+        asyncio.get_running_loop().call_later(seconds, self.awake.set)
 
     def kill(self) -> None:
         """As SIGKILL does: nothing is closed in order, no task runs on."""
         instance, self.instance = self.instance, None
-        self._awake.set()
+        self.awake.set()
         current = asyncio.current_task()
         for task in list(self._tasks):
             if task is not current:
@@ -145,6 +145,10 @@ class SimulatedHandle:
         if fate is Fate.LOST_REQUEST:
             await asyncio.sleep(rng.choice([0.0, deadline_s]))
             raise rng.choice([ActorLostError, DeadlineError])(f"{self.name}.{method} was lost on its way")
+        if fate is Fate.LATE_REQUEST:
+            loop.call_later(2 * deadline_s * rng.random(), self._again, method, args, kwargs)
+            await asyncio.sleep(deadline_s)
+            raise DeadlineError(f"{self.name}.{method} is still on its way")
         if not self.process.alive:
             await asyncio.sleep(0.3)
             raise ActorLostError(f"{self.name} is dead")
@@ -174,6 +178,24 @@ class SimulatedHandle:
         return await self.call(method, *args, deadline_s=deadline_s, **kwargs)
 
 
+class HandleOf:
+    """A handle as another actor holds it: whoever hangs neither asks nor hears."""
+
+    def __init__(self, owner: SimulatedProcess, handle: ActorHandle) -> None:
+        self._owner, self._handle = owner, handle
+
+    @property
+    def name(self) -> str:
+        return self._handle.name
+
+    async def call(self, method: str, /, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
+        await self._owner.awake.wait()
+        try:
+            return await self._handle.call(method, *args, deadline_s=deadline_s, **kwargs)
+        finally:
+            await self._owner.awake.wait()
+
+
 class SimulatedRuntime:
     """Makes processes; see `trl_ray.runtime.runtime.Runtime`.
 
@@ -191,9 +213,12 @@ class SimulatedRuntime:
         self, role: Role, name: str, cls: type, /, *, slot: int = 0, plan: str | None = None, **kwargs: Any
     ) -> ActorHandle:
         await asyncio.sleep(0.5)
-        process = SimulatedProcess(
-            name, role, lambda: self._make(role, name, cls, **kwargs), reborn=self.survives(role)
-        )
+
+        def make(process: SimulatedProcess) -> Any:
+            own = {name: HandleOf(process, each) for name, each in kwargs.items() if isinstance(each, SimulatedHandle)}
+            return self._make(role, name, cls, **kwargs | own)
+
+        process = SimulatedProcess(name, role, make, reborn=self.survives(role))
         self.processes.append(process)
         return SimulatedHandle(process, self._faults, self._heard)
 
@@ -206,6 +231,18 @@ class SimulatedRuntime:
         handle.process.end()
         if handle.process in self.processes:
             self.processes.remove(handle.process)
+
+    async def has_room(self, role: Role, *, slot: int = 0) -> bool:
+        """Now and then the nodes that are left have none."""
+        return not self._faults.happens(self._faults.plan.no_room, "no room")
+
+    async def renew(self) -> None:
+        """Nothing was reserved."""
+
+    async def watch(self, say: Callable[[str], None]) -> None:
+        """The driver's death is decided elsewhere."""
+        del say
+        await asyncio.Event().wait()
 
     def survives(self, role: Role) -> bool:
         return role is Role.QUEUE

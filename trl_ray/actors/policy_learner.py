@@ -79,6 +79,7 @@ from trl_ray.types import (
     WeightCheck,
     WeightPayload,
     WeightVersion,
+    steady_time,
 )
 
 
@@ -585,7 +586,7 @@ class PolicyLearner:
 
     @contextmanager
     def _busy(self, name: str) -> Iterator[None]:
-        self._busy_since = start = time.time()
+        self._busy_since = start = steady_time()
         try:
             yield
         finally:

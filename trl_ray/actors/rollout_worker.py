@@ -57,6 +57,7 @@ from trl_ray.types import (
     TeacherScores,
     WeightCheck,
     WeightPayload,
+    steady_time,
 )
 from trl_ray.wire.worker_news import GroupFailed, GroupGenerated, WorkerNews, finished_group
 
@@ -141,6 +142,8 @@ class RolloutWorker:
         self._name, self._model, self._queue, self._rewards = name, model, queue, tuple(rewards)
         self._rollout, self._generation, self._seed = rollout, generation, seed
         self._sampling, self._eval_sampling = sampling_params(generation), held_out_params(generation)
+        if rollout.engine_kwargs.get("logits_processors"):  # nobody knows what they do
+            self._sampling = replace(self._sampling, policy_logprobs=True)
         top_k = teaching.question.top_k if teaching is not None and teaching.asks is TeacherSeat.OWN_ENGINE else None
         self._engine = open_engine(
             model=model,
@@ -196,7 +199,7 @@ class RolloutWorker:
             EngineError: loading failed half-way.
             DeadlineError: the weight check was not scored in time.
         """
-        begin = time.time()
+        begin = steady_time()
         try:
             await asyncio.to_thread(self._proof.look_before, check)
             await asyncio.to_thread(self._load, payload)
@@ -206,6 +209,10 @@ class RolloutWorker:
             raise
         self._progress += 1
         self._log.span("pull", begin)
+        if self._loop_task is not None:
+            # The poll for groups that is under way told of older weights.
+            told = self._ask("pulled", worker=self._name, version=report.version)
+            self._launch(told, name=f"{self._name} tells of its pull")
         return report
 
     async def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> list[EvaluatedPrompt]:
@@ -286,7 +293,12 @@ class RolloutWorker:
             else:
                 # What it holds goes along: groups in an answer that got lost are issued again at once.
                 tickets: list[GroupTicket] = await self._ask(
-                    "lease", worker=self._name, capacity=capacity, holding=list(self._in_flight), wait_s=self._poll_s
+                    "lease",
+                    worker=self._name,
+                    capacity=capacity,
+                    holding=list(self._in_flight),
+                    wait_s=self._poll_s,
+                    version=self._engine.version.version,
                 )
                 self._begin(tickets)
             if self._in_flight and time.monotonic() - renewed > self._rollout.lease_s / 4:
@@ -311,7 +323,7 @@ class RolloutWorker:
             )
             for ticket in tickets
         ]
-        now = time.time()
+        now = steady_time()
         futures = self._complete([ticket.prompt for ticket in tickets], requests)
         for ticket, future in zip(tickets, futures, strict=True):
             # Noted before anything is awaited, so that the next lease already names it.

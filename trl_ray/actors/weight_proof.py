@@ -16,7 +16,6 @@ sampling is reshaped.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +39,7 @@ from trl_ray.types import (
     TeacherRequest,
     WeightCheck,
     WeightPayload,
+    steady_time,
 )
 
 _NEWEST = 32
@@ -161,7 +161,7 @@ class WeightProof:
         return PullReport(
             version=identity.version,
             checksum=identity.checksum,
-            seconds=time.time() - begin,
+            seconds=steady_time() - begin,
             weight_check_mean=mean,
             weight_check_max=worst,
             own_files_mean=self._own_files,

@@ -83,11 +83,11 @@ class Journal:
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             self._end = self._recover()
-        except (OSError, JournalError) as error:
+        except BaseException as error:
             os.close(self._lock)
-            if isinstance(error, JournalError):
-                raise
-            raise JournalError(f"The journal {self.path} must be readable and writable: {error}.") from error
+            if isinstance(error, OSError):
+                raise JournalError(f"The journal {self.path} must be readable and writable: {error}.") from error
+            raise
         self._open = True
 
     def _acquire(self) -> int:

@@ -98,10 +98,12 @@ class OnDisagreement(enum.StrEnum):
 
 
 class Isolation(enum.StrEnum):
-    """Where reward functions run."""
+    """Where the user's reward functions run; those of this package and TRL are always behind walls."""
 
     PROCESS = "process"
-    """In a child process that can be killed when it hangs."""
+    """In one child process, which can be killed when it hangs; they may keep state, read files and talk to servers."""
+    SANDBOX = "sandbox"
+    """Each group in a new process without network, files and state."""
     INLINE = "inline"
     """In the reward worker itself: breakpoints work, a hang cannot be cut short."""
 

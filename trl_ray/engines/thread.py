@@ -34,6 +34,7 @@ import numpy as np
 from trl_ray.engines.backend import CHECKPOINT_VERSION, EngineBackend, Finished, Limits
 from trl_ray.engines.completion_scoring import check_question, finish_answers
 from trl_ray.engines.sampling import check_sampling
+from trl_ray.engines.start.start_errors import start_error
 from trl_ray.errors import DataError, DeadlineError, EngineError, TrlRayError
 from trl_ray.models.weight_payload import verify_payload
 from trl_ray.types import (
@@ -46,6 +47,7 @@ from trl_ray.types import (
     TeacherScores,
     WeightPayload,
     WeightVersion,
+    steady_time,
 )
 from trl_ray.wire.teacher_answers import TeacherAnswer
 
@@ -102,7 +104,7 @@ class EngineThread:
         self._paused = False
         self._closed = False
         self._broken: str | None = None
-        self._progress_at = time.time()
+        self._progress_at = steady_time()
         self._watched_since = time.monotonic()
         ready: Future[Limits] = Future()
         self._thread = threading.Thread(target=self._main, args=(ready,), name=f"{name}-engine", daemon=True)
@@ -154,7 +156,7 @@ class EngineThread:
     def last_progress(self) -> float:
         """Seconds since the epoch of the last finished model step, or now while there is nothing to do."""
         with self._condition:
-            return self._progress_at if self._busy() or self._broken else time.time()
+            return self._progress_at if self._busy() or self._broken else steady_time()
 
     def submit(self, requests: Sequence[GenerationRequest]) -> list[Future[tuple[Completion, ...]]]:
         """Queue requests; all of one call enter the scheduler together.
@@ -464,7 +466,7 @@ class EngineThread:
             return
         except Exception as error:  # The model software may raise anything; its own exceptions may not unpickle.
             _LOG.exception("%s cannot start", self._name)
-            ready.set_exception(EngineError(f"{self._name} cannot start: {type(error).__name__}: {error}"))
+            ready.set_exception(start_error(self._name, error))
             return
         ready.set_result(limits)
         while self._turn():
@@ -492,7 +494,7 @@ class EngineThread:
             return False
         with self._condition:
             done, self._running, self._active = self._running, None, False
-            self._progress_at, self._watched_since = time.time(), time.monotonic()
+            self._progress_at, self._watched_since = steady_time(), time.monotonic()
             self._condition.notify_all()
         if done is not None:
             with suppress(InvalidStateError):

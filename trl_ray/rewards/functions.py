@@ -160,10 +160,20 @@ def reasoning_gym(
             "answer": answer[i],
             "metadata": metadata[i],
         }
-        text = text_of(completion)
-        tagged = _ANSWER_TAG.findall(text)
-        scores.append(_score(task[i], (tagged[-1] if tagged else text).strip(), entry))
+        scores.append(_score(task[i], answer_of(completion), entry))
     return scores
+
+
+def answer_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
+    """What `reasoning_gym` scores of a completion."""
+    text = text_of(completion)
+    tagged = _ANSWER_TAG.findall(text)
+    return str(tagged[-1] if tagged else text).strip()
+
+
+def load_scorer(columns: Mapping[str, Any]) -> None:
+    """Load what `reasoning_gym` needs for a row, so that it is there when the row's completions come."""
+    _scorer(columns["task"])
 
 
 def _score(task: str, text: str, entry: Mapping[str, Any]) -> float:

@@ -1,6 +1,7 @@
 """The command line without a run: what it parses, what it prints, and how it ends."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,15 @@ def output(**ledger):
     return TrainOutput(
         steps=2, run_dir=Path("runs/x"), metrics={}, ledger=snapshot, model=Path("runs/x/m"), worst_age=1
     )
+
+
+def test_a_report_is_announced_where_there_is_one(monkeypatch, config, capsys, tmp_path):
+    ends_with(monkeypatch, replace(output(), run_dir=tmp_path))
+    assert main(["grpo", "--config", config]) == ExitCode.DONE
+    assert "report" not in capsys.readouterr().out
+    (tmp_path / "report.html").write_text("<html>")
+    assert main(["grpo", "--config", config]) == ExitCode.DONE
+    assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
 
 
 EXPECTED = {

@@ -19,6 +19,7 @@ def model(tmp_path, kind, *, dtype="float32", **options):
     [
         ("phimoe", "transformers", "by lot in training"),
         ("phimoe", "vllm", "by lot in training"),
+        ("hrm_text", "transformers", "rounding alone makes them two policies"),
         ("lfm2", "vllm", "conv_dim"),
         ("recurrent_gemma", "vllm", "no such model"),
         ("mamba", "vllm", "no kernel"),
@@ -44,6 +45,12 @@ def test_what_sampler_and_learner_compute_differently_is_refused(tmp_path, kind,
 )
 def test_what_another_engine_or_format_computes_alike_is_not(tmp_path, kind, engine, options):
     check_runnable(model(tmp_path, kind), engine, **options)
+
+
+def test_a_model_that_mixes_number_formats_is_computed_in_float32_alone(tmp_path):
+    with pytest.raises(ModelError, match=r"xlstm they cannot be computed in bfloat16.*Set dtype=float32"):
+        check_runnable(model(tmp_path, "xlstm", dtype="bfloat16"), "transformers")
+    check_runnable(model(tmp_path, "xlstm"), "transformers")
 
 
 def test_a_head_that_vllm_would_not_read_is_refused(tmp_path):

@@ -227,8 +227,8 @@ class RolloutRunConfig(StreamedRunConfig, PromptConfig, GenerationConfig):
             )
         if self.runtime.kind is RuntimeKind.RAY and self.reward.isolation is Isolation.INLINE:
             raise ValueError(
-                "reward.isolation must be process with runtime.kind=ray, got inline: a hanging function would hold "
-                "its actor. inline is for runtime.kind=local and a debugger."
+                "reward.isolation must be process or sandbox with runtime.kind=ray, got inline: a hanging function "
+                "would hold its actor. inline is for runtime.kind=local and a debugger."
             )
 
 

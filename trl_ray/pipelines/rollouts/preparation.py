@@ -20,8 +20,8 @@ from trl_ray.config.object_paths import FROM_PYTHON
 from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.runs.run_environment import learner_threads
+from trl_ray.config.runs.stream_options import StreamConfig
 from trl_ray.config.sections import GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
-from trl_ray.config.stream_options import StreamConfig
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.data.prompts.prompt_making import PromptRules
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
@@ -53,6 +53,7 @@ from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_t
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
 from trl_ray.pipelines.run.given_rows import check_stream, is_stream
 from trl_ray.pipelines.run.model_notes import model_notes, precision_notes, sampling_notes
+from trl_ray.pipelines.run.own_metrics import ComputeMetrics, found_metrics
 from trl_ray.pipelines.run.planning import (
     GIB,
     PROCESS,
@@ -101,6 +102,7 @@ class Inputs:
     train_dataset: Any = None
     eval_dataset: Any = None
     reward_funcs: Sequence[str | RewardFunction] | None = None
+    compute_metrics: ComputeMetrics | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -129,6 +131,8 @@ class Preparation:
     end_of_turn: str | None = None
     """What to know of a template whose end of turn generation does not stop at."""
     model_notes: tuple[str, ...] = ()
+    compute_metrics: ComputeMetrics | None = None
+    """The user's own measure of answers to held-out prompts."""
 
     def check_prompts(self, checkpoint: str | None) -> None:
         """See that the run goes on with the rows that it began with; a stream goes on where the checkpoint left it.
@@ -159,7 +163,13 @@ class Preparation:
         self.objective.load_state_dict(json.loads(file.read_text()) if file is not None and known else {})
 
     def arguments(
-        self, *, journal: str, checkpoint: str | None, resume_from: int | None, incarnation: str
+        self,
+        *,
+        journal: str,
+        checkpoint: str | None,
+        resume_from: int | None,
+        incarnation: str,
+        ledger_copy: str | None = None,
     ) -> ActorArguments:
         """Constructor arguments of every actor."""
         config, teachers, bounds = self.config, self.teachers, self.config.slot_bounds
@@ -190,6 +200,7 @@ class Preparation:
                 "adaptive_slots": config.adapts_slots,
                 "resume_from_step": resume_from,
                 "resume_version": resume_from,
+                "ledger_copy": ledger_copy,
                 "incarnation": incarnation,
             },
             rollout={
@@ -329,6 +340,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     """
     functions = inputs.reward_funcs or config.reward_funcs
     _check_given(functions)
+    compute_metrics = found_metrics(inputs.compute_metrics, config.compute_metrics)
     build_loss(objective.loss)
     check_optimizer(config.part(TrainingConfig))
     _check_weights(config, functions)
@@ -364,6 +376,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     return Preparation(
         config=config,
         objective=objective,
+        compute_metrics=compute_metrics,
         end_of_turn=end_of_turn_warning(model, tokenizer) if talks else None,
         model_notes=(*model_notes(model, tokenizer), *unproved_notes(model), *precision_notes(config), *drawn),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,

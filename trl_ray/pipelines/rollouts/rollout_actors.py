@@ -9,7 +9,6 @@ Supervisor --lost--> LostActors: reissue its leases, end it, start anew, refit w
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -40,6 +39,7 @@ from trl_ray.types import (
     IntArray,
     TrainingGap,
     WeightVersion,
+    steady_time,
 )
 
 _DRAIN_S = 1.0
@@ -190,13 +190,13 @@ class RolloutActors:
         Raises:
             LearnerLostError: the learner died or hung.
         """
-        begin, self._lost.steps = time.time(), max(self._lost.steps, step)
+        begin, self._lost.steps = steady_time(), max(self._lost.steps, step)
         with learner_lost():
             published = await self._weights.publish(self.learner.handle, step=step)
         identity = published.identity
         if published.check is not None and published.check.training is not None:
             self._training = published.check.training
-        seconds = round(time.time() - begin, 4)
+        seconds = round(steady_time() - begin, 4)
         self._emit(EventKind.WEIGHTS_PUBLISHED, "learner", **asdict(identity), seconds=seconds)
         return identity
 
@@ -266,7 +266,7 @@ class RolloutActors:
         self.teachers.lose(watched.handle)
         pid = watched.health.pid if watched.health else None
         self._emit(EventKind.ACTOR_LOST, name, reason=reason, pid=pid)
-        begin = time.time()
+        begin = steady_time()
         if role is Role.ROLLOUT:
             await self._lost.discard(watched.handle)
             health, handle = await self._lost.start_worker(watched.slot, reason)
@@ -277,7 +277,7 @@ class RolloutActors:
         self.supervisor.watch(handle, slot=watched.slot, health=health)
         self.restarts += 1
         told = {"replaces": name, "pid": health.pid, "same_process": health.pid == pid}
-        self._emit(EventKind.ACTOR_RESTARTED, handle.name, **told, seconds=round(time.time() - begin, 3))
+        self._emit(EventKind.ACTOR_RESTARTED, handle.name, **told, seconds=round(steady_time() - begin, 3))
 
     async def _feed(self, handle: ActorHandle) -> None:
         """Give a teacher that came back its weights; one that is lost meanwhile is found by the next probe."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,12 +24,14 @@ from pathlib import Path
 
 from trl_ray.algorithms.policy.group_samples import BuiltStep
 from trl_ray.buffer.entry import LedgerSnapshot
+from trl_ray.buffer.journal_reach import LEDGER_COPY
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.sections import RuntimeKind
 from trl_ray.errors import AgreementError, InputError, StallError
 from trl_ray.models.companions.teacher_rules import FOLDER
 from trl_ray.pipelines.rollouts.agreement_check import AgreementCheck
 from trl_ray.pipelines.rollouts.evaluation import SHARE_TRIES, evaluate, held_out_loss
+from trl_ray.pipelines.rollouts.evaluation_numbers import prediction_of
 from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
 from trl_ray.pipelines.rollouts.objective import with_metrics
 from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, PROMPTS, Preparation
@@ -38,13 +39,15 @@ from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.stall_clock import StallClock
 from trl_ray.pipelines.rollouts.updates import Updated, prepare_step, train_on
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
+from trl_ray.pipelines.run.going_back import RunOrigin
 from trl_ray.pipelines.run.learner_actors import under_watch
+from trl_ray.pipelines.run.own_metrics import computed_metrics
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
 from trl_ray.pipelines.run.session import Opening
 from trl_ray.pipelines.run.signals import Stop, StopRequested, unless
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.runtime import waits
-from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult
+from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult, steady_time
 from trl_ray.wire.group_payload import decode_group
 
 AGREEMENT = "agreement.json"
@@ -178,12 +181,12 @@ class RolloutLoop(StepLoop[_Trained]):
         ) from self._unreadable
 
     async def _train_step(self, step: int) -> _Trained:
-        begin = time.time()
+        begin = steady_time()
         groups = await self._take(step)
-        taken = time.time()
+        taken = steady_time()
         staleness = self._recorder.check_staleness(step, groups)
         updated = self._agree(step, await self._optimize(step, groups))
-        trained = time.time()
+        trained = steady_time()
         await self._settle(step, updated.result)
         version = await self._publish(step, wait_s=taken - begin, step_s=trained - begin)
         return _Trained(
@@ -193,7 +196,7 @@ class RolloutLoop(StepLoop[_Trained]):
             built=updated.built,
             staleness=staleness,
             version=version,
-            times=StepTimes(begin=begin, taken=taken, trained=trained, published=time.time()),
+            times=StepTimes(begin=begin, taken=taken, trained=trained, published=steady_time()),
         )
 
     async def _report(self, trained: _Trained) -> None:
@@ -351,7 +354,7 @@ class RolloutLoop(StepLoop[_Trained]):
         return numbers
 
     async def _evaluate_set(self, name: str, prompts: Sequence[Prompt]) -> dict[str, float]:
-        begin, plan, config = time.time(), self._plan, self._config
+        begin, plan, config = steady_time(), self._plan, self._config
         evaluation = await evaluate(self._actors, prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s)
         for reason in evaluation.lost:
             self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of it was asked again: {reason}")
@@ -365,7 +368,11 @@ class RolloutLoop(StepLoop[_Trained]):
             cut=plan.cut,
             ask_learner=self._actors.learner.ask,
         )
-        return self._recorder.evaluated(self.step, evaluation.answers, held_out, time.time() - begin, name=name)
+        own = {}
+        if plan.compute_metrics is not None and evaluation.answers:
+            own = await computed_metrics(plan.compute_metrics, prediction_of(evaluation.answers), config)
+        seconds = steady_time() - begin
+        return self._recorder.evaluated(self.step, evaluation.answers, held_out, seconds, name=name, own=own)
 
     async def _write_checkpoint(self, path: Path) -> None:
         """Also of teachers that are averages; then let the journal forget what it no longer needs."""
@@ -380,6 +387,8 @@ class RolloutLoop(StepLoop[_Trained]):
             kept[BEST] = self._stopping.state_dict()
         extra = {name: json.dumps(state).encode() for name, state in kept.items()} | self._callbacks.files()
         step, teachers = self.step, self._actors.teachers
+        extra |= RunOrigin.of(self._config).file()
+        extra[LEDGER_COPY] = await self._actors.ask_queue("ledger_copy", step=step)
         beside = path.with_name(f"{FOLDER}-{step}.tmp")
         adopt = {FOLDER: str(beside)} if await teachers.save(beside) else {}
         await self._actors.learner.ask(

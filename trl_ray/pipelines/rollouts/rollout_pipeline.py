@@ -21,6 +21,7 @@ from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop
 from trl_ray.pipelines.run.given_objects import GivenFolders, trainer_objects
 from trl_ray.pipelines.run.given_rows import given_rows, is_stream
+from trl_ray.pipelines.run.own_metrics import ComputeMetrics, named_metrics
 from trl_ray.pipelines.run.pipeline import Pipeline
 from trl_ray.pipelines.run.recording import Recorder
 from trl_ray.pipelines.run.session import Opening, Session, TrainOutput
@@ -99,6 +100,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
         callbacks: Sequence[Any] | None = None,
         *,
         reward_processing_classes: object | Sequence[object] | None = None,
+        compute_metrics: ComputeMetrics | None = None,
         **objects: Any,
     ) -> None:
         """Take what TRL's trainer takes; what is None comes from `args`, and `callbacks` follow those of `args`.
@@ -108,6 +110,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
             reward_funcs: names, functions, and reward models by folder or as objects.
             args, train_dataset, eval_dataset, peft_config, callbacks: as in TRL.
             reward_processing_classes: tokenizers of the reward models given as objects, one for each of `reward_funcs`.
+            compute_metrics: measures answers to held-out prompts, called here with a `RolloutPrediction`.
             objects: the further arguments of TRL's trainers, see `TrainerObjects`.
 
         Raises:
@@ -125,6 +128,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
                 function if isinstance(function, str) else f"{FROM_PYTHON}{function_name(function)}"
                 for function in separated.functions
             ]
+        changes["compute_metrics"] = named_metrics(compute_metrics, self.checked(args).compute_metrics)
         super().__init__(
             model=model,
             args=args,
@@ -140,6 +144,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
             train_dataset=given_rows(train_dataset),
             eval_dataset=given_rows(eval_dataset, evaluation=self.reads_held_out),
             reward_funcs=separated.given,
+            compute_metrics=compute_metrics,
         )
 
     def _prepare(self) -> Preparation:
@@ -162,6 +167,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
             checkpoint=opening.checkpoint,
             resume_from=opening.step if opening.resuming else None,
             incarnation=uuid.uuid4().hex,
+            ledger_copy=opening.ledger_copy,
         )
         if not opening.only_evaluates:  # held-out prompts stand in the place of the run's own
             plan.check_prompts(opening.checkpoint)

@@ -52,6 +52,8 @@ def sampling_notes(generation: GenerationConfig, rollout: RolloutConfig) -> tupl
         raise ConfigError(wrong)
     options = reshaping_options(generation)
     if kind is EngineChoice.VLLM:
+        if rollout.engine_kwargs.get("logits_processors"):
+            options = (*options, "rollout.engine_kwargs.logits_processors")
         _check_engine_kwargs(rollout.engine_kwargs, options)
     if not options:
         return ()

@@ -15,13 +15,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
 from trl_ray.errors import ActorLostError, ClusterLostError, DeadlineError, InterruptedRun
+from trl_ray.pipelines.run.ray_job import grace_s, in_ray_job
 from trl_ray.runtime.ray_processes import kill_own_raylets
 
 T = TypeVar("T")
@@ -37,47 +38,12 @@ _HELD_S = 0.4
 """A loop that does not answer for so long is held by a call."""
 _AT_ONCE_S = 3.0
 """For the files of a run that is ended at once to be closed."""
-_JOB_GRACE_S = 3.0
-"""What `ray job stop` leaves between SIGTERM and SIGKILL; then the variables that tell a Ray job of this and of itself.
-"""
-_JOB_GRACE = "RAY_JOB_STOP_WAIT_TIME_S"
-_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-_GRACE_S = 30.0
-"""What Kubernetes and Slurm leave."""
 _INTERRUPTED = 130
 _LOSSES = (ActorLostError, ClusterLostError, DeadlineError)
 
 
 class StopRequested(Exception):
     """What was waited for was given up because the run is to end; never leaves the package."""
-
-
-def in_ray_job(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether `ray job submit` started this process."""
-    return _IN_JOB in environ
-
-
-def grace_s(given: float | None, environ: Mapping[str, str] = os.environ) -> float:
-    """Seconds between the signal that ends a run and the one that kills it.
-
-    Args:
-        given: `runtime.stop_grace_s`; None takes what the scheduler is known to leave.
-        environ: of this process.
-    """
-    if given is not None:
-        return given
-    if not in_ray_job(environ):
-        return _GRACE_S
-    try:
-        return float(environ.get(_JOB_GRACE, _JOB_GRACE_S))
-    except ValueError:
-        return _JOB_GRACE_S
-
-
-def give_more_grace(seconds: float) -> str:
-    """How to have `ray job stop` wait for so long."""
-    variables = f'{{"env_vars": {{"{_JOB_GRACE}": "{round(seconds)}"}}}}'
-    return f"Submit it with --runtime-env-json '{variables}'."
 
 
 class Stop(asyncio.Event):
@@ -89,7 +55,7 @@ class Stop(asyncio.Event):
 
     def __init__(self, grace: float | None = None) -> None:
         super().__init__()
-        self.grace_s = _GRACE_S if grace is None else grace
+        self.grace_s = grace_s(None, {}) if grace is None else grace
         self.in_haste = asyncio.Event()
         """Set where there is an end to the time that is left."""
         self.is_requested = False

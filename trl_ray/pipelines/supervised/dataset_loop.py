@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.errors import InputError
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
+from trl_ray.pipelines.run.going_back import RunOrigin
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.session import Opening
 from trl_ray.pipelines.run.signals import Stop, heed_signals
@@ -26,7 +26,7 @@ from trl_ray.pipelines.supervised.example_feed import Fed, Feed, ShuffledFeed
 from trl_ray.pipelines.supervised.example_updates import ReadyStep, StepsAhead, example_update, with_kl
 from trl_ray.pipelines.supervised.rows_fingerprint import rows_fingerprint
 from trl_ray.pipelines.supervised.user_metrics import HeldOutPredictions
-from trl_ray.types import Evaluation, Example, StepResult
+from trl_ray.types import Evaluation, Example, StepResult, steady_time
 
 PROGRESS = "progress.json"
 """In checkpoints: what the loop goes on from."""
@@ -79,7 +79,7 @@ class DatasetLoop(StepLoop[_Trained]):
         }
         self._ahead = StepsAhead(plan, feed)
         self._fingerprint: str | None = None
-        """Of the examples, once a checkpoint is written; None of a stream."""
+        """Of the examples, of a stream its first window's, once a checkpoint is written."""
         metrics = plan.inputs.metrics
         self._predictions = (
             None if metrics is None else HeldOutPredictions(plan.config, metrics, ask=actors.ask, loss_of=self._loss_of)
@@ -116,13 +116,13 @@ class DatasetLoop(StepLoop[_Trained]):
         await self._train()
 
     async def _train_step(self, step: int) -> _Trained:
-        begin = time.time()
+        begin = steady_time()
         ready = await self._take(step)
-        fed = time.time()
+        fed = steady_time()
         if self._place + 1 < self._plan.total_steps:
             self._ahead.begin(step + 1, place=self._place + 2)
         result: StepResult = await self._actors.ask("step", await with_kl(ready.update, self._actors.ask))
-        trained = time.time()
+        trained = steady_time()
         self.accounts.advance(ready.fed, step=step, skipped=result.skipped)
         times = SupervisedTimes(begin=begin, fed=fed, trained=trained)
         return _Trained(epoch=ready.fed.epoch, result=result, fed=ready.fed, times=times)
@@ -169,7 +169,7 @@ class DatasetLoop(StepLoop[_Trained]):
     async def _evaluate(self) -> Mapping[str, float]:
         numbers: dict[str, float] = {}
         for name, update in self._evaluations.items():
-            begin, count = time.time(), len(self._held_out[name])
+            begin, count = steady_time(), len(self._held_out[name])
             evaluation: Evaluation = await self._actors.ask("evaluate", await with_kl(update, self._actors.ask))
             own = {} if self._predictions is None else await self._predictions.measure(self._held_out[name])
             numbers |= self._recorder.evaluated(self.step, evaluation, examples=count, begin=begin, name=name, own=own)
@@ -184,8 +184,8 @@ class DatasetLoop(StepLoop[_Trained]):
 
     async def _write_checkpoint(self, path: Path) -> None:
         accounts, train = self.accounts, self._plan.train
-        if self._fingerprint is None and train is not None:
-            self._fingerprint = await asyncio.to_thread(rows_fingerprint, train.examples)
+        if self._fingerprint is None and (known := self._plan.known) is not None:
+            self._fingerprint = await asyncio.to_thread(rows_fingerprint, known.examples)
         progress = {
             "accounts": accounts.state_dict(),
             "stopping": self._stopping.state_dict(),
@@ -194,4 +194,5 @@ class DatasetLoop(StepLoop[_Trained]):
         }
         kept = {PROGRESS: progress, "ledger.json": accounts.snapshot().to_json()}
         extra = {name: json.dumps(state).encode() for name, state in kept.items()} | self._callbacks.files()
+        extra |= RunOrigin.of(self._config).file()
         await self._actors.ask("save", str(path.parent), step=self.step, extra=extra, **self._save_options)

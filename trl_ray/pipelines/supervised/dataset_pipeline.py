@@ -27,6 +27,7 @@ from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.given_objects import trainer_objects
 from trl_ray.pipelines.run.given_rows import given_rows, is_stream
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
+from trl_ray.pipelines.run.own_metrics import found_metrics, named_metrics
 from trl_ray.pipelines.run.pipeline import Pipeline
 from trl_ray.pipelines.run.session import Opening, Session, TrainOutput
 from trl_ray.pipelines.run.signals import Stop
@@ -134,14 +135,15 @@ class SupervisedSession(Session):
 
     def _check_rows(self, before: int | None, fingerprint: str | None) -> None:
         """In another dataset the steps to come would be other ones, with rows trained twice and rows left out."""
-        train = self._plan.train
+        train, known = self._plan.train, self._plan.known
         now = None if train is None else len(train)
         same = now == before
-        if same and train is not None and fingerprint is not None:
-            same = rows_fingerprint(train.examples) == fingerprint
+        if same and known is not None and fingerprint is not None:
+            same = rows_fingerprint(known.examples) == fingerprint
         if not same:
             counts = ["a stream" if count is None else f"{count} examples" for count in (before, now)]
             other = " with another content or in another order" if now == before else ""
+            other = " with other first rows" if now == before is None else other
             raise DataError(
                 f"A run must go on with the rows that it began with, they gave {counts[0]} then and {counts[1]} now"
                 f"{other}. Give the same rows, or begin a new run from the checkpoint: model_name_or_path="
@@ -209,6 +211,7 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
             peft_config=peft_config,
             callbacks=callbacks,
             objects=trainer_objects(ref_model=ref_model, **objects),
+            compute_metrics=named_metrics(compute_metrics, self.checked(args).compute_metrics),
         )
         if is_stream(train_dataset) and self.config.max_steps > 0:
             self.config = self.config.replace(dataset_streaming=True)
@@ -218,7 +221,9 @@ class SupervisedPipeline(Pipeline[SupervisedRunConfig, SupervisedPlan]):
             eval_dataset=given_rows(eval_dataset, evaluation=True),
             formatting_func=formatting_func,
             metrics=MetricFunctions(
-                form=self.prediction_form, compute=compute_metrics, preprocess=preprocess_logits_for_metrics
+                form=self.prediction_form,
+                compute=found_metrics(compute_metrics, self.config.compute_metrics),
+                preprocess=preprocess_logits_for_metrics,
             ),
         )
 

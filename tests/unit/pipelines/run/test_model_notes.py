@@ -60,6 +60,12 @@ def test_what_keeps_vllm_from_the_learners_log_probs_is_refused(
         sampling_notes(GenerationConfig(top_p=top_p), rollout)
 
 
+def test_logits_processors_of_the_engine_are_told_of() -> None:
+    rollout = RolloutConfig(engine="vllm", engine_kwargs={"logits_processors": ["mine:Mine"]})
+    [note] = sampling_notes(GenerationConfig(), rollout)
+    assert note.startswith("rollout.engine_kwargs.logits_processors: completions are drawn from another distribution")
+
+
 def test_drafts_and_filters_are_had_each_without_the_other() -> None:
     rollout = RolloutConfig(engine="vllm", engine_kwargs={"speculative_config": {"method": "ngram"}})
     assert sampling_notes(GenerationConfig(), rollout) == ()

@@ -12,7 +12,7 @@ import pytest
 
 from trl_ray.errors import ActorLostError, InterruptedRun, RunError
 from trl_ray.pipelines.run import signals
-from trl_ray.pipelines.run.signals import Stop, StopRequested, grace_s, interrupt_at_once, run_to_end, unless
+from trl_ray.pipelines.run.signals import Stop, StopRequested, interrupt_at_once, run_to_end, unless
 
 
 def send(number: int) -> None:
@@ -51,21 +51,6 @@ def test_in_a_ray_job_every_signal_leaves_only_the_grace(monkeypatch: pytest.Mon
         return 1.0 < stop.left_s <= 2.0
 
     assert run_to_end(main, grace=3.0)
-
-
-@pytest.mark.parametrize(
-    ("given", "environ", "expected"),
-    [
-        (None, {}, 30.0),
-        (None, {"RAY_JOB_STOP_WAIT_TIME_S": "60"}, 30.0),
-        (None, {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, 3.0),
-        (None, {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "RAY_JOB_STOP_WAIT_TIME_S": "60"}, 60.0),
-        (None, {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "RAY_JOB_STOP_WAIT_TIME_S": "soon"}, 3.0),
-        (7.0, {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "RAY_JOB_STOP_WAIT_TIME_S": "60"}, 7.0),
-    ],
-)
-def test_the_grace_is_what_the_scheduler_leaves(given: float | None, environ: dict[str, str], expected: float) -> None:
-    assert grace_s(given, environ) == expected
 
 
 def test_a_handler_that_another_library_took_is_taken_back() -> None:
