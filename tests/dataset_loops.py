@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from trl_ray.config.losses.preference_options import UnpairedLossConfig
 from trl_ray.config.losses.supervised_options import SupervisedLossConfig
 from trl_ray.config.runs.dataset_config import KTOConfig, SFTConfig, SupervisedRunConfig
 from trl_ray.data.examples.example_set import ExampleTask
+from trl_ray.models.checkpoint import MANIFEST, TRAINER_STATE
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import EventsFile, MetricsFile, Observer
 from trl_ray.pipelines.callbacks.hooks import CallbackList
@@ -41,6 +43,15 @@ from trl_ray.types import (
     TrainBatch,
     TrainingSample,
 )
+
+
+def write_checkpoint(checkpoints: Path, step: int) -> None:
+    """The least that verifies."""
+    folder = checkpoints / f"step-{step}"
+    folder.mkdir()
+    (folder / TRAINER_STATE).write_bytes(b"")
+    files = {TRAINER_STATE: {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}}
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "step": step, "files": files}))
 
 
 class Watch:
@@ -103,7 +114,7 @@ class Learner:
         return [SampleScores(logprobs=-ones, entropy=ones, reference_logprobs=-2 * ones) for _ in batch.samples]
 
     def _save(self, directory: str, *, step: int, extra: Mapping[str, bytes], only_model: bool = False) -> str:
-        Path(directory, f"step-{step}").mkdir()
+        write_checkpoint(Path(directory), step)
         self.saved[step] = json.loads(extra[PROGRESS])
         self.only_models.append(only_model)
         self.files[step] = extra

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from dataset_runs import assert_same_run, pipeline, rows, train, weights
-from runs import PROMPTS, events, grpo, lines
+from dataset_runs import assert_same_run, pipeline, rows, train, weights, write_rows
+from runs import PROMPTS, assert_balanced, comparable, events, grpo, lines
 from tiny_models import build_tiny_model
+from trl_ray.cli.main import main
 from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import CheckpointError, ConfigError
 from trl_ray.models.policy_loading import load_policy
@@ -103,6 +105,59 @@ def test_a_policy_goes_on_from_the_checkpoint_before_the_last_but_from_no_older_
     again.train(resume_from_checkpoint=str(checkpoints / "step-3"))
     after = weights(tmp_path / "run", 4)
     assert all((before[name] == after[name]).all() for name in before)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_policy_goes_on_from_any_checkpoint_that_is_whole_with_the_ledger_that_is_in_it(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    data = write_rows(tmp_path / "prompts.jsonl", PROMPTS)
+    GRPOPipeline(args=grpo(model, run, max_steps=5, save_steps=1, dataset_name=data)).train()
+    straight, numbers = weights(run, 5), comparable(run)
+    (run / "journal.bin").unlink()
+    for file in (run / "checkpoints" / "step-5", run / "checkpoints" / "step-4"):
+        flip(file / "model.safetensors")
+    before = (run / "metrics.jsonl").read_bytes()
+    assert main(["resume", str(run)]) == 3
+    said = capsys.readouterr().err
+    assert f"trl-ray resume {run} --from-checkpoint 3 --new-journal" in said and "step-3 itself can be used" in said
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert main(["resume", str(run), "--from-checkpoint", "9"]) == 2
+    assert main(["resume", str(run), "--from-checkpoint", "3", "--new-journal"]) == 0
+    told = [event["detail"].get("detail", "") for event in events(run, "warning")]
+    assert any(re.search(r"steps 4 to 5 are trained again, \d groups that were on their way", text) for text in told)
+    assert_balanced(run, trained=20)
+    assert comparable(run) == numbers
+    after = weights(run, 5)
+    assert all((straight[name] == after[name]).all() for name in straight)
+
+    # The journal is whole now, but what it has forgotten is in the checkpoint alone.
+    for file in (run / "checkpoints" / "step-5", run / "checkpoints" / "step-4"):
+        flip(file / "trainer_state.pt")
+    assert main(["resume", str(run)]) == 0
+    assert [event["detail"]["step"] for event in events(run, "run_resumed")] == [3, 3]
+    assert (run / "journal.bin.left").is_file()
+    assert_balanced(run, trained=20)
+    assert comparable(run) == numbers
+
+
+def test_a_run_on_a_dataset_is_refused_where_no_checkpoint_is_whole_and_keeps_everything(
+    model: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train("sft", model, run, max_steps=2, save_steps=1)
+    for step in (1, 2):
+        flip(run / "checkpoints" / f"step-{step}" / "model.safetensors")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"step-2.*step-1.*Nothing was changed"):
+        pipeline("sft", model, run, max_steps=3).train(resume_from_checkpoint=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from trl_ray.algorithms.policy.advantages import clip_reward
 from trl_ray.buffer.durable import DurableLedger
 from trl_ray.buffer.entry import BufferRules, Change, ChangeKind, LedgerSnapshot, Outcome, WaitingGroup
 from trl_ray.buffer.journal import lock_path
+from trl_ray.buffer.journal_reach import read_copy, write_copy
 from trl_ray.buffer.news import News, NewsKind
 from trl_ray.errors import JournalError
 from trl_ray.types import (
@@ -76,6 +77,7 @@ class RolloutQueue:
         max_resampled_groups: int | None = None,
         resume_from_step: int | None = None,
         resume_version: int | None = None,
+        ledger_copy: str | None = None,
         name: str = "rollout_queue",
         clock: Callable[[], float] = steady_time,
     ) -> None:
@@ -98,6 +100,7 @@ class RolloutQueue:
                 is admitted any more. None replaces all.
             resume_from_step: step of the checkpoint to go back to; applied once per incarnation.
             resume_version: weight version of that checkpoint; None means the step.
+            ledger_copy: file with what the method `ledger_copy` answered then, for a journal that is lost.
             name: how events name this actor.
             clock: seconds since the epoch.
 
@@ -124,6 +127,8 @@ class RolloutQueue:
         self._waiters: dict[asyncio.Future[None], None] = {}  # in order: who has waited longest is woken first
         # A long-poll outlives the worker that sent it, and must not lease to the dead. Names are never used again.
         self._lost_workers: set[str] = set()
+        self._pulled: dict[str, int] = {}
+        """The newest weights of each worker, as far as it told beside its leases."""
         self._progress = 0
         self._scorers_failed = 0
         self._in_a_row: Counter[DropReason] = Counter()
@@ -140,6 +145,7 @@ class RolloutQueue:
             now=clock(),
             resume_from_step=resume_from_step,
             resume_version=resume_version,
+            copy=None if ledger_copy is None else read_copy(ledger_copy),
         )
         self._limit = self._store.slots.limit
         if self._store.journal.truncated_bytes:
@@ -174,7 +180,13 @@ class RolloutQueue:
     # ---- the workers -------------------------------------------------------------------------------------
 
     async def lease(
-        self, *, worker: str, capacity: int, wait_s: float, holding: Sequence[tuple[int, int]] | None = None
+        self,
+        *,
+        worker: str,
+        capacity: int,
+        wait_s: float,
+        holding: Sequence[tuple[int, int]] | None = None,
+        version: int | None = None,
     ) -> list[GroupTicket]:
         """Up to `capacity` groups to generate, oldest first; [] when `wait_s` passed without any.
 
@@ -184,6 +196,8 @@ class RolloutQueue:
             wait_s: seconds of the long poll.
             holding: (group_id, attempt) of everything it works on. A lease of its own that is not among them was in
                 an answer that got lost: the group is issued again at once instead of when the lease expires.
+            version: the weights it samples with. A worker that has not pulled those of the last release gets nothing,
+                or a group would be older at its use than the bound allows. None is no bound.
         """
 
         def attempt() -> list[GroupTicket]:
@@ -191,7 +205,8 @@ class RolloutQueue:
                 return []
             now = self._clock()
             self._store.expire(now=now)
-            keys = self._store.lease(worker=worker, count=capacity, now=now)
+            newest = None if version is None else max(version, self._pulled.get(worker, version))
+            keys = self._store.lease(worker=worker, count=capacity, now=now, version=newest)
             return [
                 GroupTicket(
                     group_id=key.group_id,
@@ -207,6 +222,11 @@ class RolloutQueue:
         self._forget_unheld(worker, holding)
         tickets = await self._poll(attempt, nothing, wait_s)
         return self._done(tickets) if tickets else tickets
+
+    async def pulled(self, *, worker: str, version: int) -> None:
+        """The worker samples with younger weights now, and so does what a long-poll that it sent before will get."""
+        self._pulled[worker] = max(version, self._pulled.get(worker, version))
+        self._wake()
 
     def _forget_unheld(self, worker: str, holding: Sequence[tuple[int, int]] | None) -> None:
         if holding is None:
@@ -297,6 +317,7 @@ class RolloutQueue:
     async def lose_worker(self, *, worker: str) -> list[int]:
         """The worker is gone: issue what it held again (or drop it after `max_attempts`); the groups' ids."""
         self._lost_workers.add(worker)
+        self._pulled.pop(worker, None)
         return self._done(self._store.lose_worker(worker=worker, now=self._clock()))
 
     async def expire(self) -> list[int]:
@@ -404,6 +425,10 @@ class RolloutQueue:
         """Until the journal that `checkpoint` began to compact is compact."""
         if self._compacting is not None:
             await self._compacting
+
+    async def ledger_copy(self, *, step: int) -> bytes:
+        """What a run needs of the ledger that goes back to `step`, the last finished one, and has no journal."""
+        return write_copy(self._store.copy_of(step=step, now=self._clock()))
 
     async def restore(self, *, step: int, mark: str, version: int | None = None) -> bool:
         """The learner went back to the checkpoint of `step`: so does the ledger, once per `mark`.

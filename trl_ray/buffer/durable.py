@@ -17,7 +17,9 @@ What is durable when:
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +31,7 @@ from trl_ray.buffer.entry import (
 )
 from trl_ray.buffer.journal import Record
 from trl_ray.buffer.journaled import JournaledState
+from trl_ray.buffer.ledger import Ledger
 from trl_ray.buffer.news import News, NewsKind, apply_news
 from trl_ray.errors import JournalError
 from trl_ray.types import DropReason
@@ -58,8 +61,11 @@ class DurableLedger(JournaledState):
         now: float,
         resume_from_step: int | None = None,
         resume_version: int | None = None,
+        copy: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the journal and rebuild from it.
+
+        With a `copy`, as `copy_of` makes it, a journal that is empty goes on from there.
 
         Raises:
             JournalError: the journal is locked, damaged, of another run, or does not reach the step to resume.
@@ -67,6 +73,8 @@ class DurableLedger(JournaledState):
         super().__init__(path, rules)
         try:
             self._rebuild()
+            if copy is not None and not self._incarnations:
+                self._begin_from(copy, rules, incarnation)
             self._enter(rules, incarnation, now, resume_from_step, resume_version)
             self._move_payloads_out_of_the_journal()
             self._forget_payloads()
@@ -101,10 +109,11 @@ class DurableLedger(JournaledState):
 
     # ---- leases ------------------------------------------------------------------------------------------
 
-    def lease(self, *, worker: str, count: int, now: float) -> list[LeaseKey]:
+    def lease(self, *, worker: str, count: int, now: float, version: int | None = None) -> list[LeaseKey]:
         """After a restore only the oldest B groups are leased (see `AdmissionSlots`)."""
-        keys = self.ledger.lease(worker=worker, count=count, now=now, horizon=self.slots.horizon)
-        return self._settle(keys, bool(keys), "lease", worker=worker, count=count, now=now)
+        asked: dict[str, Any] = {"worker": worker, "count": count, "now": now, "version": version}
+        keys = self.ledger.lease(**asked, horizon=self.slots.horizon)
+        return self._settle(keys, bool(keys), "lease", **asked)
 
     def renew(self, *, worker: str, keys: Iterable[Sequence[int]], now: float) -> int:
         pairs = [(int(group_id), int(attempt)) for group_id, attempt in keys]
@@ -279,7 +288,35 @@ class DurableLedger(JournaledState):
         self.ledger.lose_payloads(group_ids=group_ids, now=now)
         self._settle(None, bool(group_ids), "lose_payloads", group_ids=group_ids, now=now)
 
+    def copy_of(self, *, step: int, now: float) -> dict[str, Any]:
+        """The ledger as a run needs it that goes back to `step` without this journal; JSON values.
+
+        It has no payloads: what was live then is generated again.
+
+        Raises:
+            ValueError: as `Ledger.restore`.
+        """
+        rules = replace(self.rules, reuse_finished=False)
+        ledger = Ledger.from_state(self.ledger.to_state(), rules=rules)
+        ledger.restore(step=step, version=None, now=now)
+        ledger.checkpoint(step=step)
+        prompts = {group_id: base64.b64encode(self._prompts[group_id]).decode() for group_id in ledger.holders()}
+        return {
+            "step": step,
+            "ledger": ledger.to_state(),
+            "controller": self.controller.to_state(),
+            "limit": self.slots.limit,
+            "prompt_ids": self._prompt_ids,
+            "prompts": prompts,
+        }
+
     # ---- opening -----------------------------------------------------------------------------------------
+
+    def _begin_from(self, copy: Mapping[str, Any], rules: BufferRules, incarnation: str) -> None:
+        """One record, so that a process that dies meanwhile leaves a journal that is empty or whole."""
+        head = {**copy, "rules": rules.to_state(), "incarnation": incarnation}
+        self._load_copy(head)
+        self._log("copy", {}, **head)
 
     def _replay_restore(self, record: Record, **args: Any) -> None:
         del record

@@ -7,6 +7,7 @@ the state --begin_compaction--> base and parts in place of all records so far
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -297,11 +298,25 @@ class JournaledState:
         if "prompts" in head:
             self._prompts.update(zip(head["prompts"], split_blobs(record.payload, head["sizes"]), strict=True))
 
+    def _load_copy(self, head: Mapping[str, Any]) -> None:
+        """What a checkpoint kept of the ledger, for a journal that was lost: without payloads."""
+        self._set_up(BufferRules.from_state(head["rules"]))
+        self.ledger = Ledger.from_state(head["ledger"], rules=self.rules)
+        self.controller.load_state(head["controller"])
+        self.slots.limit = head["limit"]
+        self.slots.reset(self.ledger.holders())
+        self._incarnations = [head["incarnation"]]
+        self._prompt_ids = list(head["prompt_ids"])
+        self._known = {name: group_id for group_id, name in enumerate(self._prompt_ids)}
+        self._prompts = {int(group_id): base64.b64decode(text) for group_id, text in head["prompts"].items()}
+
     def _replay(self, op: str, record: Record) -> None:
         try:
             if op == "open":
                 self._set_up(BufferRules.from_state(record.head["rules"]))
                 self._incarnations = [record.head["incarnation"]]
+            elif op == "copy":
+                self._load_copy(record.head)
             elif op == "admit":
                 prompts = split_blobs(record.payload, record.head["sizes"])
                 getattr(self, op)(prompts=prompts, **record.head["args"])

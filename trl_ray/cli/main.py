@@ -1,6 +1,7 @@
 """`trl-ray`: runs pipelines, resumes runs, draws reports.
 
-    trl-ray PIPELINE [--config FILE] [OPTIONS] [--dry-run]      trl-ray resume RUN_DIR [OPTIONS]
+    trl-ray PIPELINE [--config FILE] [OPTIONS] [--dry-run]      trl-ray resume RUN_DIR [--from-checkpoint STEP]
+                                                                               [--new-journal] [OPTIONS]
     trl-ray teacher-serve [--config FILE] [OPTIONS] [--dry-run] trl-ray report RUN_DIR
     trl-ray PIPELINE --help                                     trl-ray env
     PIPELINE: sft dpo kto cpo orpo reward prm grpo async-grpo rloo sdpo distill
@@ -71,6 +72,10 @@ def build_parser(*, outside: str | None = None) -> argparse.ArgumentParser:
         _add_options(commands.add_parser(name, help=_summary(name), add_help=False))
     resume = commands.add_parser("resume", help=_RESUMES)
     resume.add_argument("run_dir", metavar="RUN_DIR [OPTIONS]")
+    back = "step of the checkpoint to go back to, 0 for the beginning; the newest that can be used without it"
+    resume.add_argument("--from-checkpoint", "--from_checkpoint", dest="step", type=int, metavar="STEP", help=back)
+    anew = "the journal is lost or damaged: go on with the checkpoint's own copy of the ledger"
+    resume.add_argument("--new-journal", "--new_journal", dest="new_journal", action="store_true", help=anew)
     report = commands.add_parser("report", help="draw RUN_DIR/report.html again")
     report.add_argument("run_dir")
     _add_options(commands.add_parser(_SERVE, help=_SERVES, add_help=False))
@@ -191,7 +196,10 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.command == _SERVE:
         return _serve(args)
     if args.command == "resume":
-        return _finish(_pipeline_of(args.run_dir).from_run(args.run_dir, changes=args.overrides).train())
+        resumed = _pipeline_of(args.run_dir).from_run(
+            args.run_dir, changes=args.overrides, from_checkpoint=args.step, new_journal=args.new_journal
+        )
+        return _finish(resumed.train())
     given = args.overrides
     values = apply_overrides({}, given) if args.config is None else read_options_of(args.config, given)
     # Not kept, as it may hold secrets; before the pipeline is imported, because libraries read it then.

@@ -7,6 +7,7 @@
 
 A policy with an adapter leaves adapter_config.json and adapter_model.safetensors instead of a whole model.
 The manifest holds the size and SHA-256 of every other file. A directory without a manifest was never finished.
+Who may read a checkpoint's folder may read its files, and nobody else: it gets the mode of the folder it lies in.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,8 @@ def begin_checkpoint(directory: str | Path, *, step: int, adopt: Mapping[str, st
     partial = partial_path(directory, step)
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+        partial.mkdir(mode=_mode(Path(directory)))
         for name, folder in (adopt or {}).items():
             os.replace(folder, partial / name)
     except OSError as error:
@@ -130,6 +133,8 @@ def finish_checkpoint(
             tokenizer.save_pretrained(partial)
         torch.save(dict(trainer_state), partial / TRAINER_STATE)
         for name, content in (extra or {}).items():
+            if Path(name).name != name or name == MANIFEST:
+                raise OSError(f"a further file must have a plain name of its own, got {name!r}")
             (partial / name).write_bytes(content)
         _write_manifest(partial, step)
         _publish(partial, final)
@@ -159,11 +164,20 @@ def _unwritable(directory: str | Path, step: int, error: BaseException) -> Check
     )
 
 
+def _mode(folder: Path) -> int:
+    return stat.S_IMODE(folder.stat().st_mode)
+
+
 def _write_manifest(directory: Path, step: int) -> None:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    found = sorted(directory.rglob("*"))
+    for path in found:
+        # Libraries make them for everybody to read.
+        path.chmod(_mode(directory) if path.is_dir() else _mode(directory) & 0o666)
+    files = [path for path in found if path.is_file()]
     entries = {str(path.relative_to(directory)): _fingerprint(path, sync=True) for path in files}
     manifest = directory / MANIFEST
     manifest.write_text(json.dumps({"format": _FORMAT, "step": step, "files": entries}, indent=1, sort_keys=True))
+    manifest.chmod(_mode(directory) & 0o666)
     _fingerprint(manifest, sync=True)
 
 
@@ -208,20 +222,39 @@ def verify_checkpoint(path: str | Path) -> None:
         raise CheckpointError(f"a checkpoint must be a directory, but there is none at {path}.")
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-        files, step = dict(manifest["files"]), int(manifest["step"])
+        version, files, step = manifest["format"], dict(manifest["files"]), int(manifest["step"])
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} must hold {MANIFEST}, but does not: it is unfinished. Use another.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{directory / MANIFEST} must be readable, but: {error!r}. Use another checkpoint."
         ) from error
+    if version != _FORMAT or isinstance(version, bool):
+        raise CheckpointError(
+            f"{directory / MANIFEST} must be of format {_FORMAT}, which this version reads, but says format "
+            f"{version!r}. Use the version of trl_ray that wrote it, or another checkpoint."
+        )
+    if TRAINER_STATE not in files:
+        raise CheckpointError(
+            f"{directory / MANIFEST} must name {TRAINER_STATE}, but does not. Use another checkpoint."
+        )
     if step != checkpoint_step(directory):
         raise CheckpointError(f"{path} must be of the step it is named after, but its manifest says step {step}.")
     for name, expected in files.items():
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise CheckpointError(
+                f"{directory / MANIFEST} must name files within {path}, but names {name}. Use another."
+            )
         _verify_file(directory / name, expected)
 
 
-def _verify_file(file: Path, expected: Mapping[str, Any]) -> None:
+def _verify_file(file: Path, expected: Any) -> None:
+    if not (isinstance(expected, Mapping) and {"bytes", "sha256"} <= expected.keys()):
+        raise CheckpointError(
+            f"the manifest must give size and checksum of {file}, but says {expected!r}. Use another."
+        )
+    if file.is_symlink():
+        raise CheckpointError(f"{file} must be a file of the checkpoint, but is a link. Use another checkpoint.")
     if not file.is_file():
         raise CheckpointError(f"{file} must exist, but is missing. Use another checkpoint.")
     size = file.stat().st_size
@@ -254,11 +287,14 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
-def latest_checkpoint(directory: str | Path, *, mend: bool = True) -> FoundCheckpoint:
+def latest_checkpoint(
+    directory: str | Path, *, mend: bool = True, check: Callable[[Path], None] = lambda path: None
+) -> FoundCheckpoint:
     """The youngest checkpoint that verifies; what is wrong with younger ones is told, not raised.
 
     Args:
         directory: of all checkpoints.
+        check: raises a `CheckpointError` for one that cannot be used although it is whole.
         mend: put one back whose replacement was killed half-way; only where no other process writes the directory.
     """
     if mend:
@@ -267,6 +303,7 @@ def latest_checkpoint(directory: str | Path, *, mend: bool = True) -> FoundCheck
     for path in reversed(list_checkpoints(directory)):
         try:
             verify_checkpoint(path)
+            check(path)
         except CheckpointError as error:
             problems.append(str(error))
         else:
@@ -341,13 +378,15 @@ def leave_after(directory: str | Path, *, step: int) -> list[str]:
 def prune(directory: str | Path, *, keep: int, spare: Path | None = None) -> list[str]:
     """Delete all but the `keep` youngest checkpoints and the one to `spare`, and whatever was left half-written.
 
-    Call it only once a newer checkpoint is complete.
+    Call it only once a newer checkpoint is complete. Where the youngest turns out to be damaged nothing is deleted.
 
     Returns:
         The paths that were deleted.
     """
     assert keep >= 1, "at least one checkpoint is kept"
     old = [path for path in list_checkpoints(directory)[:-keep] if path != spare]
+    if old and latest_checkpoint(directory, mend=False).problems:
+        old = []  # an older one may be the only one that is good
     doomed = old + sorted(Path(directory).glob("step-*.tmp"))
     for path in doomed:
         with contextlib.suppress(OSError):

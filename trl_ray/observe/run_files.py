@@ -11,6 +11,7 @@ import enum
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from trl_ray.errors import RunError
+from trl_ray.observe.private_files import open_private
 
 
 @contextmanager
@@ -70,10 +72,11 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         RunError: the file cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # By name no other writer's, on no other node either.
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     with writing(path):
         try:
-            with draft.open("wb") as stream:
+            with open(draft, "wb", opener=open_private) as stream:
                 write(stream)
             os.replace(draft, path)
         except BaseException:
@@ -101,7 +104,7 @@ class JsonLines:
         self.path = path
         with writing(path):
             torn = _is_torn(path)
-            self._stream = path.open("a", encoding="utf-8")
+            self._stream = open(path, "a", encoding="utf-8", opener=open_private)  # noqa: SIM115
             if torn:
                 self._stream.write("\n")
 
@@ -148,6 +151,25 @@ def read_json_lines(path: Path, *, skips: Callable[[bytes], bool] | None = None)
             if isinstance(record, dict):
                 records.append(record)
     return records
+
+
+def cut_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Cut a file after its last whole line to keep, in place: who appends to it goes on behind, and a full disk is no
+    obstacle. A line before that one which is not to be kept stays.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    if not path.is_file():
+        return
+    with writing(path), path.open("r+b") as stream:
+        end = place = 0
+        for line in stream:
+            place += len(line)
+            record = parse_json(line.decode("utf-8", "replace")) if line.endswith(b"\n") else None
+            if isinstance(record, dict) and keep(record):
+                end = place
+        stream.truncate(end)
 
 
 def parse_json(text: str) -> Any:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ray.errors import ConfigError
+from trl_ray.observe.private_files import make_folder
 from trl_ray.observe.redact import redact
 from trl_ray.observe.run_files import atomic_write_text, jsonable
 from trl_ray.observe.service_calls import ServiceCalls
@@ -117,6 +118,7 @@ class TensorBoardSink(ServiceSink):
     def __init__(self, run_dir: Path, *, config: Mapping[str, Any], every: int = 1, first: bool = False) -> None:
         super().__init__("tensorboard", every=every, first=first, failures=(OSError, ValueError))
         module = "torch.utils.tensorboard" if importlib.util.find_spec("tensorboard") else "tensorboardX"
+        make_folder(run_dir / "tensorboard")
         self._writer = importlib.import_module(module).SummaryWriter(log_dir=str(run_dir / "tensorboard"))
         self._writer.add_text("args", json.dumps(jsonable(redact(config)), indent=2))
 
@@ -151,7 +153,7 @@ class MLflowSink(ServiceSink):
         failure = self._mlflow.exceptions.MlflowException
         super().__init__("mlflow", every=every, first=first, failures=(failure, OSError))
         folder = run_dir / "mlflow"
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         file = folder / "run_id.txt"
         known = file.read_text(encoding="utf-8").strip() if file.is_file() else None
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ray.errors import ConfigError
+from trl_ray.observe.private_files import make_folder
 from trl_ray.observe.redact import redact
 from trl_ray.observe.run_files import atomic_write_text, jsonable, writing
 from trl_ray.observe.service_calls import ServiceCalls
@@ -52,7 +53,7 @@ class WandbSink(Sink):
         self._every, self._first = every, first
         folder = run_dir / "wandb"
         with writing(folder):
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         self._calls, self._folder = ServiceCalls("Weights & Biases"), folder
         given = {

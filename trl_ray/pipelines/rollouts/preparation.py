@@ -163,7 +163,13 @@ class Preparation:
         self.objective.load_state_dict(json.loads(file.read_text()) if file is not None and known else {})
 
     def arguments(
-        self, *, journal: str, checkpoint: str | None, resume_from: int | None, incarnation: str
+        self,
+        *,
+        journal: str,
+        checkpoint: str | None,
+        resume_from: int | None,
+        incarnation: str,
+        ledger_copy: str | None = None,
     ) -> ActorArguments:
         """Constructor arguments of every actor."""
         config, teachers, bounds = self.config, self.teachers, self.config.slot_bounds
@@ -194,6 +200,7 @@ class Preparation:
                 "adaptive_slots": config.adapts_slots,
                 "resume_from_step": resume_from,
                 "resume_version": resume_from,
+                "ledger_copy": ledger_copy,
                 "incarnation": incarnation,
             },
             rollout={

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from trl_ray.algorithms.policy.group_samples import BuiltStep
 from trl_ray.buffer.entry import LedgerSnapshot
+from trl_ray.buffer.journal_reach import LEDGER_COPY
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.sections import RuntimeKind
 from trl_ray.errors import AgreementError, InputError, StallError
@@ -38,6 +39,7 @@ from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.stall_clock import StallClock
 from trl_ray.pipelines.rollouts.updates import Updated, prepare_step, train_on
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
+from trl_ray.pipelines.run.going_back import Origin
 from trl_ray.pipelines.run.learner_actors import under_watch
 from trl_ray.pipelines.run.own_metrics import computed_metrics
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
@@ -386,6 +388,8 @@ class RolloutLoop(StepLoop[_Trained]):
             kept[BEST] = self._stopping.state_dict()
         extra = {name: json.dumps(state).encode() for name, state in kept.items()} | self._callbacks.files()
         step, teachers = self.step, self._actors.teachers
+        extra |= Origin.of(self._config).file()
+        extra[LEDGER_COPY] = await self._actors.ask_queue("ledger_copy", step=step)
         beside = path.with_name(f"{FOLDER}-{step}.tmp")
         adopt = {FOLDER: str(beside)} if await teachers.save(beside) else {}
         await self._actors.learner.ask(

@@ -167,6 +167,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
             checkpoint=opening.checkpoint,
             resume_from=opening.step if opening.resuming else None,
             incarnation=uuid.uuid4().hex,
+            ledger_copy=opening.ledger_copy,
         )
         if not opening.only_evaluates:  # held-out prompts stand in the place of the run's own
             plan.check_prompts(opening.checkpoint)

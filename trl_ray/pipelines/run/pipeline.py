@@ -11,27 +11,22 @@ import asyncio
 import logging
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
 from trl_ray.config.load import dump_yaml
 from trl_ray.config.runs.cadence_options import Strategy
-from trl_ray.config.runs.resumed_config import resumed_config
+from trl_ray.config.runs.resumed_config import check_resumed, resumed_config
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import Dtype, ModelConfig, RuntimeKind
 from trl_ray.config.step_counts import steps_of
 from trl_ray.errors import ConfigError, InterruptedRun, LearnerLostError, RunError, TrlRayError
 from trl_ray.models.adapters.adapter_config import adapter_options
-from trl_ray.models.checkpoint import (
-    checkpoint_step,
-    latest_checkpoint,
-    leave_after,
-    list_checkpoints,
-    verify_checkpoint,
-)
+from trl_ray.models.checkpoint import checkpoint_step, list_checkpoints
 from trl_ray.models.hub import check_hub
 from trl_ray.models.policy_loading import checkpoint_dtype, find_source
 from trl_ray.observe.observer import open_observer
@@ -45,6 +40,7 @@ from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.run.evaluation_run import EvaluatedNumbers, evaluation_config
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
 from trl_ray.pipelines.run.given_rows import given_rows
+from trl_ray.pipelines.run.going_back import Origin, Return, Wish, find_return, leave_aside, resolve
 from trl_ray.pipelines.run.hub_pushes import hub_place
 from trl_ray.pipelines.run.learner_actors import beside_guards
 from trl_ray.pipelines.run.ray_job import grace_s
@@ -66,6 +62,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _DISK_BYTES_PER_S = 1e9
 """What a checkpoint is written with at best."""
+_RESOLVED_LATER = frozenset({"chat_template_kwargs", "max_length"})
+"""Options that are known once rows and model are looked at: the template's date, how much the model holds."""
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 PlanT = TypeVar("PlanT", bound=Plan)
 
@@ -118,9 +116,9 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             changes["callbacks"] = specs_with(given.callbacks, callbacks)
         self.config: ConfigT = given.replace(**changes) if changes else given
         self._resume = False
-        self._is_changed = False
-        """The run goes on with other options than it began with."""
-        self._resume_at: int | None = None
+        self._changes: dict[str, str] = {}
+        """Options with which the run goes on otherwise than it began, as ``old -> new`` by name."""
+        self._wish = Wish()
         self._lock: RunLock | None = None
         """Of the run directory, while it is trained into."""
         self._trained: TrainOutput | None = None
@@ -139,21 +137,35 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         return cast(ConfigT, cls.config_class()) if args is None else args
 
     @classmethod
-    def from_run(cls, run_dir: str | Path, *, changes: Sequence[str] = (), **inputs: Any) -> Self:
+    def from_run(
+        cls,
+        run_dir: str | Path,
+        *,
+        changes: Sequence[str] = (),
+        from_checkpoint: int | None = None,
+        new_journal: bool = False,
+        **inputs: Any,
+    ) -> Self:
         """The pipeline of an interrupted run, ready to go on.
 
         Args:
             run_dir: of the run.
             changes: of its options, as ``key=value``.
+            from_checkpoint: the step of the checkpoint to go back to, 0 for the beginning; None: the newest good one.
+            new_journal: go on with the checkpoint's own copy of the ledger, because the journal is lost or damaged;
+                what was generated and not yet trained then is generated again, and events say so.
             inputs: those that Python gave the first time.
 
         Raises:
             ConfigError: there is no run, or not of this pipeline, or an option must not change.
         """
         directory = RunDirectory.open_existing(run_dir)
-        config = resumed_config(cls.config_class, directory.config, changes).replace(output_dir=str(directory.path))
-        pipeline = cls(args=config, **inputs)  # type: ignore[arg-type]
-        pipeline._resume, pipeline._is_changed = True, bool(changes)
+        recorded = directory.recorded_config or directory.config
+        before = resumed_config(cls.config_class, recorded)
+        config = resumed_config(cls.config_class, directory.config, changes, recorded=recorded)
+        pipeline = cls(args=config.replace(output_dir=str(directory.path)), **inputs)  # type: ignore[arg-type]
+        pipeline._resume, pipeline._changes = True, check_resumed(before, config)
+        pipeline._wish = Wish(at=from_checkpoint, new_journal=new_journal)
         return pipeline
 
     @abstractmethod
@@ -171,7 +183,9 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             InputError: what is wrong, and what to do.
         """
         if self.config.resume_from_checkpoint:
-            self._resume, self._resume_at = True, self._checkpoint_to_resume(self.config.resume_from_checkpoint)
+            self._resume, self._wish = True, Wish(given=self.config.resume_from_checkpoint)
+        if self._resume:
+            self._wish = resolve(self._wish, self.config.output_dir, within=self.resumes_within)
         if holder := living_holder(Path(self.config.output_dir).expanduser().absolute()):
             raise in_use(Path(self.config.output_dir), holder)
         if not self._resume:
@@ -189,37 +203,24 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         if self.config.dtype is Dtype.AUTO:
             find_source(self.config.part(ModelConfig))
             self.config = self.config.replace(dtype=checkpoint_dtype(self.config.part(ModelConfig)))
+        if self.config.resume_from_checkpoint:
+            self._compare_with_recorded(unresolved=_RESOLVED_LATER)
         plan = self._prepare()
+        if self.config.resume_from_checkpoint:
+            self._changes = self._compare_with_recorded()
         if not self._callbacks.is_empty:
             self._callbacks.show(**self._shown_objects(plan.steps_per_epoch))
         return plan
 
-    def _checkpoint_to_resume(self, given: str | bool) -> int | None:
-        """The step of the checkpoint to go on from; None is the last one.
+    def _compare_with_recorded(self, *, unresolved: Collection[str] = ()) -> dict[str, str]:
+        """Compare options that Python gave with those that the run began with, as `from_run` does.
 
         Raises:
-            ConfigError: it is none of the run in `output_dir`, or older than the run can go back to.
-            CheckpointError: it is damaged.
+            ConfigError: one changes that must not.
         """
         directory = RunDirectory.open_existing(self.config.output_dir)
-        path = Path(directory.path if given is True else str(given)).expanduser().absolute()
-        if path == directory.path:
-            return None
-        known = list_checkpoints(directory.checkpoints)
-        if path not in known:
-            raise ConfigError(
-                f"resume_from_checkpoint must be true or a checkpoint of the run in output_dir, which has "
-                f"{', '.join(each.name for each in known) or 'none'} in {directory.checkpoints}; got {given}. For a "
-                f"new run from its weights set model_name_or_path={given}."
-            )
-        if self.resumes_within is not None and path not in known[-self.resumes_within :]:
-            raise ConfigError(
-                f"resume_from_checkpoint must be one of the last {self.resumes_within} checkpoints here, as the "
-                f"ledger's journal reaches no further back, got {path.name} of {known[-1].name}. For a new run from "
-                f"its weights set model_name_or_path={given}."
-            )
-        verify_checkpoint(path)
-        return checkpoint_step(path)
+        before = resumed_config(self.config_class, directory.recorded_config or directory.config)
+        return check_resumed(before, self._given.as_recorded(self.config, before), unresolved=unresolved)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: None = None, ignore_keys_for_eval: Any = None
@@ -328,20 +329,23 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             await runtime.close()
 
     async def _train(self, plan: PlanT, stop: Stop) -> TrainOutput:
+        back = self._find_return(self._wish) if self._resume else Return()
         runtime = await self._open_runtime(plan, stop)
         try:
             directory = self._open_directory()
-            return await self._sessions(plan, runtime, directory, stop)
+            return await self._sessions(plan, runtime, directory, back, stop)
         finally:
             stop.settled = True
             self._callbacks.close()
             await close_in_time(runtime, stop)
 
-    async def _sessions(self, plan: PlanT, runtime: Runtime, directory: RunDirectory, stop: Stop) -> TrainOutput:
+    async def _sessions(
+        self, plan: PlanT, runtime: Runtime, directory: RunDirectory, back: Return, stop: Stop
+    ) -> TrainOutput:
         """One session after the other, each from the last checkpoint, until training ends."""
         restarts = CheckpointBudget(allowed=self.config.runtime.max_learner_restarts)
         while True:
-            session = self._open_session(plan, runtime, directory, resuming=self._resume or restarts.used > 0)
+            session = self._open_session(plan, runtime, directory, back, resuming=self._resume or restarts.used > 0)
             try:
                 output = await self._run_session(session, runtime, directory, stop)
             except LearnerLostError as error:
@@ -349,6 +353,11 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 found = list_checkpoints(directory.checkpoints)
                 if not restarts.take(checkpoint_step(found[-1]) if found else 0):
                     self._end(session.recorder, EventKind.RUN_FAILED, error)
+                    raise
+                try:
+                    back = self._find_return(Wish(), reads_journal=False)
+                except RunError as useless:
+                    self._end(session.recorder, EventKind.RUN_FAILED, useless)
                     raise
                 await self._dismiss(session, runtime)
             except (InterruptedRun, asyncio.CancelledError, KeyboardInterrupt) as error:
@@ -389,14 +398,23 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             raise
         session.recorder.close()
 
-    def _open_session(self, plan: PlanT, runtime: Runtime, directory: RunDirectory, *, resuming: bool) -> Session:
-        """Rewind the run directory to the last good checkpoint, and make the session that goes on from it."""
+    def _find_return(self, wish: Wish, *, reads_journal: bool = True) -> Return:
+        """Where the run goes on from; changes nothing. See `find_return`."""
+        directory = RunDirectory.open_existing(self.config.output_dir)
+        has_journal = self.resumes_within is not None
+        return find_return(
+            directory,
+            origin=Origin.of(self.config),
+            wish=wish,
+            has_journal=has_journal,
+            reads_journal=reads_journal,
+        )
+
+    def _open_session(
+        self, plan: PlanT, runtime: Runtime, directory: RunDirectory, back: Return, *, resuming: bool
+    ) -> Session:
+        """The session that goes on from there; metrics are cut once its actors are started."""
         config = self.config
-        found = latest_checkpoint(directory.checkpoints)
-        step = checkpoint_step(found.path) if found.path is not None else 0
-        if resuming:
-            # Before the files are opened: what is written must follow what was kept.
-            directory.truncate_after(step)
         observer = open_observer(
             directory,
             config=config.model_dump(mode="json"),
@@ -420,8 +438,9 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 runtime=runtime,
                 directory=directory,
                 observer=observer,
-                checkpoint=found.path,
-                step=step,
+                checkpoint=back.checkpoint,
+                step=back.step,
+                ledger_copy=back.ledger_copy,
                 resuming=resuming,
                 callbacks=self._callbacks,
             ),
@@ -431,20 +450,26 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             if self._lock.taken_from is not None:
                 session.recorder.say(EventKind.WARNING, "driver", detail=self._lock.taken_from)
                 self._lock.taken_from = None
-        for problem in found.problems:
-            session.recorder.say(EventKind.WARNING, "driver", detail=f"a checkpoint cannot be used: {problem}")
+        if resuming:
+            session.recorder.cut = partial(directory.truncate_after, back.step)
+            for sentence in leave_aside(directory, back):
+                session.recorder.say(EventKind.WARNING, "driver", detail=sentence)
         session.recorder.say(
             EventKind.RUN_RESUMED if resuming else EventKind.RUN_STARTED,
             "driver",
             pipeline=self.name,
-            step=step,
+            step=back.step,
             total_steps=plan.total_steps,
             computes_in=config.computes_in,
+            **({"changed": self._changes} if resuming and self._changes else {}),
             **self._announcement(),
         )
         slow = plan.expected_memory()[Role.LEARNER] / _DISK_BYTES_PER_S
         session.recorder.tell_of_lost_folder()
         session.recorder.tell_of_grace(slow, grace=grace_s(config.runtime.stop_grace_s), is_measured=False)
+        if resuming and (config.resume_from_checkpoint or self._changes):
+            self._write_config(directory)
+            self._changes = {}
         return session
 
     def _logging_steps(self, plan: PlanT) -> int:
@@ -472,18 +497,17 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             recorder.close()
 
     def _open_directory(self) -> RunDirectory:
-        config = self.config.replace(resume_from_checkpoint=None)  # of the run, not of this start
         if self._resume:
             directory = RunDirectory.open_existing(self.config.output_dir)
-            if self._resume_at is not None:
-                leave_after(directory.checkpoints, step=self._resume_at)
-            if self.config.resume_from_checkpoint or self._is_changed:
-                directory.write_config(dump_yaml(config))
             return directory
         directory = RunDirectory.create(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
-        directory.write_config(dump_yaml(config))
+        self._write_config(directory)
         self._given.keep()
         return directory
+
+    def _write_config(self, directory: RunDirectory) -> None:
+        # The last option is not of the run but of this start.
+        directory.write_config(dump_yaml(self.config.replace(resume_from_checkpoint=None)))
 
     async def _open_runtime(self, plan: PlanT, stop: Stop) -> Runtime:
         if self.config.runtime.kind is RuntimeKind.LOCAL:

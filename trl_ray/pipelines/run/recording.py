@@ -44,6 +44,8 @@ class RunRecorder:
         self.last: dict[str, float] = {}
         self.guard: Callable[[], None] = lambda: None
         """Raises where the run directory is no more this run's to write."""
+        self.cut: Callable[[], None] = lambda: None
+        """Forgets the steps that are trained again; not before all is there to train them."""
         self._observer = observer
         self._ended: float | None = None
         self._told_of_grace = False
@@ -68,6 +70,11 @@ class RunRecorder:
     def checkpoint(self, path: Path, *, step: int, seconds: float) -> None:
         """Write down a checkpoint."""
         self.say(EventKind.CHECKPOINT, "learner", step=step, path=path.name, seconds=round(seconds, 3))
+
+    def begin(self) -> None:
+        """Training begins: all that it needs is there."""
+        self.guard()
+        self.cut()
 
     def tell_of_grace(self, checkpoint_s: float, *, grace: float, is_measured: bool) -> None:
         """Say once in a Ray job that `ray job stop` leaves less time than a checkpoint takes."""

@@ -104,6 +104,8 @@ class Opening:
     resuming: bool
     """Whether anything was trained before."""
     callbacks: CallbackList
+    ledger_copy: str | None = None
+    """The file that stands for the journal, where that is lost."""
     only_evaluates: bool = False
     """Nothing is trained: the held-out numbers are all that is asked for."""
 

@@ -187,6 +187,7 @@ class StepLoop(ABC, Generic[TrainedT]):
         if self._opening.only_evaluates:
             await self._evaluate()
             return
+        self._recorder.begin()
         if self.step == 0 and self._can_evaluate and self._config.evaluates_first:
             await self._evaluate_in_time()
             await self._heed_stop()
@@ -253,7 +254,9 @@ class StepLoop(ABC, Generic[TrainedT]):
         self._recorder.checkpoint(path, step=step, seconds=self._save_seconds)
         self._recorder.tell_of_grace(self._save_seconds, grace=self._stop.grace_s, is_measured=True)
         if self._config.save_total_limit is not None:
-            prune(path.parent, keep=self._config.save_total_limit, spare=self._best_checkpoint)
+            # Reads the newest one whole, which may take a while.
+            keep = self._config.save_total_limit
+            await asyncio.to_thread(prune, path.parent, keep=keep, spare=self._best_checkpoint)
         await self._callbacks.saved()
 
     @property

@@ -15,6 +15,7 @@ from pathlib import Path
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.errors import InputError
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
+from trl_ray.pipelines.run.going_back import Origin
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.session import Opening
 from trl_ray.pipelines.run.signals import Stop, heed_signals
@@ -79,7 +80,7 @@ class DatasetLoop(StepLoop[_Trained]):
         }
         self._ahead = StepsAhead(plan, feed)
         self._fingerprint: str | None = None
-        """Of the examples, once a checkpoint is written; None of a stream."""
+        """Of the examples, of a stream its first window's, once a checkpoint is written."""
         metrics = plan.inputs.metrics
         self._predictions = (
             None if metrics is None else HeldOutPredictions(plan.config, metrics, ask=actors.ask, loss_of=self._loss_of)
@@ -184,8 +185,8 @@ class DatasetLoop(StepLoop[_Trained]):
 
     async def _write_checkpoint(self, path: Path) -> None:
         accounts, train = self.accounts, self._plan.train
-        if self._fingerprint is None and train is not None:
-            self._fingerprint = await asyncio.to_thread(rows_fingerprint, train.examples)
+        if self._fingerprint is None and (known := self._plan.known) is not None:
+            self._fingerprint = await asyncio.to_thread(rows_fingerprint, known.examples)
         progress = {
             "accounts": accounts.state_dict(),
             "stopping": self._stopping.state_dict(),
@@ -194,4 +195,5 @@ class DatasetLoop(StepLoop[_Trained]):
         }
         kept = {PROGRESS: progress, "ledger.json": accounts.snapshot().to_json()}
         extra = {name: json.dumps(state).encode() for name, state in kept.items()} | self._callbacks.files()
+        extra |= Origin.of(self._config).file()
         await self._actors.ask("save", str(path.parent), step=self.step, extra=extra, **self._save_options)

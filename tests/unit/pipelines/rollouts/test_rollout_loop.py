@@ -11,6 +11,7 @@ import pytest
 
 from callbacks_for_tests import Asks, Counter
 from rollout_loops import RolloutRun, config
+from trl_ray.buffer.journal_reach import LEDGER_COPY
 from trl_ray.config.runs.distill_config import DistillConfig
 from trl_ray.errors import (
     AgreementError,
@@ -25,6 +26,7 @@ from trl_ray.pipelines.callbacks.callback_states import CALLBACKS
 from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
 from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, PROMPTS
 from trl_ray.pipelines.rollouts.rollout_loop import AGREEMENT
+from trl_ray.pipelines.run.going_back import ORIGIN_FILE
 from trl_ray.types import DropReason, Event, EventKind
 from virtual_time import run_in_virtual_time
 
@@ -141,7 +143,9 @@ def test_the_journal_forgets_up_to_the_checkpoint_before_the_newest(tmp_path: Pa
     assert run.logged("save", "checkpoint") == [
         "save 2", "checkpoint 0", "save 2", "save 4", "checkpoint 2", "save 4", "save 5", "checkpoint 4", "save 5",
     ]  # fmt: skip
-    assert list(run.actors.files[4]) == ["ledger.json", OBJECTIVE_STATE, PROMPTS, AGREEMENT, CALLBACKS]
+    assert list(run.actors.files[4]) == [
+        "ledger.json", OBJECTIVE_STATE, PROMPTS, AGREEMENT, CALLBACKS, ORIGIN_FILE, LEDGER_COPY,
+    ]  # fmt: skip
     assert json.loads(run.actors.files[4]["ledger.json"])["step"] == 4
 
 
