@@ -57,8 +57,8 @@ from trl_ray.types import (
     TeacherScores,
     WeightCheck,
     WeightPayload,
+    steady_time,
 )
-from trl_ray.types.clock import steady_time
 from trl_ray.wire.worker_news import GroupFailed, GroupGenerated, WorkerNews, finished_group
 
 _POLL_S = 5.0

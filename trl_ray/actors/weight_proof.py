@@ -39,8 +39,8 @@ from trl_ray.types import (
     TeacherRequest,
     WeightCheck,
     WeightPayload,
+    steady_time,
 )
-from trl_ray.types.clock import steady_time
 
 _NEWEST = 32
 """Completions kept to be compared."""

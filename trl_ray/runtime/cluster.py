@@ -140,8 +140,9 @@ def _raised_by_constructor(error: BaseException) -> TrlRayError | None:
     """What an actor's constructor raised on purpose, of which Ray keeps the text alone; its messages have one line."""
     kind, _, message = _last_line(error).partition(": ")
     found = getattr(errors, kind.removeprefix(f"{errors.__name__}."), None)
-    is_ours = isinstance(found, type) and issubclass(found, TrlRayError)
-    return found(message) if is_ours and message else None
+    if not message or not isinstance(found, type) or not issubclass(found, TrlRayError):
+        return None
+    return found(message)
 
 
 def _last_line(error: BaseException) -> str:
