@@ -49,6 +49,9 @@ def main(request_fd: int, reply_fd: int, lifeline_fd: int) -> None:
     if first is None:
         return
     lifetime = wire.Lifetime(first["lifetime"])
+    if not hasattr(os, "pidfd_open"):  # all that follows is Linux's
+        run_functions(first, request_fd, reply_fd)
+        return
     if lifetime is wire.Lifetime.RUN:
         with contextlib.suppress(OSError, AttributeError):
             linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
