@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from trl_ray.config.sections import RewardConfig, RolloutConfig, RuntimeConfig
     from trl_ray.config.teacher_options import TeacherConfig, TeacherOptions
     from trl_ray.errors import InputError, InterruptedRun, RunError, TrlRayError
+    from trl_ray.models.scoring.rollout_prediction import RolloutPrediction
     from trl_ray.observe.report.report_page import build_report
     from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
     from trl_ray.pipelines.distill import DistillPipeline
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from trl_ray.pipelines.rloo import RLOOPipeline
     from trl_ray.pipelines.rollouts.objective import Objective
     from trl_ray.pipelines.rollouts.rollout_pipeline import RolloutPipeline
-    from trl_ray.pipelines.run.pipeline import TrainOutput
+    from trl_ray.pipelines.run.session import TrainOutput
     from trl_ray.pipelines.sdpo import SDPOPipeline
     from trl_ray.pipelines.sft import SFTPipeline
 
@@ -89,6 +90,7 @@ _HOMES = {
     "config.sections": ("RewardConfig", "RolloutConfig", "RuntimeConfig"),
     "config.teacher_options": ("TeacherConfig", "TeacherOptions"),
     "errors": ("InputError", "InterruptedRun", "RunError", "TrlRayError"),
+    "models.scoring.rollout_prediction": ("RolloutPrediction",),
     "observe.report.report_page": ("build_report",),
     "pipelines.async_grpo": ("AsyncGRPOPipeline",),
     "pipelines.distill": ("DistillPipeline",),
@@ -99,7 +101,7 @@ _HOMES = {
     "pipelines.rloo": ("RLOOPipeline",),
     "pipelines.rollouts.objective": ("Objective",),
     "pipelines.rollouts.rollout_pipeline": ("RolloutPipeline",),
-    "pipelines.run.pipeline": ("TrainOutput",),
+    "pipelines.run.session": ("TrainOutput",),
     "pipelines.sdpo": ("SDPOPipeline",),
     "pipelines.sft": ("SFTPipeline",),
 }

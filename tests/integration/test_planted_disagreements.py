@@ -202,6 +202,7 @@ def test_sampling_that_is_reshaped_late_in_a_run_is_told_without_fresh_tokens(
         train(model, tmp_path / "run", asynchronous=True, **options)
 
 
+@pytest.mark.long
 def test_sampling_of_vllm_that_is_reshaped_late_in_a_run_at_a_temperature_of_its_own(model, tmp_path, monkeypatch):
     pytest.importorskip("vllm")
     # vLLM scores at temperature 1 alone: what it would say at 0.7 follows from its most probable tokens.

@@ -11,6 +11,7 @@ from transformers import EarlyStoppingCallback
 
 from runs import PROMPTS, events, grpo, lines
 from tiny_models import build_tiny_model
+from trl_ray.models.scoring.rollout_prediction import RolloutPrediction
 from trl_ray.pipelines.grpo import GRPOPipeline
 
 pytestmark = pytest.mark.integration
@@ -26,15 +27,24 @@ def brief(completions: list[Any], **columns: Any) -> list[float]:
     return [-float(len(str(completion))) for completion in completions]
 
 
+def measured(prediction: RolloutPrediction) -> dict[str, Any]:
+    """How many answers there are, and a number that is written anyway."""
+    ids, labels = prediction
+    assert labels is None and len(ids) == len(prediction.completions) == len(prediction.prompts)
+    return {"rows": len(ids), "eval_far_mean" if len(ids) == 4 else "mean": prediction.rewards.mean(), "left": "out"}
+
+
 def test_the_numbers_of_an_evaluation_are_in_every_place(model: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sets = {"near": PROMPTS[:3], "far": PROMPTS[6:8]}
     config = grpo(model, run, eval_steps=2, num_generations_eval=2)
-    GRPOPipeline(args=config, reward_funcs=brief, train_dataset=PROMPTS, eval_dataset=sets).train()
+    GRPOPipeline(
+        args=config, reward_funcs=brief, train_dataset=PROMPTS, eval_dataset=sets, compute_metrics=measured
+    ).train()
     written = lines(run / "metrics.jsonl")
     assert [line["step"] for line in written] == [1, 2, 3, 4]
     names = ("reward", "reward_std", "rewards/brief/mean", "rewards/brief/std", "completions/mean_length",
-             "completions/clipped_ratio", "frac_reward_zero_std")  # fmt: skip
+             "completions/clipped_ratio", "frac_reward_zero_std", "entropy", "rows", "mean")  # fmt: skip
     for line in written:
         for name in (f"eval/{each}_{name}" for each in sets for name in names):
             assert (name in line) == (line["step"] % 2 == 0), name
@@ -45,7 +55,12 @@ def test_the_numbers_of_an_evaluation_are_in_every_place(model: str, tmp_path: P
     assert len(kept) == 4 and all(row["advantage"] is None and row["age"] == 0 for row in kept)
     assert sum(row["reward/brief"] for row in kept) / 4 == pytest.approx(written[1]["eval/far_reward"])
     assert {row["prompt"] for row in kept} == {row["prompt"] for row in PROMPTS[6:8]}
+    # The user's own: four answers to two prompts, and the mean that was written beside it.
+    line = written[1]
+    assert (line["eval/near_rows"], line["eval/far_rows"]) == (6, 4) and line["eval/far_entropy"] > 1
+    assert line["eval/far_mean"] == pytest.approx(line["eval/far_reward"])
     page = (run / "report.html").read_text()
+    assert "Metrics of your own" in page and "far_mean" in page
     assert "held out near" in page and "held out far" in page
 
 

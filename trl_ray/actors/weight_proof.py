@@ -16,7 +16,6 @@ sampling is reshaped.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,6 +40,7 @@ from trl_ray.types import (
     WeightCheck,
     WeightPayload,
 )
+from trl_ray.types.clock import steady_time
 
 UNKNOWN = 1.0
 """In the place of a log-prob that is not known; no log-prob is above 0."""
@@ -165,7 +165,7 @@ class WeightProof:
         return PullReport(
             version=identity.version,
             checksum=identity.checksum,
-            seconds=time.time() - begin,
+            seconds=steady_time() - begin,
             weight_check_mean=mean,
             weight_check_max=worst,
             own_files_mean=self._own_files,

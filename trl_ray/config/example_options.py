@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trl_ray.config.base import FROM_STRING, Positive, Section
+from trl_ray.config.base import FROM_STRING, Positive
+from trl_ray.config.stream_options import StreamConfig
 
 
 class TruncationMode(enum.StrEnum):
@@ -34,7 +35,7 @@ class PackingStrategy(enum.StrEnum):
     """The examples in their order, cut where a row is full: every row but the last is full, no token is lost."""
 
 
-class ExampleConfig(Section):
+class ExampleConfig(StreamConfig):
     """How rows become examples, and how held-out ones are used."""
 
     max_length: Annotated[int, Field(ge=2)] | None = 1024
@@ -46,10 +47,6 @@ class ExampleConfig(Section):
     dataset_num_proc: Positive | None = None
     """Processes that tokenise rows before training; None: the driver alone. Many rows' tokens are kept for later
     starts, in the datasets library's cache folder."""
-    dataset_streaming: bool = False
-    """Read and tokenise rows while training goes on, instead of before it; needs `max_steps`."""
-    stream_window: Positive = 1000
-    """Rows that are tokenised, packed and shuffled together when streaming."""
     per_device_eval_batch_size: Positive = 8
     """Examples in one micro-batch of one rank in evaluations."""
     include_for_metrics: list[Literal["inputs", "loss"]] = Field(default_factory=list)

@@ -109,7 +109,7 @@ def lasting_file(given: str) -> str:
     return str(_lasting(Path(given).expanduser()))
 
 
-OBJECT_OPTIONS = ("loss", "reward_funcs", "callbacks", "teacher_model_kind")
+OBJECT_OPTIONS = ("loss", "reward_funcs", "callbacks", "compute_metrics", "teacher_model_kind")
 """Options that may name an object in a file."""
 _FILE_OPTIONS = ("chat_template", "chat_template_path", "deepspeed")
 

@@ -28,6 +28,7 @@ from trl_ray.engines.checkpoint_facts import CheckpointFacts, default_kv_bytes, 
 from trl_ray.engines.checkpoint_layout import CheckpointLayout, in_checkpoint_layout
 from trl_ray.engines.completion_scoring import answer_of, top_width
 from trl_ray.engines.sampling import sample_seed
+from trl_ray.engines.start.vllm_differences import config_corrections, cpu_corrections
 from trl_ray.engines.thread import EngineThread
 from trl_ray.engines.vllm_workers.policy_logprobs import MARK, report_policy_logprobs
 from trl_ray.errors import ConfigError
@@ -337,7 +338,7 @@ class VLLMBackend:
             arguments["distributed_executor_backend"] = "uni"
         if not torch.cuda.is_available():
             arguments |= self._cpu_arguments(facts, length)
-        changes = self._config_changes
+        changes = _merged(self._config_changes, config_corrections(facts.layout.config))
         if facts.grown:
             changes = _merged(changes, _vocabulary(facts))
             arguments |= self._grown_arguments(facts)
@@ -372,6 +373,7 @@ class VLLMBackend:
             "max_num_batched_tokens": max(length, _CPU_BATCHED_TOKENS),
             # States of recurrent layers are kept for prefixes only where prompts may be split.
             **({"enable_prefix_caching": False} if facts.is_recurrent else {}),
+            **cpu_corrections(facts.layout.config),
         }
 
     def _params(self, request: GenerationRequest, index: int, *, room: int) -> Any:

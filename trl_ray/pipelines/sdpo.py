@@ -50,9 +50,8 @@ class SelfDistillation(PolicyObjective[SDPOConfig]):
         facts = [self_distillation_group(group, threshold=self._threshold) for group in groups]
         metrics = self_distillation_metrics(facts, flat_tolerance=self._tolerance)
         warnings = self._diagnostics.observe(metrics)
-        return Observed(
-            metrics={name: Metric(value=value) for name, value in metrics.items()}, warnings=tuple(warnings)
-        )
+        own = {name: Metric(value=value) for name, value in metrics.items()}
+        return Observed(metrics={**super().observe(groups).metrics, **own}, warnings=tuple(warnings))
 
     def check_prompts(self, prompts: PromptSource) -> None:
         if self.config.distils:

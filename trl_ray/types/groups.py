@@ -71,6 +71,8 @@ class Prompt:
     """Extra dataset columns (JSON values), passed to reward functions by name."""
     given_ids: IntArray | None = None
     """[L] the dataset's own completion, to be trained on in place of sampled ones; None: completions are sampled."""
+    num_cut: int = 0
+    """Tokens that `max_prompt_length` cut off its beginning; messages and text are whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

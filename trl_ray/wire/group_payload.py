@@ -172,6 +172,7 @@ def _prompt_head(prompt: Prompt, arrays: _ArrayWriter) -> dict[str, Any]:
         "text": prompt.text,
         "columns": _plain(prompt.columns, "columns"),
         "given": arrays.add_if(prompt.given_ids, "<i4", "given_ids of the prompt"),
+        "num_cut": prompt.num_cut,
     }
 
 
@@ -214,7 +215,9 @@ def _scores_head(scores: TeacherScores, arrays: _ArrayWriter) -> dict[str, Any]:
 
 
 def _read_prompt(head: Mapping[str, Any], arrays: _ArrayReader) -> Prompt:
-    messages = head["messages"]
+    messages, cut = head["messages"], head.get("num_cut", 0)  # journals of earlier releases know of none
+    if type(cut) is not int or cut < 0:
+        raise ValueError(f"num_cut of the prompt must be at least 0, got {cut!r}")
     return Prompt(
         prompt_id=head["prompt_id"],
         token_ids=arrays.take(head["tokens"], "<i4"),
@@ -222,6 +225,7 @@ def _read_prompt(head: Mapping[str, Any], arrays: _ArrayReader) -> Prompt:
         text=head["text"],
         columns=head["columns"],
         given_ids=arrays.take_if(head["given"], "<i4"),
+        num_cut=cut,
     )
 
 

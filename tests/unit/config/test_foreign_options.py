@@ -130,6 +130,8 @@ READ: list[tuple[type[Section], dict[str, Any], dict[str, Any]]] = [
         "datasets": [{"path": "a", "data_dir": "d", "split": "train"}]}),
     (SFTConfig, {"dataset_name": "a", "streaming": True, "max_steps": 1}, {
         "dataset_name": "a", "dataset_streaming": True, "max_steps": 1}),
+    (GRPOConfig, {"dataset_name": "a", "streaming": True, "max_steps": 1}, {
+        "dataset_name": "a", "dataset_streaming": True, "max_steps": 1}),
     # Held-out rows, a share or a number.
     (SFTConfig, {"val_set_size": 0.05}, {"test_split_size": 0.05}),
     (DPOConfig, {"val_size": 100}, {"test_split_size": 100}),
@@ -152,7 +154,6 @@ REFUSED: list[tuple[type[Section], dict[str, Any], str]] = [
     (SFTConfig, {"dataset_mixture": {"datasets": [{"id": "a", "weight": 2.0}]}}, "from 0 to 1"),
     (SFTConfig, {"val_set_size": "5%"}, "test_split_size"),
     (SFTConfig, {"special_tokens": {"bos_token": "<s>"}}, "Set eos_token"),
-    (GRPOConfig, {"streaming": True}, "prompts are read before training"),
     (SFTConfig, {"rl": "dpo"}, "trl-ray dpo"),
     (ORPOConfig, {"rl": "dpo"}, "trl-ray dpo"),
     (CPOConfig, {"rl": "orpo"}, "orpo"),

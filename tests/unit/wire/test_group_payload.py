@@ -233,7 +233,7 @@ def test_what_teachers_say_survives_exactly() -> None:
 
 
 def test_contexts_travel_without_teachings_and_prompts_with_their_completion() -> None:
-    given_prompt = dataclasses.replace(PROMPT, given_ids=np.array([1, 2**31 - 1], dtype=np.int32))
+    given_prompt = dataclasses.replace(PROMPT, given_ids=np.array([1, 2**31 - 1], dtype=np.int32), num_cut=5)
     ticket = GroupTicket(group_id=3, attempt=1, prompt=given_prompt, admitted_at_version=2)
     original = group(completion(), ticket=ticket, contexts=(context(demonstration=0),))
     assert same(decode_group(encode_group(original)), original)
@@ -300,6 +300,8 @@ def test_every_cut_of_a_taught_group_is_refused() -> None:
         (b'"version":4,', b'"version":"4",'),
         (b'"num_cut":3', b'"num_cut":-3'),
         (b'"num_cut":3', b'"num_cut":0.5'),
+        (b'"num_cut":0', b'"num_cut":-1'),
+        (b'"num_cut":0', b'"num_cut":true'),
         (b'"is_distilled":true', b'"is_distilled":1'),
         (b'"is_distilled":false', b'"is_distilled":true'),
         (b'"demonstration":null', b'"demonstration":2'),

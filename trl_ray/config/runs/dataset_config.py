@@ -1,6 +1,6 @@
 """The configurations of the pipelines that train on datasets: `sft`, `dpo`, `kto`, `orpo`, `cpo`, `reward`, `prm`.
 
-flat, TRL's names: SupervisedRunConfig (RunConfig + ExampleConfig) + the options of its loss
+flat, TRL's names: SupervisedRunConfig (StreamedRunConfig + ExampleConfig) + the options of its loss
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from trl_ray.config.losses.preference_options import (
 )
 from trl_ray.config.losses.reward_modelling_options import RewardLossConfig, StepLossConfig
 from trl_ray.config.losses.supervised_options import SupervisedLossConfig
-from trl_ray.config.runs.cadence_options import Strategy
-from trl_ray.config.runs.run_config import RunConfig
+from trl_ray.config.runs.streamed_config import StreamedRunConfig
 
 LearningRate = Annotated[float, Field(gt=0)]
 
 
-class SupervisedRunConfig(RunConfig, ExampleConfig):
+class SupervisedRunConfig(StreamedRunConfig, ExampleConfig):
     """A run that trains on a dataset; batch sizes count examples."""
 
     ref_log_probs_cache_dir: str | None = None
@@ -43,24 +42,11 @@ class SupervisedRunConfig(RunConfig, ExampleConfig):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.runtime.num_learners
 
     @rule
-    def _check_streaming(self) -> None:
-        if self.dataset_streaming and self.max_steps < 1:
-            raise ValueError(
-                f"max_steps must be at least 1 with dataset_streaming=true, got {self.max_steps}: a stream does not "
-                "say how long it is. Set max_steps."
-            )
+    def _check_reference_of_a_stream(self) -> None:
         if self.dataset_streaming and getattr(self, "precompute_ref_log_probs", False):
             raise ValueError(
                 "precompute_ref_log_probs must be false with dataset_streaming=true, got true: what comes is not known "
                 "before training. Remove one of the two."
-            )
-
-    @rule
-    def _check_epochs_of_a_stream(self) -> None:
-        if self.dataset_streaming and self.logging_strategy is Strategy.EPOCH:
-            raise ValueError(
-                "logging_strategy must be steps or no with dataset_streaming=true, got epoch: a stream does not say "
-                "how long it is. Set logging_strategy=steps."
             )
 
 

@@ -1,6 +1,6 @@
 """What the configurations of all pipelines that train on sampled completions have in common.
 
-flat, TRL's names: RunConfig + PromptConfig + GenerationConfig
+flat, TRL's names: StreamedRunConfig + PromptConfig + GenerationConfig
 nested, ours:      rollout: RolloutConfig   reward: RewardConfig   reward_models: [RewardModelOptions]
 
 RolloutRunConfig   every step trains on completions of the weights it starts from
@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from trl_ray.config.base import Natural, Positive, rule
 from trl_ray.config.reward_model_options import RewardModelOptions, check_reward_models
-from trl_ray.config.runs.run_config import RunConfig
+from trl_ray.config.runs.streamed_config import StreamedRunConfig
 from trl_ray.config.sections import (
     GenerationConfig,
     Isolation,
@@ -29,7 +29,7 @@ from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.config.trl_options.reward_names import read_reward_names
 
 
-class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
+class RolloutRunConfig(StreamedRunConfig, PromptConfig, GenerationConfig):
     """A run with rollout workers, whatever is learnt from their completions."""
 
     disable_dropout: bool = False
@@ -219,15 +219,16 @@ class RolloutRunConfig(RunConfig, PromptConfig, GenerationConfig):
 
     @rule
     def _check_runtime(self) -> None:
-        if self.runtime.kind is RuntimeKind.LOCAL and self.rollout.num_workers > 1:
+        if self.runtime.kind is RuntimeKind.LOCAL and self.rollout.most_workers > 1:
             raise ValueError(
-                f"rollout.num_workers must be 1 with runtime.kind=local, got {self.rollout.num_workers}: one process "
-                "holds one engine. Use runtime.kind=ray for more."
+                "rollout.num_workers and rollout.max_workers must be 1 with runtime.kind=local, got "
+                f"{self.rollout.num_workers} and {self.rollout.most_workers}: one process holds one engine. Use "
+                "runtime.kind=ray for more."
             )
         if self.runtime.kind is RuntimeKind.RAY and self.reward.isolation is Isolation.INLINE:
             raise ValueError(
-                "reward.isolation must be process with runtime.kind=ray, got inline: a hanging function would hold "
-                "its actor. inline is for runtime.kind=local and a debugger."
+                "reward.isolation must be process or sandbox with runtime.kind=ray, got inline: a hanging function "
+                "would hold its actor. inline is for runtime.kind=local and a debugger."
             )
 
 

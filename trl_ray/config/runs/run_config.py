@@ -7,13 +7,13 @@ nested, ours:      runtime: RuntimeConfig
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from trl_ray.config.base import rule
 from trl_ray.config.deepspeed import resolve_deepspeed
-from trl_ray.config.object_paths import is_same_object
+from trl_ray.config.object_paths import is_same_object, real_path
 from trl_ray.config.runs.cadence_options import CadenceConfig, HubConfig
 from trl_ray.config.sections import (
     DataConfig,
@@ -33,6 +33,9 @@ class RunConfig(ModelConfig, DataConfig, TrainingConfig, ReportConfig, CadenceCo
     pipeline: str = ""
     """Which pipeline this configuration is for; written to config.yaml so that a run can be resumed by its folder."""
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+    compute_metrics: Annotated[str | None, AfterValidator(lambda path: path and real_path(path))] = None
+    """A function that measures held-out rows, ``package.module:function`` or ``file.py:function``; it is given an
+    `EvalPrediction`, of sampled completions a `RolloutPrediction`, and returns numbers by name."""
 
     @model_validator(mode="before")
     @classmethod

@@ -221,16 +221,7 @@ TRAINERS: Rows = {
         None, "uint8", says="Remove it: 4-bit weights are stored as bitsandbytes does unless told otherwise."
     ),
     "ignore_bias_buffers": always("Ranks sum gradients; buffers are not broadcast."),
-    "streaming": (
-        *by_value(
-            {True: {"dataset_streaming": True}},
-            nothing=(False,),
-            says="Set dataset_streaming.",
-            needs=("dataset_streaming",),
-        ),
-        *only(False, says="Remove it: prompts are read before training."),
-    ),
-    "dataset_streaming": only(False, says="Remove it: prompts are read before training."),
+    "streaming": by_value({True: {"dataset_streaming": True}}, nothing=(False,), says="Set dataset_streaming."),
     "gradient_checkpointing_use_reentrant": always("Recomputation gives the same numbers either way."),
     "num_processes": renamed("runtime.num_learners"),
     "accelerate_config": never(

@@ -59,7 +59,9 @@ class GivenRow:
     token_ids: IntArray
     """[L] the end of the turn, or the end-of-sequence token, included where it was not cut off."""
     num_cut: int = 0
-    """Tokens that were cut off."""
+    """Tokens that were cut off the completion's end."""
+    num_cut_off_prompt: int = 0
+    """Tokens that were cut off the prompt's beginning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

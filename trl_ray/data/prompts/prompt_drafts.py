@@ -38,6 +38,8 @@ class PromptRow:
 
     token_ids: IntArray
     """[P] chat template applied."""
+    num_cut: int = 0
+    """Tokens that `max_prompt_length` cut off its beginning."""
     messages: tuple[Message, ...] | None = None
     text: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -91,13 +93,16 @@ class PromptLoading:
     def _guard(self, origin: Origin, place: int) -> AbstractContextManager[None]:
         return self.bad.guard(name=origin.name, number=origin.number, place=place)
 
-    def drafts(self, rows: Rows, readers: Mapping[str, PromptReader]) -> list[PromptDraft]:
-        """Every row's prompt, all text or all conversations, as text, and its columns."""
+    def drafts(
+        self, rows: Rows, readers: Mapping[str, PromptReader], *, first: PromptDraft | None = None
+    ) -> list[PromptDraft]:
+        """Every row's prompt, all text or all conversations as that of `first`, as text, and its columns."""
         drafts: list[PromptDraft] = []
-        for place, row in enumerate(rows.rows):
-            origin = rows.origin(place)
+        for index, row in enumerate(rows.rows):
+            origin, place = rows.origin(index), rows.start + index
             with self._guard(origin, place):
-                drafts.append(self._draft(row, readers[origin.name], origin, place, drafts[0] if drafts else None))
+                drafts.append(self._draft(row, readers[origin.name], origin, place, first))
+                first = first or drafts[0]
         return drafts
 
     def _draft(

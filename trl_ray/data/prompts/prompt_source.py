@@ -1,6 +1,6 @@
 """A dataset as an endless, repeatable sequence of prompts that can be entered at any ordinal.
 
-    PromptConfig -- load_rows --> Rows -- check, template, tokenise --> PromptSource
+    PromptConfig -- load_rows --> Rows -- make_prompts --> PromptSource
     PromptSource.prompt(ordinal):  ordinal -> (epoch, place) -> row = permutation(seed, epoch)[place] -> Prompt
                                    (seed, ordinal) -> with the dataset's completion, or without
 
@@ -11,30 +11,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trl_ray.config.messages import nearest
 from trl_ray.config.sections import PromptConfig
-from trl_ray.data.bad_rows import BadRows
 from trl_ray.data.examples.tokenisation import ExampleTokenizer
-from trl_ray.data.formats.detection import Form
-from trl_ray.data.prompts.given_completions import (
-    GivenCompletions,
-    require_completions,
-)
-from trl_ray.data.prompts.prompt_drafts import ColumnCheck, PromptLoading, PromptRow
-from trl_ray.data.prompts.prompt_notes import prompt_notes
-from trl_ray.data.prompts.prompt_rows import prompt_readers
-from trl_ray.data.prompts.prompt_tokens import encode_prompts
+from trl_ray.data.prompts.given_completions import GivenCompletions
+from trl_ray.data.prompts.prompt_drafts import ColumnCheck, PromptRow
+from trl_ray.data.prompts.prompt_making import PromptRules, make_prompts, readers_of
 from trl_ray.data.sources.dataset_loading import load_rows
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
-from trl_ray.types import IntArray, Prompt
+from trl_ray.types import Prompt
 
 
 class PromptSource:
@@ -56,8 +49,8 @@ class PromptSource:
         shuffle: bool,
         completions: GivenCompletions | None = None,
         num_left_out: int = 0,
-        num_cut: int = 0,
         notes: tuple[str, ...] = (),
+        numbers: Sequence[int] | None = None,
     ) -> None:
         if not rows:
             raise DataError(f"A dataset must have at least one row, {name} has none.")
@@ -66,9 +59,8 @@ class PromptSource:
         """What a user should know of the rows, a sentence each."""
         self.num_left_out = num_left_out
         """Rows that cannot be used, where such rows are dropped."""
-        self.num_cut = num_cut
-        """Prompts of which `max_prompt_length` cut tokens off."""
         self._rows = rows
+        self._numbers = range(len(rows)) if numbers is None else numbers
         self._seed = seed
         self._shuffle = shuffle
         self._completions = completions
@@ -76,6 +68,16 @@ class PromptSource:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def head(self) -> PromptSource:
+        """The prompts that are known before training: all."""
+        return self
+
+    @property
+    def num_cut(self) -> int:
+        """Prompts of which `max_prompt_length` cut tokens off."""
+        return sum(row.num_cut > 0 for row in self._rows)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -136,17 +138,52 @@ class PromptSource:
         epoch, place = divmod(ordinal, len(self._rows))
         if self._order[0] != epoch:
             self._order = (epoch, self._permutation(epoch))
-        index = int(self._order[1][place])
+        return self.row_prompt(int(self._order[1][place]), epoch=epoch, ordinal=ordinal)
+
+    def row_prompt(self, index: int, *, epoch: int, ordinal: int) -> Prompt:
+        """The prompt of one row, counted from 0, as the one at `ordinal`."""
         row = self._rows[index]
         given = row.given if self._completions is not None and self._completions.takes(ordinal) else None
         return Prompt(
-            prompt_id=f"{epoch}:{index}",
+            prompt_id=f"{epoch}:{self._numbers[index]}",
             token_ids=row.token_ids if given is None else given.prompt_ids,
             messages=row.messages,
             text=row.text,
             columns=row.columns,
             given_ids=None if given is None else given.token_ids,
+            num_cut=row.num_cut if given is None else given.num_cut_off_prompt,
         )
+
+    def take(self, first: int, count: int) -> list[Prompt]:
+        """The prompts at `count` ordinals from `first` on."""
+        return [self.prompt(ordinal) for ordinal in range(first, first + count)]
+
+    def epochs_after(self, count: int) -> float:
+        """Passes over the rows that so many prompts are."""
+        return count / len(self._rows)
+
+    def news(self) -> tuple[str, ...]:
+        """What a user should know of rows that were read since the last call: nothing, all are known."""
+        return ()
+
+    # What goes into checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """What tells these rows from others, as JSON values."""
+        return {"rows": len(self), "prompts": self.fingerprint, "columns": self.columns_fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See that these are the rows of a saved state.
+
+        Raises:
+            DataError: they are other ones; says what differs.
+        """
+        now = self.state_dict()
+        if "rows" not in state:
+            raise DataError("a stream then and a dataset now")
+        differing = [what for what in now if state[what] != now[what]]
+        if differing:
+            raise DataError(f"{state['rows']} rows then and {now['rows']} now, with other {' and '.join(differing)}")
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if not self._shuffle:
@@ -183,57 +220,22 @@ def load_prompts(
         DataError: there is no such dataset, it is empty, or a row cannot be used; names row and field.
         ModelError: conversational prompts and no chat template, or one that refuses a row.
     """
+    rules = PromptRules(
+        config=config,
+        tokenizer=tokenizer,
+        max_prompt_tokens=max_prompt_tokens,
+        max_prompt_length=max_prompt_length,
+        completions=completions,
+        check_columns=check_columns,
+    )
     rows = load_rows(config, seed=seed, dataset=dataset, evaluation=evaluation)
-    readers = prompt_readers(rows, config, completion_column=None if completions is None else completions.column)
-    for source in rows.sources or (rows,):
-        if completions is not None:
-            require_completions(source, completions.column, added=readers[source.name].columns)
-    bad = BadRows(config.on_bad_row)
-    loading = PromptLoading(config=config, tokenizer=tokenizer, completions=completions, check=check_columns, bad=bad)
-    drafts = loading.drafts(rows, readers)
-    if not drafts:
-        bad.settle(total=len(rows.rows))
-    standard = isinstance(drafts[0].prompt, str)
-    if config.system_prompt is not None and standard:
-        raise DataError(
-            f"system_prompt needs conversational prompts, those of {rows.name} are plain text that is taken as it "
-            "stands, as there is no chat template or the dataset's completions are taught. Write it into the "
-            "text, make each prompt a list of messages, or remove system_prompt."
-        )
-    texts = [draft.text for draft in drafts]
-    token_ids = encode_prompts(tokenizer, texts) if standard else _encode_rendered(tokenizer, texts)
-    given = loading.given(drafts, Form.STANDARD if standard else Form.CONVERSATIONAL)
-    # Of the prompt's last tokens, as many as are wanted.
-    kept = slice(None) if max_prompt_length is None else slice(-max_prompt_length, None)
-    every = dict.fromkeys(column for draft in drafts for column in draft.columns)
-    ready = [
-        PromptRow(
-            token_ids=ids[kept],
-            given=None if (row := given.get(draft.place)) is None else replace(row, prompt_ids=row.prompt_ids[kept]),
-            messages=None if isinstance(draft.prompt, str) else draft.prompt,
-            text=draft.prompt if isinstance(draft.prompt, str) else None,
-            columns={column: draft.columns.get(column) for column in every},
-            where=draft.where,
-        )
-        for draft, ids in zip(drafts, token_ids, strict=True)
-    ]
-    loading.check_lengths(drafts, ready, max_prompt_tokens)
-    bad.settle(total=len(rows.rows))
-    ready = [row for draft, row in zip(drafts, ready, strict=True) if draft.place not in bad.places]
-    shuffle = config.shuffle_dataset and not evaluation
-    cut = [len(ids) - len(ids[kept]) for ids in token_ids]
+    made = make_prompts(rows, rules, readers_of(rows, rules))
     return PromptSource(
         name=rows.name,
-        rows=ready,
+        rows=made.rows,
         seed=seed,
-        shuffle=shuffle,
+        shuffle=config.shuffle_dataset and not evaluation,
         completions=completions,
-        num_left_out=len(bad.places),
-        num_cut=sum(map(bool, cut)),
-        notes=(*rows.notes, *bad.report(), *prompt_notes(rows.name, drafts, ready, cut, sum(map(len, token_ids)))),
+        num_left_out=made.num_left_out,
+        notes=(*rows.notes, *made.notes),
     )
-
-
-def _encode_rendered(tokenizer: ExampleTokenizer, texts: Sequence[str]) -> list[IntArray]:
-    """Token ids ``[P]`` of each; a template writes its special tokens itself."""
-    return [np.asarray(ids, np.int32) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]

@@ -55,13 +55,15 @@ class Rows:
     sources: tuple[Rows, ...] = ()
     """What a mixture, or a part of a dataset, is made of."""
     mixture: Mixture | None = None
+    start: int = 0
+    """Of a window of a stream, the number of its first row."""
     notes: tuple[str, ...] = ()
     """What a user should know of how the rows were chosen, a sentence each."""
 
     def origin(self, index: int) -> Origin:
         """The dataset that a row came from, and its number there."""
         if self.mixture is None:
-            return Origin(name=self.name, number=index)
+            return Origin(name=self.name, number=self.start + index)
         return Origin(
             name=self.mixture.sources[self.mixture.source_ids[index]].name,
             number=int(self.mixture.row_numbers[index]),

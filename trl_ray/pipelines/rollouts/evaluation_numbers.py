@@ -1,6 +1,7 @@
 """What answers to held-out prompts amount to, under the names that TRL gives such numbers.
 
 EvaluatedPrompt x prompts --answer_numbers--> {"reward": ..., "rewards/judge/mean": ..., "completions/mean_length": ...}
+                          --prediction_of--> RolloutPrediction --compute_metrics--> the user's own numbers
 """
 
 from __future__ import annotations
@@ -8,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trl_ray.actors.rollout_worker import EvaluatedPrompt, mean_reward
+from trl_ray.models.scoring.rollout_prediction import RolloutPrediction
+from trl_ray.rewards.scoring import GroupInput
 from trl_ray.types import FinishReason
 
 _EQUAL = 1e-6
@@ -16,8 +22,41 @@ _EQUAL = 1e-6
 
 
 def answer_numbers(answers: Sequence[EvaluatedPrompt]) -> dict[str, float]:
-    """Rewards in total and by function, lengths in tokens, and shares; what nobody measured is left out."""
-    return {**_rewards(answers), **_lengths(answers), **_logged(answers)}
+    """Rewards in total and by function, lengths in tokens, shares, the sampler's entropy; what nobody measured is
+    left out."""
+    return {**_rewards(answers), **_lengths(answers), **_entropy(answers), **_logged(answers)}
+
+
+def prediction_of(answers: Sequence[EvaluatedPrompt]) -> RolloutPrediction:
+    """The same answers as `compute_metrics` is given them: prompts, completions and columns as reward functions are."""
+    told = [GroupInput.of(answer.prompt, answer.completions).arguments() for answer in answers]
+    completions = [completion for answer in answers for completion in answer.completions]
+    sizes = [len(answer.completions) for answer in answers]
+    # Nobody may have been asked: each completion has a place all the same.
+    rewards = [reward for number, answer in enumerate(answers) for reward in answer.as_group(number).rewards]
+    parts = dict.fromkeys(name for reward in rewards for name in reward.parts)
+    columns = dict.fromkeys(name for answer in answers for name in answer.prompt.columns)
+    return RolloutPrediction(
+        prompts=[prompt for group in told for prompt in group["prompts"]],
+        completions=[completion for group in told for completion in group["completions"]],
+        prompt_ids=[answer.prompt.token_ids for answer, size in zip(answers, sizes, strict=True) for _ in range(size)],
+        completion_ids=[completion.token_ids for completion in completions],
+        prompt_indices=np.repeat(np.arange(len(answers), dtype=np.int32), sizes),
+        rewards=_numbers(reward.total for reward in rewards),
+        reward_parts={name: _numbers(reward.parts.get(name) for reward in rewards) for name in parts},
+        columns={
+            name: [value for group, size in zip(told, sizes, strict=True) for value in group.get(name, [None] * size)]
+            for name in columns
+        },
+        is_truncated=np.array(
+            [completion.finish_reason is FinishReason.LENGTH for completion in completions], np.bool_
+        ),
+        logprobs=[completion.logprobs for completion in completions],
+    )
+
+
+def _numbers(values: Iterable[float | None]) -> NDArray[np.float64]:
+    return np.array([np.nan if value is None else value for value in values], np.float64)
 
 
 def _rewards(answers: Sequence[EvaluatedPrompt]) -> dict[str, float]:
@@ -58,6 +97,18 @@ def _lengths(answers: Sequence[EvaluatedPrompt]) -> dict[str, float]:
         **_course("completions/{}_terminated_length", ended or [0]),
         "completions/clipped_ratio": fmean(map(float, cut)),
     }
+
+
+def _entropy(answers: Sequence[EvaluatedPrompt]) -> dict[str, float]:
+    """The sampler's entropy in nats, as a mean over the tokens that it drew.
+
+    A token's own -log p is an estimate without bias, as engines tell log-probs of the distribution they draw from;
+    where the most probable token is taken, it is 0.
+    """
+    drawn = [completion for answer in answers for completion in answer.completions if completion.is_sampled]
+    tokens = sum(len(completion.logprobs) for completion in drawn)
+    total = sum(float(np.sum(completion.logprobs, dtype=np.float64)) for completion in drawn)
+    return {"entropy": (0.0 - total) / tokens} if tokens else {}
 
 
 def _course(template: str, values: Iterable[int]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 
 from trl_ray.algorithms.batches.micro_batches import TotalsOf
 from trl_ray.algorithms.loss_registry import build_loss
+from trl_ray.algorithms.metric_merging import mean_metric
 from trl_ray.algorithms.policy.group_samples import BuiltStep
 from trl_ray.config.losses.distillation_options import RepromptConfig
 from trl_ray.config.losses.loss_section import LossSection
@@ -81,9 +82,16 @@ class Objective(ABC, Generic[ConfigT]):
         return list(samples)
 
     def observe(self, groups: Sequence[RolloutGroup]) -> Observed:
-        """Look at the groups of one step, once."""
-        del groups
-        return Observed()
+        """Look at the groups of one step, once: how many of their prompts are cut, where prompts are."""
+        if self.max_prompt_length is None:
+            return Observed()
+        cut = [group.ticket.prompt.num_cut for group in groups]
+        return Observed(
+            metrics={
+                "prompt/truncated_fraction": mean_metric([float(tokens > 0) for tokens in cut]),
+                "prompt/truncated_tokens": mean_metric(cut),
+            }
+        )
 
     async def show(
         self,

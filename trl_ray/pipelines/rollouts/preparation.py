@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,11 @@ from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.runs.run_environment import learner_threads
 from trl_ray.config.sections import GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
+from trl_ray.config.stream_options import StreamConfig
 from trl_ray.config.teacher_options import TeacherSource
+from trl_ray.data.prompts.prompt_making import PromptRules
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts
+from trl_ray.data.prompts.prompt_stream import PromptStream, open_prompts
 from trl_ray.engines.factory import resolve_engine_kind
 from trl_ray.errors import ConfigError, DataError
 from trl_ray.models.backends.optimizer import check_optimizer
@@ -48,7 +51,9 @@ from trl_ray.pipelines.rollouts.reward_model_notes import reward_model_notes
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments
 from trl_ray.pipelines.rollouts.teacher_plans import PreparedTeachers, prepare_teachers
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
+from trl_ray.pipelines.run.given_rows import check_stream, is_stream
 from trl_ray.pipelines.run.model_notes import model_notes, precision_notes, sampling_notes
+from trl_ray.pipelines.run.own_metrics import ComputeMetrics, found_metrics
 from trl_ray.pipelines.run.planning import (
     GIB,
     PROCESS,
@@ -79,6 +84,8 @@ OBJECTIVE_STATE = "objective.json"
 """The file of a checkpoint with what the objective remembers."""
 PROMPTS = "prompts.json"
 """The file of a checkpoint that tells its rows from others."""
+_HELD_OUT_WINDOW = 32
+"""Rows of a held-out stream that are read together, at least."""
 _WEIGHT_CHECK_TOKENS = 32
 _LONG_CHECK_TOKENS = 160
 """More than one block of any engine's KV cache: those have 16 to 128 tokens."""
@@ -95,6 +102,7 @@ class Inputs:
     train_dataset: Any = None
     eval_dataset: Any = None
     reward_funcs: Sequence[str | RewardFunction] | None = None
+    compute_metrics: ComputeMetrics | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -102,7 +110,7 @@ class Preparation:
     """A run that is ready to start."""
 
     config: RolloutRunConfig
-    prompts: PromptSource
+    prompts: PromptSource | PromptStream
     eval_sets: Mapping[str, tuple[Prompt, ...]]
     """Held-out prompts by the names of their sets; one alone has the empty name."""
     rewards: tuple[RewardSpec, ...]
@@ -123,9 +131,11 @@ class Preparation:
     end_of_turn: str | None = None
     """What to know of a template whose end of turn generation does not stop at."""
     model_notes: tuple[str, ...] = ()
+    compute_metrics: ComputeMetrics | None = None
+    """The user's own measure of answers to held-out prompts."""
 
     def check_prompts(self, checkpoint: str | None) -> None:
-        """See that the run goes on with the rows that it began with.
+        """See that the run goes on with the rows that it began with; a stream goes on where the checkpoint left it.
 
         Raises:
             DataError: the checkpoint was made with other rows.
@@ -133,20 +143,18 @@ class Preparation:
         file = None if checkpoint is None else Path(checkpoint) / PROMPTS
         if file is None or not file.is_file():
             return
-        before, now = json.loads(file.read_text(encoding="utf-8")), self.prompts_state()
-        differing = [what for what in now if before[what] != now[what]]
-        if differing:
+        try:
+            self.prompts.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
+        except DataError as error:
             raise DataError(
                 f"A run must go on with the rows that it began with, those of {self.prompts.name} are other ones now: "
-                f"{before['rows']} rows then and {now['rows']} now, with other {' and '.join(differing)}. Give the "
-                "same rows in the same order, or begin a new run from the checkpoint: model_name_or_path="
-                f"{checkpoint}."
-            )
+                f"{error}. Give the same rows in the same order, or begin a new run from the checkpoint: "
+                f"model_name_or_path={checkpoint}."
+            ) from error
 
     def prompts_state(self) -> dict[str, Any]:
-        """What `check_prompts` compares, as JSON values."""
-        prompts = self.prompts
-        return {"rows": len(prompts), "prompts": prompts.fingerprint, "columns": prompts.columns_fingerprint}
+        """What `check_prompts` goes by, as JSON values."""
+        return self.prompts.state_dict()
 
     def restore_objective(self, checkpoint: str | None) -> None:
         """Have the objective go on from what it had remembered at a checkpoint; None: from the beginning."""
@@ -231,14 +239,14 @@ class Preparation:
         """What a user should know of the rows, a sentence each."""
         turns = () if self.end_of_turn is None else (self.end_of_turn,)
         kwargs = self.config.chat_template_kwargs
-        rated = reward_model_notes(self.reward_models, self.prompts, template_kwargs=kwargs)
+        rated = reward_model_notes(self.reward_models, self.prompts.head, template_kwargs=kwargs)
         return (*self.prompts.notes, *turns, *self.model_notes, *self._missing_values(), *rated)
 
     def _missing_values(self) -> Iterator[str]:
-        name, total = self.prompts.name, len(self.prompts)
+        name, total = self.prompts.name, len(self.prompts.head)
         for spec in self.rewards:
             for column in sorted(required_columns(load_function(spec))):
-                missing = self.prompts.count_missing(column)
+                missing = self.prompts.head.count_missing(column)
                 if missing:
                     yield (
                         f"{missing} of {total} prompts of {name} have no {column!r}: the reward function {spec.name} "
@@ -247,7 +255,7 @@ class Preparation:
 
     def describe(self) -> Mapping[str, Any]:
         """The plan in numbers, for the dry run."""
-        config = self.config
+        config, prompts = self.config, self.prompts
         models = ", ".join(f"{model.options.label} ({model.facts.kind})" for model in self.reward_models)
         return {
             "optimizer steps": self.total_steps,
@@ -257,9 +265,9 @@ class Preparation:
             "engines compute in": (config.rollout.dtype or config.dtype).value,
             "prompt groups per step": config.groups_per_step,
             "completions per step": config.completions_per_step,
-            "training prompts": len(self.prompts),
-            **({"rows left out": self.prompts.num_left_out} if self.prompts.num_left_out else {}),
-            **({"prompts cut to max_prompt_length": self.prompts.num_cut} if self.prompts.num_cut else {}),
+            "training prompts": "a stream" if isinstance(prompts, PromptStream) else len(prompts),
+            **({"rows left out": prompts.num_left_out} if prompts.num_left_out else {}),
+            **({"prompts cut to max_prompt_length": prompts.head.num_cut} if prompts.head.num_cut else {}),
             "staleness bound (steps)": config.max_age_at_use,
             "admission slots": config.slots,
             "tokens per sequence": self.max_model_len,
@@ -275,7 +283,8 @@ class Preparation:
 
     @property
     def steps_per_epoch(self) -> float | None:
-        return len(self.prompts) / self.config.groups_per_step
+        prompts = self.prompts
+        return None if isinstance(prompts, PromptStream) else len(prompts) / self.config.groups_per_step
 
     def expected_memory(self) -> Mapping[str, float]:
         """Bytes that one actor of each role is expected to hold: weights, optimizer, caches, and its Python."""
@@ -324,6 +333,7 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
     """
     functions = inputs.reward_funcs or config.reward_funcs
     _check_given(functions)
+    compute_metrics = found_metrics(inputs.compute_metrics, config.compute_metrics)
     build_loss(objective.loss)
     check_optimizer(config.part(TrainingConfig))
     _check_weights(config, functions)
@@ -337,42 +347,41 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         config, objective = dated, type(objective)(dated)
     shape = load_shape(model, tokenizer)
     max_model_len = _max_model_len(config, max_positions(model), unscaled=unscaled_positions(model))
-    data, limit = config.part(PromptConfig), max_model_len - config.max_completion_length
-    prompts = load_prompts(
-        data,
-        tokenizer,
-        seed=config.seed_of_rows,
-        max_prompt_tokens=limit,
-        dataset=inputs.train_dataset,
-        completions=objective.dataset_completions(),
+    if is_stream(inputs.train_dataset):
+        check_stream(config, inputs.train_dataset)
+    rules = PromptRules(
+        config=config.part(PromptConfig),
+        tokenizer=tokenizer,
+        max_prompt_tokens=max_model_len - config.max_completion_length,
         max_prompt_length=objective.max_prompt_length,
         check_columns=row_check(functions),
     )
-    held_out = _held_out(objective, inputs, tokenizer, limit, functions) if config.evaluates else {}
+    prompts = _training_prompts(objective, inputs, rules)
+    head = prompts.head
+    held_out = _held_out(objective, inputs, rules) if config.evaluates else {}
     rewarded = config.has_rewards and (functions or not config.scoring_models)
     specs = make_specs(functions, columns=prompts.columns) if rewarded else ()
-    models = prepare_reward_models(config, functions=[spec.name for spec in specs], prompt=prompts.prompt(0))
+    models = prepare_reward_models(config, functions=[spec.name for spec in specs], prompt=head.prompt(0))
     teachers = prepare_teachers(
         objective, tokenizer=tokenizer, vocab_size=shape.vocab_size, max_model_len=max_model_len
     )
-    for source in (prompts, *held_out.values()):
-        objective.check_prompts(source)
-    talks = prompts.prompt(0).messages is not None
+    talks = head.prompt(0).messages is not None
     return Preparation(
         config=config,
         objective=objective,
+        compute_metrics=compute_metrics,
         end_of_turn=end_of_turn_warning(model, tokenizer) if talks else None,
         model_notes=(*model_notes(model, tokenizer), *unproved_notes(model), *precision_notes(config), *drawn),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,
-        eval_sets={name: _first(source, config.eval_num_prompts) for name, source in held_out.items()},
+        eval_sets=held_out,
         rewards=specs,
         reward_models=models,
         max_model_len=max_model_len,
-        total_steps=total_steps(config, len(prompts), per_step=config.groups_per_step),
-        weight_check_ids=_check_text(prompts, min(_WEIGHT_CHECK_TOKENS, max_model_len)),
-        first_check_ids=tuple(_check_text(prompts, length) for length in _first_lengths(model, max_model_len)),
+        total_steps=total_steps(config, len(head), per_step=config.groups_per_step),
+        weight_check_ids=_check_text(head, min(_WEIGHT_CHECK_TOKENS, max_model_len)),
+        first_check_ids=tuple(_check_text(head, length) for length in _first_lengths(model, max_model_len)),
         cut=cut_rules(config, shape, max_samples=config.per_device_train_batch_size),
     )
 
@@ -430,9 +439,15 @@ def _max_model_len(config: RolloutRunConfig, positions: int | None, *, unscaled:
     return wanted
 
 
-def _held_out(
-    objective: Objective[Any], inputs: Inputs, tokenizer: Any, limit: int, functions: Sequence[str | RewardFunction]
-) -> dict[str, PromptSource]:
+def _training_prompts(objective: Objective[Any], inputs: Inputs, rules: PromptRules) -> PromptSource | PromptStream:
+    config, rules = objective.config, replace(rules, completions=objective.dataset_completions())
+    if config.dataset_streaming:
+        return _opened(objective, inputs.train_dataset, rules, seed=config.seed_of_rows)
+    return _loaded(objective, inputs.train_dataset, rules, seed=config.seed_of_rows)
+
+
+def _held_out(objective: Objective[Any], inputs: Inputs, rules: PromptRules) -> dict[str, tuple[Prompt, ...]]:
+    """The first prompts of each set; of a stream no more are read."""
     config, given = objective.config, inputs.eval_dataset
     if inputs.eval_dataset is None and config.dataset_name is None and not config.datasets:
         raise ConfigError(
@@ -442,23 +457,43 @@ def _held_out(
     if isinstance(given, Mapping) and not given:
         raise ConfigError("eval_dataset must have at least one set, got an empty mapping. Give one, or None.")
     named = isinstance(given, Mapping) and config.dataset_test_split not in given
-    return {
-        str(name): load_prompts(
-            config.part(PromptConfig),
-            tokenizer,
-            seed=config.seed,
-            max_prompt_tokens=limit,
-            dataset=rows,
-            evaluation=True,
-            max_prompt_length=objective.max_prompt_length,
-            check_columns=row_check(functions),
-        )
-        for name, rows in (given if named else {"": given}).items()
-    }
+    return {str(name): _first(objective, rows, rules) for name, rows in (given if named else {"": given}).items()}
 
 
-def _first(source: PromptSource, count: int) -> tuple[Prompt, ...]:
-    return tuple(source.prompt(ordinal) for ordinal in range(min(count, len(source))))
+def _first(objective: Objective[Any], rows: Any, rules: PromptRules) -> tuple[Prompt, ...]:
+    config = objective.config
+    streams = config.dataset_streaming if rows is None else is_stream(rows)
+    if not streams:
+        source = _loaded(objective, rows, rules, seed=config.seed, evaluation=True)
+        return tuple(source.take(0, min(config.eval_num_prompts, len(source))))
+    few = max(_HELD_OUT_WINDOW, config.eval_num_prompts)
+    stream = _opened(objective, rows, rules, seed=config.seed, evaluation=True, at_most=few)
+    return tuple(stream.first(config.eval_num_prompts))
+
+
+def _loaded(objective: Objective[Any], rows: Any, rules: PromptRules, **options: Any) -> PromptSource:
+    source = load_prompts(
+        rules.config,
+        rules.tokenizer,
+        max_prompt_tokens=rules.max_prompt_tokens,
+        max_prompt_length=rules.max_prompt_length,
+        completions=rules.completions,
+        check_columns=rules.check_columns,
+        dataset=rows,
+        **options,
+    )
+    objective.check_prompts(source)
+    return source
+
+
+def _opened(
+    objective: Objective[Any], rows: Any, rules: PromptRules, *, at_most: int | None = None, **options: Any
+) -> PromptStream:
+    """Windows of `stream_window` rows, or of `at_most` so many."""
+    stream = objective.config.part(StreamConfig)
+    if at_most is not None:
+        stream = stream.replace(stream_window=min(at_most, stream.stream_window))
+    return open_prompts(rules, stream, dataset=rows, check=objective.check_prompts, **options)
 
 
 def _check_text(prompts: PromptSource, length: int) -> IntArray:

@@ -5,7 +5,6 @@ prepare -> session: [actors -> loop] -> how it ended          (the rest of a run
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -21,9 +20,13 @@ from trl_ray.pipelines.rollouts.reward_model_actors import GivenReward, name_rew
 from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop
 from trl_ray.pipelines.run.given_objects import GivenFolders, trainer_objects
-from trl_ray.pipelines.run.given_rows import given_rows
-from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
+from trl_ray.pipelines.run.given_rows import given_rows, is_stream
+from trl_ray.pipelines.run.own_metrics import ComputeMetrics, named_metrics
+from trl_ray.pipelines.run.pipeline import Pipeline
 from trl_ray.pipelines.run.recording import Recorder
+from trl_ray.pipelines.run.session import Opening, Session, TrainOutput
+from trl_ray.pipelines.run.signals import Stop
+from trl_ray.pipelines.run.stopping import started
 from trl_ray.rewards.reward_registry import function_name
 from trl_ray.types import EventKind
 
@@ -38,12 +41,13 @@ class RolloutSession(Session):
     ) -> None:
         self._preparation, self._actors, self.recorder, self._opening = preparation, actors, recorder, opening
 
-    async def run(self, stop: asyncio.Event) -> TrainOutput:
-        actors, recorder, begin = self._actors, self.recorder, time.time()
+    async def run(self, stop: Stop) -> TrainOutput:
+        actors, recorder, begin = self._actors, self.recorder, time.monotonic()
         for sentence in () if self._opening.resuming else self._preparation.notes:
             recorder.say(EventKind.WARNING, "data", detail=sentence)
-        await actors.start()
-        recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
+        await started(actors.start(), stop=stop, run_dir=recorder.directory.path)
+        seconds = round(time.monotonic() - begin, 2)
+        recorder.say(EventKind.READY, "driver", detail="all actors are ready", seconds=seconds)
         loop = RolloutLoop(plan=self._preparation, actors=actors, recorder=recorder, opening=self._opening, stop=stop)
         await loop.run()
         await actors.ask_queue("finish")
@@ -80,6 +84,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
 
     config_class: ClassVar[type[RunConfig]]
     resumes_within: ClassVar[int | None] = 2
+    reads_held_out: ClassVar[bool] = False
     objective_class: ClassVar[type[Objective[Any]]]
     """What the pipeline makes of finished groups; with the configuration it is what a pipeline is."""
     _inputs: Inputs
@@ -95,6 +100,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
         callbacks: Sequence[Any] | None = None,
         *,
         reward_processing_classes: object | Sequence[object] | None = None,
+        compute_metrics: ComputeMetrics | None = None,
         **objects: Any,
     ) -> None:
         """Take what TRL's trainer takes; what is None comes from `args`, and `callbacks` follow those of `args`.
@@ -104,6 +110,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
             reward_funcs: names, functions, and reward models by folder or as objects.
             args, train_dataset, eval_dataset, peft_config, callbacks: as in TRL.
             reward_processing_classes: tokenizers of the reward models given as objects, one for each of `reward_funcs`.
+            compute_metrics: measures answers to held-out prompts, called here with a `RolloutPrediction`.
             objects: the further arguments of TRL's trainers, see `TrainerObjects`.
 
         Raises:
@@ -121,6 +128,7 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
                 function if isinstance(function, str) else f"{FROM_PYTHON}{function_name(function)}"
                 for function in separated.functions
             ]
+        changes["compute_metrics"] = named_metrics(compute_metrics, self.checked(args).compute_metrics)
         super().__init__(
             model=model,
             args=args,
@@ -130,10 +138,13 @@ class RolloutPipeline(Pipeline[RolloutRunConfig, Preparation]):
             folders=folders,
             **changes,
         )
+        if is_stream(train_dataset) and self.config.max_steps > 0:
+            self.config = self.config.replace(dataset_streaming=True)
         self._inputs = Inputs(
             train_dataset=given_rows(train_dataset),
-            eval_dataset=given_rows(eval_dataset, evaluation=True),
+            eval_dataset=given_rows(eval_dataset, evaluation=self.reads_held_out),
             reward_funcs=separated.given,
+            compute_metrics=compute_metrics,
         )
 
     def _prepare(self) -> Preparation:

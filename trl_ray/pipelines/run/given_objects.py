@@ -73,7 +73,6 @@ class TrainerObjects:
     optimizers: tuple[Any, Any] = (None, None)
     """An optimizer and a schedule of torch's."""
     optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None
-    compute_metrics: object | None = None
     preprocess_logits_for_metrics: object | None = None
     compute_loss_func: object | None = None
     data_collator: object | None = None
@@ -133,8 +132,6 @@ class TrainerObjects:
 
     def _refuse(self) -> None:
         instead = {
-            "compute_metrics": "rows are prompts, without labels to compare with. Measure answers with a reward "
-            "function of weight 0, and see its numbers in a callback's on_evaluate",
             "preprocess_logits_for_metrics": "only pipelines on datasets have logits and labels. Remove it",
             "compute_loss_func": "a loss divides by totals of a whole update. Write a Loss and name it: "
             "loss=package.module:Class",

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
+from trl_ray.config.runs.streamed_config import StreamedRunConfig
+from trl_ray.errors import ConfigError
+
 
 class IndexedRows(Sequence[Any]):
     """The items of what has a length and is asked by number, as PyTorch's datasets are.
@@ -62,3 +65,16 @@ def _plain(row: Mapping[Any, Any]) -> dict[str, Any]:
 def is_stream(given: object) -> bool:
     """Whether it is read from its start as often as wanted, and does not say how long it is."""
     return isinstance(given, Iterable) and not isinstance(given, Sized) and not isinstance(given, Iterator)
+
+
+def check_stream(config: StreamedRunConfig, given: object) -> None:
+    """Check that rows which do not say how many they are may be read while training goes on.
+
+    Raises:
+        ConfigError: they may not.
+    """
+    if not config.dataset_streaming and isinstance(given, Iterable) and not isinstance(given, Sized):
+        raise ConfigError(
+            f"dataset_streaming must be true for a dataset that does not say how long it is, got false with a "
+            f"{type(given).__name__}. Set dataset_streaming=true and max_steps, or pass a datasets.Dataset or a list."
+        )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from trl_ray.models.loadable import check_loadable
 from trl_ray.models.policy_loading import load_model_config, load_shape, load_tokenizer, max_positions
 from trl_ray.models.scoring.router_loss import aux_loss_coefficient
 from trl_ray.pipelines.run.end_of_turn import end_of_turn_warning
+from trl_ray.pipelines.run.given_rows import check_stream
 from trl_ray.pipelines.run.model_notes import model_notes
 from trl_ray.pipelines.run.planning import cut_rules, learner_memory, total_steps
 from trl_ray.pipelines.run.run_date import with_date
@@ -262,7 +263,7 @@ def prepare_supervised(
     _check_length(config, max_positions(model))
     if getattr(loss, "precompute_ref_log_probs", False):
         _check_cache_dir(config.ref_log_probs_cache_dir)
-    _check_stream(config, inputs.train_dataset)
+    check_stream(config, inputs.train_dataset)
     load = partial(load_examples, tokenizer=tokenizer, task=task)
     rows_of = partial(given.after_formatting, config)
     train = None if config.dataset_streaming else load(rows_of(given.train_dataset), dataset=inputs.train_dataset)
@@ -333,14 +334,6 @@ def _check_length(config: SupervisedRunConfig, positions: int | None) -> None:
     if config.max_length is not None and positions is not None and config.max_length > positions:
         raise ConfigError(
             f"max_length must be at most the model's {positions} positions, got {config.max_length}. Lower it."
-        )
-
-
-def _check_stream(config: SupervisedRunConfig, dataset: object) -> None:
-    if not config.dataset_streaming and isinstance(dataset, Iterable) and not isinstance(dataset, Sized):
-        raise ConfigError(
-            f"dataset_streaming must be true for a dataset that does not say how long it is, got false with a "
-            f"{type(dataset).__name__}. Set dataset_streaming=true and max_steps, or pass a datasets.Dataset or a list."
         )
 
 

@@ -5,7 +5,6 @@ DatasetLoop --> SupervisedRecorder --> Observer and the run directory's files
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,9 +12,11 @@ from typing import Any
 
 from trl_ray.algorithms.metric_merging import merged_values
 from trl_ray.buffer.entry import LedgerSnapshot
+from trl_ray.pipelines.run.own_metrics import own_numbers
 from trl_ray.pipelines.run.recording import RunRecorder
 from trl_ray.pipelines.supervised.example_feed import Fed, StreamPlace, place_of, state_of
 from trl_ray.types import DropReason, Evaluation, EventKind, StepResult
+from trl_ray.types.clock import steady_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +160,9 @@ class SupervisedRecorder(RunRecorder):
             Its numbers, without ``eval/``.
         """
         found = {"loss": evaluation.loss, **merged_values([evaluation.metrics])}
-        mine = self._own_numbers(own or {}, name)
+        mine, left_out = own_numbers(own or {}, name)
+        if left_out is not None:
+            self.say(EventKind.WARNING, "evaluation", detail=left_out)
         found |= mine
         numbers = {f"{name}_{key}" if name else key: value for key, value in found.items()}
         self.say(
@@ -169,15 +172,6 @@ class SupervisedRecorder(RunRecorder):
             examples=examples,
             **{f"eval/{key}": value for key, value in numbers.items()},
             **({"own": [f"{name}_{key}" if name else key for key in mine]} if mine else {}),
-            seconds=round(time.time() - begin, 3),
+            seconds=round(steady_time() - begin, 3),
         )
-        return numbers
-
-    def _own_numbers(self, own: Mapping[str, Any], name: str) -> dict[str, float]:
-        """What can be written down of the user's own metrics, without the prefix that all of them get."""
-        prefix = f"eval_{name}_" if name else "eval_"
-        numbers = {key.removeprefix(prefix): value for key, value in own.items() if isinstance(value, int | float)}
-        if left := [key for key in own if not isinstance(own[key], int | float)]:
-            detail = f"compute_metrics gave {', '.join(left)}, which are no numbers and written nowhere"
-            self.say(EventKind.WARNING, "evaluation", detail=detail)
         return numbers

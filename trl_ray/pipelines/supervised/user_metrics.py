@@ -8,11 +8,9 @@ here, where `compute_metrics` runs beside the program that it came from.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import cloudpickle
@@ -22,7 +20,7 @@ from trl_ray.algorithms.batches.prediction_batches import prediction_batches
 from trl_ray.config.example_options import PackingStrategy
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.config.sections import RuntimeKind
-from trl_ray.errors import CallbackError, ConfigError
+from trl_ray.errors import ConfigError
 from trl_ray.models.scoring.predictor import (
     as_tensors,
     eval_prediction,
@@ -30,6 +28,7 @@ from trl_ray.models.scoring.predictor import (
     plain_numbers,
     prediction_output,
 )
+from trl_ray.pipelines.run.own_metrics import computed_metrics
 from trl_ray.types import Example, PredictedBatch, PredictionBatch, PredictionForm
 
 AskLearner = Callable[..., Awaitable[Any]]
@@ -188,14 +187,7 @@ class HeldOutPredictions:
 
     async def _computed(self, prediction: Any, *, is_last: bool | None = None) -> dict[str, Any]:
         assert self._functions.compute is not None, "there is a function to ask"
-        more = {} if is_last is None else {"compute_result": is_last}
-        call = partial(_guarded, self._functions.compute, prediction, more)
-        # With actors the loop must go on answering; without, breakpoints are simpler.
-        on_ray = self._config.runtime.kind is RuntimeKind.RAY
-        found = await asyncio.to_thread(call) if on_ray else call()
-        if is_last is False and found is None:
-            return {}
-        return plain_numbers(found)
+        return await computed_metrics(self._functions.compute, prediction, self._config, is_last=is_last)
 
 
 class KeptPredictions:
@@ -229,19 +221,3 @@ class KeptPredictions:
     def output(self, metrics: Mapping[str, float]) -> Any:
         """transformers' `PredictionOutput`."""
         return prediction_output(self._kept.predictions, self._kept.label_ids, metrics)
-
-
-def _guarded(compute: Callable[..., Any], prediction: Any, more: Mapping[str, Any]) -> Any:
-    try:
-        return compute(prediction, **more)
-    except Exception as error:  # a user's function may raise anything
-        raise CallbackError(
-            f"compute_metrics must not raise, but did: {type(error).__name__}: {error}. It is given predictions "
-            f"{_shape(prediction.predictions)} and label_ids {_shape(prediction.label_ids)}."
-        ) from error
-
-
-def _shape(found: Any) -> Any:
-    if isinstance(found, list | tuple):
-        return [_shape(each) for each in found[:3]]
-    return tuple(getattr(found, "shape", ()))

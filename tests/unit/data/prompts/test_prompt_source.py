@@ -313,3 +313,4 @@ def test_what_limits_cut_off_prompts_is_counted_in_tokens():
         "beginnings, in 1 rows.",
     )
     assert source.num_cut == 1
+    assert sorted(prompt.num_cut for prompt in source.take(0, 2)) == [0, 2]

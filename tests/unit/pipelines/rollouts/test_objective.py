@@ -149,3 +149,17 @@ def test_metrics_are_added_to_what_a_step_tells_of_itself() -> None:
     built = objective_of(GRPOConfig()).build([group(0)])
     more = with_metrics(built, {"extra": Metric(value=2.0)})
     assert more.metrics == {**built.metrics, "extra": Metric(value=2.0)} and more.samples == built.samples
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, RLOOConfig, SDPOConfig, DistillConfig])
+def test_a_step_says_how_many_of_its_prompts_were_cut_where_prompts_are(config: Any) -> None:
+    def cut(number: int, tokens: int) -> RolloutGroup:
+        plain = taught(number, (1.0, 0.0), (False, False))
+        prompt = dataclasses.replace(plain.ticket.prompt, num_cut=tokens)
+        return dataclasses.replace(plain, ticket=dataclasses.replace(plain.ticket, prompt=prompt))
+
+    groups = [cut(0, 0), cut(1, 6), cut(2, 0), cut(3, 2)]
+    told = objective_of(config(max_prompt_length=3)).observe(groups).metrics
+    assert (told["prompt/truncated_fraction"].value, told["prompt/truncated_tokens"].value) == (0.5, 2.0)
+    untold = objective_of(config(max_prompt_length=None)).observe(groups).metrics
+    assert not any(name.startswith("prompt/") for name in untold)

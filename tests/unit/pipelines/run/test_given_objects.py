@@ -117,15 +117,15 @@ def test_optimizers_become_options(tmp_path: Path, model: str) -> None:
 
 
 def test_what_cannot_be_had_is_refused_with_what_to_do(tmp_path: Path, model: str) -> None:
-    with pytest.raises(ConfigError, match=r"compute_metrics must be None here.*on_evaluate"):
-        GRPOPipeline(model=model, reward_funcs=len, compute_metrics=lambda prediction: {})
+    with pytest.raises(ConfigError, match=r"preprocess_logits_for_metrics must be None here.*Remove it"):
+        GRPOPipeline(model=model, reward_funcs=len, preprocess_logits_for_metrics=lambda logits, labels: logits)
     with pytest.raises(ConfigError, match=r"data_collator must be None here.*packed without padding"):
         sft(tmp_path, model=model, data_collator=list)
     with pytest.raises(ConfigError, match="Did you mean 'processing_class'"):
         sft(tmp_path, model=model, procesing_class=build_tokenizer())
     with pytest.raises(ConfigError, match="processing_class needs a model"):
         sft(tmp_path, processing_class=build_tokenizer())
-    assert trainer_objects(compute_metrics=None, data_collator=None).compute_metrics is None
+    assert trainer_objects(tools=None, data_collator=None).tools is None
 
 
 def test_reward_models_as_objects_are_named_by_their_folders(tmp_path: Path) -> None:

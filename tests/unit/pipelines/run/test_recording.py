@@ -148,7 +148,7 @@ def test_an_evaluation_has_the_numbers_of_trl_and_its_completions_are_kept(stage
         "far_completions/mean_length": 4.0, "far_completions/min_length": 1.0, "far_completions/max_length": 9.0,
         "far_completions/mean_terminated_length": pytest.approx(7 / 3),
         "far_completions/min_terminated_length": 1.0, "far_completions/max_terminated_length": 4.0,
-        "far_completions/clipped_ratio": 0.25, "far_share": 0.75,
+        "far_completions/clipped_ratio": 0.25, "far_entropy": 1.0, "far_share": 0.75,
     }  # fmt: skip
     [kept] = notes.trained
     assert (kept.step, kept.held_out, len(kept.groups)) == (3, "far", 2)

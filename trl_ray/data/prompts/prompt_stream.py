@@ -1,0 +1,324 @@
+"""A stream as an endless, repeatable sequence of prompts: read as they are asked for, from any place on.
+
+    RowStream ─ stream_window rows ─ make_prompts ─► window ─ permutation(seed, epoch, window) ─► Prompt, Prompt, ...
+                     ^ the next one, or from the start again                                          │
+                     └──────────────────── an ordinal beyond the window ◄─────────────────────────────┘
+
+What is held is one window. A checkpoint keeps where one began, and a resumed run goes on from there to the ordinal that
+its ledger names: what was issued and not trained comes from the ledger, what was not issued from here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trl_ray.config.stream_options import StreamConfig
+from trl_ray.data.prompts.prompt_making import MadePrompts, PromptRules, make_prompts, readers_of
+from trl_ray.data.prompts.prompt_source import PromptSource
+from trl_ray.data.sources.dataset_files import Row
+from trl_ray.data.sources.dataset_loading import Rows, RowStream, open_rows
+from trl_ray.data.validation import show
+from trl_ray.errors import DataError
+from trl_ray.types import Prompt
+
+TOLD_ONCE = "Later rows of the stream of which this holds are not told."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptPlace:
+    """Where a window of a stream begins; goes into checkpoints."""
+
+    ordinal: int = 0
+    """Of its first prompt."""
+    epoch: int = 0
+    """Passes over the stream that are complete."""
+    window: int = 0
+    left_out: int = 0
+    """Rows before it that cannot be used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Window:
+    """The prompts of some rows, in the order in which they are given."""
+
+    place: PromptPlace
+    source: PromptSource
+    order: NDArray[np.int64]
+    is_last: bool
+    """Whether the stream ends with it."""
+    fingerprint: str
+    """Hex digest over its prompts and their columns."""
+
+    @property
+    def end(self) -> int:
+        """The ordinal behind its last prompt."""
+        return self.place.ordinal + len(self.order)
+
+    @property
+    def next(self) -> PromptPlace:
+        """Where the window behind it begins."""
+        place = self.place
+        return PromptPlace(
+            ordinal=self.end,
+            epoch=place.epoch + self.is_last,
+            window=0 if self.is_last else place.window + 1,
+            left_out=place.left_out + self.source.num_left_out,
+        )
+
+    def prompt(self, ordinal: int) -> Prompt:
+        index = int(self.order[ordinal - self.place.ordinal])
+        return self.source.row_prompt(index, epoch=self.place.epoch, ordinal=ordinal)
+
+
+class PromptStream:
+    """Prompts by ordinal, which are asked for in order; when the stream ends it is read again from its start.
+
+    Every window is a permutation of its rows that depends on (seed, epoch, window) alone::
+
+        stream = open_prompts(rules, StreamConfig(dataset_streaming=True), seed=42, dataset=dataset)
+        stream.take(0, 4)                # the first four prompts
+        stream.take(4, 4)                # those after them; earlier ones can be had again from `head` on
+
+    Args:
+        rows: the stream.
+        rules: what rows are made into prompts by.
+        window_rows: rows that are read and shuffled together.
+        seed: of the permutations.
+        shuffle: False keeps the order of the stream.
+        check: sees whether the prompts of a window can be used.
+
+    Raises:
+        InputError: the stream is empty, or a row of its first window cannot be used.
+    """
+
+    def __init__(
+        self,
+        rows: RowStream,
+        rules: PromptRules,
+        *,
+        window_rows: int,
+        seed: int,
+        shuffle: bool,
+        check: Callable[[PromptSource], None] = lambda source: None,
+    ) -> None:
+        self.name = rows.name
+        self._rows, self._rules, self._window_rows = rows, rules, window_rows
+        self._seed, self._shuffle, self._check = seed, shuffle, check
+        self._length: int | None = None
+        """Prompts of one pass, once the first is complete."""
+        self._reading: tuple[int, Iterator[Row]] | None = None
+        """The number of the next row, and the rows from there on."""
+        self._told: set[str] | None = None
+        """Kinds of things that the user knows of the rows; None until the first ones are read."""
+        self._news: list[str] = []
+        first, is_last = self._read(PromptPlace())
+        if not first.rows:
+            raise DataError(f"A dataset must have at least one row, {self.name} has none. Check the file or the split.")
+        self._readers = readers_of(first, rules)
+        made = make_prompts(first, rules, self._readers)
+        self._first = made.first
+        self._held = self._window(PromptPlace(), made, is_last=is_last)
+        self._marks = [self._held]
+        """Windows from the one on of which prompts may be asked for again; more than one while prompts are issued."""
+        self.head = self._held.source
+        """The first window, which is known before training."""
+        self._head_fingerprint = self._held.fingerprint
+        self._told = set(map(_kind, self.head.notes))
+
+    # What is known before training.
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns of the first rows, which every prompt has."""
+        return self.head.columns
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the first rows, a sentence each."""
+        return tuple(f"{note} {TOLD_ONCE}" for note in self.head.notes)
+
+    # What is read as training goes on.
+
+    @property
+    def num_left_out(self) -> int:
+        """Rows read so far that cannot be used, where such rows are dropped."""
+        return self._held.next.left_out
+
+    def news(self) -> tuple[str, ...]:
+        """What a user should know of rows that were read since the last call, but for kinds of things told already."""
+        news, self._news = tuple(self._news), []
+        return news
+
+    def epochs_after(self, count: int) -> float:
+        """Passes over the stream that are complete after so many prompts."""
+        return float(count // self._length) if self._length else 0.0
+
+    def take(self, first: int, count: int) -> list[Prompt]:
+        """The prompts at `count` ordinals from `first` on; those before `first` are never asked for again.
+
+        Raises:
+            InputError: a row cannot be used or read; nothing is passed over, and it may be asked for again.
+        """
+        if first < self._held.place.ordinal:
+            self._go_to([mark.place for mark in self._marks if mark.place.ordinal <= first][-1])
+        prompts = [self._next(ordinal) for ordinal in range(first, first + count)]
+        begun = [mark for mark in self._marks if mark.place.ordinal <= first]
+        self._marks = self._marks[len(begun) - 1 :]
+        return prompts
+
+    def first(self, count: int) -> list[Prompt]:
+        """The first prompts, as many as there are; no more rows than these need are read."""
+        windows = [self._held]
+        while windows[-1].end < count and not windows[-1].is_last:
+            windows.append(self._open(windows[-1].next))
+        every = (window.prompt(ordinal) for window in windows for ordinal in range(window.place.ordinal, window.end))
+        return list(itertools.islice(every, count))
+
+    def _next(self, ordinal: int) -> Prompt:
+        while ordinal >= self._held.end:
+            self._held = self._open(self._held.next)
+            self._marks.append(self._held)
+        return self._held.prompt(ordinal)
+
+    def _go_to(self, place: PromptPlace) -> None:
+        self._reading = None
+        self._held = self._open(place)
+        self._marks = [*(mark for mark in self._marks if mark.place.ordinal < place.ordinal), self._held]
+
+    def _open(self, place: PromptPlace) -> _Window:
+        """The window that begins there.
+
+        Raises:
+            InputError: one of its rows cannot be used, or it has none.
+        """
+        rows, is_last = self._read(place)
+        if not rows.rows:
+            raise DataError(
+                f"A stream must give the same rows whenever it is read, but {self.name} has no row {rows.start} where "
+                f"it had one before, in pass {place.epoch} over it. Pass one that can be read again from its start."
+            )
+        made = make_prompts(rows, self._rules, self._readers, first=self._first, columns=self.columns)
+        return self._window(place, made, is_last=is_last)
+
+    def _read(self, place: PromptPlace) -> tuple[Rows, bool]:
+        """The rows of a window, and whether the stream ends with them."""
+        start = place.window * self._window_rows
+        reading, self._reading = self._reading, None  # what raises leaves no window behind that is half read
+        rows = reading[1] if reading is not None and reading[0] == start else self._rows.read(start)
+        taken = list(itertools.islice(rows, self._window_rows))
+        for number, row in enumerate(taken, start=start):
+            if not isinstance(row, Mapping):
+                raise DataError(
+                    f"Row {number} of {self.name} must be an object with columns, got {show(row)}. Mend it."
+                )
+        columns = dict.fromkeys(str(column) for row in taken for column in row)
+        # One row further, so that the last window is known to be it.
+        ahead = list(itertools.islice(rows, 1))
+        if ahead:
+            self._reading = (start + len(taken), itertools.chain(ahead, rows))
+        return Rows(name=self.name, columns=tuple(columns), rows=taken, start=start), not ahead
+
+    def _window(self, place: PromptPlace, made: MadePrompts, *, is_last: bool) -> _Window:
+        source = PromptSource(
+            name=self.name,
+            rows=made.rows,
+            seed=self._seed,
+            shuffle=False,
+            completions=self._rules.completions,
+            num_left_out=made.num_left_out,
+            notes=made.notes,
+            numbers=made.numbers,
+        )
+        self._check(source)
+        order = np.arange(len(source))
+        if self._shuffle:
+            order = np.random.default_rng([self._seed, place.epoch, place.window]).permutation(len(source))
+        window = _Window(
+            place=place,
+            source=source,
+            order=order,
+            is_last=is_last,
+            fingerprint=f"{source.fingerprint}-{source.columns_fingerprint}",
+        )
+        if is_last and not place.epoch:
+            self._length = window.end
+        if self._told is not None:
+            new = {kind: note for note in reversed(made.notes) if (kind := _kind(note)) not in self._told}
+            self._told |= new.keys()
+            self._news += [f"{note} {TOLD_ONCE}" for note in reversed(new.values())]
+        return window
+
+    # What goes into checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where a window began whose prompts may not all be issued, and what tells its rows from others, as JSON."""
+        mark = self._marks[0]
+        return {
+            "head": self._head_fingerprint,
+            "window_rows": self._window_rows,
+            "place": asdict(mark.place),
+            "window": mark.fingerprint,
+            "length": self._length,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, where this is the stream that it is of, as far as its rows are looked at.
+
+        Raises:
+            DataError: it is another one; says what differs.
+        """
+        if "head" not in state:
+            raise DataError("a dataset then and a stream now")
+        if state["head"] != self._head_fingerprint:
+            raise DataError(f"the first {len(self.head)} prompts of the stream are not those that it began with")
+        place = PromptPlace(**state["place"])
+        self._length, self._marks = state["length"], []
+        self._go_to(place)
+        if self._held.fingerprint != state["window"]:
+            raise DataError(f"the rows of the stream from row {place.window * self._window_rows} on are other ones now")
+
+
+def _kind(sentence: str) -> str:
+    """A sentence without what differs from window to window."""
+    told = re.sub(r"\([^)]*\)", "()", sentence).partition(", got ")[0]
+    return re.sub(r"\brows?\b", "rows", re.sub(r"\d+", "#", told))
+
+
+def open_prompts(
+    rules: PromptRules,
+    options: StreamConfig,
+    *,
+    seed: int,
+    dataset: object | None = None,
+    evaluation: bool = False,
+    check: Callable[[PromptSource], None] = lambda source: None,
+) -> PromptStream:
+    """Open a stream of prompts; its first window is read, and told of as a dataset would be.
+
+    Args:
+        rules: of the run; their configuration names the dataset, its split and its prompt column.
+        options: of the stream.
+        seed: of the permutations.
+        dataset: a `datasets.IterableDataset`, or anything else that can be iterated more than once.
+        evaluation: take the held-out split, in its own order.
+        check: sees whether the prompts of a window can be used.
+
+    Raises:
+        InputError: there is no such dataset, it is empty, or a row of the first window cannot be used.
+    """
+    config = rules.config
+    return PromptStream(
+        open_rows(config, seed=seed, dataset=dataset, evaluation=evaluation, lazily=True),
+        rules,
+        window_rows=options.stream_window,
+        seed=seed,
+        shuffle=config.shuffle_dataset and not evaluation,
+        check=check,
+    )
