@@ -29,7 +29,7 @@ SOURCE := $(wildcard trl_ray tests tools examples benchmarks)
 help:
 	@echo "make quickstart   set up, fetch a small model, train it by asynchronous GRPO; PIPELINE=sft and so on for others"
 	@echo "make test         set up, lint, types, the whole test suite"
-	@echo "make test-long    the tests of random inputs and interleavings, with eighty times as many"
+	@echo "make test-long    the tests of random inputs and interleavings, with eighty times as many, and those marked long"
 	@echo "make check        lint, types, unit tests"
 	@echo "make unit         unit tests"
 	@echo "make bench        the benchmarks"
@@ -63,6 +63,7 @@ test: environment-dev lint
 test-long: environment-dev
 	HYPOTHESIS_PROFILE=thorough $(RUN) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile \
 	    $$(grep -rlE "^(from|import) hypothesis" tests/unit tests/parity)
+	$(RUN) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --long -m long tests
 
 check: environment-dev lint
 	$(call with_types,tests/unit)

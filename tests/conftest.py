@@ -56,6 +56,11 @@ settings.register_profile("thorough", deadline=None, max_examples=2000, suppress
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--long` also runs what is marked `long`."""
+    parser.addoption("--long", action="store_true", help="also run the tests marked `long`")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs before torch looks for them, unless the run asks for the `gpu` marker."""
     selected = config.option.markexpr or ""
@@ -89,8 +94,11 @@ SECONDS = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, and skip `gpu` tests where GPUs are hidden."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest files first; skip `gpu` tests where GPUs are hidden, `long` ones unless they are asked for."""
+    for item in items:
+        if item.get_closest_marker("long") and not config.option.long:
+            item.add_marker(pytest.mark.skip(reason="takes long, and needs --long"))
     items.sort(key=lambda item: -SECONDS.get(item.path.name, 0))
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         for item in items:

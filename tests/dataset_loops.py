@@ -22,7 +22,8 @@ from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.sinks import EventsFile, MetricsFile, Observer
 from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
-from trl_ray.pipelines.run.pipeline import Opening
+from trl_ray.pipelines.run.session import Opening
+from trl_ray.pipelines.run.signals import Stop
 from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
 from trl_ray.pipelines.supervised.dataset_preparation import DatasetInputs, SupervisedPlan
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder
@@ -139,7 +140,7 @@ class Run:
     sets: dict[str, list[Example]] = field(default_factory=dict)
     """Held-out sets with names, instead."""
     mismatched: bool = False
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    stop: Stop = field(default_factory=Stop)
     accounts: Accounts = field(default_factory=Accounts)
     callbacks: list[Any] = field(default_factory=list)
     checkpoint: str | None = None

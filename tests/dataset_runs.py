@@ -14,7 +14,7 @@ from runs import comparable, lines, merge
 from trl_ray.config.load import build
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.pipelines.pipeline_registry import PIPELINES
-from trl_ray.pipelines.run.pipeline import TrainOutput
+from trl_ray.pipelines.run.session import TrainOutput
 
 WORDS = ("one", "two", "three", "four", "five", "six")
 SUPERVISED = ("sft", "dpo", "kto", "cpo", "orpo", "reward", "prm")

@@ -1,16 +1,17 @@
 """Rollout actors on a fake runtime that writes down what happened in order."""
 
+import asyncio
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fakes import FakeHandle, health
+from fakes import FakeHandle, health, until
 from trl_ray.actors.rollout_worker import PullReport
 from trl_ray.config.runs.grpo_config import GRPOConfig
 from trl_ray.pipelines.rollouts.rollout_actors import ActorArguments, RolloutActors
 from trl_ray.pipelines.rollouts.teacher_actors import TeacherArguments
 from trl_ray.runtime.runtime import Role
-from trl_ray.types import ActorReport, WeightCheck, WeightVersion
+from trl_ray.types import ActorReport, EventKind, WeightCheck, WeightVersion
 
 
 def version(number):
@@ -23,6 +24,8 @@ class FakeRuntime:
     def __init__(self):
         self.handles, self.log, self.script, self.given = {}, [], {}, {}
         self.published = 0
+        self.full = set()
+        """Places of workers on a node that is lost."""
 
     async def spawn(self, role, name, cls, /, *, slot=0, **kwargs):
         self.log.append(f"spawn {name}")
@@ -51,6 +54,12 @@ class FakeRuntime:
 
     async def end(self, handle):
         self.log.append(f"end {handle.name}")
+
+    async def has_room(self, role, *, slot=0):
+        return slot not in self.full
+
+    async def renew(self):
+        self.log.append("renew")
 
     def survives(self, role):
         return role in (Role.QUEUE, Role.REWARD, Role.REWARD_MODEL, Role.TEACHER)
@@ -137,6 +146,23 @@ class Stage:
         """What the supervisor does when a probe fails."""
         [watched] = [each for each in self.actors.supervisor.watched if each.handle.name == name]
         await self.actors._on_lost(watched, reason)
+
+    async def pull(self):
+        """What the loop has them do after a step, under watch; until whoever was lost by it is back."""
+        watch = asyncio.create_task(self.actors.supervisor.run())
+        pull = asyncio.create_task(self.actors.pull())
+        try:
+            await until(lambda: (pull.done() and self._is_whole()) or watch.done())
+            for task in (watch, pull):
+                if task.done():
+                    task.result()
+        finally:
+            for task in (watch, pull):
+                task.cancel()
+            await asyncio.gather(watch, pull, return_exceptions=True)
+
+    def _is_whole(self):
+        return len(self.told(EventKind.ACTOR_LOST)) == len(self.told(EventKind.ACTOR_RESTARTED))
 
     def told(self, kind):
         return [(event.actor, dict(event.detail)) for event in self.events if event.kind is kind]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,12 +26,14 @@ from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.rollouts.agreement_check import Evidence
 from trl_ray.pipelines.rollouts.preparation import Preparation
 from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop
-from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder
+from trl_ray.pipelines.run.session import Opening
+from trl_ray.pipelines.run.signals import Stop
 from trl_ray.rewards.scoring import ScoredGroup
 from trl_ray.runtime.local import LocalRuntime
 from trl_ray.runtime.weights import WeightTransport
-from trl_ray.types import ActorReport, Event, Metric, Reduce, RolloutGroup, StepResult, WeightVersion
+from trl_ray.types import ActorReport, Event, Metric, Reduce, StepResult, WeightVersion
+from trl_ray.wire.group_payload import encode_group
 
 
 def config(**changes: Any) -> AsyncGRPOConfig:
@@ -81,10 +83,18 @@ class Actors:
     failed: Mapping[int, list[Event]] = field(default_factory=dict)
     """What the n-th call of `drain` tells."""
     on_step: Callable[[int], None] = lambda step: None
+    restarts: int = 0
+    poll_s: float = 0.0
+    """What each call of the queue takes."""
+    asked: int = 0
+    """Calls of the queue; it is never idle."""
     delivers: bool = True
     """Whether the workers finish any group."""
     pull_fails: Exception | None = None
     may_pull: asyncio.Event = field(default_factory=asyncio.Event)
+    may_save: asyncio.Event = field(default_factory=asyncio.Event)
+    on_evaluate: Callable[[], Any] = lambda: asyncio.sleep(0)
+    """Is waited for before held-out prompts are answered."""
     supervisor: Watch = field(default_factory=Watch)
     files: dict[int, Mapping[str, bytes]] = field(default_factory=dict)
     averages: bool = False
@@ -101,6 +111,7 @@ class Actors:
 
     def __post_init__(self) -> None:
         self.may_pull.set()
+        self.may_save.set()
         self.weights = WeightTransport(weight_check_ids=np.arange(3), weight_check_every=1, deadline_s=60)
         self.teachers = SimpleNamespace(save=self._save_average, checkpoint=None)
 
@@ -116,14 +127,19 @@ class Actors:
     def working(self) -> tuple[Any, ...]:
         async def call(method: str, share: Any, **kwargs: Any) -> list[EvaluatedPrompt]:
             self.log.append(f"{method} by version {self.step}")
+            await self.on_evaluate()
             scored = ScoredGroup(rewards=(reward(1.0),))
             return [EvaluatedPrompt(prompt=each, completions=(completion(),), scored=scored) for each in share]
 
         return (SimpleNamespace(call=call),)
 
+    async def ask_worker(self, handle: Any, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
+        return await handle.call(method, *args, **kwargs)
+
     async def ask_queue(self, method: str, **kwargs: Any) -> Any:
-        await asyncio.sleep(0)
-        while method == "take" and self.delivers and self.admitted < 2 * kwargs["step"]:
+        self.asked += 1
+        await asyncio.sleep(self.poll_s)
+        while method == "take_stored" and self.delivers and self.admitted < 2 * kwargs["step"]:
             await asyncio.sleep(0)
         return getattr(self, f"_{method}", lambda **given: self.log.append(f"{method} {given.get('step', '')}"))(
             **kwargs
@@ -167,10 +183,9 @@ class Actors:
         self.admitted += len(prompts)
         self.log.append(f"admit {len(prompts)} at version {version}")
 
-    def _take(self, *, n: int, step: int, wait_s: float) -> list[RolloutGroup]:
-        return (
-            [] if not self.delivers else [group(number, version=step - 1) for number in range(n * (step - 1), n * step)]
-        )
+    def _take_stored(self, *, n: int, step: int, wait_s: float) -> list[bytes]:
+        numbers = range(n * (step - 1), n * step) if self.delivers else ()
+        return [encode_group(group(number, version=step - 1)) for number in numbers]
 
     def _trained(self, *, step: int) -> None:
         self.step = step
@@ -184,13 +199,14 @@ class Actors:
         return 4
 
     def _health(self) -> Any:
-        return health()
+        return replace(health(), progress=self.asked)
 
     def _describe_wait(self, *, n: int) -> str:
         return "rollout-0"
 
     async def _ask_learner(self, method: str, *args: Any, **kwargs: Any) -> Any:
         if method == "save":
+            await self.may_save.wait()
             self.files[kwargs["step"]], self.adopted[kwargs["step"]] = kwargs["extra"], kwargs["adopt"]
             self.log.append(f"save {kwargs['step']}")
             Path(*args, f"step-{kwargs['step']}").mkdir()
@@ -212,7 +228,7 @@ class RolloutRun:
         self, path: Path, *, total: int = 4, callbacks: tuple[Any, ...] = (), left_out: int = 0, **changes: Any
     ) -> None:
         self._left_out = left_out
-        self.path, self.log, self.stop = path / "run", list[str](), asyncio.Event()
+        self.path, self.log, self.stop = path / "run", list[str](), Stop()
         self.actors = Actors(self.log)
         self.diary = Diary(book=self.log)
         self._config, self._total = config(**changes), total

@@ -15,6 +15,8 @@ from trl_ray.types import (
     ScoredGroup,
     WeightVersion,
 )
+from trl_ray.wire.group_payload import decode_group
+from trl_ray.wire.worker_news import GroupFailed, GroupGenerated, finished_group
 
 G = 2
 
@@ -75,13 +77,28 @@ class FakeQueue(FakeHandle):
     def __init__(self, *tickets):
         super().__init__(name="queue")
         self.waiting = list(tickets)
-        self.answers = {"lease": self.lease}
+        self.answers = {"lease": self.lease, "report": self.report}
 
     async def lease(self, *, worker, capacity, holding, wait_s):
         if not self.waiting:
             await asyncio.sleep(0.01)
         taken, self.waiting = self.waiting[:capacity], self.waiting[capacity:]
         return taken
+
+    async def report(self, *, news):
+        """Each piece of news as a call of its own: ``generated``, ``commit`` (the group that was sent), ``fail``."""
+        return [await self.tell(each) for each in news]
+
+    async def tell(self, news):
+        key = {"group_id": news.group_id, "attempt": news.attempt}
+        if isinstance(news, GroupGenerated):
+            return await self.call("generated", deadline_s=1, **key)
+        if isinstance(news, GroupFailed):
+            told = {"detail": news.detail, "exhausted": news.exhausted} | ({"drop": news.drop} if news.drop else {})
+            return await self.call("fail", deadline_s=1, **key, **told)
+        group = decode_group(news.payload)
+        assert news == finished_group(group)
+        return await self.call("commit", deadline_s=1, group=group)
 
 
 class Letters:
@@ -150,7 +167,7 @@ class Stage:
 
     def ledger_calls(self):
         """Calls that change the ledger."""
-        return [call.method for call in self.queue.calls if call.method != "lease"]
+        return [call.method for call in self.queue.calls if call.method not in ("lease", "report")]
 
 
 def evaluated(stage, *prompts):

@@ -16,6 +16,7 @@ from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig
 from trl_ray.config.runs.sdpo_config import SDPOConfig
 from warm_processes import warm_python
 
+ROOT = Path(__file__).parents[1]
 REWARDS = Path(__file__).parent / "rewards_for_tests.py"
 PROMPTS = [{"prompt": f"count to {number}: "} for number in range(1, 25)]
 

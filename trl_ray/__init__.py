@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from trl_ray.pipelines.rloo import RLOOPipeline
     from trl_ray.pipelines.rollouts.objective import Objective
     from trl_ray.pipelines.rollouts.rollout_pipeline import RolloutPipeline
-    from trl_ray.pipelines.run.pipeline import TrainOutput
+    from trl_ray.pipelines.run.session import TrainOutput
     from trl_ray.pipelines.sdpo import SDPOPipeline
     from trl_ray.pipelines.sft import SFTPipeline
 
@@ -101,7 +101,7 @@ _HOMES = {
     "pipelines.rloo": ("RLOOPipeline",),
     "pipelines.rollouts.objective": ("Objective",),
     "pipelines.rollouts.rollout_pipeline": ("RolloutPipeline",),
-    "pipelines.run.pipeline": ("TrainOutput",),
+    "pipelines.run.session": ("TrainOutput",),
     "pipelines.sdpo": ("SDPOPipeline",),
     "pipelines.sft": ("SFTPipeline",),
 }

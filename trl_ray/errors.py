@@ -8,7 +8,9 @@
     │   └── ResourceError     the plan needs what the machine or cluster lacks
     ├── RunError          the run failed after it had started              -> exit code 3
     │   ├── ActorLostError    an actor died; whether its last call ran is unknown
-    │   │   └── LearnerLostError  the learner did; it restarts from the last checkpoint
+    │   │   ├── LearnerLostError  the learner did; it restarts from the last checkpoint
+    │   │   └── AnswerLostError   what an actor had left in the object store is gone
+    │   ├── ClusterLostError  Ray's head, or Ray on the driver's node, is gone
     │   ├── DeadlineError     an actor or a wait did not answer within its deadline
     │   ├── StallError        work remains, yet nothing has moved
     │   ├── EngineError       an inference engine failed, hung, or holds wrong weights
@@ -61,6 +63,14 @@ class ActorLostError(RunError):
 
 class LearnerLostError(ActorLostError):
     """The learner died or hung. It restarts as a whole, from the last checkpoint."""
+
+
+class AnswerLostError(ActorLostError):
+    """What an actor had left in the object store is gone, with the node that held it."""
+
+
+class ClusterLostError(RunError):
+    """Ray's head, or Ray on the driver's node, is gone, and every actor with it."""
 
 
 class DeadlineError(RunError, TimeoutError):

@@ -88,6 +88,56 @@ def test_logprobs_are_renormalised_after_filters(engine):
     assert completion.logprobs.tolist() == [0.0] * 24
 
 
+RESHAPED = {
+    "top-p": {"top_p": 0.7},
+    "top-k": {"top_k": 5},
+    "min-p": {"min_p": 0.2},
+    "all-at-a-temperature": {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "min_p": 0.02},
+    "penalty": {"repetition_penalty": 1.5},
+    "presence": {"fields": {"presence_penalty": 2.0, "frequency_penalty": 0.5}},
+    "bias": {"temperature": 0.6, "fields": {"logit_bias": {70: 4.0}}},
+    "allowed": {"fields": {"allowed_token_ids": list(range(65, 91))}},
+    "banned": {"fields": {"bad_words": ["e"]}},
+}
+
+
+@pytest.mark.parametrize("reshaping", RESHAPED.values(), ids=RESHAPED)
+def test_logprobs_are_the_policys_whatever_reshapes_sampling(engine, reshaping):
+    [completions] = run(engine, request_of(n=4, seed=4, policy_logprobs=True, **reshaping))
+    temperature = reshaping.get("temperature", 1.0)
+    for completion in completions:
+        expected = reference(OLD, PROMPT, completion.token_ids, temperature=temperature)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=5e-5)
+        assert np.abs(completion.logprobs - expected).mean() < 1e-5
+
+
+def test_logprobs_are_the_policys_where_a_grammar_masks_tokens(engine):
+    if not is_vllm(engine):
+        pytest.skip("the transformers engine has no grammars")
+    [completions] = run(
+        engine, request_of(n=4, policy_logprobs=True, fields={"structured_outputs": {"regex": "[ab]{8}"}})
+    )
+    for completion in completions:
+        assert set(completion.text) <= {"a", "b"}
+        np.testing.assert_allclose(completion.logprobs, reference(OLD, PROMPT, completion.token_ids), atol=5e-5)
+
+
+def test_neighbours_may_want_other_logprobs(engine):
+    plain = request_of(n=2, seed=6, temperature=0.8, name="plain")
+    filtered = request_of(n=2, seed=7, temperature=0.8, top_k=1, name="filtered")
+    asked = dataclasses.replace(filtered, sampling=dataclasses.replace(filtered.sampling, policy_logprobs=True))
+    [alone] = run(engine, plain)
+    [among, renormalised, of_policy] = run(engine, plain, filtered, asked)
+    for one, other in zip(alone, among, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=5e-5)
+    assert same(renormalised, of_policy)
+    assert not any(completion.logprobs.any() for completion in renormalised)
+    for completion in of_policy:
+        expected = reference(OLD, PROMPT, completion.token_ids, temperature=0.8)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=5e-5)
+
+
 def test_samples_of_a_group_differ_and_a_seed_reproduces_them(engine):
     [first] = run(engine, request_of(n=8, seed=5))
     [again] = run(engine, request_of(n=8, seed=5))

@@ -1,9 +1,11 @@
 """Faults that make sampler and learner two policies, planted one by one: each is told in words of its own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from runs import PROMPTS, async_grpo, events, grpo, lines
+from runs import PROMPTS, async_grpo, distill, events, grpo, lines, sdpo
 from tiny_architectures import build_tiny_architecture
 from tiny_models import build_tiny_model
 from trl_ray.engines import sampling
@@ -11,7 +13,10 @@ from trl_ray.engines.transformers import TransformersBackend
 from trl_ray.errors import AgreementError, RunError, WeightError
 from trl_ray.models.scoring.scoring_module import ScoringModule
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
+from trl_ray.pipelines.distill import DistillPipeline
 from trl_ray.pipelines.grpo import GRPOPipeline
+from trl_ray.pipelines.rollouts.agreement_check import AgreementCheck
+from trl_ray.pipelines.sdpo import SDPOPipeline
 
 pytestmark = pytest.mark.integration
 
@@ -160,7 +165,77 @@ def test_sampling_that_is_reshaped_behind_the_runs_back(model, tmp_path, monkeyp
         train(model, tmp_path / "run")
 
 
-def test_sampling_that_the_run_asked_to_reshape_is_told_and_goes_on(model, tmp_path):
-    train(model, tmp_path / "run", top_k=5)
-    told = [event["detail"]["detail"] for event in events(tmp_path / "run", "warning") if "cause" in event["detail"]]
-    assert len(told) == 1 and "top_k=5" in told[0]
+def learn(model, run, **changes):
+    """A distillation in which the policy's own files teach it."""
+    return distill(model, model, run, **changes)
+
+
+def plant_late_sampling(monkeypatch, **changes):
+    """Have the engine sample otherwise than asked once it has pulled version 2, in a run that sees no fresh tokens."""
+    monkeypatch.setattr(AgreementCheck, "_judge_sampled", lambda self, values, evidence: iter(()))
+    original = TransformersBackend.add
+
+    def add(self, key, request):
+        sampling = replace(request.sampling, **changes) if self._version >= 2 else request.sampling
+        original(self, key, replace(request, sampling=sampling))
+
+    monkeypatch.setattr(TransformersBackend, "add", add)
+
+
+@pytest.mark.parametrize(
+    ("changes", "temperature", "words"),
+    [
+        ({"top_p": 0.7}, 1.0, "tokens were left out"),
+        ({"min_p": 0.2}, 0.8, "tokens were left out"),
+        ({"temperature": 1.3}, 1.0, "sampling was reshaped: what was sampled came from another distribution"),
+        ({"repetition_penalty": 1.5}, 1.0, "sampling was reshaped"),
+    ],
+    ids=["top-p", "min-p", "temperature", "penalty"],
+)
+def test_sampling_that_is_reshaped_late_in_a_run_is_told_without_fresh_tokens(
+    model, tmp_path, monkeypatch, changes, temperature, words
+):
+    plant_late_sampling(monkeypatch, **changes)
+    options = {"max_staleness": 1, "max_steps": 9, "temperature": temperature}
+    with pytest.raises(AgreementError, match=rf"an engine must say of tokens what it said.*{words}.*cause: sampling"):
+        train(model, tmp_path / "run", asynchronous=True, **options)
+
+
+def test_sampling_that_is_reshaped_late_in_a_run_in_bfloat16_is_told_and_goes_on(model, tmp_path, monkeypatch):
+    plant_late_sampling(monkeypatch, top_p=0.7)
+    options = {"max_staleness": 1, "max_steps": 9, "dtype": "bfloat16"}
+    train(model, tmp_path / "run", asynchronous=True, **options)
+    told = [event["detail"] for event in events(tmp_path / "run", "warning")]
+    assert "sampling" in [detail.get("cause") for detail in told]
+
+
+TRUNCATED = {"top_p": 0.7, "top_k": 20, "min_p": 0.02, "temperature": 0.8}
+PIPELINES = {grpo: GRPOPipeline, async_grpo: AsyncGRPOPipeline, sdpo: SDPOPipeline, learn: DistillPipeline}
+ASKED = {
+    "grpo": (grpo, {}),
+    "sampler's": (grpo, {"old_logprobs": "sampler"}),
+    "product": (grpo, {"old_logprobs": "sampler", "importance_sampling_level": "sequence_product"}),
+    "sequence-mask": (grpo, {"vllm_importance_sampling_mode": "sequence_mask", "chunk_lm_head_size": 64}),
+    "penalties": (grpo, {"repetition_penalty": 1.3, "min_tokens": 4, "generation_kwargs": {"bad_words": ["e"]}}),
+    "packed": (grpo, {"share_prompt": "always", "generation_kwargs": {"typical_p": 0.9}}),
+    "async": (async_grpo, {}),
+    "sdpo": (sdpo, {"max_staleness": 1}),
+    "distill": (learn, {"loss_support": "sampled"}),
+}
+
+
+@pytest.mark.parametrize(("make", "changes"), ASKED.values(), ids=ASKED)
+def test_sampling_that_the_run_asked_to_reshape_leaves_ratios_at_one(model, tmp_path, make, changes):
+    options = {"max_steps": 2, "runtime": {"max_restarts": 0}, **TRUNCATED, **changes}
+    PIPELINES[make](args=make(model, tmp_path / "run", **options), train_dataset=PROMPTS).train()
+    [first, _] = lines(tmp_path / "run" / "metrics.jsonl")
+    assert first["agreement/age_0/abs_diff"] < 1e-5
+    assert first.get("kl/sampler", 0.0) < 1e-9
+    # The mean ratio of SDPO is that of the distilled tokens; distillation here has neither.
+    ratio = first.get("importance/mean", first.get("self_distillation/is_ratio", 1.0 if make is learn else None))
+    assert ratio == pytest.approx(1.0, abs=1e-5)
+    assert first.get("importance/max", 1.0) == pytest.approx(1.0, abs=1e-3)
+    assert first.get("clip/low", 0.0) == first.get("clip/high", 0.0) == 0.0
+    warnings = [event["detail"] for event in events(tmp_path / "run", "warning")]
+    assert not [detail for detail in warnings if "cause" in detail]
+    assert any("top_p=0.7" in detail["detail"] for detail in warnings)

@@ -25,7 +25,7 @@ from tiny_models import build_tiny_model
 from trl_ray.config.load import load_config
 from trl_ray.errors import ConfigError, DataError
 from trl_ray.pipelines.pipeline_registry import PIPELINES
-from trl_ray.pipelines.run.pipeline import TrainOutput
+from trl_ray.pipelines.run.session import TrainOutput
 
 pytestmark = pytest.mark.integration
 STEPS = 8

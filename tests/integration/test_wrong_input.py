@@ -144,9 +144,9 @@ CASES = [
         says=["vllm_importance_sampling_mode", "old_logprobs"],
     ),
     Case(
-        name="a sequence's ratio of a truncated sampler",
-        changes={"top_p": 0.9, "vllm_importance_sampling_mode": "sequence_mask"},
-        says=["top_p", "sequence_mask"],
+        name="log-probs without the temperature",
+        changes={"rollout": {"engine": "vllm", "engine_kwargs": {"logprobs_mode": "raw_logprobs"}}},
+        says=["logprobs_mode", "processed_logprobs"],
     ),
     Case(
         name="two heads",

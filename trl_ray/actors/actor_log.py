@@ -5,16 +5,16 @@ actor -> event, span -> ActorLog -> drain -> ActorReport -> driver -> events.jso
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from trl_ray.types import ActorReport, Event, EventKind, Span
+from trl_ray.types.clock import steady_time
 
 
 class ActorLog:
     """Events and spans of one actor since it was last asked, oldest first."""
 
-    def __init__(self, actor: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, actor: str, clock: Callable[[], float] = steady_time) -> None:
         """Start empty.
 
         Args:

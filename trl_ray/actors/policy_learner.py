@@ -80,6 +80,7 @@ from trl_ray.types import (
     WeightPayload,
     WeightVersion,
 )
+from trl_ray.types.clock import steady_time
 
 
 class PolicyLearner:
@@ -585,7 +586,7 @@ class PolicyLearner:
 
     @contextmanager
     def _busy(self, name: str) -> Iterator[None]:
-        self._busy_since = start = time.time()
+        self._busy_since = start = steady_time()
         try:
             yield
         finally:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from trl_ray.types import (
     RewardFailure,
     ScoredGroup,
 )
+from trl_ray.types.clock import steady_time
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -170,7 +170,7 @@ class RewardModelWorker:
         while self._waiting and not self._is_broken():
             many = len(self._waiting) if self._join_groups else 1
             groups, self._waiting = self._waiting[:many], self._waiting[many:]
-            self._busy_since = begin = time.time()
+            self._busy_since = begin = steady_time()
             await self._rate(groups)
             self._busy_since = None
             self._log.span("score", begin)

@@ -1,20 +1,22 @@
 """Scores groups in a sandbox, has reward models score them too, and answers probes meanwhile.
 
-    score(prompt, completions) -┬-> Sandbox: its turn, then a child process ---------┬-> joined --> ScoredGroup
-                                |   isolation=inline: in the caller's own event loop |
-                                └-> the copy of each reward model with least to do --┘
+    score(prompt, completions) -┬-> Sandbox of the user's functions: one process ----------┬-> joined --> ScoredGroup
+                                |   isolation=inline: in the caller's own event loop       |
+                                ├-> Sandbox of what evaluates answers: a process per group |
+                                └-> the copy of each reward model with least to do --------┘
 
-It never retries: a failed group is the ledger's business.
+What evaluates answers never shares a process with the user's functions, nor with this worker. It never retries: a
+failed group is the ledger's business.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import os
-import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trl_ray.actors.actor_log import ActorLog
@@ -22,8 +24,9 @@ from trl_ray.actors.calling import Patience
 from trl_ray.actors.pending_scores import PendingScores, ask_for_scores
 from trl_ray.config.sections import Isolation
 from trl_ray.errors import ActorLostError, DeadlineError
-from trl_ray.rewards.reward_registry import RewardSpec, load_function
+from trl_ray.rewards.reward_registry import RewardSpec, Scorer, load_function
 from trl_ray.rewards.sandbox import Sandbox
+from trl_ray.rewards.sandbox_messages import Lifetime
 from trl_ray.rewards.scoring import GroupInput, RawTexts, TrainingCourse, join_scores, score_group, weighted
 from trl_ray.types import (
     ActorReport,
@@ -36,6 +39,7 @@ from trl_ray.types import (
     RewardFailure,
     ScoredGroup,
 )
+from trl_ray.types.clock import steady_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,22 @@ class ScoringModel:
     """Its copies."""
     deadline_s: float
     """For a copy that answers nothing, as one that is being restarted; not for waiting behind other groups."""
+
+
+def homes_of(functions: Sequence[RewardSpec], isolation: Isolation) -> dict[Lifetime | None, tuple[RewardSpec, ...]]:
+    """Where each function runs; None is the worker's own process."""
+    users = {Isolation.INLINE: None, Isolation.PROCESS: Lifetime.RUN, Isolation.SANDBOX: Lifetime.GROUP}[isolation]
+    kinds = {spec.scorer for spec in functions}
+    homes: dict[Scorer, Lifetime | None] = {Scorer.EVALUATOR: Lifetime.GROUP, Scorer.USERS: users}
+    # Rules cost nothing where others run already.
+    alone = None if isolation is Isolation.INLINE else Lifetime.RUN_WALLED
+    company = [homes[kind] for kind in (Scorer.EVALUATOR, Scorer.USERS) if kind in kinds]
+    homes[Scorer.RULE] = company[0] if company else alone
+    found: dict[Lifetime | None, tuple[RewardSpec, ...]] = {}
+    for spec in functions:
+        home = homes[spec.scorer]
+        found[home] = (*found.get(home, ()), spec)
+    return found
 
 
 class RewardWorker:
@@ -80,16 +100,30 @@ class RewardWorker:
         self._calls = itertools.count()
         self._pending = PendingScores()
         self._log = ActorLog(name)
-        self._inline = isolation is Isolation.INLINE
-        self._sandbox = Sandbox(
-            functions=functions, weights=weights, timeout_s=timeout_s, may_abstain=bool(self._models)
+        homes = homes_of(self._functions, isolation)
+        self._may_abstain = bool(self._models) or len(homes) > 1
+        inline = homes.pop(None, ())
+        self._loaded = weighted(
+            [spec.name for spec in inline],
+            [load_function(spec) for spec in inline],
+            [self._weights[spec.name] for spec in inline],
         )
-        if self._inline:
-            loaded = [load_function(spec) for spec in self._functions]
-            self._loaded = weighted(names, loaded, weights)
-        elif self._functions:
+        self._told: set[Lifetime] = set()
+        self._sandboxes = [
+            Sandbox(
+                functions=specs,
+                weights=[self._weights[spec.name] for spec in specs],
+                timeout_s=timeout_s,
+                may_abstain=self._may_abstain,
+                lifetime=lifetime,
+                on_ready=functools.partial(self._tell_walls, lifetime, [spec.name for spec in specs]),
+            )
+            for lifetime, specs in homes.items()
+            if lifetime is not None
+        ]
+        for sandbox in self._sandboxes:
             # The first group finds the child up; should it fail, that group says why.
-            self._sandbox.begin()
+            sandbox.begin()
 
     async def score(
         self,
@@ -115,13 +149,16 @@ class RewardWorker:
     async def _score(
         self, group_prompt: Prompt, completions: Sequence[Completion], raw: RawTexts | None
     ) -> ScoredGroup:
-        start = time.time()
+        start = steady_time()
         rated = asyncio.gather(*(model.score(group_prompt, completions) for model in self._models))
-        scores = []
+        scores: list[ScoredGroup] = []
         if self._functions:
             group = GroupInput.of(group_prompt, completions, raw=raw, course=self._course)
-            start, by_functions = await self._score_by_functions(group, len(completions))
-            scores.append(by_functions)
+            turns = [self._score_in(sandbox, group, len(completions)) for sandbox in self._sandboxes]
+            turns += [self._score_inline(group)] if self._loaded else []
+            began = await asyncio.gather(*turns)
+            start = min(time for time, _ in began)
+            scores = [by_functions for _, by_functions in began]
         scored = join_scores([*scores, *await rated], weights=self._weights)
         self._log.span("score", start)
         self._progress += 1
@@ -138,30 +175,37 @@ class RewardWorker:
         return self._log.drain()
 
     def close(self) -> None:
-        """Kill the sandbox; groups under way or queued are answered with CRASH. May be called twice."""
-        self._sandbox.close()
+        """Kill the sandboxes; groups under way or queued are answered with CRASH. May be called twice."""
+        for sandbox in self._sandboxes:
+            sandbox.close()
 
-    async def _score_by_functions(self, group: GroupInput, size: int) -> tuple[float, ScoredGroup]:
+    def _tell_walls(self, lifetime: Lifetime, names: Sequence[str], missing: Mapping[str, str]) -> None:
+        """Say once what should stand around the functions of a sandbox, and this machine does not allow."""
+        if missing and lifetime not in self._told:
+            self._told.add(lifetime)
+            what = "; ".join(f"{wall}: {reason}" for wall, reason in missing.items())
+            detail = f"{', '.join(names)} must run out of reach of this machine, which does not allow it ({what})."
+            self._log.event(EventKind.WARNING, detail=f"{detail} See SECURITY.md.")
+
+    async def _score_in(self, sandbox: Sandbox, group: GroupInput, size: int) -> tuple[float, ScoredGroup]:
         """When the group's turn came, and what the functions say."""
-        if self._inline:
-            return time.time(), await self._score_inline(group)
         call = next(self._calls)
 
         def on_start() -> None:
-            self._busy[call] = time.time()
+            self._busy[call] = steady_time()
 
-        future = self._sandbox.submit(group, size=size, on_start=on_start)
+        future = sandbox.submit(group, size=size, on_start=on_start)
         try:
             scored = await asyncio.wrap_future(future)
         finally:
-            began = self._busy.pop(call, time.time())
+            began = self._busy.pop(call, steady_time())
         return began, scored
 
-    async def _score_inline(self, group: GroupInput) -> ScoredGroup:
+    async def _score_inline(self, group: GroupInput) -> tuple[float, ScoredGroup]:
         call = next(self._calls)
-        self._busy[call] = time.time()
+        began = self._busy[call] = steady_time()
         try:
-            return await score_group(self._loaded, group, may_abstain=bool(self._models))
+            return began, await score_group(self._loaded, group, may_abstain=self._may_abstain)
         finally:
             del self._busy[call]
 

@@ -3,8 +3,9 @@
     prompts -> admit -> lease -> [rollout worker] -> commit -> take -> [learner] -> trained -> release -> slots free
 
 `wait_for_slots`, `lease` and `take` are long-polls: they answer as soon as there is something, at the latest
-after their deadline, then with nothing. Every other call answers at once. All state lies in the journal, so the
-process may be killed at any time; a restart finds leases, finished groups and steps as they were.
+after their deadline, then with nothing. `trained` and `skip` wait for the disk, beside everything else. Every other
+call answers at once. All state lies in the journal, so the process may be killed at any time; a restart finds leases,
+finished groups and steps as they were. The journal is compacted on a thread, while calls go on.
 """
 
 from __future__ import annotations
@@ -15,24 +16,27 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from trl_ray.actors.actor_log import ActorLog
 from trl_ray.algorithms.policy.advantages import clip_reward
 from trl_ray.buffer.durable import DurableLedger
 from trl_ray.buffer.entry import BufferRules, Change, ChangeKind, LedgerSnapshot, Outcome, WaitingGroup
 from trl_ray.buffer.journal import lock_path
+from trl_ray.buffer.news import News, NewsKind
+from trl_ray.errors import JournalError
 from trl_ray.types import (
     ActorReport,
     DropReason,
     EventKind,
-    FinishReason,
     GroupTicket,
     Health,
     Prompt,
     RolloutGroup,
 )
-from trl_ray.wire.group_payload import decode_group, decode_prompt, encode_group, encode_prompt
+from trl_ray.types.clock import steady_time
+from trl_ray.wire.group_payload import decode_group, decode_prompt, encode_prompt
+from trl_ray.wire.worker_news import GroupFailed, GroupFinished, GroupGenerated, WorkerNews, finished_group
 
 T = TypeVar("T")
 
@@ -48,7 +52,7 @@ class RolloutQueue:
         queue = RolloutQueue(journal_path=..., groups_per_step=8, max_staleness=2, ..., incarnation="job-1")
         await queue.admit(prompts=prompts, version=0)                       # the prompt source
         tickets = await queue.lease(worker="rollout-0", capacity=4, wait_s=10)   # a worker
-        await queue.commit(group=group)
+        await queue.report(news=[finished_group(group), ...])
         groups = await queue.take(n=8, step=1, wait_s=60)               # the pipeline
         await queue.trained(step=1); await queue.release(step=1, wait_s=0.1, step_s=2.0)
 
@@ -73,7 +77,7 @@ class RolloutQueue:
         resume_from_step: int | None = None,
         resume_version: int | None = None,
         name: str = "rollout_queue",
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = steady_time,
     ) -> None:
         """Rebuild from the journal, or begin one.
 
@@ -117,7 +121,7 @@ class RolloutQueue:
         self._clip_range, self._max_resampled = reward_clip_range, max_resampled_groups
         self._clock = clock
         self._log = ActorLog(name, clock)
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: dict[asyncio.Future[None], None] = {}  # in order: who has waited longest is woken first
         # A long-poll outlives the worker that sent it, and must not lease to the dead. Names are never used again.
         self._lost_workers: set[str] = set()
         self._progress = 0
@@ -127,6 +131,7 @@ class RolloutQueue:
         self._resampled: Counter[DropReason] = Counter()
         """Groups with nothing to learn since a step was finished, by reason."""
         self._closed = False
+        self._compacting: asyncio.Task[None] | None = None
         _wait_for_lock(journal_path)
         self._store = DurableLedger(
             path=journal_path,
@@ -216,39 +221,62 @@ class RolloutQueue:
         """Extend the worker's leases on these (group_id, attempt); how many still stand."""
         return self._store.renew(worker=worker, keys=keys, now=self._clock())
 
+    async def report(self, *, news: Sequence[WorkerNews]) -> list[Outcome]:
+        """Take in what workers tell of their attempts, in this order; what became of each.
+
+        A finished group becomes ready, or is dropped when there is nothing to learn from it.
+        """
+        outcomes = self._store.report(news=[self._news_of(each) for each in news], now=self._clock())
+        for each, outcome in zip(news, outcomes, strict=True):
+            self._heed(each, outcome)
+        return self._done(outcomes)
+
+    def _news_of(self, told: WorkerNews) -> News:
+        key: dict[str, Any] = {"group_id": told.group_id, "attempt": told.attempt}
+        if isinstance(told, GroupGenerated):
+            return News(kind=NewsKind.GENERATED, **key)
+        if isinstance(told, GroupFailed):
+            if told.drop is None:
+                return News(kind=NewsKind.FAILED, **key, because=told.detail, reason=told.exhausted)
+            return News(kind=NewsKind.DROPPED, **key, because=told.detail, reason=told.drop)
+        reason = self._nothing_to_learn(told)
+        if reason is not None:
+            because = f"worker {told.worker} committed it"
+            return News(kind=NewsKind.DROPPED, **key, because=because, reason=reason)
+        return News(
+            kind=NewsKind.COMMITTED,
+            **key,
+            min_version=told.min_version,
+            max_version=told.max_version,
+            payload=told.payload,
+        )
+
+    def _heed(self, told: WorkerNews, outcome: Outcome) -> None:
+        if isinstance(told, GroupFinished) and outcome is Outcome.APPLIED:
+            self._in_a_row.clear()  # rewards and teachers do work
+        if isinstance(told, GroupFailed):
+            # The learner, who may be waiting for groups, decides whether there were too many.
+            self._scorers_failed += bool({told.drop, told.exhausted} & _FAILURES)
+            if outcome is Outcome.APPLIED and DropReason.TEACHER_FAILED in (told.drop, told.exhausted):
+                key = {"group_id": told.group_id, "attempt": told.attempt}
+                self._log.event(EventKind.TEACHER_FAILED, **key, detail=told.detail)
+
     async def generated(self, *, group_id: int, attempt: int) -> Outcome:
         """All completions of the attempt exist; its rewards are outstanding."""
-        return self._done(self._store.generated(group_id=group_id, attempt=attempt, now=self._clock()))
+        return (await self.report(news=[GroupGenerated(group_id=group_id, attempt=attempt)]))[0]
 
     async def commit(self, *, group: RolloutGroup) -> Outcome:
-        """The group is finished: it becomes ready, or is dropped when there is nothing to learn from it.
+        """The group is finished: see `report`.
 
         Raises:
             DataError: the group contradicts itself or cannot be stored; its state is unchanged.
         """
-        payload = encode_group(group)
-        group_id, attempt, now = group.ticket.group_id, group.ticket.attempt, self._clock()
-        reason = self._nothing_to_learn(group)
-        if reason is not None:
-            because = f"worker {group.worker} committed it"
-            outcome = self._store.drop(group_id=group_id, attempt=attempt, reason=reason, because=because, now=now)
-        else:
-            outcome = self._store.commit(
-                group_id=group_id,
-                attempt=attempt,
-                min_version=group.min_version,
-                max_version=group.max_version,
-                payload=payload,
-                now=now,
-            )
-        if outcome is Outcome.APPLIED:
-            self._in_a_row.clear()  # rewards and teachers do work
-        return self._done(outcome)
+        return (await self.report(news=[finished_group(group)]))[0]
 
-    def _nothing_to_learn(self, group: RolloutGroup) -> DropReason | None:
-        if self._mask_truncated and all(c.finish_reason is not FinishReason.STOP for c in group.completions):
+    def _nothing_to_learn(self, group: GroupFinished) -> DropReason | None:
+        if self._mask_truncated and group.all_cut_off:
             return DropReason.TRUNCATED
-        totals = {clip_reward(r.total, self._clip_range) for r in group.rewards if r.total is not None}
+        totals = {clip_reward(total, self._clip_range) for total in group.totals}
         if self._drop_zero_variance and len(totals) <= 1:
             return DropReason.ZERO_VARIANCE
         return None
@@ -262,26 +290,9 @@ class RolloutQueue:
         drop: DropReason | None = None,
         exhausted: DropReason = DropReason.RETRIES_EXHAUSTED,
     ) -> Outcome:
-        """The attempt failed: issue it again, or drop it.
-
-        Args:
-            group_id: the group.
-            attempt: the attempt that failed.
-            detail: what happened, for the event log.
-            drop: drop the group now, for this reason; None tries again up to `max_attempts`.
-            exhausted: the reason recorded when that was the last attempt. That of a failed teacher makes an event of
-                every failed attempt: the teacher is one of many, and does not know of the group.
-        """
-        now = self._clock()
-        if drop is None:
-            outcome = self._store.fail(group_id=group_id, attempt=attempt, because=detail, exhausted=exhausted, now=now)
-        else:
-            outcome = self._store.drop(group_id=group_id, attempt=attempt, reason=drop, because=detail, now=now)
-        # The learner, who may be waiting for groups, decides whether there were too many.
-        self._scorers_failed += bool({drop, exhausted} & _FAILURES)
-        if outcome is Outcome.APPLIED and DropReason.TEACHER_FAILED in (drop, exhausted):
-            self._log.event(EventKind.TEACHER_FAILED, group_id=group_id, attempt=attempt, detail=detail)
-        return self._done(outcome)
+        """The attempt failed: issue it again, or drop it; see `GroupFailed`."""
+        key: dict[str, Any] = {"group_id": group_id, "attempt": attempt}
+        return (await self.report(news=[GroupFailed(**key, detail=detail, drop=drop, exhausted=exhausted)]))[0]
 
     async def lose_worker(self, *, worker: str) -> list[int]:
         """The worker is gone: issue what it held again (or drop it after `max_attempts`); the groups' ids."""
@@ -295,9 +306,14 @@ class RolloutQueue:
     # ---- the learner's side ------------------------------------------------------------------------------
 
     async def take(self, *, n: int, step: int, wait_s: float) -> list[RolloutGroup]:
-        """The `n` groups of `step`, by ascending group id; [] when the deadline passed before they were ready, or when
-        rewards or teacher of a group failed meanwhile, or too many had nothing to learn, so that the caller may look
-        into it.
+        """See `take_stored`."""
+        return [decode_group(payload) for payload in await self.take_stored(n=n, step=step, wait_s=wait_s)]
+
+    async def take_stored(self, *, n: int, step: int, wait_s: float) -> list[bytes]:
+        """The `n` groups of `step` as `encode_group` made them, by ascending group id.
+
+        [] when the deadline passed before they were ready, or when rewards or teacher of a group failed meanwhile, or
+        too many had nothing to learn, so that the caller may look into it.
 
         Asking again for the same step answers the same groups.
 
@@ -318,17 +334,31 @@ class RolloutQueue:
         )
         if taken:
             self._done(None)
-        return [decode_group(self._store.payload(group_id)) for group_id in taken]
+        return [self._store.payload(group_id) for group_id in taken]
 
     async def trained(self, *, step: int) -> Outcome:
         """The learner has finished `step`; the slots of its groups stay charged."""
         self._resampled.clear()
-        return self._done(self._store.trained(step=step, now=self._clock()))
+        outcome = self._done(self._store.trained(step=step, now=self._clock(), sync=False))
+        await self._reach_disk()
+        return outcome
 
     async def skip(self, *, step: int) -> Outcome:
         """The learner met numbers that are not finite and left the weights alone: the step's groups are dropped."""
         self._resampled.clear()
-        return self._done(self._store.skip(step=step, now=self._clock()))
+        outcome = self._done(self._store.skip(step=step, now=self._clock(), sync=False))
+        await self._reach_disk()
+        return outcome
+
+    async def _reach_disk(self) -> None:
+        """Wait until what is written survives a power cut; a repeated call waits as well, for it may be the first."""
+        wait = self._store.journal.sync_waiter()
+        try:
+            await asyncio.to_thread(wait)
+        except JournalError as error:
+            self._store.sync(error)
+        if not self._closed:
+            self._store.sync(waited=True)
 
     async def release(self, *, step: int, wait_s: float, step_s: float) -> Outcome:
         """Every engine has pulled the weights of `step`: free the slots of what was trained up to it.
@@ -340,13 +370,40 @@ class RolloutQueue:
         """
         return self._done(self._store.release(step=step, wait_s=wait_s, step_s=step_s))
 
-    async def checkpoint(self, *, step: int) -> None:
-        """A complete checkpoint of `step` is on disk: forget what it settled, and compact the journal durably.
+    async def checkpoint(self, *, step: int, saved: int | None = None) -> None:
+        """A complete checkpoint is on disk: forget what is final, and begin to compact the journal.
 
-        NOTE: call it after the checkpoint is whole. Steps before the last one given here cannot be restored.
+        Args:
+            step: the oldest step that a restore may go back to.
+            saved: the step of the newest checkpoint; None is `step`.
+
+        NOTE: call it after the checkpoint is whole. Steps before `step` cannot be restored any more.
         """
-        self._store.checkpoint(step=step)
+        self._store.checkpoint(step=step, saved=saved, compact=False)
         self._done(None)
+        await self._reach_disk()
+        if self._compacting is not None and not self._compacting.done():
+            self._store.abandon_compaction()
+            await self._compacting
+        if not self._closed:
+            self._compacting = asyncio.create_task(self._compact(), name="compact the journal")
+
+    async def _compact(self) -> None:
+        """Rewrite the journal beside the calls; where that fails the long one serves as well.
+
+        consumes: nothing. produces: a shorter journal. waits for: a thread that writes it. unblocked by: its end.
+        """
+        compaction = self._store.begin_compaction()
+        try:
+            await asyncio.to_thread(compaction.run)
+            self._store.end_compaction(compaction)
+        except JournalError as error:
+            self._log.event(EventKind.WARNING, detail=f"{error}; it stays as long as it is")
+
+    async def compacted(self) -> None:
+        """Until the journal that `checkpoint` began to compact is compact."""
+        if self._compacting is not None:
+            await self._compacting
 
     async def restore(self, *, step: int, mark: str, version: int | None = None) -> bool:
         """The learner went back to the checkpoint of `step`: so does the ledger, once per `mark`.
@@ -446,11 +503,11 @@ class RolloutQueue:
             if answer or left <= 0 or until():
                 return answer
             woken = loop.create_future()
-            self._waiters.add(woken)
+            self._waiters[woken] = None
             try:
                 await asyncio.wait([woken], timeout=left)
             finally:
-                self._waiters.discard(woken)
+                self._waiters.pop(woken, None)
         return nothing
 
     def _wake(self) -> None:

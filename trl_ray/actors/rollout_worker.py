@@ -21,15 +21,17 @@ from functools import cached_property
 from typing import Any
 
 from trl_ray.actors.actor_log import ActorLog
-from trl_ray.actors.calling import Patience, call_patiently
+from trl_ray.actors.calling import Outbox, Patience, call_patiently
 from trl_ray.actors.dataset_completions import given_completions
 from trl_ray.actors.pending_scores import ask_for_scores
 from trl_ray.actors.teaching import Taught, TeacherFailure, TeacherSeat, Teaching, TeachingPlan
 from trl_ray.actors.weight_proof import WeightProof
+from trl_ray.buffer.entry import Outcome
 from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.data.prompts.reprompts import DecodingTokenizer
 from trl_ray.engines.factory import create_engine
+from trl_ray.engines.sampling import reshapes
 from trl_ray.engines.thread import EngineThread
 from trl_ray.errors import ActorLostError, DataError, DeadlineError, EngineError, RunError, TrlRayError
 from trl_ray.models.policy_loading import config_changes, find_source, load_tokenizer
@@ -56,6 +58,8 @@ from trl_ray.types import (
     WeightCheck,
     WeightPayload,
 )
+from trl_ray.types.clock import steady_time
+from trl_ray.wire.worker_news import GroupFailed, GroupGenerated, WorkerNews, finished_group
 
 _POLL_S = 5.0
 CALL = Patience(deadline_s=30.0, total_s=120.0)
@@ -138,6 +142,8 @@ class RolloutWorker:
         self._name, self._model, self._queue, self._rewards = name, model, queue, tuple(rewards)
         self._rollout, self._generation, self._seed = rollout, generation, seed
         self._sampling, self._eval_sampling = sampling_params(generation), held_out_params(generation)
+        if rollout.engine_kwargs.get("logits_processors"):  # nobody knows what they do
+            self._sampling = replace(self._sampling, policy_logprobs=True)
         top_k = teaching.question.top_k if teaching is not None and teaching.asks is TeacherSeat.OWN_ENGINE else None
         self._engine = open_engine(
             model=model,
@@ -147,12 +153,18 @@ class RolloutWorker:
             max_logprobs=top_k,
         )
         self._proof = WeightProof(
-            self._engine, name=name, model=model, rule=agreement, deadline_s=rollout.hang_deadline_s
+            self._engine,
+            name=name,
+            model=model,
+            rule=agreement,
+            deadline_s=rollout.hang_deadline_s,
+            temperature=generation.temperature,
         )
         self._teaching = None if teaching is None else self._open_teaching(teaching, teachers or {})
         self._scores_raw_texts = scores_raw_texts
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight: dict[tuple[int, int], float] = {}
+        self._outbox = Outbox(self._report, lambda work: self._launch(work, name=f"{name} reports"))
         self._scoring = [0] * len(self._rewards)
         self._loop_task: asyncio.Task[None] | None = None
         self._room = asyncio.Event()
@@ -187,7 +199,7 @@ class RolloutWorker:
             EngineError: loading failed half-way.
             DeadlineError: the weight check was not scored in time.
         """
-        begin = time.time()
+        begin = steady_time()
         try:
             await asyncio.to_thread(self._proof.look_before, check)
             await asyncio.to_thread(self._load, payload)
@@ -302,7 +314,7 @@ class RolloutWorker:
             )
             for ticket in tickets
         ]
-        now = time.time()
+        now = steady_time()
         futures = self._complete([ticket.prompt for ticket in tickets], requests)
         for ticket, future in zip(tickets, futures, strict=True):
             # Noted before anything is awaited, so that the next lease already names it.
@@ -344,12 +356,10 @@ class RolloutWorker:
             if self._engine.broken is not None:
                 raise
             self._room.set()
-            await self._ask(
-                "fail",
-                group_id=ticket.group_id,
-                attempt=ticket.attempt,
-                detail=str(error),
-                drop=DropReason.REFUSED,
+            await self._outbox.put(
+                GroupFailed(
+                    group_id=ticket.group_id, attempt=ticket.attempt, detail=str(error), drop=DropReason.REFUSED
+                )
             )
         finally:
             self._in_flight.pop((ticket.group_id, ticket.attempt), None)
@@ -357,10 +367,11 @@ class RolloutWorker:
     async def _walk(self, ticket: GroupTicket, future: Future[tuple[Completion, ...]]) -> None:
         began = self._in_flight[ticket.group_id, ticket.attempt]
         completions = await asyncio.wrap_future(future)
+        self._proof.note(ticket.prompt.token_ids, completions)
         # From here on the engine is free for others: this group is scored while the next one is generated.
         self._room.set()
         spans = [self._log.span("generate", began)]
-        await self._ask("generated", group_id=ticket.group_id, attempt=ticket.attempt)
+        self._outbox.put(GroupGenerated(group_id=ticket.group_id, attempt=ticket.attempt))
         scored = await self._score(ticket.prompt, completions)
         if self._rewards:
             spans.append(self._log.span("score", spans[-1].end))
@@ -385,12 +396,14 @@ class RolloutWorker:
             contexts=taught.contexts,
             teachings=taught.teachings,
         )
-        await self._ask("commit", group=group)
+        await self._outbox.put(finished_group(group))
         self._progress += 1
 
     async def _give_back(self, ticket: GroupTicket, detail: str, exhausted: DropReason) -> None:
         """Give a group back whose rewards or teacher failed: that never becomes a reward of 0, or a group untaught."""
-        await self._ask("fail", group_id=ticket.group_id, attempt=ticket.attempt, detail=detail, exhausted=exhausted)
+        await self._outbox.put(
+            GroupFailed(group_id=ticket.group_id, attempt=ticket.attempt, detail=detail, exhausted=exhausted)
+        )
 
     async def _teach(self, prompt: Prompt, completions: tuple[Completion, ...], rewards: Sequence[Reward]) -> Taught:
         return Taught() if self._teaching is None else await self._teaching.teach(prompt, completions, rewards)
@@ -421,6 +434,10 @@ class RolloutWorker:
         ids = [prompt.token_ids, *(completion.token_ids for completion in completions)]
         first, *others = (str(self._tokenizer.decode(each.tolist(), skip_special_tokens=False)) for each in ids)
         return RawTexts(prompt=first, completions=tuple(others))
+
+    async def _report(self, news: Sequence[WorkerNews]) -> list[Outcome]:
+        outcomes: list[Outcome] = await self._ask("report", news=news)
+        return outcomes
 
     async def _ask(self, method: str, /, **kwargs: Any) -> Any:
         # A worker that cannot finish its groups must not renew its leases on them.
@@ -487,8 +504,8 @@ def open_engine(
 
 
 def sampling_params(generation: GenerationConfig) -> SamplingParams:
-    """The engine's view of the generation options."""
-    return SamplingParams(
+    """The engine's view of the generation options; log-probs are what the learner computes."""
+    params = SamplingParams(
         max_tokens=generation.max_completion_length,
         temperature=generation.temperature,
         top_p=generation.top_p,
@@ -499,6 +516,7 @@ def sampling_params(generation: GenerationConfig) -> SamplingParams:
         min_tokens=generation.min_tokens,
         fields=generation.engine_fields,
     )
+    return replace(params, policy_logprobs=reshapes(params))
 
 
 def held_out_params(generation: GenerationConfig) -> SamplingParams:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -48,6 +47,7 @@ from trl_ray.types import (
     WeightCheck,
     WeightPayload,
 )
+from trl_ray.types.clock import steady_time
 from trl_ray.wire.teacher_payload import encode_scores
 
 _MAX_MODEL_LEN = 2048
@@ -149,7 +149,7 @@ class Teacher:
             EngineError: a pass has hung.
         """
         assert self._joined is not None and self._weights is not None, f"{self.name} does not follow the policy"
-        begin = time.time()
+        begin = steady_time()
         report = await self._joined.alone(lambda: self._take(payload, check, begin), name="pull")
         self._fed.set()
         return report
@@ -284,7 +284,7 @@ class Teacher:
         return PullReport(
             version=identity.version,
             checksum=identity.checksum,
-            seconds=time.time() - begin,
+            seconds=steady_time() - begin,
             weight_check_mean=mean,
             weight_check_max=worst,
         )

@@ -8,7 +8,6 @@ AskedScoring    score --> a thread per call --> engine (batches by itself) or se
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 
 from trl_ray.errors import EngineError, InputError, RunError, TeacherError
 from trl_ray.types import Span, TeacherQuestion, TeacherRequest, TeacherScores
+from trl_ray.types.clock import steady_time
 
 ResultT = TypeVar("ResultT")
 Ask: TypeAlias = Callable[[Sequence[TeacherRequest], TeacherQuestion], list[TeacherScores]]
@@ -152,7 +152,7 @@ class JoinedScoring:
         async with self._turn:
             if self._problem is not None:
                 raise EngineError(f"{self._actor} must be replaced before it can {name}: {self._problem}")
-            self.busy_since = begin = time.time()
+            self.busy_since = begin = steady_time()
             try:
                 result = await asyncio.wrap_future(self._thread.submit(work))
             finally:
@@ -184,7 +184,7 @@ class JoinedScoring:
                 calls = self._next() if self._problem is None else []
                 if not calls:
                     continue
-                self.busy_since = begin = time.time()
+                self.busy_since = begin = steady_time()
                 try:
                     await self._answer(calls)
                 finally:
@@ -192,7 +192,7 @@ class JoinedScoring:
 
     def _rest(self, name: str, begin: float) -> None:
         self.busy_since = None
-        self._spans.append(Span(actor=self._actor, name=name, start=begin, end=time.time()))
+        self._spans.append(Span(actor=self._actor, name=name, start=begin, end=steady_time()))
 
     def _next(self) -> list[_Call]:
         """The oldest call, and those with an equal question that fit beside it; whoever has given up is forgotten."""
@@ -301,7 +301,7 @@ class AskedScoring:
         consumes: one call; produces: its scores; waits for: a thread, then whoever is asked; unblocked by: the answer,
         or the deadlines of engine and client.
         """
-        key, begin = self._count, time.time()
+        key, begin = self._count, steady_time()
         self._count += 1
         self._begun[key] = begin
         try:
@@ -312,7 +312,7 @@ class AskedScoring:
             raise TeacherError(str(error)) from error
         finally:
             del self._begun[key]
-            self._spans.append(Span(actor=self._actor, name="score", start=begin, end=time.time()))
+            self._spans.append(Span(actor=self._actor, name="score", start=begin, end=steady_time()))
         self.progress += 1
         return scores
 

@@ -1,28 +1,55 @@
 """Proves that an engine computes with the weights it was given, and says what is wrong where it does not.
 
+    completions --note--> newest tokens --look_before: scored by the weights that sampled them--> SamplingGap
     check, before the first pull --look_before--> own_files: the engine's files against the learner's version 0
     payload, check --prove--> version, checksum; engine - learner on fixed texts --AgreementRule--> PullReport
 
 What is wrong is told apart by what both sides said before: engine and learner that differ on the same files have
 different numerics; those that agreed on the files and differ now have different weights, and an engine that says what
 it said before the pull has kept its own.
+
+Where generation runs ahead, tokens are trained on by weights that have moved, which may be off for many reasons; so an
+engine is held against itself: what it says of tokens afterwards, with the weights that sampled them, must be what it
+said as it sampled them. Whatever the age of tokens and the learning rate are, the two differ by rounding alone, unless
+sampling is reshaped.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from trl_ray.config.runs.agreement_rule import AgreementRule
+from trl_ray.algorithms.policy.sampler_agreement import LEAST_DOUBT
+from trl_ray.config.runs.agreement_rule import FEWEST_TOKENS, AgreementRule
 from trl_ray.config.sections import ModelConfig
 from trl_ray.engines.backend import CHECKPOINT_VERSION
 from trl_ray.engines.thread import EngineThread
-from trl_ray.errors import WeightError
+from trl_ray.errors import ConfigError, WeightError
 from trl_ray.models.policy_loading import find_source
-from trl_ray.types import FloatArray, IntArray, PullReport, ScoredSequence, WeightCheck, WeightPayload
+from trl_ray.types import (
+    Completion,
+    FloatArray,
+    IntArray,
+    PullReport,
+    SamplingGap,
+    ScoredSequence,
+    TeacherQuestion,
+    TeacherRequest,
+    WeightCheck,
+    WeightPayload,
+)
+from trl_ray.types.clock import steady_time
+
+_NEWEST = 32
+"""Completions kept to be compared."""
+_LONGEST = 512
+"""Tokens of a sequence that is scored for it: engines hold log-probs [tokens, V] while they do so."""
+_MOST_SCORED = 1024
+"""Tokens of all these sequences."""
+_ENOUGH_TOKENS = 4 * FEWEST_TOKENS
+"""Compared, and no more: the mean of so many |x| is known to a sixteenth of itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,6 +67,22 @@ class _Said:
         return _apart(self.engine, self.learner)[0]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Sampled:
+    """The tokens [start, end) of a completion, sampled by the weights that the engine has."""
+
+    prompt_ids: IntArray
+    """[P]"""
+    completion: Completion
+    start: int
+    end: int
+
+    @property
+    def token_ids(self) -> IntArray:
+        """[P + end]"""
+        return np.concatenate([self.prompt_ids, self.completion.token_ids[: self.end]])
+
+
 class WeightProof:
     """Of one engine; `look_before` comes before each pull, `prove` after it.
 
@@ -49,23 +92,42 @@ class WeightProof:
         model: the policy.
         rule: how far engine and learner may be apart.
         deadline_s: seconds for the engine to score the texts.
+        temperature: of the samples that are noted; they are compared where the rule's run is ahead.
     """
 
     def __init__(
-        self, engine: EngineThread, *, name: str, model: ModelConfig, rule: AgreementRule, deadline_s: float
+        self,
+        engine: EngineThread,
+        *,
+        name: str,
+        model: ModelConfig,
+        rule: AgreementRule,
+        deadline_s: float,
+        temperature: float = 1.0,
     ) -> None:
         self._engine, self._name, self._rule, self._deadline_s = engine, name, rule, deadline_s
-        self._model = model
+        self._model, self._temperature, self._compares_samples = model, temperature, rule.is_ahead
         self._own_files: float | None = None
         self._before: _Said | None = None
+        # Replaced as a whole, since samples are noted while others are compared.
+        self._noted: tuple[tuple[IntArray, Completion], ...] = ()
+        self._sampling: SamplingGap | None = None
+
+    def note(self, prompt_ids: IntArray, completions: Sequence[Completion]) -> None:
+        """Remember what was sampled of a prompt [P], to be compared before the next pull."""
+        if self._compares_samples:
+            sampled = [(prompt_ids, each) for each in completions if each.is_sampled]
+            self._noted = (*self._noted, *sampled)[-_NEWEST:]
 
     def look_before(self, check: WeightCheck | None) -> None:
-        """Before the first pull: how far the engine is off with the files it was started from.
+        """Before a pull with a check: what the engine says of what it sampled; before the first one also how far it is
+        off with the files it was started from.
 
         Raises:
             DeadlineError: the texts were not scored in time.
             EngineError: the engine failed.
         """
+        self._sampling = None if check is None else self._compare_samples()
         if check is None or check.initial_logprobs is None or self._engine.version != CHECKPOINT_VERSION:
             return
         if not self._engine.starts_from_files:
@@ -99,10 +161,11 @@ class WeightProof:
         return PullReport(
             version=identity.version,
             checksum=identity.checksum,
-            seconds=time.time() - begin,
+            seconds=steady_time() - begin,
             weight_check_mean=mean,
             weight_check_max=worst,
             own_files_mean=self._own_files,
+            sampling=self._sampling,
             disagreement=problem,
         )
 
@@ -164,6 +227,50 @@ class WeightProof:
             "The weights arrived, as version and checksum tell, but are not computed with (names, a tied head, "
             "experts), or the numerics differ (dtypes, kernels, rope)."
         )
+
+    def _compare_samples(self) -> SamplingGap | None:
+        """Of the newest tokens that the weights of the engine have sampled; None without any."""
+        version, left, room = self._engine.version.version, _ENOUGH_TOKENS, _MOST_SCORED
+        picked = list[_Sampled]()
+        for prompt_ids, completion in reversed(self._noted):
+            spans = [span for span in completion.versions if span.version == version]
+            start = min((span.start for span in spans), default=0)
+            end = min(max((span.end for span in spans), default=0), _LONGEST - len(prompt_ids))
+            if left > 0 and end > start and len(prompt_ids) + end <= room:
+                picked.append(_Sampled(prompt_ids=prompt_ids, completion=completion, start=start, end=end))
+                left, room = left - (end - start), room - (len(prompt_ids) + end)
+        self._noted = ()
+        scored = self._score_samples(picked) if picked else None
+        if scored is None:
+            return None
+        sampled = np.concatenate([each.completion.logprobs[each.start : each.end] for each in picked]).astype(float)
+        x = np.concatenate(scored).astype(float) - sampled
+        return SamplingGap(
+            version=version,
+            tokens=len(x),
+            abs_diff=float(np.abs(x).mean()),
+            diff=float(x.mean()),
+            doubt=float(np.maximum(1 - np.exp(sampled), LEAST_DOUBT).mean()),
+        )
+
+    def _score_samples(self, picked: Sequence[_Sampled]) -> list[FloatArray] | None:
+        """Log-probs of the tokens of each; None where the engine cannot score at the temperature of the samples."""
+        if self._temperature == 1:
+            scores = self._score([each.token_ids for each in picked])
+            return [
+                values[len(each.prompt_ids) - 1 + each.start :] for each, values in zip(picked, scores, strict=True)
+            ]
+        question = TeacherQuestion(vocab_size=self._engine.vocab_size, temperature=self._temperature)
+        requests = [
+            TeacherRequest(prompt_ids=each.prompt_ids, completion_ids=each.completion.token_ids[: each.end])
+            for each in picked
+        ]
+        try:
+            answers = self._engine.score_completions(requests, question, deadline_s=self._deadline_s)
+        except ConfigError:  # vLLM scores at temperature 1 alone
+            self._compares_samples = False
+            return None
+        return [answer.logprobs[each.start :] for each, answer in zip(picked, answers, strict=True)]
 
     def _score(self, sequences: list[IntArray]) -> list[FloatArray]:
         return self._engine.score(sequences, deadline_s=self._deadline_s)

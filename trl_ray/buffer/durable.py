@@ -3,59 +3,40 @@
     call --> ledger, slots, controller --> journal record {"op": call, "args": ...} --> answer
     restart: journal --> the same calls in the same order --> the same state
 
-It stores prompts and groups as opaque bytes: prompts in memory, groups as offsets into the journal. Everything
-is deterministic given the arguments (time among them), which is what makes replay exact.
+It stores prompts and groups as opaque bytes: prompts in memory and in the journal, groups beside it (`Payloads`).
+Everything is deterministic given the arguments (time among them), which is what makes replay exact.
+
+What is durable when:
+
+* An answered call survives the death of its process: payloads and records are with the operating system by then.
+* A finished step survives a power cut before it is answered: one wait for the disk a step, for the journal alone.
+* A payload is never waited for. Whether one is intact is seen when it is needed again, at a restart or a restore; a
+  group whose payload is not is issued again, as one whose worker was lost.
+* Payloads are deleted after the record that makes them needless has reached the disk.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trl_ray.buffer.controller import SlotController
 from trl_ray.buffer.entry import (
     BufferRules,
-    Change,
-    ChangeKind,
     LeaseKey,
-    LedgerSnapshot,
     Outcome,
     State,
-    WaitingGroup,
 )
-from trl_ray.buffer.journal import Journal, JournalDraft, Record
-from trl_ray.buffer.ledger import Ledger
-from trl_ray.buffer.slots import AdmissionSlots
+from trl_ray.buffer.journal import Record
+from trl_ray.buffer.journaled import JournaledState
+from trl_ray.buffer.news import News, NewsKind, apply_news
 from trl_ray.errors import JournalError
 from trl_ray.types import DropReason
 
 T = TypeVar("T")
 
-_REPLAYED = frozenset(
-    [
-        "lease",
-        "renew",
-        "renew_all",
-        "expire",
-        "lose_worker",
-        "generated",
-        "fail",
-        "drop",
-        "take",
-        "trained",
-        "skip",
-        "release",
-        "drop_stale",
-        "finish",
-        "checkpoint",
-        "restore",
-    ]
-)
 
-
-class DurableLedger:
+class DurableLedger(JournaledState):
     """The ledger that survives its process.
 
         ledger = DurableLedger(path=path, rules=rules, incarnation="job-1", now=now)
@@ -83,33 +64,15 @@ class DurableLedger:
         Raises:
             JournalError: the journal is locked, damaged, of another run, or does not reach the step to resume.
         """
-        self.journal = Journal(path)
-        self.problem: str | None = None
-        self.changes: list[Change] = []
-        """Reissues and drops since the owner last cleared it; replay leaves none."""
-        self._replaying: Record | None = None
-        self._incarnations: list[str] = []
-        self._prompt_ids: list[str] = []
-        self._known: dict[str, int] = {}
-        self._prompts: dict[int, bytes] = {}
-        self._offsets: dict[int, int] = {}
-        self._set_up(rules)
+        super().__init__(path, rules)
         try:
             self._rebuild()
             self._enter(rules, incarnation, now, resume_from_step, resume_version)
+            self._move_payloads_out_of_the_journal()
+            self._forget_payloads()
         except BaseException:
-            self.journal.close()
+            self.close()
             raise
-
-    def _set_up(self, rules: BufferRules) -> None:
-        self.rules = rules
-        self.ledger = Ledger(rules)
-        self._set_up_slots()
-
-    def _set_up_slots(self) -> None:
-        rules = self.rules
-        self.slots = AdmissionSlots(rules)
-        self.controller = SlotController(groups_per_step=rules.groups_per_step, capacity=rules.capacity)
 
     # ---- admission ---------------------------------------------------------------------------------------
 
@@ -162,43 +125,45 @@ class DurableLedger:
 
     # ---- the way of one attempt --------------------------------------------------------------------------
 
+    def report(self, *, news: Sequence[News], now: float) -> list[Outcome]:
+        """Take in what workers tell of their attempts, in this order and in one record; what became of each.
+
+        Payloads are written before the record that names them.
+        """
+        outcomes = [apply_news(self.ledger, each, now) for each in news]
+        told = [pair for pair in zip(news, outcomes, strict=True) if pair[1] is not Outcome.REPEATED]
+        stored = [n for n, outcome in told if n.kind is NewsKind.COMMITTED and outcome is Outcome.APPLIED]
+        places = self._guard(lambda: self._payloads.append([each.payload for each in stored]))
+        ids = [each.group_id for each in stored]
+        self._places.update(zip(ids, places, strict=True))
+        states = [each.to_state() for each, _ in told]
+        return self._settle(
+            outcomes, bool(told), "report", news=states, places=[*zip(ids, places, strict=True)], now=now
+        )
+
     def generated(self, *, group_id: int, attempt: int, now: float) -> Outcome:
-        outcome = self.ledger.generated(group_id=group_id, attempt=attempt, now=now)
-        return self._answer(outcome, "generated", group_id=group_id, attempt=attempt, now=now)
+        return self._tell(News(kind=NewsKind.GENERATED, group_id=group_id, attempt=attempt), now)
 
     def commit(
         self, *, group_id: int, attempt: int, min_version: int, max_version: int, payload: bytes, now: float
     ) -> Outcome:
         """The attempt is scored and ready: store its payload. See `Ledger.commit`."""
-        args = {
-            "group_id": group_id,
-            "attempt": attempt,
-            "min_version": min_version,
-            "max_version": max_version,
-            "now": now,
-        }
-        outcome = self.ledger.scored(group_id=group_id, attempt=attempt, now=now)
-        if outcome is not Outcome.FENCED:
-            outcome = self.ledger.commit(
-                group_id=group_id, attempt=attempt, min_version=min_version, max_version=max_version, now=now
-            )
-        if outcome is Outcome.APPLIED:
-            self._offsets[group_id] = self._log("commit", args, payload=payload)
-        elif outcome is Outcome.FENCED:
-            self._log("commit", args)
-        return outcome
+        versions = {"min_version": min_version, "max_version": max_version}
+        key: dict[str, Any] = {"group_id": group_id, "attempt": attempt, **versions}
+        return self._tell(News(kind=NewsKind.COMMITTED, **key, payload=payload), now)
 
     def fail(
         self, *, group_id: int, attempt: int, because: str, now: float, exhausted: str = DropReason.RETRIES_EXHAUSTED
     ) -> Outcome:
-        key: dict[str, Any] = {"group_id": group_id, "attempt": attempt, "because": because, "now": now}
-        outcome = self.ledger.fail(**key, exhausted=DropReason(exhausted))
-        return self._answer(outcome, "fail", **key, exhausted=exhausted)
+        key: dict[str, Any] = {"group_id": group_id, "attempt": attempt, "because": because}
+        return self._tell(News(kind=NewsKind.FAILED, **key, reason=DropReason(exhausted)), now)
 
     def drop(self, *, group_id: int, attempt: int, reason: str, because: str, now: float) -> Outcome:
-        key: dict[str, Any] = {"group_id": group_id, "attempt": attempt, "because": because, "now": now}
-        outcome = self.ledger.drop(**key, reason=DropReason(reason))
-        return self._answer(outcome, "drop", **key, reason=reason)
+        key: dict[str, Any] = {"group_id": group_id, "attempt": attempt, "because": because}
+        return self._tell(News(kind=NewsKind.DROPPED, **key, reason=DropReason(reason)), now)
+
+    def _tell(self, news: News, now: float) -> Outcome:
+        return self.report(news=[news], now=now)[0]
 
     # ---- steps -------------------------------------------------------------------------------------------
 
@@ -208,14 +173,21 @@ class DurableLedger:
         taken = self.ledger.take(count=count, step=step, now=now)
         return self._settle(taken, bool(taken) and not again, "take", count=count, step=step, now=now)
 
-    def trained(self, *, step: int, now: float) -> Outcome:
-        """Durable, so that a checkpoint never outlives its ledger in a power cut."""
-        outcome = self._answer(self.ledger.trained(step=step, now=now), "trained", step=step, now=now)
-        return self._sync_after(outcome)
+    def trained(self, *, step: int, now: float, sync: bool = True) -> Outcome:
+        """Durable, so that a checkpoint never outlives its ledger in a power cut.
 
-    def skip(self, *, step: int, now: float) -> Outcome:
+        Args:
+            step: the step that is finished.
+            now: seconds since the epoch.
+            sync: False leaves waiting for the disk, and what may be forgotten then, to `sync`.
+        """
+        outcome = self._answer(self.ledger.trained(step=step, now=now), "trained", step=step, now=now)
+        return self._sync_after(outcome, sync)
+
+    def skip(self, *, step: int, now: float, sync: bool = True) -> Outcome:
         """Durable like `trained`."""
-        return self._sync_after(self._answer(self.ledger.skip(step=step, now=now), "skip", step=step, now=now))
+        outcome = self._answer(self.ledger.skip(step=step, now=now), "skip", step=step, now=now)
+        return self._sync_after(outcome, sync)
 
     def release(self, *, step: int, wait_s: float, step_s: float) -> Outcome:
         """Then the controller learns how the step went."""
@@ -235,13 +207,22 @@ class DurableLedger:
 
     # ---- checkpoints -------------------------------------------------------------------------------------
 
-    def checkpoint(self, *, step: int) -> None:
-        """Steps up to `step` are final: forget their groups, and rewrite the journal without them, durably."""
-        for group_id in self.ledger.checkpoint(step=step):
+    def checkpoint(self, *, step: int, saved: int | None = None, compact: bool = True) -> None:
+        """Steps up to `step` are final: forget their groups, and rewrite the journal without them, durably.
+
+        Args:
+            step: the oldest step that a restore may go back to.
+            saved: a younger step that has a checkpoint as well: payloads that it would need are kept.
+            compact: False leaves the journal to `begin_compaction`.
+        """
+        for group_id in self.ledger.checkpoint(step=step, saved=saved):
             self._prompts.pop(group_id, None)
-            self._offsets.pop(group_id, None)
-        if self._replaying is None:
-            self._guard(self._compact)
+        self._log("checkpoint", {"step": step, "saved": saved})
+        if self._replaying is None and compact:
+            compaction = self.begin_compaction()
+            compaction.run()
+            self.end_compaction(compaction)
+            self._forget_payloads()
 
     def restore(
         self,
@@ -251,181 +232,58 @@ class DurableLedger:
         mark: str,
         now: float,
         rules: BufferRules | Mapping[str, Any] | None = None,
+        lost: Sequence[int] | None = None,
     ) -> bool:
         """Go back to the end of `step`, once per `mark`; return whether this call did it. See `Ledger.restore`.
+
+        Args:
+            step: the step to go back to.
+            version: its weight version; None means `step`.
+            mark: names this restore.
+            now: seconds since the epoch.
+            rules: those that hold from now on; None keeps the present ones.
+            lost: groups whose payload was found missing, in a replay; None looks.
 
         Raises:
             JournalError: the journal does not know what `step` had trained.
         """
         if mark in self._incarnations:
             return False
+        self.abandon_compaction()  # it reads entries that change now
         if rules is not None:
             self.rules = rules if isinstance(rules, BufferRules) else BufferRules.from_state(rules)
             self.ledger.rules = self.rules
+        missing: list[int] = []
+
+        def has_payload(group_id: int) -> bool:
+            there = self._is_intact(group_id) if self._replaying is None else group_id not in (lost or ())
+            if not there:
+                missing.append(group_id)
+            return there
+
         try:
-            self.ledger.restore(step=step, version=version, now=now)
+            self.ledger.restore(step=step, version=version, now=now, has_payload=has_payload)
         except ValueError as error:
             raise JournalError(f"{self.journal.path} cannot go back to step {step}. {error}") from error
         self._incarnations.append(mark)
         self._set_up_slots()
         self.slots.reset(self.ledger.holders())
-        for group_id in [g for g in self._offsets if self.ledger.state_of(g) is State.ISSUED]:
-            del self._offsets[group_id]
         args = {"step": step, "version": version, "mark": mark, "now": now, "rules": self.rules.to_state()}
-        return self._settle(True, True, "restore", **args)
-
-    # ---- looking in --------------------------------------------------------------------------------------
-
-    def prompt(self, group_id: int) -> bytes:
-        """The bytes that were admitted for this group."""
-        return self._prompts[group_id]
-
-    def payload(self, group_id: int) -> bytes:
-        """The bytes that were committed for this group.
-
-        Raises:
-            JournalError: the file no longer holds them intact.
-        """
-        return self.journal.read(self._offsets[group_id]).payload
-
-    def snapshot(self) -> LedgerSnapshot:
-        return self.ledger.snapshot()
-
-    def waiting_on(self, *, count: int) -> list[WaitingGroup]:
-        return self.ledger.waiting_on(count=count)
-
-    def check(self) -> None:
-        """Prove that the ledger balances and that slots and payloads agree with it.
-
-        Raises:
-            AssertionError: they do not.
-        """
-        self.ledger.check()
-        holders = self.ledger.holders()
-        assert self.slots.charged == set(holders), f"{sorted(self.slots.charged)} hold slots, expected {holders}."
-        missing = [group_id for group_id in self.ledger.finished() if group_id not in self._offsets]
-        assert not missing, f"Finished groups must keep their payload until a checkpoint, {missing} have none."
-        assert len(self._prompt_ids) == len(self._known) == self.ledger.issued, "Every group has one prompt id."
-
-    def close(self) -> None:
-        """Give up the journal; a second call does nothing."""
-        self.journal.close()
-
-    # ---- writing -----------------------------------------------------------------------------------------
-
-    def _answer(self, outcome: Outcome, op: str, **args: Any) -> Outcome:
-        return self._settle(outcome, outcome is not Outcome.REPEATED, op, **args)
-
-    def _settle(self, answer: T, changed: bool, op: str, **args: Any) -> T:
-        """Pass the consequences on, write the call down if it changed anything, and answer."""
-        changes = self.ledger.drain_changes()
-        self.slots.discharge(change.group_id for change in changes if change.frees_slot)
-        if changed:
-            self._log(op, args)
+        done = self._settle(True, True, "restore", **args, lost=missing)
         if self._replaying is None:
-            self.changes.extend(c for c in changes if c.kind is not ChangeKind.RELEASED)
-        return answer
+            self.sync()
+        return done
 
-    def _log(self, op: str, args: Mapping[str, Any], payload: bytes = b"", **extra: Any) -> int:
-        if self._replaying is not None:
-            return self._replaying.offset
-        return self._guard(lambda: self.journal.append({"op": op, "args": args, **extra}, payload))
+    def lose_payloads(self, *, group_ids: Sequence[int], now: float) -> None:
+        """What was stored of these ready groups is damaged: issue them again."""
+        self.ledger.lose_payloads(group_ids=group_ids, now=now)
+        self._settle(None, bool(group_ids), "lose_payloads", group_ids=group_ids, now=now)
 
-    def _guard(self, write: Callable[[], T]) -> T:
-        """Write, unless an earlier write failed: then memory is ahead of the file, and only a restart may go on."""
-        if self.problem is not None:
-            raise JournalError(f"The ledger must be rebuilt from its journal after: {self.problem}")
-        try:
-            return write()
-        except JournalError as error:
-            self.problem = str(error)
-            raise
+    # ---- opening -----------------------------------------------------------------------------------------
 
-    def _sync_after(self, outcome: Outcome) -> Outcome:
-        if outcome is Outcome.APPLIED and self._replaying is None:
-            self._guard(self.journal.sync)
-        return outcome
-
-    def _compact(self) -> None:
-        owners = list(self._offsets)
-        drafts = [self._base_draft(len(owners))]
-        offsets = self.journal.compact(self._with_payloads(drafts, owners))
-        self._offsets = dict(zip(owners, offsets[1:], strict=True))
-
-    def _base_draft(self, payloads: int) -> JournalDraft:
-        """One record with everything but the groups' payloads, which follow it as `payloads` records."""
-        head = {
-            "op": "base",
-            "rules": self.rules.to_state(),
-            "incarnations": self._incarnations,
-            "prompt_ids": self._prompt_ids,
-            "ledger": self.ledger.to_state(),
-            "controller": self.controller.to_state(),
-            "limit": self.slots.limit,
-            "prompts": list(self._prompts),
-            "sizes": [len(blob) for blob in self._prompts.values()],
-            "payloads": payloads,
-        }
-        return JournalDraft(head=head, payload=b"".join(self._prompts.values()))
-
-    def _with_payloads(self, drafts: list[JournalDraft], owners: list[int]) -> Iterator[JournalDraft]:
-        yield from drafts
-        for group_id in owners:
-            yield JournalDraft(head={"op": "payload", "group_id": group_id}, payload=self.payload(group_id))
-
-    # ---- rebuilding --------------------------------------------------------------------------------------
-
-    def _rebuild(self) -> None:
-        expected = 0
-        for record in self.journal.records():
-            self._replaying = record
-            op = record.head["op"]
-            if op == "base":
-                expected = self._load_base(record)
-            elif op == "payload":
-                self._offsets[record.head["group_id"]] = record.offset
-                expected -= 1
-            else:
-                self._replay(op, record)
-        self._replaying = None
-        if expected > 0:
-            raise JournalError(
-                f"The journal {self.journal.path} must begin with a whole snapshot, and {expected} of its records "
-                "are missing. Restore the file from a copy, or start a new run from the last checkpoint."
-            )
-
-    def _load_base(self, record: Record) -> int:
-        head = record.head
-        self._set_up(BufferRules.from_state(head["rules"]))
-        self.ledger = Ledger.from_state(head["ledger"], rules=self.rules)
-        self.controller.load_state(head["controller"])
-        self.slots.limit = head["limit"]
-        self.slots.reset(self.ledger.holders())
-        self._incarnations = list(head["incarnations"])
-        self._prompt_ids = list(head["prompt_ids"])
-        self._known = {name: group_id for group_id, name in enumerate(self._prompt_ids)}
-        self._prompts = dict(zip(head["prompts"], _split(record.payload, head["sizes"]), strict=True))
-        return int(head["payloads"])
-
-    def _replay(self, op: str, record: Record) -> None:
-        try:
-            if op == "open":
-                self._set_up(BufferRules.from_state(record.head["rules"]))
-                self._incarnations = [record.head["incarnation"]]
-            elif op == "admit":
-                prompts = _split(record.payload, record.head["sizes"])
-                self.admit(prompts=prompts, **record.head["args"])
-            elif op == "commit":
-                self.commit(payload=record.payload, **record.head["args"])
-            elif op in _REPLAYED:
-                getattr(self, op)(**record.head["args"])
-            else:
-                raise ValueError(f"unknown operation {op!r}")
-        except (AssertionError, KeyError, TypeError, ValueError) as error:
-            raise JournalError(
-                f"The record at byte {record.offset} of the journal {self.journal.path} does not follow from those "
-                f"before it: {error}. Start a new run from the last checkpoint."
-            ) from error
+    def _replay_restore(self, record: Record, **args: Any) -> None:
+        del record
+        self.restore(**{"lost": (), **args})
 
     def _enter(self, rules: BufferRules, incarnation: str, now: float, step: int | None, version: int | None) -> None:
         """Decide between a new run, a restart and a resume."""
@@ -438,6 +296,8 @@ class DurableLedger:
         elif incarnation in self._incarnations:
             if rules != self.rules:
                 raise JournalError(f"A restarted ledger must keep its rules {self.rules}, got {rules}.")
+            ready = [g for g in self.ledger.finished() if self.ledger.state_of(g) is State.READY]
+            self.lose_payloads(group_ids=[g for g in ready if not self._is_intact(g)], now=now)
             self.renew_all(now=now)
         elif step is None:
             raise JournalError(
@@ -447,9 +307,3 @@ class DurableLedger:
         else:
             self.restore(step=step, version=version, mark=incarnation, now=now, rules=rules)
             self.changes.clear()
-
-
-def _split(payload: bytes, sizes: Sequence[int]) -> list[bytes]:
-    ends = list(itertools.accumulate(sizes))
-    assert (ends[-1] if ends else 0) == len(payload), f"Sizes {sizes} must add up to {len(payload)} bytes."
-    return [payload[end - size : end] for end, size in zip(ends, sizes, strict=True)]

@@ -176,9 +176,8 @@ class GroupEntry:
 
     def to_state(self) -> dict[str, Any]:
         """As JSON values, without the fields that still have their default."""
-        blank = GroupEntry(group_id=-1, version=-1, since=-1.0)
-        fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if value != getattr(blank, name)}
+        always = {"group_id": self.group_id, "version": self.version, "since": self.since}
+        return always | {name: v for name, usual in _USUAL if (v := getattr(self, name)) != usual}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> GroupEntry:
@@ -187,6 +186,9 @@ class GroupEntry:
         entry.state = State(entry.state)
         entry.reason = None if entry.reason is None else DropReason(entry.reason)
         return entry
+
+
+_USUAL = [(f.name, f.default) for f in dataclasses.fields(GroupEntry) if f.default is not dataclasses.MISSING]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,27 +9,14 @@ by (group_id, attempt): a late or foreign attempt is fenced, a repeated one is a
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
-from trl_ray.buffer.entry import (
-    HELD,
-    LIVE,
-    BufferRules,
-    Change,
-    ChangeKind,
-    GroupEntry,
-    LeaseKey,
-    LedgerSnapshot,
-    Outcome,
-    State,
-    WaitingGroup,
-)
+from trl_ray.buffer.books import LedgerBooks
+from trl_ray.buffer.entry import HELD, ChangeKind, GroupEntry, LeaseKey, Outcome, State
 from trl_ray.types import DropReason
 
 
-class Ledger:
+class Ledger(LedgerBooks):
     """The state machine over groups.
 
         ledger = Ledger(rules)
@@ -41,28 +28,6 @@ class Ledger:
     NOTE: ``issued == trained + dropped + live`` after every call; `check` proves it by counting again.
     NOTE: steps finish in order 1, 2, 3, ...; a step is finished by `trained` or by `skip`.
     """
-
-    def __init__(self, rules: BufferRules) -> None:
-        """Start empty, at step 0 and version 0."""
-        self.rules = rules
-        self.issued = 0
-        self.step = 0
-        """The last finished step."""
-        self.version = 0
-        """The learner's weight version; a skipped step publishes the same weights under the next one."""
-        self.oldest_restorable = 0
-        """Steps before this one can no longer be restored."""
-        self.fenced = 0
-        self.reissued = 0
-        self._trained = 0
-        self._dropped: Counter[DropReason] = Counter()
-        self._released = 0
-        # Both hold ascending group ids: groups are issued in order, and a restore sorts.
-        self._live: dict[int, GroupEntry] = {}
-        self._settled: dict[int, GroupEntry] = {}
-        self._forgotten_trained = 0
-        self._forgotten_dropped: Counter[DropReason] = Counter()
-        self._changes: list[Change] = []
 
     # ---- admission and leases ----------------------------------------------------------------------------
 
@@ -231,33 +196,6 @@ class Ledger:
         self._dropped[reason] += 1
         self._settle(entry, State.DROPPED, now)
 
-    def _settle(self, entry: GroupEntry, state: State, now: float) -> None:
-        self._move(entry, state, now)
-        del self._live[entry.group_id]
-        self._settled[entry.group_id] = entry
-
-    @staticmethod
-    def _move(entry: GroupEntry, state: State, now: float) -> None:
-        entry.state, entry.since = state, now
-
-    def _note(self, kind: ChangeKind, entry: GroupEntry, because: str) -> None:
-        self._changes.append(
-            Change(
-                kind=kind,
-                group_id=entry.group_id,
-                attempt=entry.attempt,
-                because=because,
-                worker=entry.worker,
-                reason=entry.reason,
-                frees_slot=kind is ChangeKind.RELEASED or (kind is ChangeKind.DROPPED and not entry.skipped),
-            )
-        )
-
-    def drain_changes(self) -> list[Change]:
-        """What was reissued, dropped and released since the last call, in order."""
-        changes, self._changes = self._changes, []
-        return changes
-
     # ---- steps -------------------------------------------------------------------------------------------
 
     def take(self, *, count: int, step: int, now: float) -> list[int]:
@@ -335,27 +273,12 @@ class Ledger:
         # The driver repeats this too, where it does not know whether it was heard.
         if step <= self._released:
             return Outcome.REPEATED
-        for entry in self._settled.values():
-            if self._holds_slot(entry) and (entry.step or 0) <= step:
-                self._note(ChangeKind.RELEASED, entry, "released")
+        for entry in [e for e in self._unreleased.values() if (e.step or 0) <= step]:
+            del self._unreleased[entry.group_id]
+            self._note(ChangeKind.RELEASED, entry, "released")
         # Slots are freed here and not in `trained`: until the pull, engines sample with older weights.
         self._released = step
         return Outcome.APPLIED
-
-    def _holds_slot(self, entry: GroupEntry) -> bool:
-        used = entry.state is State.TRAINED or entry.skipped
-        return entry.state in LIVE or (used and (entry.step or 0) > self._released)
-
-    def holders(self) -> list[int]:
-        """The groups that hold a slot: live ones, and those of finished steps whose weights are not pulled yet."""
-        settled = [e.group_id for e in self._settled.values() if self._holds_slot(e)]
-        return sorted([*self._live, *settled])
-
-    def finished(self) -> list[int]:
-        """The groups whose payload must still be known: ready, taken, or trained and not forgotten."""
-        states = (State.READY, State.TAKEN, State.TRAINED)
-        entries = (*self._live.values(), *self._settled.values())
-        return sorted(entry.group_id for entry in entries if entry.state in states)
 
     def drop_stale(self, *, now: float) -> list[int]:
         """Drop ready groups older than the bound; return their ids.
@@ -381,13 +304,21 @@ class Ledger:
 
     # ---- checkpoints -------------------------------------------------------------------------------------
 
-    def checkpoint(self, *, step: int) -> list[int]:
+    def checkpoint(self, *, step: int, saved: int | None = None) -> list[int]:
         """A checkpoint of `step` makes everything settled by then final; forget it and return the ids.
 
         A group whose slot is still charged is kept until a later checkpoint.
+
+        Args:
+            step: the oldest step that a restore may still go back to.
+            saved: a younger step that has a checkpoint as well.
         """
-        assert step <= self.step, f"Only a finished step has a checkpoint: {self.step} was the last, got {step}."
+        newest = step if saved is None else saved
+        assert newest <= self.step, f"Only a finished step has a checkpoint: {self.step} was the last, got {newest}."
         self.oldest_restorable = max(self.oldest_restorable, step)
+        # A step that is passed is too late to tell of: what it needed of payloads may be gone.
+        told = {newest} if newest == self.step else set()
+        self.saved = {each for each in self.saved | told if each >= self.oldest_restorable}
         final = [e for e in self._settled.values() if (e.step or 0) <= step and not self._holds_slot(e)]
         for entry in final:
             del self._settled[entry.group_id]
@@ -397,7 +328,14 @@ class Ledger:
                 self._forgotten_dropped[entry.reason] += 1
         return [entry.group_id for entry in final]
 
-    def restore(self, *, step: int, version: int | None, now: float) -> None:
+    def restore(
+        self,
+        *,
+        step: int,
+        version: int | None,
+        now: float,
+        has_payload: Callable[[int], bool] = lambda group_id: True,
+    ) -> None:
         """Go back to the moment when `step` had just finished: whatever was settled later is live again.
 
         A finished group stays ready if the checkpoint's weights could have sampled it and it will still be young
@@ -408,6 +346,7 @@ class Ledger:
             step: the step of the checkpoint.
             version: the checkpoint's weight version; None means `step`.
             now: seconds since the epoch.
+            has_payload: whether a group's payload is still there; asked of those that would stay ready.
 
         Raises:
             ValueError: the ledger no longer knows, or does not know yet, what `step` had trained.
@@ -423,6 +362,8 @@ class Ledger:
             )
         self.version = step if version is None else version
         self.step = self._released = step
+        self._unreleased.clear()
+        self.saved = {*(saved for saved in self.saved if saved < step), step}
         undone = [entry for entry in self._settled.values() if (entry.step or 0) > step]
         for entry in undone:
             del self._settled[entry.group_id]
@@ -433,10 +374,10 @@ class Ledger:
         back = sorted([*self._live.values(), *undone], key=lambda entry: entry.group_id)
         self._live = {entry.group_id: entry for entry in back}
         for position, entry in enumerate(back):
-            self._revive(entry, position, now)
+            self._revive(entry, position, now, has_payload)
 
-    def _revive(self, entry: GroupEntry, position: int, now: float) -> None:
-        keep = self.rules.reuse_finished and self._usable(entry, position)
+    def _revive(self, entry: GroupEntry, position: int, now: float, has_payload: Callable[[int], bool]) -> None:
+        keep = self.rules.reuse_finished and self._usable(entry, position) and has_payload(entry.group_id)
         # What the lost timeline did to a group is not held against it.
         entry.failures = entry.draws = entry.overtaken = 0
         entry.step = entry.reason = entry.failed = None
@@ -461,94 +402,9 @@ class Ledger:
         age = self.version + self.rules.max_steps_before(position) - entry.min_version
         return entry.max_version <= self.version and age <= self.rules.max_age_at_use
 
-    # ---- looking in --------------------------------------------------------------------------------------
-
-    def waiting_on(self, *, count: int) -> list[WaitingGroup]:
-        """Of the `count` oldest groups not yet taken, those that are not ready."""
-        oldest = [e for e in self._live.values() if e.state is not State.TAKEN][:count]
-        return [
-            WaitingGroup(group_id=e.group_id, attempt=e.attempt, state=e.state, worker=e.worker, since=e.since)
-            for e in oldest
-            if e.state is not State.READY
-        ]
-
-    def state_of(self, group_id: int) -> State | None:
-        """The group's state; None when it is unknown or forgotten."""
-        entry = self._live.get(group_id) or self._settled.get(group_id)
-        return None if entry is None else entry.state
-
-    def snapshot(self) -> LedgerSnapshot:
-        """The balance now."""
-        states = Counter(entry.state for entry in self._live.values())
-        return LedgerSnapshot(
-            issued=self.issued,
-            trained=self._trained,
-            dropped={reason.value: self._dropped[reason] for reason in DropReason if self._dropped[reason]},
-            live={state.value: states[state] for state in State if state in LIVE},
-            fenced=self.fenced,
-            reissued=self.reissued,
-            step=self.step,
-            version=self.version,
-        )
-
-    def check(self) -> None:
-        """Prove the balance by counting every group again.
-
-        Raises:
-            AssertionError: a group was lost, counted twice, or is in an impossible state.
-        """
-        assert not self._live.keys() & self._settled.keys(), "A group must be either live or settled."
-        reasons = Counter(e.reason for e in self._settled.values())
-        trained = self._forgotten_trained + reasons.pop(None, 0)
-        assert trained == self._trained, f"{trained} groups are trained, yet {self._trained} were counted."
-        dropped = Counter({r: self._forgotten_dropped[r] + reasons[r] for r in DropReason})
-        assert +dropped == +self._dropped, f"Dropped are {dropped}, yet {self._dropped} were counted."
-        assert self.issued == trained + dropped.total() + len(self._live), (
-            f"issued {self.issued} must equal trained {trained} + dropped {dropped.total()} + live {len(self._live)}."
-        )
-        assert list(self._live) == sorted(self._live), "Live groups must be in the order of their ids."
-        for entry in (*self._live.values(), *self._settled.values()):
-            _check_entry(entry)
-
-    def to_state(self) -> dict[str, Any]:
-        """Everything, as JSON values; changes that were not drained are not part of it."""
-        return {
-            "issued": self.issued,
-            "step": self.step,
-            "version": self.version,
-            "oldest_restorable": self.oldest_restorable,
-            "fenced": self.fenced,
-            "reissued": self.reissued,
-            "released": self._released,
-            "forgotten_trained": self._forgotten_trained,
-            "forgotten_dropped": {reason.value: count for reason, count in self._forgotten_dropped.items()},
-            "live": [entry.to_state() for entry in self._live.values()],
-            "settled": [entry.to_state() for entry in self._settled.values()],
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any], *, rules: BufferRules) -> Ledger:
-        """The inverse of `to_state`."""
-        ledger = cls(rules)
-        ledger.issued, ledger.step, ledger.version = state["issued"], state["step"], state["version"]
-        ledger.oldest_restorable = state["oldest_restorable"]
-        ledger.fenced, ledger.reissued = state["fenced"], state["reissued"]
-        ledger._released = state["released"]
-        ledger._live = {entry["group_id"]: GroupEntry.from_state(entry) for entry in state["live"]}
-        ledger._settled = {entry["group_id"]: GroupEntry.from_state(entry) for entry in state["settled"]}
-        ledger._forgotten_trained = state["forgotten_trained"]
-        ledger._forgotten_dropped = Counter({DropReason(k): v for k, v in state["forgotten_dropped"].items()})
-        reasons = Counter(entry.reason for entry in ledger._settled.values())
-        # Counted again rather than stored, so that totals cannot disagree with groups.
-        ledger._trained = ledger._forgotten_trained + reasons[None]
-        ledger._dropped = Counter({r: ledger._forgotten_dropped[r] + reasons[r] for r in DropReason})
-        return ledger
-
-
-def _check_entry(entry: GroupEntry) -> None:
-    held, state = entry.state in HELD, entry.state
-    assert held == (entry.worker is not None) == (entry.expires_at is not None), f"Lease and state differ: {entry}."
-    assert (state is State.DROPPED) == (entry.reason is not None), f"Reason and state differ: {entry}."
-    assert (state in (State.TAKEN, State.TRAINED, State.DROPPED)) == (entry.step is not None), f"No step: {entry}."
-    if state in (State.READY, State.TAKEN, State.TRAINED):
-        assert entry.committed == entry.attempt and entry.min_version is not None, f"No payload: {entry}."
+    def lose_payloads(self, *, group_ids: Iterable[int], now: float) -> None:
+        """What was stored of these ready groups is damaged: issue them again."""
+        for group_id in group_ids:
+            entry = self._live[group_id]
+            assert entry.state is State.READY, f"Only a ready group's payload can be made again, got {entry}."
+            self._reissue(entry, "payload lost", now)

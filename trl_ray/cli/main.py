@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from trl_ray.cli.leaving import leave
 from trl_ray.cli.option_arguments import read_options
 from trl_ray.cli.option_help import describe_options
 from trl_ray.config.base import Section
@@ -33,9 +34,11 @@ from trl_ray.config.teacher_options import TeacherServeConfig
 from trl_ray.errors import ConfigError, InputError, InterruptedRun, RunError, TrlRayError
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.pipelines.pipeline_registry import ENTRY_POINTS, find_pipeline
+from trl_ray.pipelines.run.signals import interrupt_at_once, own_process
 
 if TYPE_CHECKING:
-    from trl_ray.pipelines.run.pipeline import Pipeline, TrainOutput
+    from trl_ray.pipelines.run.pipeline import Pipeline
+    from trl_ray.pipelines.run.session import TrainOutput
 
 
 class ExitCode(enum.IntEnum):
@@ -91,13 +94,19 @@ def _summary(command: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code; without `argv` it is the process's own, and may be left at once."""
+    if argv is None:
+        interrupt_at_once()
+        own_process()
     try:
-        return _run(argv)
+        code = _run(argv)
     finally:
         # What the console left unwritten would otherwise end Python with an error of its own.
         for stream in (sys.stdout, sys.stderr):
             _write("", stream)
+    if argv is None:
+        leave(code, at_once=code == ExitCode.INTERRUPTED)
+    return code
 
 
 def _write(text: str, stream: TextIO) -> None:
@@ -124,7 +133,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except InterruptedRun as error:
         return _say(ExitCode.INTERRUPTED, f"trl-ray: {error}")
     except (KeyboardInterrupt, asyncio.CancelledError):
-        return _say(ExitCode.INTERRUPTED, "trl-ray: interrupted at once; the last checkpoint and the journal are kept")
+        return _say(ExitCode.INTERRUPTED, "trl-ray: interrupted at once; checkpoints and the journal are kept")
     except TrlRayError as error:
         return _say(
             ExitCode.FAILED,
@@ -233,7 +242,8 @@ def _finish(output: TrainOutput) -> int:
     )
     age = "" if output.worst_age is None else f"; oldest token trained on: {output.worst_age} steps"
     _print(f"{output.steps} steps; ledger: {balance}{age}")
-    _print(f"report: {output.run_dir / 'report.html'}")
+    if (report := output.run_dir / "report.html").is_file():
+        _print(f"report: {report}")
     if not ledger.balanced or ledger.live_total:
         return _say(ExitCode.FAILED, f"trl-ray: the run ended with work unaccounted for: {balance}")
     return ExitCode.DONE

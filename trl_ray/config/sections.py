@@ -15,6 +15,8 @@ from trl_ray.config.keywords.generation_fields import read_generation_kwargs
 from trl_ray.config.keywords.keyword_options import read_model_init_kwargs
 from trl_ray.config.object_paths import lasting_file
 from trl_ray.config.optimizer_options import Optim, read_optim, read_optim_args
+from trl_ray.config.runtime_options import RuntimeConfig as RuntimeConfig
+from trl_ray.config.runtime_options import RuntimeKind as RuntimeKind
 from trl_ray.config.step_counts import PositiveStepCount, StepCount
 from trl_ray.config.trl_options.reading import read_foreign
 
@@ -79,14 +81,6 @@ class SharePrompt(enum.StrEnum):
     NEVER = "never"
 
 
-class RuntimeKind(enum.StrEnum):
-    """Where actors live."""
-
-    RAY = "ray"
-    LOCAL = "local"
-    """All in this process, one after the other: for a debugger, and for bit-for-bit repeatable runs."""
-
-
 class EngineChoice(enum.StrEnum):
     """Which inference engine rollout workers run."""
 
@@ -104,10 +98,12 @@ class OnDisagreement(enum.StrEnum):
 
 
 class Isolation(enum.StrEnum):
-    """Where reward functions run."""
+    """Where the user's reward functions run; those of this package and TRL are always behind walls."""
 
     PROCESS = "process"
-    """In a child process that can be killed when it hangs."""
+    """In one child process, which can be killed when it hangs; they may keep state, read files and talk to servers."""
+    SANDBOX = "sandbox"
+    """Each group in a new process without network, files and state."""
     INLINE = "inline"
     """In the reward worker itself: breakpoints work, a hang cannot be cut short."""
 
@@ -482,6 +478,10 @@ class RolloutConfig(Section):
     dtype: Annotated[Annotated[Dtype, FROM_STRING] | None, AfterValidator(_policys)] = None
     """None (or ``auto``) uses the policy's."""
     num_workers: Positive = 1
+    min_workers: Positive | None = None
+    """The run begins with as few when there is no room for `num_workers`; None waits for all of them."""
+    max_workers: Positive | None = None
+    """More are started as nodes with room for them come; None keeps to `num_workers`."""
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     max_num_seqs: Positive = 64
@@ -508,46 +508,23 @@ class RolloutConfig(Section):
     """``stop`` or ``warn`` when the agreement check finds sampler and learner apart; None stops where both sides are
     float32, and there is no dropout, and warns elsewhere."""
 
-
-class RuntimeConfig(Section):
-    """Ray, resources, supervision."""
-
-    kind: Annotated[RuntimeKind, FROM_STRING] = RuntimeKind.RAY
-    address: str | None = None
-    """``host:port`` of a running cluster or ``auto``; None starts Ray on this machine (inside a Ray job: joins it)."""
-    num_cpus: Positive | None = None
-    """CPUs of a cluster started here; None counts the machine's."""
-    num_learners: Positive = 1
-    """Ranks of the learner, one actor each; the batch options are per rank."""
-    learner_num_cpus: Annotated[float, Field(ge=0)] = 1.0
-    learner_num_gpus: Annotated[float, Field(ge=0)] = 0.0
-    learner_threads: Positive | None = None
-    """Compute threads of each learner rank; None uses its CPUs."""
-    placement_strategy: Annotated[str, Field(pattern="^(PACK|SPREAD|STRICT_PACK|STRICT_SPREAD)$")] = "PACK"
-    placement_timeout_s: Seconds = 60.0
-    connect_timeout_s: Seconds = 10.0
-    start_deadline_s: Seconds = 600.0
-    """For an actor to load its model."""
-    collective_timeout_s: Seconds = 1800.0
-    """For one exchange between the ranks of the learner."""
-    step_deadline_s: Seconds = 3600.0
-    """For one optimizer step."""
-    pull_deadline_s: Seconds = 600.0
-    """For a worker to pull one set of weights."""
-    health_interval_s: Seconds = 1.0
-    health_deadline_s: Seconds = 15.0
-    """A worker that answers no probe for this long is replaced."""
-    stall_deadline_s: Seconds = 900.0
-    """The run stops, naming who it waits for, when nothing has moved for this long."""
-    max_restarts: Natural = 10
-    """Of each worker and of the queue, until the learner restarts."""
-    max_learner_restarts: Natural = 3
-    """From the last checkpoint."""
+    @property
+    def fewest_workers(self) -> int:
+        """With which the run begins."""
+        return self.min_workers or self.num_workers
 
     @property
-    def threads_of_learner(self) -> int:
-        """Compute threads: `learner_threads`, or one for each of its CPUs."""
-        return self.learner_threads or max(1, int(self.learner_num_cpus))
+    def most_workers(self) -> int:
+        """To which it grows."""
+        return self.max_workers or self.num_workers
+
+    @rule
+    def _check_workers(self) -> None:
+        if not self.fewest_workers <= self.num_workers <= self.most_workers:
+            raise ValueError(
+                f"num_workers must be between min_workers and max_workers, got {self.num_workers} with "
+                f"{self.fewest_workers} and {self.most_workers}. Change one of them."
+            )
 
 
 def _read_report_to(value: Any) -> Any:

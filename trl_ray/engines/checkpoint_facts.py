@@ -17,6 +17,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from trl_ray.engines.checkpoint_layout import CheckpointLayout, empty_model
 from trl_ray.errors import ModelError
 from trl_ray.models.policy_loading import positions_of
+from trl_ray.models.scoring.head import body
 from trl_ray.models.vocabulary import missing_rows
 from trl_ray.models.weight_payload import build_manifest
 from trl_ray.types import TensorEntry
@@ -85,10 +86,16 @@ def kv_bytes_per_token(config: Any, dtype: str) -> int:
     heads = getattr(text, "num_attention_heads", None)
     if not heads:  # no attention, and no keys
         return 0
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = _largest(text, "num_key_value_heads") or heads
+    head_size = _largest(text, "head_dim") or text.hidden_size // heads
     element = 4 if dtype == "float32" else 2
     return int(2 * text.num_hidden_layers * kv_heads * head_size * element)
+
+
+def _largest(text: Any, name: str) -> int | None:
+    """An option that some models state for each layer by itself; None where it is not stated."""
+    owners = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+    return max((value for owner in owners if (value := getattr(owner, name, None))), default=None)
 
 
 def read_facts(
@@ -146,7 +153,7 @@ def read_facts(
         manifest=build_manifest((name, parameter) for name, parameter in skeleton.named_parameters()),
         kv_bytes_per_token=kv_bytes_per_token(config, dtype),
         layout=CheckpointLayout.of(skeleton),
-        base_class=type(skeleton.base_model),
+        base_class=type(body(skeleton)),
         text_section=section,
         is_recurrent=is_recurrent(skeleton),
     )

@@ -1,9 +1,29 @@
-"""From logits to sampled tokens, with log-probs under the very distribution that was sampled.
+"""From logits to sampled tokens, with log-probs of what is drawn from, or of the policy at the temperature.
 
     logits [B, V] -> min_tokens, repetition penalty -> temperature -> min-p, top-k, top-p -> log-softmax -> one draw
+           `-------> temperature -> log-softmax -> the drawn token's log-prob with `policy_logprobs`
 
 Every function works on B rows with parameters of their own. Order and meaning are vLLM's, so both engines sample
 from the same distribution. B rows, V vocabulary.
+
+*Which log-prob is a drawn token's?* Where sampling is reshaped (top-p, top-k, min-p, penalties, biases, bans, grammars)
+tokens come from mu(a) = pi(a) w(a) / Z: pi is softmax(logits / temperature), which the learner scores, w what reshapes
+it (0 or 1 of a filter), Z its mean under pi, which of a filter is the mass it keeps. A run whose options reshape asks
+for log pi(a) (`policy_logprobs`) and not for log mu(a), as a ratio must compare one policy with itself, and with log mu
+even fresh tokens have the ratio Z:
+
+* with log pi the ratio is pi now / pi then. On fresh tokens it is 1, in any number format; Z and w cancel for as long
+  as what is reshaped stays what it was. It is as exact over a whole completion as over a token, a token that leaves the
+  nucleus has a ratio as any other, and heads of the learner, teachers and references are asked for nothing else than
+  without filters. At the ratio 1 the gradient is E_mu[A d log pi] = E_mu[A d log mu] + E_mu[A d log Z]: that of the
+  reward of what is sampled, and one that moves mass into what the filter keeps where things went better than expected,
+  and out of it where they went worse: the usual price of filters.
+* log mu on both sides would leave out the second term, but the learner would have to find the sampler's filter from
+  logits of its own: rounding moves tokens over the edge, each with a jump of the ratio, and a drawn token that has left
+  the nucleus has no log-prob at all, so that it must be kept against the definition.
+
+TRL compares log mu of vLLM with log pi of the learner. A run that asks for nothing of the kind goes on asking for log
+mu, so that sampling which is reshaped behind its back shows in every ratio.
 """
 
 from __future__ import annotations
@@ -14,6 +34,7 @@ from dataclasses import dataclass
 
 import torch
 
+from trl_ray.config.keywords.generation_fields import reshaping
 from trl_ray.errors import DataError
 from trl_ray.types import SamplingParams
 
@@ -65,6 +86,8 @@ class BatchSampling:
     """Whether any row uses top-k, top-p or min-p."""
     penalises: bool
     """Whether any row has a repetition penalty other than 1."""
+    of_policy: torch.Tensor | None
+    """[B, 1] bool: rows that want the policy's log-probs; None: none does."""
 
     @staticmethod
     def of(rows: Sequence[SamplingParams], *, vocab_size: int, device: torch.device) -> BatchSampling:
@@ -82,7 +105,35 @@ class BatchSampling:
             min_tokens=column([row.min_tokens for row in rows], torch.int64),
             filters=any(row.top_p < 1 or row.top_k > 0 or row.min_p > 0 for row in rows),
             penalises=any(row.repetition_penalty != 1 for row in rows),
+            of_policy=column([row.policy_logprobs for row in rows], torch.bool)
+            if any(row.policy_logprobs for row in rows)
+            else None,
         )
+
+
+def reshapes(params: SamplingParams) -> bool:
+    """Whether tokens are drawn from another distribution than that of logits and temperature."""
+    filtered = params.top_p < 1 or params.top_k > 0 or params.min_p > 0
+    return filtered or params.repetition_penalty != 1 or params.min_tokens > 0 or bool(reshaping(params.fields))
+
+
+def policy_logprobs(logits: torch.Tensor, sampling: BatchSampling) -> torch.Tensor:
+    """The policy's log-probs at the temperature of each row, whatever else sampling does.
+
+    The operations are those of `processed_logprobs`: where nothing is reshaped these are its bits.
+
+    Args:
+        logits: [B, V] raw, any float dtype.
+        sampling: parameters of the B rows.
+
+    Returns:
+        [B, V] float32 natural log-probs. Greedy rows: at temperature 1.
+    """
+    return torch.log_softmax(_cooled(logits.to(torch.float32, copy=True), sampling), dim=-1)
+
+
+def _cooled(scores: torch.Tensor, sampling: BatchSampling) -> torch.Tensor:
+    return scores / torch.where(sampling.temperature == 0, 1.0, sampling.temperature)
 
 
 def processed_logprobs(
@@ -119,7 +170,7 @@ def processed_logprobs(
     if penalties is not None:
         scores = scores - penalties
     greedy = sampling.temperature == 0
-    scores = scores / torch.where(greedy, 1.0, sampling.temperature)
+    scores = _cooled(scores, sampling)
     if sampling.filters:
         scores = torch.where(greedy, scores, _filtered(scores, sampling))
     if cut_off is not None:

@@ -47,6 +47,7 @@ from trl_ray.types import (
     WeightPayload,
     WeightVersion,
 )
+from trl_ray.types.clock import steady_time
 from trl_ray.wire.teacher_answers import TeacherAnswer
 
 _LOG = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class EngineThread:
         self._paused = False
         self._closed = False
         self._broken: str | None = None
-        self._progress_at = time.time()
+        self._progress_at = steady_time()
         self._watched_since = time.monotonic()
         ready: Future[Limits] = Future()
         self._thread = threading.Thread(target=self._main, args=(ready,), name=f"{name}-engine", daemon=True)
@@ -135,6 +136,11 @@ class EngineThread:
         return self._limits.max_model_len
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the model's head."""
+        return self._limits.vocab_size
+
+    @property
     def broken(self) -> str | None:
         """Why the engine must be replaced; None while it works."""
         return self._broken
@@ -149,7 +155,7 @@ class EngineThread:
     def last_progress(self) -> float:
         """Seconds since the epoch of the last finished model step, or now while there is nothing to do."""
         with self._condition:
-            return self._progress_at if self._busy() or self._broken else time.time()
+            return self._progress_at if self._busy() or self._broken else steady_time()
 
     def submit(self, requests: Sequence[GenerationRequest]) -> list[Future[tuple[Completion, ...]]]:
         """Queue requests; all of one call enter the scheduler together.
@@ -487,7 +493,7 @@ class EngineThread:
             return False
         with self._condition:
             done, self._running, self._active = self._running, None, False
-            self._progress_at, self._watched_since = time.time(), time.monotonic()
+            self._progress_at, self._watched_since = steady_time(), time.monotonic()
             self._condition.notify_all()
         if done is not None:
             with suppress(InvalidStateError):

@@ -5,7 +5,8 @@
 
     queue of questions -> [as many completions as fit one pass] -> TeacherAnswer each      (before the next token)
 
-Models with recurrent layers (state spaces, linear attention, short convolutions) are read anew for every token.
+Models with recurrent layers (state spaces, linear attention, short convolutions), and those that heed no padding or
+keep no cache (`keeps_cache`), are read anew for every token.
 A row is one sample of one request. A batch takes all rows that are ready, up to max_num_seqs; rows that arrive later
 wait for the next batch. B rows, S positions so far, V vocabulary.
 """
@@ -25,9 +26,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizer
 from transformers.utils import logging
 
 from trl_ray.engines.backend import CHECKPOINT_VERSION, Finished, Limits
-from trl_ray.engines.checkpoint_facts import at_revision, is_recurrent, read_facts, stop_ids_of
+from trl_ray.engines.checkpoint_facts import at_revision, read_facts, stop_ids_of
 from trl_ray.engines.logit_rules import LogitRules
-from trl_ray.engines.sampling import BatchSampling, draw, processed_logprobs, sample_seed
+from trl_ray.engines.sampling import BatchSampling, draw, policy_logprobs, processed_logprobs, sample_seed
+from trl_ray.engines.start.cache_proof import keeps_cache
 from trl_ray.engines.thread import EngineThread
 from trl_ray.models.companions.teacher_model import TeacherModel
 from trl_ray.models.policy_loading import positions_of
@@ -378,10 +380,10 @@ class TransformersBackend:
     @cached_property
     def _keeps_cache(self) -> bool:
         """Whether what the model remembers can be dealt out to rows, and taken from them."""
-        return not is_recurrent(self._model)
+        return keeps_cache(self._model)
 
     def _read_whole(self, batch: _Batch) -> torch.Tensor:
-        """Logits [B, V] without a cache, of sequences as they are: padding would enter the states of recurrent layers.
+        """Logits [B, V] without a cache, of sequences as they are: padding would enter what they compute.
 
         The work of a token grows with its place; vLLM keeps such states.
         """
@@ -430,6 +432,8 @@ class TransformersBackend:
         tokens = draw(logprobs, batch.sampling, uniforms.to(logprobs.device))
         if batch.seen is not None:
             batch.seen.scatter_(1, tokens, True)
+        if batch.sampling.of_policy is not None:
+            logprobs = torch.where(batch.sampling.of_policy, policy_logprobs(logits, batch.sampling), logprobs)
         chosen = logprobs.gather(1, tokens)[:, 0].tolist()
         for row, token, logprob in zip(batch.rows, tokens[:, 0].tolist(), chosen, strict=True):
             row.append(token, logprob, self._version)

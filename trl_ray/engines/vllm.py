@@ -28,7 +28,9 @@ from trl_ray.engines.checkpoint_facts import CheckpointFacts, default_kv_bytes, 
 from trl_ray.engines.checkpoint_layout import CheckpointLayout, in_checkpoint_layout
 from trl_ray.engines.completion_scoring import answer_of, top_width
 from trl_ray.engines.sampling import sample_seed
+from trl_ray.engines.start.vllm_differences import config_corrections, cpu_corrections
 from trl_ray.engines.thread import EngineThread
+from trl_ray.engines.vllm_workers.policy_logprobs import MARK, report_policy_logprobs
 from trl_ray.errors import ConfigError
 from trl_ray.models.weight_payload import named_tensors
 from trl_ray.types import (
@@ -171,6 +173,7 @@ class VLLMBackend:
         self._scores: set[str] = set()
         self._questions: dict[str, _Question] = {}
         self._version = CHECKPOINT_VERSION.version
+        self._reports_policy = False
         self._max_logprobs = 0
         self._llm: Any = None
         self._facts: CheckpointFacts | None = None
@@ -220,6 +223,9 @@ class VLLMBackend:
         from vllm.inputs.engine import tokens_input
 
         prompt = [int(token) for token in request.prompt_ids]
+        if request.sampling.policy_logprobs and not self._reports_policy:
+            self._llm.collective_rpc(report_policy_logprobs)
+            self._reports_policy = True
         for index in range(request.n):
             try:
                 params = self._params(request, index, room=self._max_model_len - len(prompt))
@@ -332,7 +338,7 @@ class VLLMBackend:
             arguments["distributed_executor_backend"] = "uni"
         if not torch.cuda.is_available():
             arguments |= self._cpu_arguments(facts, length)
-        changes = self._config_changes
+        changes = _merged(self._config_changes, config_corrections(facts.layout.config))
         if facts.grown:
             changes = _merged(changes, _vocabulary(facts))
             arguments |= self._grown_arguments(facts)
@@ -367,6 +373,7 @@ class VLLMBackend:
             "max_num_batched_tokens": max(length, _CPU_BATCHED_TOKENS),
             # States of recurrent layers are kept for prefixes only where prompts may be split.
             **({"enable_prefix_caching": False} if facts.is_recurrent else {}),
+            **cpu_corrections(facts.layout.config),
         }
 
     def _params(self, request: GenerationRequest, index: int, *, room: int) -> Any:
@@ -378,6 +385,8 @@ class VLLMBackend:
         max_tokens = min(wanted.max_tokens, room)
         fields = dict(wanted.fields)
         stop_ids = {*self._facts.stop_ids, *(int(token) for token in fields.pop("stop_token_ids", ()))}
+        if wanted.policy_logprobs:
+            fields["extra_args"] = {**(fields.get("extra_args") or {}), MARK: True}
         if isinstance(fields.get("structured_outputs"), Mapping):
             fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
         if isinstance(fields.get("logit_bias"), Mapping):  # a file's keys may be texts

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_ray.errors import CheckpointError
 from trl_ray.models.adapters.lora import has_adapter, save_adapter
 from trl_ray.models.dropout import stated_dropout
+from trl_ray.models.plain_saving import save_plain
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.pt"
@@ -148,7 +149,7 @@ def _write_model(model: PreTrainedModel, directory: Path, weights: Mapping[str, 
         save_adapter(model, directory, weights)
     else:
         with stated_dropout(model):
-            model.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
+            save_plain(model, directory, weights=weights)
 
 
 def _unwritable(directory: str | Path, step: int, error: BaseException) -> CheckpointError:
@@ -253,9 +254,15 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
-def latest_checkpoint(directory: str | Path) -> FoundCheckpoint:
-    """The youngest checkpoint that verifies; what is wrong with younger ones is told, not raised."""
-    _rescue(Path(directory))
+def latest_checkpoint(directory: str | Path, *, mend: bool = True) -> FoundCheckpoint:
+    """The youngest checkpoint that verifies; what is wrong with younger ones is told, not raised.
+
+    Args:
+        directory: of all checkpoints.
+        mend: put one back whose replacement was killed half-way; only where no other process writes the directory.
+    """
+    if mend:
+        _rescue(Path(directory))
     problems = []
     for path in reversed(list_checkpoints(directory)):
         try:

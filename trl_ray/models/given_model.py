@@ -20,6 +20,7 @@ from trl_ray.config.sections import Dtype, ModelConfig, QuantType
 from trl_ray.errors import ModelError
 from trl_ray.models.adapters.adapter_config import ADAPTER_CONFIG
 from trl_ray.models.generation_settings import mend_generation
+from trl_ray.models.plain_saving import save_plain
 from trl_ray.models.policy_loading import load_tokenizer
 
 _BASE = "base"
@@ -122,7 +123,7 @@ def _write_model(model: Any, folder: Path) -> None:
     base = _adapted(model)
     mend_generation(model if base is None else base)
     if base is None:
-        model.save_pretrained(folder)
+        save_plain(model, folder)
         return
     weights = {
         name.replace(".base_layer.", "."): tensor
@@ -130,8 +131,8 @@ def _write_model(model: Any, folder: Path) -> None:
         if "lora_" not in name and ".modules_to_save." not in name
     }
     weights = {name.replace(".original_module.", "."): tensor for name, tensor in weights.items()}
-    base.save_pretrained(folder / _BASE, state_dict=weights)
-    model.save_pretrained(folder)
+    save_plain(base, folder / _BASE, weights=weights)
+    save_plain(model, folder)
     file = folder / ADAPTER_CONFIG
     config = json.loads(file.read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": str(folder / _BASE), "revision": None}

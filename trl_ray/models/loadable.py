@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import ModelError
@@ -26,6 +27,9 @@ from trl_ray.models.quantised_checkpoints import check_trainable
 from trl_ray.models.scoring.classifier import AUTO_CLASSES, has_class_head
 from trl_ray.models.scoring.head import head_module, logit_transform
 from trl_ray.models.weight_files import check_shapes, read_shapes
+
+_ENCODERS = frozenset({*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet"})
+"""Model types that see what comes after, unless their configuration says that they are decoders."""
 
 
 def check_loadable(model: ModelConfig, *, num_labels: int | None = None) -> None:
@@ -72,8 +76,10 @@ def check_loadable(model: ModelConfig, *, num_labels: int | None = None) -> None
 def _check_decoder(name: str, config: Any) -> None:
     """Tokens of a language model see what is before them, and nothing else."""
     written = getattr(config, "architectures", None) or ()
+    is_encoder = config.model_type in _ENCODERS or any(each.endswith("ForMaskedLM") for each in written)
     # The flag alone does not tell: some decoders have it, and leave it false.
-    sees_all = getattr(config, "is_decoder", True) is False and any(each.endswith("ForMaskedLM") for each in written)
+    is_decoder = getattr(config, "is_decoder", getattr(config, "causal", False))
+    sees_all = is_encoder and not is_decoder and not config.is_encoder_decoder
     if config.is_encoder_decoder or sees_all:
         kind = "an encoder, which sees what comes after" if sees_all else "an encoder and a decoder"
         raise ModelError(

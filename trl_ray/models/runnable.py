@@ -29,16 +29,18 @@ PROVED = frozenset(
 """Model types whose sampler and learner were seen to agree, on the engines that run them."""
 _REFUSED: Mapping[str, str] = {
     "phimoe": "its routers draw experts by lot in training, so that what is trained is never what sampled",
+    "cpmant": "the prompt embeddings that it sets before every text depend on what else is in the row",
+    "hrm_text": "it repeats its layers so often that rounding alone makes them two policies",
+    "moshi": "it is a model of speech, and its text decoder alone attends otherwise in rows of several sequences",
 }
+_FLOAT32_ALONE = frozenset({"deepseek_v4", "hy_v4", "xlstm"})
+"""Model types that mix number formats in transformers, and cannot be computed in another than float32."""
 _REFUSED_BY_VLLM: Mapping[str, str] = {
     "lfm2": "vLLM reads an option of its configuration (conv_dim) that transformers 5 does not write",
     "recurrent_gemma": "vLLM has no such model",
-    "gpt_neox": "what vLLM makes of transformers' code is off by more than a nat with the same files",
 }
 _REFUSED_BY_VLLM_ON_CPU: Mapping[str, str] = {
     "mamba": "vLLM has no kernel for its scan on a CPU",
-    "deepseek_v2": "vLLM's latent attention on a CPU is off by more than a nat with the same files",
-    "deepseek_v3": "vLLM's latent attention on a CPU is off by more than a nat with the same files",
 }
 _BF16_ON_CPU = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
 """Model types whose linear attention vLLM computes in bfloat16 alone, on a CPU."""
@@ -102,6 +104,8 @@ def _why_not(config: Any, engine: EngineChoice, *, on_gpu: bool, dtype: str) -> 
     kind = config.model_type
     if kind in _REFUSED:
         return f"they are not: {_REFUSED[kind]}. Take another model."
+    if kind in _FLOAT32_ALONE and dtype != "float32":
+        return f"they cannot be computed in {dtype}, as it mixes number formats. Set dtype=float32."
     if engine is not EngineChoice.VLLM:
         return None
     if kind in _REFUSED_BY_VLLM:

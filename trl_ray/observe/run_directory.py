@@ -5,7 +5,11 @@ RUN_DIR/
   metrics.jsonl     one line per optimizer step    journal.bin      the ledger's journal
   events.jsonl      what happened to whom          completions/     step-000012.parquet
   trace.jsonl       spans of the actors            checkpoints/     step-12/
-  report.html       drawn from all of the above    .config.yaml     the options once more, to know an edit by
+  journal.bin.payloads/   groups that may be trained yet
+  .config.yaml      the options once more, by which an edit of them is known
+  report.html       drawn from all of the above    run.lock         who writes it now
+
+Whoever changes a directory holds its lock first (run_lock.py). Who may read: private_files.py.
 """
 
 from __future__ import annotations
@@ -17,13 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trl_ray.errors import ConfigError
+from trl_ray.observe.private_files import file_mode, make_folder
 from trl_ray.observe.run_files import atomic_write_json, atomic_write_text, read_json_lines, to_json, writing
+from trl_ray.observe.run_lock import LOCK
 
 _FILES = (
     *("config.yaml", ".config.yaml", "metrics.jsonl", "events.jsonl", "trace.jsonl", "ledger.json", "journal.bin"),
     "report.html",
 )
-_FOLDERS = ("completions", "checkpoints", "model", "wandb", "tensorboard", "mlflow")
+_FOLDERS = ("completions", "checkpoints", "journal.bin.payloads", "model", "wandb", "tensorboard", "mlflow")
 # A folder with one of these was made by a run; nothing else is ever overwritten.
 _MARKS = ("metrics.jsonl", "events.jsonl")
 
@@ -47,10 +53,10 @@ class RunDirectory:
         run = cls.check_free(path, overwrite=overwrite)
         try:
             run._clear()
-            run.completions.mkdir(parents=True)
-            run.checkpoints.mkdir()
+            for folder in (run.path, run.completions, run.checkpoints):
+                make_folder(folder)
             for file in (run.metrics, run.events, run.trace):
-                file.touch()
+                file.touch(mode=file_mode(run.path))
         except OSError as error:
             raise ConfigError(
                 f"output_dir must be a folder that can be written, got {str(run.path)!r}: {error.strerror or error}. "
@@ -65,7 +71,7 @@ class RunDirectory:
         Raises:
             ConfigError: the folder is in use or is no folder.
         """
-        run = cls(Path(path).expanduser().absolute())
+        run = cls(_usable(path))
         run._refuse_if_in_use(overwrite=overwrite)
         return run
 
@@ -76,7 +82,7 @@ class RunDirectory:
         Raises:
             ConfigError: there is no run in `path`.
         """
-        run = cls(Path(path).expanduser().absolute())
+        run = cls(_usable(path))
         if not run.path.exists():
             raise ConfigError(f"A run directory must exist, got {str(run.path)!r}, which does not. Check the path.")
         if not run._is_run():
@@ -175,10 +181,11 @@ class RunDirectory:
 
     def _refuse_if_in_use(self, *, overwrite: bool) -> None:
         if not self.path.exists():
+            self._refuse_if_it_cannot_be_made()
             return
         if not self.path.is_dir():
             raise ConfigError(f"output_dir must be a folder, got the file {str(self.path)!r}. Choose another.")
-        if not any(self.path.iterdir()):
+        if all(LOCK in each.name for each in self.path.iterdir()):
             return
         if not self._is_run():
             raise ConfigError(
@@ -191,9 +198,38 @@ class RunDirectory:
                 f"another, delete that run with overwrite_output_dir=true, or continue it: trl-ray resume {self.path}"
             )
 
+    def _refuse_if_it_cannot_be_made(self) -> None:
+        above = next(each for each in self.path.parents if each.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"output_dir must be a folder that can be written, got {str(self.path)!r}, which cannot be made in "
+                f"{above}. Choose another output_dir or fix the permissions."
+            )
+
     def _clear(self) -> None:
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
         for name in _FOLDERS:
             if (self.path / name).exists():
                 shutil.rmtree(self.path / name)
+
+
+def _usable(path: str | os.PathLike[str]) -> Path:
+    """The absolute path.
+
+    Raises:
+        ConfigError: no folder can have it.
+    """
+    given = os.fspath(path)
+    what = "no NUL character" if "\0" in given else None
+    try:
+        folder = Path(given).expanduser().absolute()
+        os.fsencode(folder)
+        folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        what = what or str(getattr(error, "strerror", None) or error)
+    else:
+        if what is None:
+            return folder
+    shown = given if len(given) < 100 else f"{given[:60]}... ({len(given)} characters)"
+    raise ConfigError(f"A run directory must be a path that a folder can have, got {shown!r}: {what}. Choose another.")

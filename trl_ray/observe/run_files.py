@@ -129,16 +129,24 @@ def _is_torn(path: Path) -> bool:
         return stream.read(1) != b"\n"
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Every whole JSON object of a file, in order; nothing when the file is missing."""
+def read_json_lines(path: Path, *, skips: Callable[[bytes], bool] | None = None) -> list[dict[str, Any]]:
+    """Every whole JSON object of a file, in order; nothing when the file is missing.
+
+    Args:
+        path: of the file.
+        skips: tells by its bytes whether a line is left out unread.
+    """
     if not path.is_file():
         return []
     records: list[dict[str, Any]] = []
-    # Not splitlines, which also splits at separators that may stand inside a JSON string.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        record = parse_json(line)
-        if isinstance(record, dict):
-            records.append(record)
+    with path.open("rb") as file:
+        # Bytes split at newlines alone; text also at separators that may stand inside a JSON string.
+        for line in file:
+            if skips is not None and skips(line):
+                continue
+            record = parse_json(line.decode("utf-8", errors="replace"))
+            if isinstance(record, dict):
+                records.append(record)
     return records
 
 

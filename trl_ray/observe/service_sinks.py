@@ -21,6 +21,7 @@ from typing import Any
 from trl_ray.errors import ConfigError
 from trl_ray.observe.redact import redact
 from trl_ray.observe.run_files import atomic_write_text, jsonable
+from trl_ray.observe.service_calls import ServiceCalls
 from trl_ray.observe.sinks import Sink, evaluated_numbers
 from trl_ray.types import Event
 
@@ -34,6 +35,8 @@ SERVICES: Mapping[str, tuple[str, ...]] = {
 """What `report_to` may name, and the packages that it needs one of."""
 _PARAMETERS_AT_ONCE = 100
 _LONGEST_PARAMETER = 500
+_BEGIN_S = 60.0
+"""For a service to take a run; one that does not is no input that can be trained with."""
 
 
 def services_of(report_to: Sequence[str]) -> tuple[str, ...]:
@@ -71,6 +74,7 @@ class ServiceSink(Sink, ABC):
     def __init__(self, name: str, *, every: int, first: bool, failures: tuple[type[BaseException], ...]) -> None:
         self._name, self._every, self._first, self._failures = name, every, first, failures
         self._gave_up = False
+        self._calls = ServiceCalls(name)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send every `every`-th step, and the first if that is asked."""
@@ -91,7 +95,7 @@ class ServiceSink(Sink, ABC):
         if self._gave_up:
             return
         try:
-            action()
+            self._calls.call(action)
         except self._failures as error:
             self._gave_up = True
             _LOG.warning("%s stopped taking metrics (%s); metrics.jsonl still has them all.", self._name, error)
@@ -150,7 +154,8 @@ class MLflowSink(ServiceSink):
         folder.mkdir(exist_ok=True)
         file = folder / "run_id.txt"
         known = file.read_text(encoding="utf-8").strip() if file.is_file() else None
-        try:
+
+        def begin() -> None:
             if not os.environ.get("MLFLOW_TRACKING_URI"):
                 self._mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
             self._mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or project)
@@ -158,7 +163,10 @@ class MLflowSink(ServiceSink):
             atomic_write_text(file, run.info.run_id)
             if known is None:
                 self._send_options(config)
-        except failure as error:
+
+        try:
+            self._calls.call(begin, within_s=_BEGIN_S)
+        except (failure, TimeoutError) as error:
             raise ConfigError(
                 f"report_to=mlflow needs a server that takes the run, but: {error}. Fix MLFLOW_TRACKING_URI, unset it "
                 "to record in the run directory, or remove mlflow from report_to."
@@ -201,10 +209,9 @@ class TrackioSink(ServiceSink):
         options = {} if space_id is None else {"space_id": space_id, "private": private}
         if bucket_id is not None:
             options["bucket_id"] = bucket_id
+        settings = {"project": project, "name": run_name, "resume": "allow", "config": jsonable(redact(config))}
         try:
-            self._trackio.init(
-                project=project, name=run_name, resume="allow", config=jsonable(redact(config)), **options
-            )
+            self._calls.call(lambda: self._trackio.init(**settings, **options), within_s=_BEGIN_S)
         except self._failures as error:
             raise ConfigError(
                 f"report_to=trackio needs a project that trackio takes, got {project!r}: {error}. Check "

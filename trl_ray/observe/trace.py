@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from trl_ray.observe.columns import SpanColumns, covered, read_span_columns
 from trl_ray.observe.run_files import JsonLines, atomic_write_json, read_json_lines
 from trl_ray.observe.sinks import Sink
 from trl_ray.types import Span
@@ -58,15 +61,18 @@ class TraceFile(Sink):
         self._lines.close()
 
 
-def read_trace(path: Path) -> list[Span]:
+def read_trace(path: Path) -> SpanColumns:
     """The spans of a trace, by start; lines that are torn or end before they start are left out."""
+    columns = read_span_columns(path)
+    if columns is not None:
+        return columns
     spans = []
     for record in read_json_lines(path):
         start, end = record.get("start"), record.get("end")
         if isinstance(start, int | float) and isinstance(end, int | float) and end >= start:
             actor, name = str(record.get("actor", "?")), str(record.get("name", "?"))
             spans.append(Span(actor=actor, name=name, start=float(start), end=float(end)))
-    return sorted(spans, key=lambda span: span.start)
+    return SpanColumns.of(spans)
 
 
 def is_waiting(name: str) -> bool:
@@ -89,23 +95,24 @@ def idle_shares(spans: Sequence[Span], *, start: float | None = None, end: float
     """How busy each actor was between `start` and `end`; by default over the whole trace."""
     if not spans:
         return []
-    begin = min(span.start for span in spans) if start is None else start
-    finish = max(span.end for span in spans) if end is None else end
-    length = finish - begin
+    all_spans = SpanColumns.of(spans)
+    begin = float(all_spans.start.min()) if start is None else start
+    finish = float(all_spans.end.max()) if end is None else end
+    works = np.array([not is_waiting(name) for name in all_spans.names])
     shares = []
-    for actor in sorted({span.actor for span in spans}):
-        own = [span for span in spans if span.actor == actor]
-        names = list(dict.fromkeys(span.name for span in own))
-        by_name = {name: _covered([span for span in own if span.name == name], begin, finish, length) for name in names}
-        busy = _covered([span for span in own if not is_waiting(span.name)], begin, finish, length)
-        shares.append(ActorShare(actor=actor, busy=busy, by_name=by_name))
+    for actor in sorted(all_spans.actors):
+        own = all_spans.where(all_spans.actor == all_spans.actors.index(actor))
+        kinds = dict.fromkeys(own.name.tolist())  # in the order in which they begin
+        by_name = {all_spans.names[kind]: _share(own.where(own.name == kind), begin, finish) for kind in kinds}
+        shares.append(ActorShare(actor=actor, busy=_share(own.where(works[own.name]), begin, finish), by_name=by_name))
     return shares
 
 
-def _covered(spans: Sequence[Span], begin: float, finish: float, length: float) -> float:
-    inside = ((max(span.start, begin), min(span.end, finish)) for span in spans)
-    total = sum(end - start for start, end in merged(pair for pair in inside if pair[1] > pair[0]))
-    return min(1.0, total / length) if length > 0 else 0.0
+def _share(spans: SpanColumns, begin: float, finish: float) -> float:
+    """The fraction of the time from `begin` to `finish` that is in at least one of the spans."""
+    start, end = np.maximum(spans.start, begin), np.minimum(spans.end, finish)
+    inside = end > start
+    return min(1.0, covered(start[inside], end[inside]) / (finish - begin)) if finish > begin else 0.0
 
 
 def chrome_trace(spans: Sequence[Span]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +19,14 @@ from typing import Any
 from trl_ray.errors import ConfigError
 from trl_ray.observe.redact import redact
 from trl_ray.observe.run_files import atomic_write_text, jsonable, writing
+from trl_ray.observe.service_calls import ServiceCalls
 from trl_ray.observe.sinks import Sink, evaluated_numbers
 from trl_ray.types import Event
 
 _LOG = logging.getLogger(__name__)
+_INIT_S = 15.0
+_UNREACHED = re.compile(r"timed? ?out|deadline exceeded|giving up|refused|unreachable|no such host", re.IGNORECASE)
+"""What wandb says of a service that does not answer, as against one that refuses."""
 
 
 class WandbSink(Sink):
@@ -49,24 +54,19 @@ class WandbSink(Sink):
         with writing(folder):
             folder.mkdir(exist_ok=True)
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        online = mode == "online"
-        settings = self._wandb.Settings(
-            console="off", disable_code=True, disable_git=True, x_disable_meta=True, silent=not online
-        )
+        self._calls, self._folder = ServiceCalls("Weights & Biases"), folder
+        given = {
+            "project": project,
+            "entity": entity,
+            "group": group,
+            "name": run_name,
+            "id": _run_id(folder),
+            "dir": str(run_dir),
+            "config": jsonable(redact(config)),
+        }
         try:
-            self._run = self._wandb.init(
-                project=project,
-                entity=entity,
-                group=group,
-                name=run_name,
-                id=_run_id(folder),
-                resume="allow" if online else None,
-                dir=str(run_dir),
-                config=jsonable(redact(config)),
-                settings=settings,
-                mode=mode,
-            )
-        except self._wandb.errors.Error as error:
+            self._run = self._begin(given, mode)
+        except (TimeoutError, self._wandb.errors.Error) as error:
             raise ConfigError(
                 f"report_to=wandb needs a project and a key that wandb accepts, got project {project!r}: {error}. "
                 "Fix WANDB_API_KEY, unset it to record offline, or remove wandb from report_to."
@@ -74,6 +74,31 @@ class WandbSink(Sink):
         # Steps repeat after a resume; wandb refuses steps that go back unless they are an ordinary metric.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+
+    def _begin(self, given: Mapping[str, Any], mode: str) -> Any:
+        """The service's run; a service that cannot be reached costs no run, which is recorded offline."""
+        online = mode == "online"
+        settings = self._wandb.Settings(
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            x_disable_meta=True,
+            silent=not online,
+            init_timeout=_INIT_S,
+        )
+        options = {**given, "settings": settings, "mode": mode, "resume": "allow" if online else None}
+        try:
+            return self._calls.call(lambda: self._wandb.init(**options), within_s=_INIT_S + _INIT_S / 2)
+        except (TimeoutError, self._wandb.errors.Error) as error:
+            if not online or not (isinstance(error, TimeoutError) or _UNREACHED.search(str(error))):
+                raise
+            _LOG.warning(
+                "Weights & Biases cannot be reached (%s); the run is recorded offline in %s, which `wandb sync` sends.",
+                str(error).partition("\n")[0],
+                self._folder,
+            )
+        self._calls = ServiceCalls("Weights & Biases")
+        return self._begin(given, "offline")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send every `every`-th step, and the first if that is asked; once wandb fails, the run goes on without it."""
@@ -100,9 +125,13 @@ class WandbSink(Sink):
         if run is None:
             return
         try:
-            run.finish()
-        except self._wandb.errors.Error as error:
-            _LOG.warning("wandb could not finish its run (%s); metrics.jsonl has all metrics.", error)
+            self._calls.call(run.finish)
+        except (TimeoutError, self._wandb.errors.Error) as error:
+            _LOG.warning(
+                "wandb could not finish its run (%s); metrics.jsonl has it all, and `wandb sync` sends what is in %s.",
+                error,
+                self._folder,
+            )
 
 
 def _import_wandb() -> Any:

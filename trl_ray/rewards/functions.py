@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from trl_ray.rewards.answer_guard import guard_modules, guard_sympy
+
 RewardFunction = Callable[..., Any]
 """Returns a list of G numbers or None, or an awaitable of one."""
 
@@ -146,7 +148,10 @@ def reasoning_gym(
     metadata: list[Any],
     **columns: Any,
 ) -> list[float]:
-    """The task's own score in [0, 1], of the text inside the last ``<answer>`` tag or else of the whole completion."""
+    """The task's own score in [0, 1], of the text inside the last ``<answer>`` tag or else of the whole completion.
+
+    An answer at which the scorer raises is wrong (0), unless the row's own answer makes it raise too.
+    """
     scores = []
     for i, completion in enumerate(completions):
         prompt = prompts[i]
@@ -155,15 +160,37 @@ def reasoning_gym(
             "answer": answer[i],
             "metadata": metadata[i],
         }
-        text = text_of(completion)
-        tagged = _ANSWER_TAG.findall(text)
-        scores.append(float(_scorer(task[i])((tagged[-1] if tagged else text).strip(), entry)))
+        scores.append(_score(task[i], answer_of(completion), entry))
     return scores
+
+
+def answer_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
+    """What `reasoning_gym` scores of a completion."""
+    text = text_of(completion)
+    tagged = _ANSWER_TAG.findall(text)
+    return str(tagged[-1] if tagged else text).strip()
+
+
+def load_scorer(columns: Mapping[str, Any]) -> None:
+    """Load what `reasoning_gym` needs for a row, so that it is there when the row's completions come."""
+    _scorer(columns["task"])
+
+
+def _score(task: str, text: str, entry: Mapping[str, Any]) -> float:
+    score = _scorer(task)
+    try:
+        return float(score(text, entry))
+    except Exception:  # what the model wrote may make a scorer raise anything
+        score(str(entry["answer"]), entry)  # raises where the row is to blame
+        return 0.0
 
 
 @functools.cache
 def _scorer(task: str) -> Callable[[str, Mapping[str, Any]], float]:
     import reasoning_gym as package
 
+    # Several scorers would run what the model wrote as Python.
+    guard_modules(package.__name__)
+    guard_sympy()
     score: Callable[[str, Mapping[str, Any]], float] = package.create_dataset(task, size=1, seed=0).score_answer
     return score

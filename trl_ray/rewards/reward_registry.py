@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ast
+import enum
 import functools
 import importlib.util
 import inspect
@@ -22,18 +23,23 @@ from trl_ray.config.messages import nearest
 from trl_ray.config.object_paths import find_object
 from trl_ray.config.trl_options.reward_names import read_reward_names
 from trl_ray.errors import ConfigError
-from trl_ray.rewards import functions
+from trl_ray.rewards import functions, mathematics
 from trl_ray.rewards.functions import RewardFunction
 from trl_ray.rewards.scoring import RAW
 
 REGISTERED: Mapping[str, RewardFunction] = {
+    "accuracy_reward": mathematics.accuracy_reward,
     "arithmetic": functions.arithmetic,
     "exact_answer": functions.exact_answer,
     "last_number": functions.last_number,
+    "reasoning_accuracy_reward": mathematics.reasoning_accuracy_reward,
     "reasoning_gym": functions.reasoning_gym,
     "think_format": functions.think_format,
 }
-FACTORIES: Mapping[str, Callable[..., RewardFunction]] = {"soft_overlong": functions.soft_overlong}
+FACTORIES: Mapping[str, Callable[..., RewardFunction]] = {
+    "cosine_scaled_reward": mathematics.cosine_scaled_reward,
+    "soft_overlong": functions.soft_overlong,
+}
 
 RowCheck = Callable[[Mapping[str, Any]], str | None]
 """Says what is wrong with the columns of a row; None where nothing is."""
@@ -44,9 +50,26 @@ _CHECKS: Mapping[str, RowCheck] = {
 }
 """Functions that cannot score every value of their columns."""
 
+PREPARATIONS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {"reasoning_gym": functions.load_scorer}
+"""What functions load for a row before they see a completion."""
+
+READ: Mapping[str, Callable[[Any], str]] = {"reasoning_gym": functions.answer_of}
+"""What functions that evaluate answers read of a completion, where that is not all of it."""
+
 GIVEN_ALWAYS = RAW | {"prompts", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state"}
-_MATHEMATICS = "trl.rewards.accuracy_rewards"
+_MATHEMATICS = frozenset({"trl.rewards.accuracy_rewards", mathematics.__name__})
 _CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
+
+
+class Scorer(enum.StrEnum):
+    """What a reward function does with completions, which says where it runs (sandbox_child.py)."""
+
+    USERS = "users"
+    """The user's own code: may keep models and caches, and talk to servers."""
+    RULE = "rule"
+    """Of this package or TRL: looks at text."""
+    EVALUATOR = "evaluator"
+    """Of this package or TRL: evaluates what a model wrote as an expression, each completion for itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +84,7 @@ class RewardSpec:
     """Names its metrics and appears in errors."""
     reference: str | None = None
     pickled: bytes | None = None
+    scorer: Scorer = Scorer.USERS
 
 
 def make_spec(function: str | Callable[..., Any]) -> RewardSpec:
@@ -74,7 +98,7 @@ def make_spec(function: str | Callable[..., Any]) -> RewardSpec:
         loaded = resolve(function)
         _require_package(loaded)
         name = function if function in REGISTERED else getattr(loaded, "__name__", function)
-        return RewardSpec(name=name, reference=function)
+        return RewardSpec(name=name, reference=function, scorer=scorer_of(loaded))
     if inspect.isclass(function) or not callable(function):
         raise ConfigError(
             f"A reward function must be a function or a name, got {function!r}. Pass a function "
@@ -89,16 +113,29 @@ def make_spec(function: str | Callable[..., Any]) -> RewardSpec:
             f"Reward function {name} must be picklable because it runs in a process of its own, but: {error}. "
             "Create locks, clients and models inside the function, not around it."
         ) from error
-    return RewardSpec(name=name, pickled=pickled)
+    return RewardSpec(name=name, pickled=pickled, scorer=scorer_of(function))
+
+
+def scorer_of(function: Callable[..., Any]) -> Scorer:
+    """What a function does, told from where it was written."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    # functools.wraps copies the name of the module, too.
+    home = "" if hasattr(function, "__wrapped__") else str(getattr(function, "__module__", ""))
+    if function is functions.reasoning_gym or home in _MATHEMATICS:
+        return Scorer.EVALUATOR
+    is_ours = home == functions.__name__ or home == "trl.rewards" or home.startswith("trl.rewards.")
+    return Scorer.RULE if is_ours else Scorer.USERS
 
 
 def _require_package(function: Callable[..., Any]) -> None:
-    """TRL's functions for mathematics ask for another package only when they are called: at the first reward."""
-    if getattr(function, "__module__", None) != _MATHEMATICS or importlib.util.find_spec("math_verify") is not None:
+    """Functions for mathematics, TRL's too, ask for another package only when they are called: at the first reward."""
+    ours_or_trls = getattr(function, "__module__", None) in _MATHEMATICS
+    if not ours_or_trls or importlib.util.find_spec("math_verify") is not None:
         return
     raise ConfigError(
-        f"Reward function {function_name(function)} needs the package math-verify, which is not installed. pip install "
-        "math-verify, or take another reward function."
+        f"Reward function {function_name(function)} needs the package {mathematics.NEEDS}, which is not installed. pip "
+        f"install {mathematics.NEEDS} (or trl-ray[math]), or take another reward function."
     )
 
 

@@ -1,13 +1,13 @@
-"""Runs reward functions in a child process that is replaced whenever it hangs, crashes or talks nonsense.
+"""Runs reward functions beside a child process that is replaced whenever it hangs, crashes or talks nonsense.
 
     submit(group) --> waiting --> one thread: request frame, fresh nonce --> child --> frames with that nonce --> future
                                   deadline, end of file, bad frame --> kill; the culprit fails, the others begin anew
 
-One child serves many groups, so that functions may keep models and caches; after any failure that is not the
-function's plain exception the next group gets a new child. Functions are called one group after the other, each group
-within `timeout_s` from its turn; while async functions of some groups are awaited, others begin, and the time in which
-another group's functions hold the child is not counted. This guards a run against its own reward functions. It is no
-jail for hostile programs: files stay readable.
+With `Lifetime.RUN` one process serves many groups, so that functions may keep models and caches; after any failure that
+is not the function's plain exception the next group gets a new one. With `Lifetime.GROUP` each group gets a new process
+behind walls (jail/walls.py). Functions are called one group after the other, each group within `timeout_s` from its
+turn; while async functions of some groups are awaited, others begin, and the time in which another group's functions
+hold the child is not counted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 from trl_ray.rewards import sandbox_messages as wire
 from trl_ray.rewards.reward_registry import RewardSpec
+from trl_ray.rewards.sandbox_messages import Lifetime
 from trl_ray.rewards.sandbox_process import Died, Late, SandboxProcess
 from trl_ray.rewards.scoring import GroupInput
 from trl_ray.types import RewardErrorKind, RewardFailure, ScoredGroup
@@ -34,6 +35,7 @@ from trl_ray.types import RewardErrorKind, RewardFailure, ScoredGroup
 START_TIMEOUT_S = 120.0
 GROUPS_AT_ONCE = 32
 """Groups whose async functions are awaited together."""
+_GRACE_S = 5.0
 _CLOSED = "The sandbox must be open, it is closed."
 
 
@@ -81,7 +83,22 @@ class Sandbox:
         memory_bytes: int | None = None,
         start_timeout_s: float = START_TIMEOUT_S,
         may_abstain: bool = False,
+        lifetime: Lifetime = Lifetime.RUN,
+        on_ready: Callable[[Mapping[str, str]], None] = lambda missing: None,
     ) -> None:
+        """Say how groups are scored; nothing is started yet.
+
+        Args:
+            functions: what is called, in this order.
+            weights: of their parts; None weighs all 1.
+            timeout_s: for each group.
+            memory_bytes: address space of the process that calls them; None limits only groups' own processes.
+            start_timeout_s: for loading the functions.
+            may_abstain: let all functions abstain on all completions.
+            lifetime: of the process that calls them.
+            on_ready: told, in another thread, which walls this machine does not allow, and why.
+        """
+        self._lifetime, self._on_ready = lifetime, on_ready
         self._functions = tuple(functions)
         self._weights = None if weights is None else list(weights)
         self._timeout_s = timeout_s
@@ -100,9 +117,9 @@ class Sandbox:
 
     @property
     def pid(self) -> int | None:
-        """The child's process id, None while there is none."""
+        """The id of the process that calls functions, or forks those that do; None while there is none."""
         child = self._child
-        return None if child is None else child.process.pid
+        return None if child is None else child.pid
 
     @property
     def log(self) -> str:
@@ -200,11 +217,12 @@ class Sandbox:
             return
         job.nonce, job.running, job.is_calling = secrets.token_hex(16), self._functions[0].name, True
         job.began = time.monotonic()
-        job.deadline = job.began + self._timeout_s
+        # With a process per group the child itself watches the time; this is for when it does not.
+        job.deadline = job.began + self._timeout_s + (_GRACE_S if self._lifetime is Lifetime.GROUP else 0.0)
         self._under_way[job.nonce] = job
         job.on_start()
         with self._blaming(child):
-            child.send({"group": job.group.text, "nonce": job.nonce}, job.deadline)
+            child.send({"group": job.group.text, "nonce": job.nonce, "timeout_s": self._timeout_s}, job.deadline)
 
     def _listen(self) -> None:
         """Take one frame of the child, or see who is late."""
@@ -227,6 +245,10 @@ class Sandbox:
             job.running = str(frame["running"])
         elif "waiting" in frame:
             self._let_go(job)
+        elif "lost" in frame:
+            self._let_go(job)
+            del self._under_way[job.nonce]
+            job.finish(self._lost(child, job, frame))
         else:
             self._let_go(job)
             self._accept(child, job, frame)
@@ -241,16 +263,32 @@ class Sandbox:
             if other is not job:
                 other.deadline += taken
 
+    def _lost(self, child: SandboxProcess, job: _Job, frame: Mapping[str, Any]) -> ScoredGroup:
+        """Its own process is lost, the child lives."""
+        kind = RewardErrorKind(frame["lost"])
+        if kind is RewardErrorKind.TIMEOUT:
+            detail = self._late(job)
+        else:
+            detail = f"The process running {job.running} must live, it {frame['what']} ({frame['ended']})."
+        return _failure(job.running, kind, f"{detail} {child.advice}")
+
+    def _late(self, job: _Job) -> str:
+        return f"{job.running} must return within {self._timeout_s:g} s, it did not and was killed."
+
     def _accept(self, child: SandboxProcess, job: _Job, frame: Mapping[str, Any]) -> None:
         try:
-            scored = wire.scored_from_json(frame.get("scored"), job.size)
+            scored = wire.scored_from_json(frame.get("scored"), job.size, parts=[spec.name for spec in self._functions])
         except ValueError as error:
             self._lose(child, [job], f"sent {error}")
             return
         del self._under_way[job.nonce]
         job.finish(scored)
         # Code that calls sys.exit may have left threads and half-done work: begin anew.
-        if scored.failure is not None and scored.failure.kind is RewardErrorKind.CRASH:
+        if (
+            self._lifetime is Lifetime.RUN
+            and scored.failure is not None
+            and scored.failure.kind is RewardErrorKind.CRASH
+        ):
             self._begin_anew()
 
     @contextlib.contextmanager
@@ -263,9 +301,8 @@ class Sandbox:
         except Late:
             late = min(suspects, key=lambda job: job.deadline)
             child.kill()
-            detail = f"{late.running} must return within {self._timeout_s:g} s, it did not and was killed."
             del self._under_way[late.nonce]
-            late.finish(_failure(late.running, RewardErrorKind.TIMEOUT, f"{detail} {child.advice}"))
+            late.finish(_failure(late.running, RewardErrorKind.TIMEOUT, f"{self._late(late)} {child.advice}"))
             self._begin_anew()
         except Died as error:
             self._lose(child, suspects, str(error))
@@ -309,6 +346,8 @@ class Sandbox:
         nonce, running = secrets.token_hex(16), self._functions[0].name
         frame = {
             "nonce": nonce,
+            "lifetime": self._lifetime.value,
+            "folder": child.folder,
             "functions": [wire.spec_to_json(spec) for spec in self._functions],
             "weights": self._weights,
             "memory_bytes": self._memory_bytes,
@@ -320,8 +359,10 @@ class Sandbox:
             while "ready" not in (answer := child.receive(deadline)):
                 if "scored" in answer:
                     self._discard()
-                    return wire.scored_from_json(answer["scored"], 0)
+                    return wire.scored_from_json(answer["scored"], 0, parts=())
                 running = str(answer.get("running", running))
+            child.pid = int(answer["pid"])
+            self._on_ready(answer["missing"])
         except Late:
             child.kill()
             detail = f"{running} must load within {self._start_timeout_s:g} s, it did not. {child.advice}"

@@ -1,156 +1,137 @@
-"""The process that runs reward functions: ``python -m trl_ray.rewards.sandbox_child REQUEST_FD REPLY_FD``.
+"""The process beside a reward worker: ``python -m trl_ray.rewards.sandbox_child REQUEST_FD REPLY_FD LIFELINE_FD``.
 
-    reader thread: request pipe --> inbox      (end of file: the worker is gone --> the whole process group dies)
-    main thread:   inbox --> a task per group: score_group --> reply pipe
+    lifetime=run          forks one process that loads and calls the functions for all groups
+    lifetime=run_walled   loads the functions and forks one process, behind walls, that calls them for all groups
+    lifetime=group        loads the functions and forks a process, behind walls, for each group (group_processes.py)
 
-The main thread runs the functions because only there does SIGALRM work, with which some libraries cut themselves
-short. What functions print goes to the worker's bounded log; only frames with the request's nonce are answers.
+It adopts what its children start and leave, so that nothing outlives it: when the worker closes the lifeline, or dies,
+all are killed. It never calls a function, and ends as the process ended that it watches over.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import faulthandler
 import io
 import os
-import queue
 import resource
+import select
 import signal
 import sys
-import threading
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from trl_ray.errors import ConfigError
 from trl_ray.rewards import sandbox_messages as wire
-from trl_ray.rewards.reward_registry import load_function
-from trl_ray.rewards.scoring import GroupInput, NamedFunction, score_group, weighted
-from trl_ray.types import RewardErrorKind, RewardFailure, ScoredGroup
+from trl_ray.rewards.function_process import load_functions, run_functions, serve_groups
+from trl_ray.rewards.group_processes import GroupProcesses, Pipes
+from trl_ray.rewards.jail import system_calls as linux
+from trl_ray.rewards.jail.walls import Walls, kill_descendants
+from trl_ray.rewards.reward_registry import PREPARATIONS
 
 
-def main(request_fd: int, reply_fd: int) -> None:
-    """Load the functions that the first frame names, then score the group of every further frame.
+def main(request_fd: int, reply_fd: int, lifeline_fd: int) -> None:
+    """Do as the first frame says.
 
-    Functions are called one group after the other; while those of one are awaited, the next group begins.
-
-    consumes: frames of the request pipe; produces: one answer per frame; waits for: the next frame;
-    unblocked by: the worker sending it, or closing the pipe, which ends the process.
+    consumes: frames of the request pipe; produces: answers; waits for: the next frame; unblocked by: the worker sending
+    it, or closing the pipe or the lifeline.
     """
-    for fd in (request_fd, reply_fd):
+    for fd in (request_fd, reply_fd, lifeline_fd):
         os.set_inheritable(fd, False)
     faulthandler.enable()
     # Whole lines reach the log even when the process is killed.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
-    inbox = _Inbox()
-    threading.Thread(target=_read_frames, args=(request_fd, inbox), name="requests", daemon=True).start()
-    reply, first = _Reply(reply_fd), inbox.first()
-    functions, may_abstain = _load(first, reply), bool(first["may_abstain"])
-    # One event loop for all groups: clients that async functions keep are bound to theirs.
-    with asyncio.Runner() as runner:
-        runner.run(_serve(functions, inbox, reply, may_abstain=may_abstain))
+    poller = select.poll()
+    poller.register(request_fd, select.POLLIN)
+    poller.register(lifeline_fd, select.POLLIN)
+    found = [fd for fd, _ in poller.poll()]
+    first = None if lifeline_fd in found else wire.read_frame(request_fd)
+    if first is None:
+        return
+    lifetime = wire.Lifetime(first["lifetime"])
+    if lifetime is wire.Lifetime.RUN:
+        with contextlib.suppress(OSError, AttributeError):
+            linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
+        _watch_over(lambda: run_functions(first, request_fd, reply_fd), (request_fd, reply_fd), lifeline_fd)
+        return
+    walls = Walls(memory_bytes=first["memory_bytes"])
+    walls.build()
+    specs = [wire.spec_from_json(value) for value in first["functions"]]
+    functions = load_functions(specs, first, lambda frame: wire.write_frame(reply_fd, frame))
+    walls.look(first["folder"])
+    ready = {"nonce": first["nonce"], "ready": True, "missing": walls.missing}
+    if lifetime is wire.Lifetime.RUN_WALLED:
 
+        def serve() -> None:
+            walls.enter(first["folder"], cpu_s=None)
+            serve_groups(functions, request_fd, reply_fd, may_abstain=bool(first["may_abstain"]))
 
-async def _serve(functions: tuple[NamedFunction, ...], inbox: _Inbox, reply: _Reply, *, may_abstain: bool) -> None:
-    """consumes: frames; produces: a task for each; waits for: the next frame; unblocked by: the reader."""
-    tasks: set[asyncio.Task[None]] = set()
-    while True:
-        frame = await inbox.next()
-        task = asyncio.create_task(_score(functions, frame, reply, may_abstain=may_abstain))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        def on_fork(pid: int) -> None:
+            wire.write_frame(reply_fd, {**ready, "pid": pid})
 
-
-async def _score(
-    functions: tuple[NamedFunction, ...], frame: dict[str, Any], reply: _Reply, *, may_abstain: bool
-) -> None:
-    nonce = frame["nonce"]
-    scored = await score_group(
-        functions,
-        GroupInput(frame["group"]),
-        on_call=lambda name: reply.send({"nonce": nonce, "running": name}),
-        on_wait=lambda: reply.send({"nonce": nonce, "waiting": True}),
-        may_abstain=may_abstain,
+        _watch_over(serve, (request_fd, reply_fd), lifeline_fd, walls=walls, on_fork=on_fork)
+        return
+    wire.write_frame(reply_fd, {**ready, "pid": os.getpid()})
+    groups = GroupProcesses(
+        functions=functions,
+        specs=specs,
+        preparations=[PREPARATIONS[name] for spec in specs if (name := spec.reference or "") in PREPARATIONS],
+        walls=walls,
+        folder=first["folder"],
+        may_abstain=bool(first["may_abstain"]),
+        pipes=Pipes(requests=request_fd, replies=reply_fd, lifeline=lifeline_fd),
     )
-    reply.send({"nonce": nonce, "scored": wire.scored_to_json(scored)})
+    try:
+        groups.serve()
+    finally:
+        groups.end()
 
 
-class _Inbox:
-    """Frames on their way from the reader's thread to the event loop, which begins after the first."""
+def _watch_over(
+    work: Callable[[], None],
+    fds: Sequence[int],
+    lifeline_fd: int,
+    *,
+    walls: Walls | None = None,
+    on_fork: Callable[[int], None] = lambda pid: None,
+) -> None:
+    """Fork a process that does `work`, with the descriptors `fds`; end with all that it started when it ends.
 
-    def __init__(self) -> None:
-        self._frames: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._arrived = asyncio.Event()
-
-    def put(self, frame: dict[str, Any]) -> None:
-        """Of the reader's thread."""
-        self._frames.put(frame)
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._arrived.set)
-
-    def first(self) -> dict[str, Any]:
-        """The first frame; blocks."""
-        return self._frames.get()
-
-    async def next(self) -> dict[str, Any]:
-        """The next frame, in the event loop's thread."""
-        self._loop = asyncio.get_running_loop()
-        # Cleared before looking, so that a frame that comes after the look is seen.
-        self._arrived.clear()
-        while self._frames.empty():
-            await self._arrived.wait()
-            self._arrived.clear()
-        return self._frames.get_nowait()
-
-
-def _load(frame: dict[str, Any], reply: _Reply) -> tuple[NamedFunction, ...]:
-    """The functions; a name that does not load here is reported as a failure of that function."""
-    if frame["memory_bytes"] is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (frame["memory_bytes"], frame["memory_bytes"]))
-    loaded = []
-    specs = [wire.spec_from_json(value) for value in frame["functions"]]
-    for spec in specs:
-        reply.send({"nonce": frame["nonce"], "running": spec.name})
-        try:
-            loaded.append(load_function(spec))
-        except Exception as error:  # loading imports the user's modules, which may raise anything
-            text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-            failure = RewardFailure(
-                function=spec.name,
-                kind=RewardErrorKind.EXCEPTION,
-                detail=f"{spec.name} must load in the reward worker's process, but: {text}",
-                is_final=True,
-            )
-            reply.send({"nonce": frame["nonce"], "scored": wire.scored_to_json(ScoredGroup(failure=failure))})
-            raise SystemExit(1) from error
-    reply.send({"nonce": frame["nonce"], "ready": True})
-    return weighted([spec.name for spec in specs], loaded, frame["weights"])
-
-
-class _Reply:
-    """The writing end of the reply pipe, for this process alone."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._pid = os.getpid()
-
-    def send(self, frame: dict[str, Any]) -> None:
-        """Write one frame."""
-        # A function that forks comes back twice; the copy must not answer a second time.
-        if os.getpid() != self._pid:
+    consumes: nothing; waits for: the end of that process or of the lifeline; unblocked by: either.
+    """
+    with walls.around_child() if walls else contextlib.nullcontext():
+        pid = os.fork()
+        if pid == 0:
+            os.close(lifeline_fd)
+            work()
+            # Nothing of what this process would do after it, such as leaving the context, is its own.
             os._exit(0)
-        data = memoryview(wire.encode(frame))
-        while data:
-            data = data[os.write(self._fd, data) :]
+    on_fork(pid)
+    for fd in fds:
+        os.close(fd)
+    with contextlib.suppress(OSError, AttributeError):
+        linux.prctl(linux.PR_SET_DUMPABLE, 0)
+    poller = select.poll()
+    poller.register(lifeline_fd, select.POLLIN)
+    pidfd = os.pidfd_open(pid)
+    poller.register(pidfd, select.POLLIN)
+    poller.poll()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    kill_descendants()
+    _end_as(os.waitstatus_to_exitcode(status))
 
 
-def _read_frames(fd: int, inbox: _Inbox) -> None:
-    """consumes: bytes of the request pipe; produces: frames; waits for: the worker; unblocked by: data or its end."""
-    with os.fdopen(fd, "rb") as pipe:
-        while header := pipe.read(wire.HEADER_BYTES):
-            inbox.put(wire.decode(pipe.read(int.from_bytes(header, "big"))))
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+def _end_as(code: int) -> None:
+    """End with that exit code, or by that signal."""
+    if code < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        faulthandler.disable()
+        with contextlib.suppress(OSError):  # SIGKILL has no handler to reset
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,9 +1,10 @@
-"""A process that runs reward functions, with the pipes to it: it can be killed whenever it hangs, crashes, or lies.
+"""A process beside which reward functions run, with the pipes to it: all is killed when one hangs, crashes, or lies.
 
     send(frame) --> child --> receive()         stdout, stderr of the child --> bounded log
 
-The child leads a session of its own, gets an environment without secrets, and answers over a pipe that only it knows;
-what a function prints is never read as an answer.
+The child leads a session of its own, gets an environment without secrets, and answers over a pipe that only it and
+those it forks know; what a function prints is never read as an answer. It adopts what they leave (sandbox_child.py) and
+kills all of it once the lifeline is closed.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import contextlib
 import os
 import secrets
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -26,6 +29,10 @@ LOG_BYTES = 64 * 1024
 # Of the log in a failure's detail: the interpreter's own report of a segmentation fault fits.
 _TAIL_CHARACTERS = 4000
 _MARK = "TRL_RAY_SANDBOX"
+_GRACE_S = 2.0
+"""In which the child kills what it has started."""
+_LOADING_GRACE_S = 0.3
+"""The same while functions are loaded, when it may not listen."""
 _ENVIRONMENT = frozenset(
     {
         "PATH",
@@ -70,20 +77,31 @@ class SandboxProcess:
 
     def __init__(self) -> None:
         self.mark = secrets.token_hex(16)
+        self.pid: int | None = None
+        """Of the process that calls functions, once it is ready."""
+        self.folder = tempfile.mkdtemp(prefix="trl-ray-reward-")
+        """For the files of groups."""
         child_reads, self._request = os.pipe()
         self._reply, child_writes = os.pipe()
+        child_watches, self._lifeline = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "trl_ray.rewards.sandbox_child", str(child_reads), str(child_writes)],
+            [
+                sys.executable,
+                "-m",
+                "trl_ray.rewards.sandbox_child",
+                *map(str, (child_reads, child_writes, child_watches)),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,
-            pass_fds=(child_reads, child_writes),
+            pass_fds=(child_reads, child_writes, child_watches),
             start_new_session=True,
             env=child_environment(os.environ, self.mark),
         )
         os.close(child_reads)
         os.close(child_writes)
+        os.close(child_watches)
         os.set_blocking(self._request, False)
         # Tells of the child's death even where a process it forked still holds the reply pipe open.
         self._death = os.pidfd_open(self.process.pid) if hasattr(os, "pidfd_open") else None
@@ -165,16 +183,20 @@ class SandboxProcess:
         return fd in ready
 
     def kill(self) -> int:
-        """Kill the child, its group and whatever it left elsewhere; answer its exit code, negative for a signal."""
+        """Kill the child and all that was started there; answer its exit code, negative for a signal."""
         with self._killing:
             if not self._killed:
                 # Only once: after that the number may belong to somebody else's group.
                 self._killed = True
+                os.close(self._lifeline)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(timeout=_GRACE_S if self.pid is not None else _LOADING_GRACE_S)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
                 _kill_marked(self.mark)
                 self.drainer.join(timeout=1.0)
+                shutil.rmtree(self.folder, ignore_errors=True)
         return self.process.wait()
 
     def close(self) -> None:
@@ -187,7 +209,7 @@ class SandboxProcess:
 
 
 def _kill_marked(mark: str) -> None:
-    """Kill processes that left the child's group but still carry its mark in their environment."""
+    """Kill what carries the mark in its environment, should the child itself have been killed before it could."""
     needle = f"{_MARK}={mark}".encode()
     for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
         if not entry.isdigit():

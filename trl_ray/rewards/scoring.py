@@ -204,7 +204,7 @@ async def score_group(
 
 def _call(named: NamedFunction, group: GroupInput, log: Log, on_call: Callable[[str], None]) -> Any:
     on_call(named.name)
-    arguments = _accepted(
+    arguments = accepted(
         named.function, {**group.arguments(), "log_extra": log.log_extra, "log_metric": log.log_metric}
     )
     try:
@@ -239,7 +239,7 @@ def _raised(name: str, error: Exception) -> CallFailed:
     return _fail(name, RewardErrorKind.EXCEPTION, detail)
 
 
-def _accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+def accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that a function without ``**kwargs`` can take."""
     try:
         parameters = inspect.signature(function).parameters
@@ -316,7 +316,7 @@ def join_scores(scores: Sequence[ScoredGroup], *, weights: Mapping[str, float]) 
 
     Args:
         scores: of the same completions, at least one; the first that failed is the answer.
-        weights: by name of the part; the parts of all `scores`, in their order.
+        weights: by name of the part, all parts of all `scores`; totals are summed in this order.
 
     Returns:
         Rewards with the parts of all, totals as in `combine`, or NONE when nothing scored any completion.
@@ -326,7 +326,8 @@ def join_scores(scores: Sequence[ScoredGroup], *, weights: Mapping[str, float]) 
             return scored
     rewards = []
     for of_completion in zip(*(scored.rewards for scored in scores), strict=True):
-        parts = {name: value for reward in of_completion for name, value in reward.parts.items()}
+        found = {name: value for reward in of_completion for name, value in reward.parts.items()}
+        parts = {name: found[name] for name in weights}
         extra = {name: value for reward in of_completion for name, value in reward.extra.items()}
         rewards.append(Reward(total=_total(parts, weights), parts=parts, extra=extra))
     metrics = {name: value for scored in scores for name, value in scored.metrics.items()}

@@ -1,29 +1,60 @@
 """Actors on Ray: connect or start, reserve, spawn, and translate Ray's failures into ours.
 
-probe the address --> ray.init --> compare plan and cluster --> placement group --> actors in their bundles
+probe the address --> ray.init --> places for all (placement.py) --> actors in them
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import pickle
 import socket
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Self, cast
 
 import ray
 from ray.actor import ActorHandle as RawHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from trl_ray.config.sections import RuntimeConfig
-from trl_ray.errors import ActorLostError, DeadlineError, ResourceError, RunError, TrlRayError
+from trl_ray.errors import (
+    ActorLostError,
+    AnswerLostError,
+    ClusterLostError,
+    DeadlineError,
+    ResourceError,
+    RunError,
+    TrlRayError,
+)
+from trl_ray.runtime import waits
+from trl_ray.runtime.cluster_watch import Part, parts_of_cluster, watch_cluster
+from trl_ray.runtime.placement import Places
+from trl_ray.runtime.ray_processes import kill_own_raylets
+from trl_ray.runtime.ray_thread import in_ray_thread, leave_ray_behind
 from trl_ray.runtime.remote import HEALTH_GROUP, ActorPlan, remote_class
 from trl_ray.runtime.runtime import ActorHandle, Role
 
+NODE_LOSS_SETTINGS: Mapping[str, int] = MappingProxyType(
+    {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 500,
+        "health_check_timeout_ms": 1000,
+        "health_check_failure_threshold": 3,
+        "kill_worker_timeout_milliseconds": 1000,
+    }
+)
+"""Ray's own settings where Ray is started here: a lost node is noticed within 5 s rather than 65, and a process that
+hangs is gone a second after it was told to go. A cluster that others start gets them by
+``ray start --head --system-config='{"health_check_period_ms": 500, ...}'``; see the README."""
 _END_S = 10.0
+_LOOK_S = 0.005
+"""Between two looks at whether an answer that is not fetched is there."""
+_CLOSE_S = 15.0
+_CLOSE_LOST_S = 1.0
+"""Calls to a control store that is gone end with the process."""
+_LOG = logging.getLogger(__name__)
 
 
 class RayHandle:
@@ -58,21 +89,22 @@ class RayHandle:
     async def call(self, method: str, /, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
         ref = self._submit(method, args, kwargs)
         try:
-            # asyncio.wait_for would swallow a cancellation that arrives together with the answer.
-            async with asyncio.timeout(deadline_s):
-                return await _as_future(ref)
-        except (TimeoutError, RayError) as error:
-            raise self._translate(error, method, deadline_s) from None
+            return await waits.answer(_as_future(ref), on=f"{self._name}.{method}", deadline_s=deadline_s)
+        except RayError as error:
+            raise self._translate(error, method) from None
 
     async def call_shared(self, method: str, /, *args: Any, deadline_s: float, **kwargs: Any) -> ray.ObjectRef[Any]:
         """See `ActorHandle`; the answer stays in the object store, one copy per node.
 
-        The driver owns the answer of a method, so it outlives the actor that made it.
+        The driver owns the answer of a method, so it outlives the actor that made it, though not the node.
         """
         ref = self._submit(method, args, kwargs)
-        ready, _ = await asyncio.to_thread(ray.wait, [ref], timeout=deadline_s, fetch_local=False)
-        if not ready:
-            raise self._translate(TimeoutError(), method, deadline_s)
+
+        async def is_ready() -> bool:
+            ready, _ = ray.wait([ref], timeout=0, fetch_local=False)
+            return bool(ready)
+
+        await waits.until(is_ready, on=f"{self._name}.{method}", every_s=_LOOK_S, deadline_s=deadline_s)
         return ref
 
     def _submit(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ray.ObjectRef[Any]:
@@ -82,15 +114,15 @@ class RayHandle:
         ref: ray.ObjectRef[Any] = bound.remote(*args, **kwargs)
         return ref
 
-    def _translate(self, error: BaseException, method: str, deadline_s: float) -> TrlRayError:
+    def _translate(self, error: BaseException, method: str) -> TrlRayError:
         where = f"{self._name}.{method}"
         if isinstance(error, RayTaskError):
             cause = error.cause
             if isinstance(cause, TrlRayError):
                 return type(cause)(*cause.args)
             return RunError(f"{where} raised {type(cause).__name__}: {cause}\n{error}")
-        if isinstance(error, (TimeoutError, GetTimeoutError)):
-            return DeadlineError(f"{where} must answer within {deadline_s:g} s, but did not.")
+        if isinstance(error, ObjectLostError):
+            return AnswerLostError(f"{where} needs an answer that was lost with its node: {_last_line(error)}")
         if isinstance(error, RayActorError):
             return ActorLostError(f"{self._name} died during {method} ({type(error).__name__}): {_last_line(error)}")
         return ActorLostError(f"{where} could not be completed by Ray ({type(error).__name__}): {_last_line(error)}")
@@ -126,6 +158,9 @@ def _probe(address: str, timeout_s: float) -> None:
 def connect(config: RuntimeConfig) -> bool:
     """Join the cluster the configuration names, or start Ray on this machine.
 
+    In the main thread Ray would take the handler of SIGTERM; elsewhere it says that it does not, which nobody needs to
+    know.
+
     Returns:
         True when Ray was started here and must be stopped at the end.
 
@@ -134,11 +169,13 @@ def connect(config: RuntimeConfig) -> bool:
     """
     if ray.is_initialized():
         return False
+    logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
     # A driver of `ray job submit` finds the cluster that runs it in RAY_ADDRESS.
     address = config.address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if address is None:
-        ray.init(address="local", num_cpus=config.num_cpus, include_dashboard=False, **quiet)
+        settings = dict(NODE_LOSS_SETTINGS)
+        ray.init(address="local", num_cpus=config.num_cpus, include_dashboard=False, _system_config=settings, **quiet)
         return True
     if address != "auto" and not address.startswith("http"):
         _probe(address, config.connect_timeout_s)
@@ -152,27 +189,15 @@ def connect(config: RuntimeConfig) -> bool:
     return False
 
 
-def missing_resources(plans: Mapping[str, ActorPlan], available: Mapping[str, float]) -> str | None:
-    """A table of wanted and available resources, or None when the plan fits."""
-    lines, short = [], False
-    for resource in ("CPU", "GPU"):
-        wanted = sum(plan.count * plan.bundle.get(resource, 0.0) for plan in plans.values())
-        have = available.get(resource, 0.0)
-        short |= wanted > have
-        if wanted:
-            parts = ", ".join(
-                f"{plan.key} {plan.count} x {plan.bundle[resource]:g}"
-                for plan in plans.values()
-                if resource in plan.bundle
-            )
-            lines.append(f"  {resource}: wants {wanted:g} ({parts}), the cluster has {have:g}")
-    return "\n".join(lines) if short else None
-
-
-def _resources(query: str) -> dict[str, float]:
-    """What the cluster has (``cluster_resources``) or has left (``available_resources``), by resource name."""
-    answer: dict[str, float] = getattr(ray, query)()
-    return answer
+def _parts(*, is_ours: bool) -> tuple[Part, ...]:
+    """The processes of Ray's that this driver cannot be without; a Ray client is told of them by its server."""
+    client: Any = ray.util.client.ray
+    if client.is_connected():
+        return ()
+    context, list_nodes = ray.get_runtime_context(), cast(Any, ray.nodes)
+    own = next(node for node in list_nodes() if node["NodeID"] == context.get_node_id())
+    raylet = (own["NodeManagerAddress"], int(own["NodeManagerPort"]))
+    return parts_of_cluster(gcs=context.gcs_address, raylet=raylet, is_ours=is_ours)
 
 
 class RayRuntime:
@@ -186,24 +211,30 @@ class RayRuntime:
         """
         self._plans = plans
         self._handles: list[RayHandle] = []
+        self._is_lost = False
         self._started_ray = connect(config)
-        self._group: PlacementGroup | None = None
+        self._places = Places(plans, config)
+        self._parts = _parts(is_ours=self._started_ray)
         try:
-            self._offsets, bundles = self._layout()
-            shortage = missing_resources(plans, _resources("cluster_resources"))
-            if shortage:
-                raise ResourceError(f"the plan must fit the cluster, but it does not:\n{shortage}\nAsk for less.")
-            if bundles:
-                self._group = self._reserve(bundles, config)
+            self._places.reserve()
         except BaseException:
             self._disconnect()
             raise
+
+    @classmethod
+    async def open(cls, config: RuntimeConfig, plans: Mapping[str, ActorPlan]) -> Self:
+        """As the constructor, beside the event loop; what a caller that is cancelled waits for no more is undone.
+
+        Raises:
+            ResourceError: see the constructor.
+        """
+        return await in_ray_thread(lambda: cls(config, plans), undo=lambda runtime: runtime._close())
 
     async def spawn(
         self, role: Role, name: str, cls: type, /, *, slot: int = 0, plan: str | None = None, **kwargs: Any
     ) -> ActorHandle:
         chosen = self._plans[plan or role]
-        options: dict[str, Any] = {"scheduling_strategy": self._placement(chosen, slot)}
+        options: dict[str, Any] = {"scheduling_strategy": self._places.strategy(chosen, slot)}
         raw: RawHandle[Any] = remote_class(cls, chosen).options(**options).remote(**kwargs)  # type: ignore[assignment]
         handle = RayHandle(name, role, raw, is_async=chosen.is_async)
         self._handles.append(handle)
@@ -227,51 +258,43 @@ class RayRuntime:
         except (ActorLostError, DeadlineError):
             return
 
+    async def has_room(self, role: Role, *, slot: int = 0) -> bool:
+        [plan, *_] = [plan for plan in self._plans.values() if plan.role is role]
+        return await self._places.has_room(plan, slot)
+
+    async def renew(self) -> None:
+        await self._places.renew()
+
     def survives(self, role: Role) -> bool:
         return all(plan.survives for plan in self._plans.values() if plan.role is role)
 
+    async def watch(self, say: Callable[[str], None]) -> None:
+        try:
+            await watch_cluster(self._parts, say=say)
+        except ClusterLostError:
+            self._is_lost = True
+            raise
+
     async def close(self) -> None:
+        """What Ray does not answer to, and what fails in it, is left to the end of the process: the run is over."""
+        try:
+            async with asyncio.timeout(_CLOSE_LOST_S if self._is_lost else _CLOSE_S):
+                await in_ray_thread(self._close)
+        except TimeoutError:
+            _LOG.warning("Ray did not end in time; its processes end with this one")
+            if self._is_lost and self._started_ray:
+                kill_own_raylets()
+        except Exception as error:
+            leave_ray_behind()
+            _LOG.warning("Ray could not be ended in order (%s: %s)", type(error).__name__, error)
+
+    def _close(self) -> None:
         while self._handles:
             ray.kill(self._handles.pop().raw, no_restart=True)
         self._disconnect()
 
     def _disconnect(self) -> None:
-        if self._group is not None:
-            remove_placement_group(self._group)
-            self._group = None
+        self._places.remove()
         if self._started_ray:
             ray.shutdown()
             self._started_ray = False
-
-    def _layout(self) -> tuple[dict[str, int], list[dict[str, float]]]:
-        """Where each plan's bundles begin in the placement group, and the bundles."""
-        offsets: dict[str, int] = {}
-        bundles: list[dict[str, float]] = []
-        for key, plan in self._plans.items():
-            if plan.bundle:
-                offsets[key] = len(bundles)
-                bundles += [plan.bundle] * plan.count
-        return offsets, bundles
-
-    def _reserve(self, bundles: list[dict[str, float]], config: RuntimeConfig) -> PlacementGroup:
-        group: PlacementGroup = placement_group(bundles, strategy=config.placement_strategy)
-        if not group.wait(timeout_seconds=config.placement_timeout_s):
-            free = {name: _resources("available_resources").get(name, 0.0) for name in ("CPU", "GPU")}
-            remove_placement_group(group)
-            raise ResourceError(
-                f"bundles {bundles} ({config.placement_strategy}) must become free within "
-                f"{config.placement_timeout_s:g} s, but the cluster has {free} left. Stop what holds the rest, ask for "
-                "less, or raise runtime.placement_timeout_s."
-            )
-        return group
-
-    def _placement(self, plan: ActorPlan, slot: int) -> Any:
-        if plan.key in self._offsets and self._group is not None:
-            return PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=self._offsets[plan.key] + slot
-            )
-        if plan.role is Role.QUEUE:
-            # The journal lies in the run directory of the driver's node, so the queue must come back there.
-            node = ray.get_runtime_context().get_node_id()
-            return NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        return "DEFAULT"

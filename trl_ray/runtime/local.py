@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections.abc import Callable
 from typing import Any
 
-from trl_ray.errors import ActorLostError, DeadlineError
+from trl_ray.errors import ActorLostError
+from trl_ray.runtime import waits
 from trl_ray.runtime.runtime import ActorHandle, Role
 
 
@@ -45,14 +47,7 @@ class LocalHandle:
         answer = getattr(self.instance, method)(*args, **kwargs)
         if not inspect.isawaitable(answer):
             return answer
-        # asyncio.wait_for would swallow a cancellation that arrives together with the answer.
-        try:
-            async with asyncio.timeout(deadline_s):
-                return await answer
-        except TimeoutError as error:
-            if isinstance(error, DeadlineError):
-                raise
-            raise DeadlineError(f"{self._name}.{method} must answer within {deadline_s:g} s, but did not.") from None
+        return await waits.answer(answer, on=f"{self._name}.{method}", deadline_s=deadline_s)
 
     async def call_shared(self, method: str, /, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
         """In one process the answer itself is the token."""
@@ -91,10 +86,23 @@ class LocalRuntime:
         if handle in self._handles:
             self._handles.remove(handle)
 
+    async def has_room(self, role: Role, *, slot: int = 0) -> bool:
+        """There is always room in a process."""
+        del role, slot
+        return True
+
+    async def renew(self) -> None:
+        """Nothing was reserved."""
+
     def survives(self, role: Role) -> bool:
         """Nothing comes back by itself here."""
         del role
         return False
+
+    async def watch(self, say: Callable[[str], None]) -> None:
+        """This process cannot be lost without its driver."""
+        del say
+        await asyncio.Event().wait()
 
     async def close(self) -> None:
         """End all objects, the youngest first."""

@@ -54,6 +54,8 @@ class ActorPlan:
 
     role: Role
     count: int
+    fewest: int | None = None
+    """With which a run may begin; None: with `count`."""
     num_cpus: float
     num_gpus: float
     max_restarts: int
@@ -158,6 +160,7 @@ def plan_actors(
         ActorPlan(
             role=Role.ROLLOUT,
             count=rollout.num_workers,
+            fewest=rollout.min_workers,
             num_cpus=rollout.num_cpus,
             num_gpus=gpus,
             max_restarts=0,

@@ -7,6 +7,7 @@ pipeline -- await handle.call("method", ..., deadline_s=...) --> answer, Deadlin
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from trl_ray.types import Handle
@@ -75,8 +76,28 @@ class Runtime(Protocol):
         """End an actor for good, whatever its role."""
         ...
 
+    async def has_room(self, role: Role, *, slot: int = 0) -> bool:
+        """Whether the place reserved for an actor is on a node that lives; one that is started without it waits."""
+        ...
+
+    async def renew(self) -> None:
+        """Where nodes were lost, reserve places on those that are left; every actor was ended before.
+
+        Raises:
+            RunError: there is no room, not even with fewer rollout workers.
+        """
+        ...
+
     def survives(self, role: Role) -> bool:
         """Whether an actor of this role comes back under its own handle after it died."""
+        ...
+
+    async def watch(self, say: Callable[[str], None]) -> None:
+        """Until cancelled, telling of what is missed for a moment.
+
+        Raises:
+            ClusterLostError: the place itself is gone.
+        """
         ...
 
     async def close(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_ray.errors import WeightError
+from trl_ray.errors import AnswerLostError, LearnerLostError, WeightError
 from trl_ray.runtime.runtime import ActorHandle
 from trl_ray.types import FloatArray, IntArray, PullReport, WeightCheck, WeightVersion
 
@@ -110,10 +110,17 @@ class WeightTransport:
         Raises:
             WeightError: they did not fit, were damaged, failed the weight check, or are not what the worker reports.
             EngineError, ActorLostError, DeadlineError: the worker must be replaced.
+            LearnerLostError: the weights were lost with the learner's node.
         """
         assert self.newest is not None, "weights must be published before they are pulled"
         published = self.newest
-        report: PullReport = await worker.call("pull", published.shared, published.check, deadline_s=self._deadline_s)
+        try:
+            report: PullReport = await worker.call(
+                "pull", published.shared, published.check, deadline_s=self._deadline_s
+            )
+        except AnswerLostError as error:
+            # They lie on the learner's node, and the worker is none the worse for it.
+            raise LearnerLostError(f"the weights that {worker.name} was to pull are lost: {error}") from None
         if (report.version, report.checksum) != (published.identity.version, published.identity.checksum):
             raise WeightError(
                 f"{worker.name} must run {published.identity} after its pull, but reports version {report.version} "

@@ -26,6 +26,7 @@ from trl_ray.types.groups import (
 from trl_ray.types.predictions import PredictedBatch, PredictionBatch, PredictionForm, PredictionPiece
 from trl_ray.types.published_weights import (
     PullReport,
+    SamplingGap,
     ScoredSequence,
     TensorEntry,
     TrainingGap,
@@ -69,6 +70,7 @@ __all__ = [
     "RolloutGroup",
     "SampleLabel",
     "SampleScores",
+    "SamplingGap",
     "SamplingParams",
     "ScoredGroup",
     "ScoredSequence",

@@ -41,6 +41,8 @@ class EventKind(enum.StrEnum):
     CHECKPOINT = "checkpoint"
     EVALUATED = "evaluated"
     SLOTS = "slots"
+    STOP_REQUESTED = "stop_requested"
+    READY = "ready"
     WAITING = "waiting"
     WARNING = "warning"
 

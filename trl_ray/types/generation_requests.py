@@ -24,6 +24,9 @@ class SamplingParams:
     min_tokens: int = 0
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Further fields, in the engine's own names."""
+    policy_logprobs: bool = False
+    """Give the log-probs of the policy at the temperature, before whatever else reshapes sampling, and not those of the
+    distribution that is drawn from; without anything that reshapes it they are the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

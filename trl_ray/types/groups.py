@@ -106,7 +106,8 @@ class Completion:
     token_ids: IntArray
     """[L] sampled ids, the end-of-sequence token included when there is one."""
     logprobs: FloatArray
-    """[L] natural-log probability of each id under the sampling distribution (temperature applied)."""
+    """[L] natural-log probability of each id under the sampling distribution (temperature applied), or before it was
+    reshaped (`SamplingParams.policy_logprobs`)."""
     versions: tuple[VersionSpan, ...]
     """Which weight version sampled which tokens; covers [0, L) without gaps."""
     finish_reason: FinishReason

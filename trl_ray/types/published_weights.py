@@ -86,6 +86,27 @@ class WeightCheck:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingGap:
+    """How far what an engine said of tokens as it sampled them is from what it says of them afterwards, with the same
+    weights; x is the later log-prob less the one that came with the token, in nats."""
+
+    version: int
+    """Of the weights."""
+    tokens: int
+    abs_diff: float
+    """Mean |x|."""
+    diff: float
+    """Mean x."""
+    doubt: float
+    """Mean of max(1 - p, 0.05), p the probability that the sampler gave to the token; what |x| is measured by."""
+
+    @property
+    def level(self) -> float:
+        """Nats per unit of doubt, as `config.runs.agreement_rule` limits it."""
+        return self.abs_diff / self.doubt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PullReport:
     """What a worker really runs after a weight pull."""
 
@@ -97,5 +118,7 @@ class PullReport:
     weight_check_max: float | None = None
     own_files_mean: float | None = None
     """The same before the first pull, both sides computing with what the run began with; None: not known."""
+    sampling: SamplingGap | None = None
+    """Of tokens that were sampled before the pull; None where none were compared."""
     disagreement: str | None = None
     """What is wrong where that does not stop the run; None: nothing."""

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from fakes import FakeHandle, until
-from trl_ray.actors.reward_worker import RewardWorker, ScoringModel
+from trl_ray.actors.reward_worker import RewardWorker, ScoringModel, homes_of
 from trl_ray.config.sections import Isolation
 from trl_ray.errors import ActorLostError, DeadlineError
 from trl_ray.rewards.reward_registry import make_spec
+from trl_ray.rewards.sandbox_messages import Lifetime
 from trl_ray.rewards.scoring import RawTexts, TrainingCourse
 from trl_ray.types import (
     Completion,
@@ -212,7 +213,7 @@ def test_a_reward_model_adds_a_part_of_its_own_weight_to_those_of_the_functions(
 def test_reward_models_alone_need_no_sandbox():
     with worker(models=[judge(rates(0.5))]) as made:
         scored = asyncio.run(score(made, "x"))
-        assert scored.rewards[0].total == 0.5 and made._sandbox.pid is None
+        assert scored.rewards[0].total == 0.5 and made._sandboxes == []
 
 
 @pytest.mark.parametrize("isolation", list(Isolation))
@@ -339,3 +340,49 @@ def test_a_function_that_cannot_be_loaded_here_is_told_as_final(tmp_path):
         assert [event.detail["is_final"] for event in made.drain().events] == [True]
     finally:
         made.close()
+
+
+def test_what_evaluates_answers_shares_no_process_with_the_users_functions_and_parts_stay_in_order():
+    pytest.importorskip("reasoning_gym")
+    prompt = Prompt(
+        prompt_id="0:0",
+        token_ids=np.arange(3, dtype=np.int32),
+        columns={"answer": "3", "task": "chain_sum", "metadata": {}},
+        messages=({"role": "user", "content": "What is 1 + 2?"},),
+    )
+    with worker(slow, "reasoning_gym", "exact_answer", weights=[0.0, 2.0, 0.5]) as made:
+        scored = asyncio.run(made.score(prompt, [completion("3"), completion("x")]))
+        assert [list(reward.parts) for reward in scored.rewards] == [["slow", "reasoning_gym", "exact_answer"]] * 2
+        assert scored.rewards[0].total == 2.5
+        assert len({sandbox.pid for sandbox in made._sandboxes}) == 2
+        assert made.drain().events == ()
+
+
+def test_walls_that_this_machine_does_not_allow_are_told_once():
+    with worker("arithmetic") as made:
+        for _ in range(2):
+            made._tell_walls(Lifetime.GROUP, ["arithmetic"], {"files": "landlock: Function not implemented"})
+        [event] = made.drain().events
+        assert event.kind is EventKind.WARNING
+        assert "arithmetic must run out of reach" in event.detail["detail"]
+        assert "files: landlock: Function not implemented" in event.detail["detail"]
+
+
+@pytest.mark.parametrize(
+    ("functions", "isolation", "homes"),
+    [
+        (["arithmetic"], Isolation.PROCESS, {Lifetime.RUN_WALLED: ["arithmetic"]}),
+        (["arithmetic", slow], Isolation.PROCESS, {Lifetime.RUN: ["arithmetic", "slow"]}),
+        (["arithmetic", slow], Isolation.INLINE, {None: ["arithmetic", "slow"]}),
+        (["arithmetic", slow], Isolation.SANDBOX, {Lifetime.GROUP: ["arithmetic", "slow"]}),
+        (["reasoning_gym"], Isolation.INLINE, {Lifetime.GROUP: ["reasoning_gym"]}),
+        (
+            ["reasoning_gym", slow, "arithmetic"],
+            Isolation.PROCESS,
+            {Lifetime.GROUP: ["reasoning_gym", "arithmetic"], Lifetime.RUN: ["slow"]},
+        ),
+    ],
+)
+def test_where_a_function_runs_follows_from_what_it_does_with_answers(functions, isolation, homes):
+    found = homes_of([make_spec(function) for function in functions], isolation)
+    assert {home: [spec.name for spec in specs] for home, specs in found.items()} == homes

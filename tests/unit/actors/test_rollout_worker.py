@@ -144,6 +144,12 @@ def test_a_reward_worker_that_is_lost_for_good_fails_the_group_and_not_the_engin
     assert (event.kind, event.detail["kind"], event.detail["prompt_id"]) == (EventKind.REWARD_FAILED, "crash", "0:3")
 
 
+def test_a_run_asks_for_the_policys_log_probs_where_its_options_reshape_sampling_and_only_there():
+    assert not sampling_params(GenerationConfig(temperature=0.7, stop=["a"])).policy_logprobs
+    for changes in ({"top_p": 0.9}, {"min_tokens": 2}, {"generation_kwargs": {"logit_bias": {5: 1.0}}}):
+        assert sampling_params(GenerationConfig(**changes)).policy_logprobs
+
+
 def test_held_out_prompts_may_be_answered_at_a_temperature_of_their_own(monkeypatch):
     asked = GenerationConfig(temperature=0.7, top_p=0.9, max_completion_length=8)
     assert held_out_params(asked) == sampling_params(asked)

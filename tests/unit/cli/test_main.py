@@ -1,6 +1,7 @@
 """The command line without a run: what it parses, what it prints, and how it ends."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from trl_ray import errors
 from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.cli.main import ExitCode, build_parser, main
 from trl_ray.config.load import dump_yaml
-from trl_ray.pipelines.run.pipeline import Pipeline, TrainOutput
+from trl_ray.pipelines.run.pipeline import Pipeline
+from trl_ray.pipelines.run.session import TrainOutput
 
 
 def subclasses(cls):
@@ -59,6 +61,15 @@ def output(**ledger):
     return TrainOutput(
         steps=2, run_dir=Path("runs/x"), metrics={}, ledger=snapshot, model=Path("runs/x/m"), worst_age=1
     )
+
+
+def test_a_report_is_announced_where_there_is_one(monkeypatch, config, capsys, tmp_path):
+    ends_with(monkeypatch, replace(output(), run_dir=tmp_path))
+    assert main(["grpo", "--config", config]) == ExitCode.DONE
+    assert "report" not in capsys.readouterr().out
+    (tmp_path / "report.html").write_text("<html>")
+    assert main(["grpo", "--config", config]) == ExitCode.DONE
+    assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
 
 
 EXPECTED = {

@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from trl_ray.engines.sampling import BatchSampling, check_sampling, draw, processed_logprobs, sample_seed
+from trl_ray.engines.sampling import (
+    BatchSampling,
+    check_sampling,
+    draw,
+    policy_logprobs,
+    processed_logprobs,
+    reshapes,
+    sample_seed,
+)
 from trl_ray.errors import DataError
 from trl_ray.types import SamplingParams
 
@@ -51,6 +59,41 @@ def test_the_repetition_penalty_halves_the_score_of_seen_tokens():
     # Scores are log 0.25 and log 0.75; a negative score is multiplied: log 0.25 becomes log 0.0625.
     got = processed([[0.25, 0.75]], params(repetition_penalty=2.0), seen=torch.tensor([[True, False]]))
     assert torch.allclose(got, torch.tensor([[0.0625, 0.75]]) / 0.8125)
+
+
+def test_the_policys_log_probs_know_the_temperature_and_nothing_else():
+    rows = [params(temperature=0.5, top_k=1), params(repetition_penalty=2.0, min_tokens=3), params(temperature=0.0)]
+    sampling = BatchSampling.of(rows, vocab_size=2, device=CPU)
+    got = policy_logprobs(torch.tensor([[0.2, 0.8]] * 3).log(), sampling).exp()
+    assert sampling.of_policy is None
+    assert torch.allclose(got, torch.tensor([[1 / 17, 16 / 17], [0.2, 0.8], [0.2, 0.8]]))
+
+
+def test_where_nothing_is_reshaped_they_are_the_bits_of_what_is_drawn_from():
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sampling = BatchSampling.of([params(temperature=0.7)] * 4, vocab_size=300, device=CPU)
+    lengths, none = torch.zeros(4, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    drawn = processed_logprobs(logits, sampling, lengths=lengths, stop_ids=none, seen=None)
+    assert torch.equal(policy_logprobs(logits, sampling), drawn)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"temperature": 0.3, "stop": ("a",)}, False),
+        ({"fields": {"stop_token_ids": [3], "repetition_detection": {}}}, False),
+        ({"top_p": 0.9}, True),
+        ({"top_k": 5}, True),
+        ({"min_p": 0.1}, True),
+        ({"repetition_penalty": 1.1}, True),
+        ({"min_tokens": 1}, True),
+        ({"fields": {"bad_words": ["a"]}}, True),
+        ({"fields": {"of_tomorrow": 1}}, True),
+    ],
+    ids=str,
+)
+def test_what_reshapes_sampling(changes, expected):
+    assert reshapes(params(**changes)) is expected
 
 
 def test_greedy_rows_take_the_best_token_and_report_its_probability_at_temperature_one():

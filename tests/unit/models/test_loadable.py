@@ -159,9 +159,12 @@ def test_a_missing_file_of_several_is_told(model: str, tmp_path: Path) -> None:
 def test_models_that_see_what_comes_after_are_refused(model: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"must name a decoder, .* type bart, which is an encoder and a decoder"):
         check_loadable(of_type(model, tmp_path / "bart", BartConfig()))
-    bert = of_type(model, tmp_path / "bert", BertConfig(architectures=["BertForMaskedLM"]))
-    with pytest.raises(ModelError, match=r"must name a decoder, .* type bert, which is an encoder, which sees"):
-        check_loadable(bert)
+    for written in ("BertForMaskedLM", "BertLMHeadModel"):
+        bert = of_type(model, tmp_path / written, BertConfig(architectures=[written]))
+        with pytest.raises(ModelError, match=r"must name a decoder, .* type bert, which is an encoder, which sees"):
+            check_loadable(bert)
+    with pytest.raises(ModelError, match="must hold every weight"):  # a decoder, whose weights are looked at
+        check_loadable(of_type(model, tmp_path / "decoder", BertConfig(is_decoder=True)))
     # Its configuration has the flag of decoders, too, and says false.
     check_loadable(of_type(model, tmp_path / "neox", GPTNeoXConfig(architectures=["GPTNeoXForCausalLM"])))
 

@@ -19,11 +19,10 @@ def model(tmp_path, kind, *, dtype="float32", **options):
     [
         ("phimoe", "transformers", "by lot in training"),
         ("phimoe", "vllm", "by lot in training"),
+        ("hrm_text", "transformers", "rounding alone makes them two policies"),
         ("lfm2", "vllm", "conv_dim"),
         ("recurrent_gemma", "vllm", "no such model"),
-        ("gpt_neox", "vllm", "off by more than a nat"),
         ("mamba", "vllm", "no kernel"),
-        ("deepseek_v3", "vllm", "latent attention on a CPU"),
         ("qwen3_next", "vllm", "needs bfloat16 on a CPU, got float32"),
     ],
 )
@@ -36,8 +35,9 @@ def test_what_sampler_and_learner_compute_differently_is_refused(tmp_path, kind,
     ("kind", "engine", "options"),
     [
         ("lfm2", "transformers", {}),
-        ("deepseek_v3", "transformers", {}),
+        ("deepseek_v3", "vllm", {}),
         ("deepseek_v3", "vllm", {"on_gpu": True}),
+        ("gpt_neox", "vllm", {}),
         ("qwen3_next", "vllm", {"dtype": "bfloat16"}),
         ("mixtral", "vllm", {}),
         ("gpt_oss", "vllm", {}),
@@ -45,6 +45,12 @@ def test_what_sampler_and_learner_compute_differently_is_refused(tmp_path, kind,
 )
 def test_what_another_engine_or_format_computes_alike_is_not(tmp_path, kind, engine, options):
     check_runnable(model(tmp_path, kind), engine, **options)
+
+
+def test_a_model_that_mixes_number_formats_is_computed_in_float32_alone(tmp_path):
+    with pytest.raises(ModelError, match=r"xlstm they cannot be computed in bfloat16.*Set dtype=float32"):
+        check_runnable(model(tmp_path, "xlstm", dtype="bfloat16"), "transformers")
+    check_runnable(model(tmp_path, "xlstm"), "transformers")
 
 
 def test_a_head_that_vllm_would_not_read_is_refused(tmp_path):

@@ -2,8 +2,11 @@ import importlib.machinery
 import io
 import json
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from trl_ray.errors import ConfigError, RunError
+from trl_ray.observe import service_calls
 from trl_ray.observe.completions import write_completions
 from trl_ray.observe.console import ConsoleSink, duration, printable, progress_line, sparkline
 from trl_ray.observe.observer import open_observer
 from trl_ray.observe.redact import redact
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.run_files import read_json_lines
+from trl_ray.observe.service_calls import ServiceCalls
 from trl_ray.observe.sinks import MetricsFile, Observer, Sink, TrainedGroups
 from trl_ray.observe.wandb_sink import WandbSink
 from trl_ray.types import Event, EventKind, RolloutGroup
@@ -269,6 +274,57 @@ def test_a_resumed_run_keeps_its_wandb_identity(tmp_path: Path, monkeypatch: pyt
     for _ in range(2):
         WandbSink(tmp_path, project="p", run_name=None, config={})
     assert calls[0]["id"] == calls[1]["id"]
+
+
+def test_a_service_that_cannot_be_reached_is_recorded_offline_and_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    calls: list[dict[str, Any]] = []
+    module: Any = _fake_wandb(monkeypatch, calls, FakeWandbRun())
+    answers = module.init
+
+    def init(**options: Any) -> FakeWandbRun:
+        found: FakeWandbRun = answers(**options)
+        if options["mode"] == "online":
+            raise module.errors.Error("Timed out initializing run: POST http://h/graphql giving up after 1 attempt(s)")
+        return found
+
+    module.init = init
+    sink = WandbSink(tmp_path, project="p", run_name=None, config={})
+    sink.step(1, {"loss": 0.5})
+    assert [call["mode"] for call in calls] == ["online", "offline"]
+    assert [call["settings"]["init_timeout"] for call in calls] == [15.0, 15.0]
+    assert "cannot be reached (Timed out initializing run" in caplog.text and "`wandb sync` sends" in caplog.text
+
+
+def test_a_service_that_does_not_answer_is_named_after_a_moment_and_left_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(service_calls, "_SAY_S", 0.05)
+    run, free = FakeWandbRun(), threading.Event()
+    _fake_wandb(monkeypatch, [], run)
+    sink = WandbSink(tmp_path, project="p", run_name=None, config={})
+    monkeypatch.setattr(run, "finish", lambda: free.wait(30))
+    monkeypatch.setattr(sink._calls, "call", partial(sink._calls.call, within_s=0.15))
+    begin = time.monotonic()
+    sink.close()
+    free.set()
+    assert time.monotonic() - begin < 5
+    assert "Weights & Biases has not answered for 0.05 s; it is waited for 0.15 s at most" in caplog.text
+    assert "could not finish its run (Weights & Biases has not answered for 0.15 s)" in caplog.text
+
+
+def test_calls_of_a_service_are_made_in_one_thread_and_none_after_it_was_silent() -> None:
+    calls, free = ServiceCalls("mlflow"), threading.Event()
+    assert calls.call(threading.get_ident) == calls.call(threading.get_ident) != threading.get_ident()
+    with pytest.raises(ZeroDivisionError):
+        calls.call(lambda: 1 / 0)
+    with pytest.raises(TimeoutError, match=r"mlflow has not answered for 0\.05 s"):
+        calls.call(lambda: free.wait(30), within_s=0.05)
+    with pytest.raises(TimeoutError, match="does not answer"):
+        calls.call(lambda: 1)
+    free.set()
 
 
 def test_wandb_failures_are_input_errors_at_the_start_and_warnings_later(

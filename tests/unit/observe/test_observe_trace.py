@@ -40,7 +40,7 @@ def test_a_trace_is_read_back_without_torn_or_impossible_lines(tmp_path: Path) -
     sink.close()
     with (tmp_path / "trace.jsonl").open("a") as stream:
         stream.write('{"actor":"x","name":"y","start":5,"end":4}\n{"actor":"x","na')
-    assert read_trace(tmp_path / "trace.jsonl") == sorted(SPANS, key=lambda span: span.start)
+    assert list(read_trace(tmp_path / "trace.jsonl")) == sorted(SPANS, key=lambda span: span.start)
 
 
 def test_the_chrome_trace_gives_overlapping_spans_lanes_of_their_own(tmp_path: Path) -> None:

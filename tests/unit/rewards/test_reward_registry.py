@@ -28,16 +28,17 @@ def test_trls_names_and_its_way_to_write_a_path_are_read_in_python_too():
     assert make_spec("trl_ray.rewards.functions.arithmetic").name == "arithmetic"
 
 
-def test_a_function_of_trls_whose_package_is_missing_is_refused_before_the_start(monkeypatch):
+def test_a_function_for_mathematics_whose_package_is_missing_is_refused_before_the_start(monkeypatch):
     def accuracy_reward(completions, **columns):
         return [1.0] * len(completions)
 
     accuracy_reward.__module__ = "trl.rewards.accuracy_rewards"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="accuracy_reward needs the package math-verify, which is not installed"):
-        make_spec(accuracy_reward)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert make_spec(accuracy_reward).name == "accuracy_reward"
+    for given in (accuracy_reward, "accuracy_reward", "trl.rewards.accuracy_reward"):
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.util.find_spec", lambda name: None)
+            with pytest.raises(ConfigError, match="accuracy_reward needs the package math-verify, which is not"):
+                make_spec(given)
+        assert make_spec(given).name == "accuracy_reward"
 
 
 def test_a_factory_takes_literal_arguments_by_name():
@@ -50,7 +51,7 @@ def test_a_factory_takes_literal_arguments_by_name():
     ("reference", "message"),
     [
         ("aritmetic", "Did you mean 'arithmetic'"),
-        ("zzz", "Known names: arithmetic, exact_answer"),
+        ("zzz", "Known names: accuracy_reward, arithmetic, cosine_scaled_reward.*, exact_answer"),
         ("trl_ray.rewards.functions:aritmetic", "Did you mean trl_ray.rewards.functions:arithmetic"),
         ("no_such_package.mod:f", "No module named 'no_such_package'"),
         ("nowhere/mine.py:f", "must name a file that exists, got 'nowhere/mine.py'"),
@@ -58,7 +59,7 @@ def test_a_factory_takes_literal_arguments_by_name():
         ("soft_overlong", r"must read soft_overlong\(max_completion_len"),
         ("soft_overlong(10, 5)", "must be given as name=value"),
         ("soft_overlong(max_completion_len=__import__('os'), soft_punish_cache=1)", "must read"),
-        ("arithmetic(x=1)", "Only soft_overlong take"),
+        ("arithmetic(x=1)", "Only cosine_scaled_reward, soft_overlong take"),
     ],
 )
 def test_a_name_that_does_not_resolve_is_explained(reference, message):

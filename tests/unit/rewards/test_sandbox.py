@@ -118,7 +118,7 @@ def test_a_hanging_function_is_killed_at_its_deadline_with_all_its_processes():
     with sandbox(hang, timeout_s=1.5) as box:
         assert box.start() is None
         mark = mark_of(box)
-        assert alive(mark) == [box.pid]
+        assert len(alive(mark)) == 2 and box.pid in alive(mark)  # and the one that watches over it
         start = time.monotonic()
         failure = score(box, "x").failure
         assert 1.4 < time.monotonic() - start < 2.6
@@ -203,6 +203,52 @@ def test_the_child_really_gets_that_environment(monkeypatch):
     with sandbox(look) as box:
         seen = score(box, "x").rewards[0].extra["environment"]
         assert "canary" not in json.dumps(seen) and seen["PATH"] == os.environ["PATH"]
+
+
+def test_functions_of_the_users_can_neither_look_into_other_processes_nor_signal_them():
+    def look(completions, log_extra, **columns):
+        import os
+
+        def tried(work, *given):
+            try:
+                return str(work(*given))
+            except OSError as error:
+                return type(error).__name__
+
+        def read(path):
+            with open(path) as file:
+                return file.read()
+
+        said = []
+        for pid in (int(completions[0]), os.getppid()):
+            said += [tried(read, f"/proc/{pid}/environ"), tried(os.kill, pid, 9)]
+        log_extra("said", [[*said, tried(read, completions[1])]] * 2)
+        return [1.0, 1.0]
+
+    with sandbox(look) as box:
+        said = score(box, str(os.getpid()), __file__).rewards[0].extra["said"]
+        assert said[:4] == ["PermissionError"] * 4
+        assert "test_functions_of_the_users" in said[4]  # files are theirs
+
+
+def test_a_process_that_leaves_its_session_and_drops_its_environment_is_killed_too(tmp_path):
+    def leave(completions, **columns):
+        import os
+        import subprocess
+        import sys
+
+        if os.fork() == 0:
+            os.setsid()
+            nap = [sys.executable, "-S", "-c", "import time; time.sleep(600)", completions[0]]
+            subprocess.Popen(nap, env={}, start_new_session=True)
+            os._exit(0)
+        os.wait()
+        return [1.0]
+
+    with sandbox(leave) as box:
+        assert score(box, f"{tmp_path}-mark").rewards[0].total == 1.0
+        assert len(alive(f"{tmp_path}-mark")) == 1
+    assert alive(f"{tmp_path}-mark") == []
 
 
 def test_a_flood_of_prints_neither_blocks_nor_fills_memory():

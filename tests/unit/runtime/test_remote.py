@@ -5,7 +5,7 @@ import pytest
 from trl_ray.config.reward_model_options import RewardModelOptions
 from trl_ray.config.runs.run_environment import learner_threads, set_environment
 from trl_ray.config.sections import RewardConfig, RolloutConfig, RuntimeConfig
-from trl_ray.runtime.cluster import missing_resources
+from trl_ray.runtime.placement import missing_resources
 from trl_ray.runtime.remote import ActorPlan, actor_environment, plan_actors
 from trl_ray.runtime.runtime import Role
 

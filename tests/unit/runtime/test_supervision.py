@@ -6,6 +6,7 @@ import pytest
 from fakes import FakeHandle, health, in_turn, until
 from trl_ray.errors import ActorLostError, DeadlineError, RunError
 from trl_ray.runtime.supervision import Supervisor
+from virtual_time import run_in_virtual_time
 
 
 class Log:
@@ -147,3 +148,93 @@ def test_one_slow_recovery_does_not_delay_the_probe_of_another_actor():
 
     asyncio.run(run())
     assert [name for name, _ in log.lost].count("slow") == 1
+
+
+def test_silence_is_counted_from_the_last_answer_so_that_a_hang_is_noticed_within_one_deadline():
+    log, noticed = Log(), []
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+
+        class Stopping(FakeHandle):
+            async def call(self, method, /, *args, deadline_s, **kwargs):
+                if loop.time() - begin < 100:
+                    return health()
+                await asyncio.sleep(deadline_s)
+                raise DeadlineError("silent")
+
+        async def on_lost(watched, reason):
+            noticed.append((loop.time() - begin, watched.is_silent))
+
+        supervisor = log.supervisor(interval_s=10, deadline_s=15, on_lost=on_lost)
+        supervisor.watch(Stopping(name="rollout-0"))
+        running = asyncio.create_task(supervisor.run())
+        await asyncio.sleep(200)
+        running.cancel()
+        await asyncio.wait([running])
+
+    run_in_virtual_time(run())
+    # The last answer came at 90 s, the probe of 100 s had half a deadline left at least.
+    [(seconds, is_silent)] = noticed
+    assert 105 <= round(seconds, 1) <= 107.5 and is_silent
+
+
+def test_a_loss_that_somebody_else_met_is_dealt_with_once_and_beside_whoever_reports_it():
+    log, back = Log(), asyncio.Event()
+
+    async def run():
+        async def recover(watched, reason):
+            await log.on_lost(watched, reason)
+            await back.wait()
+
+        supervisor = log.supervisor(on_lost=recover)
+        supervisor.watch(FakeHandle(name="rollout-0", answers={"health": ActorLostError("a probe met it too")}))
+        supervisor.report("rollout-0", "its pull failed")
+        supervisor.report("rollout-0", "its pull failed again")
+        await watch_until(supervisor, lambda: bool(log.lost))
+
+    asyncio.run(run())
+    assert log.lost == [("rollout-0", "its pull failed")]
+
+
+def test_a_loss_that_is_noticed_ends_every_call_of_the_actor_at_once():
+    log = Log()
+
+    async def run():
+        supervisor = log.supervisor()
+        hung = FakeHandle(name="rollout-0", answers={"health": health(), "evaluate": asyncio.Event().wait})
+        supervisor.watch(hung)
+        asking = asyncio.create_task(supervisor.while_alive("rollout-0", hung.call("evaluate", deadline_s=3600)))
+        await asyncio.sleep(0)
+        supervisor.report("rollout-0", "its node is gone")
+        with pytest.raises(ActorLostError, match="its node is gone"):
+            await asking
+
+    asyncio.run(run())
+
+
+def test_an_answer_of_a_watched_actor_arrives_and_so_does_its_error():
+    async def run(answer):
+        supervisor = Log().supervisor()
+        made = FakeHandle(name="rollout-0", answers={"pull": answer})
+        supervisor.watch(made)
+        return await supervisor.while_alive("rollout-0", made.call("pull", deadline_s=1))
+
+    assert asyncio.run(run("report")) == "report"
+    with pytest.raises(RunError, match="damaged"):
+        asyncio.run(run(RunError("damaged")))
+
+
+def test_an_error_of_what_is_done_beside_ends_the_watch_too():
+    async def fails():
+        raise RunError("no room")
+
+    async def run():
+        supervisor = Log().supervisor()
+        supervisor.also("start rollout-1", fails)
+        async with asyncio.timeout(20):
+            await supervisor.run()
+
+    with pytest.raises(RunError, match="no room"):
+        asyncio.run(run())

@@ -92,8 +92,8 @@ def policy_ratio(log_ratio: Tensor, tokens: SampleTokens, level: ImportanceLevel
 def sampler_correction(inputs: LossInputs, config: LossConfig) -> SamplerCorrection:
     """Old policy / sampler, truncated or masked as `vllm_importance_sampling_mode` says.
 
-    Where the sampler leaves tokens out (top-p, top-k, min-p) its log-probs are too high by the log of the mass it kept,
-    so that ratios are too small by that mass.
+    The sampler's log-probs are those of its weights at the temperature, before anything that reshapes sampling
+    (`engines.sampling`), so that this is 1 on fresh tokens also where it leaves some out (top-p, top-k, min-p).
     """
     tokens, mode = inputs.tokens, config.vllm_importance_sampling_mode
     if not config.corrects_for_sampler:

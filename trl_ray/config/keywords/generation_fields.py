@@ -241,4 +241,4 @@ def unknown_to(engine: str, fields: Mapping[str, Any]) -> str | None:
 
 def reshaping(fields: Mapping[str, Any]) -> list[str]:
     """Names of fields under which tokens are drawn from another distribution than the learner scores."""
-    return [name for name in fields if ENGINE_FIELDS[name].reshapes]
+    return [name for name in fields if ENGINE_FIELDS.get(name, EngineField()).reshapes]

@@ -180,22 +180,6 @@ class LossConfig(LossSection):
         return self.entropy_coef > 0 or self.use_adaptive_entropy
 
     @property
-    def sums_sampler_ratios(self) -> str | None:
-        """The option, as ``name=value``, that adds up log-ratios to the sampler over a completion; None: none does.
-
-        Such a sum drowns in any error that all tokens share; see `GRPOConfig` on samplers that leave tokens out.
-        """
-        if self.off_policy_mask_threshold is not None:
-            return f"off_policy_mask_threshold={self.off_policy_mask_threshold}"
-        if self.corrects_for_sampler and self.vllm_importance_sampling_mode in SEQUENCE_MODES:
-            return f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode.value}"
-        if self.old_logprobs is OldLogprobs.SAMPLER and self.importance_sampling_level is not ImportanceLevel.TOKEN:
-            return f"importance_sampling_level={self.importance_sampling_level.value} with old_logprobs=sampler"
-        if self.loss_type is LossType.VESPO and (self.corrects_for_sampler or self.old_logprobs is OldLogprobs.SAMPLER):
-            return "loss_type=vespo"
-        return None
-
-    @property
     def kl_in_loss(self) -> bool:
         """Whether the divergence from the reference is added to each token's loss."""
         return self.beta > 0 and self.kl_placement is KLPlacement.LOSS

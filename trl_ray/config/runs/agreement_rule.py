@@ -35,6 +35,8 @@ class AgreementRule:
     """Level in nats below which nothing is ever wrong."""
     is_exact: bool
     """Whether both sides compute in float32."""
+    is_ahead: bool = False
+    """Whether generation runs ahead of training, so that a step may have no token of age 0."""
     on_disagreement: OnDisagreement | None = None
     """None: stop where the pair is exact."""
 
@@ -50,6 +52,7 @@ class AgreementRule:
             ceiling=ceiling,
             floor=min(ceiling, 2e-4 if is_exact else 0.02),
             is_exact=is_exact,
+            is_ahead=config.slot_bounds.max_staleness > 0,
             on_disagreement=rollout.on_disagreement,
         )
 

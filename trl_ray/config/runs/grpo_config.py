@@ -83,23 +83,6 @@ class GRPOConfig(RolloutRunConfig, LossConfig, AdvantageConfig):
                 )
 
     @rule
-    def _check_sampler_distribution(self) -> None:
-        # An engine's log-probs are those of the distribution it sampled from: with tokens left out, each is too high by
-        # the log of the mass that was kept, and policy / sampler too small by that mass (huggingface/trl#6789). One
-        # token's ratio is off by a bounded factor, which is accepted; over a completion these factors multiply.
-        truncated = self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.repetition_penalty != 1
-        truncated = truncated or self.min_tokens > 0
-        culprit = self.sums_sampler_ratios
-        if truncated and culprit is not None:
-            raise ValueError(
-                f"{culprit} must not be combined with a sampler that does not draw from the whole distribution, got "
-                f"top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}, repetition_penalty="
-                f"{self.repetition_penalty}, min_tokens={self.min_tokens}: ratios policy / sampler are each too small "
-                "by the mass it keeps, which adds up over a completion. Remove the option, correct token by token, or "
-                "sample from the whole distribution."
-            )
-
-    @rule
     def _check_adapter_reference(self) -> None:
         if self.sync_ref_model and self.use_peft:
             raise ValueError(

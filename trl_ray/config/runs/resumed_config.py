@@ -42,6 +42,7 @@ _FREE = frozenset(
         *("reward.timeout_s", "reward.num_workers", "reward.num_cpus", "reward.max_failures_in_a_row"),
         *("teacher.timeout_s", "teacher.num_workers", "teacher.max_attempts", "teacher.max_failures_in_a_row"),
         *("rollout.num_workers", "rollout.num_cpus", "rollout.num_gpus", "rollout.lease_s", "rollout.hang_deadline_s"),
+        *("rollout.min_workers", "rollout.max_workers"),
         *("rollout.kv_cache_memory_gib", "rollout.gpu_memory_utilization", "rollout.max_num_seqs"),
         *("rollout.canary_every", "rollout.canary_tolerance", "rollout.on_disagreement"),
     }

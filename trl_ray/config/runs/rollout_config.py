@@ -219,15 +219,16 @@ class RolloutRunConfig(StreamedRunConfig, PromptConfig, GenerationConfig):
 
     @rule
     def _check_runtime(self) -> None:
-        if self.runtime.kind is RuntimeKind.LOCAL and self.rollout.num_workers > 1:
+        if self.runtime.kind is RuntimeKind.LOCAL and self.rollout.most_workers > 1:
             raise ValueError(
-                f"rollout.num_workers must be 1 with runtime.kind=local, got {self.rollout.num_workers}: one process "
-                "holds one engine. Use runtime.kind=ray for more."
+                "rollout.num_workers and rollout.max_workers must be 1 with runtime.kind=local, got "
+                f"{self.rollout.num_workers} and {self.rollout.most_workers}: one process holds one engine. Use "
+                "runtime.kind=ray for more."
             )
         if self.runtime.kind is RuntimeKind.RAY and self.reward.isolation is Isolation.INLINE:
             raise ValueError(
-                "reward.isolation must be process with runtime.kind=ray, got inline: a hanging function would hold "
-                "its actor. inline is for runtime.kind=local and a debugger."
+                "reward.isolation must be process or sandbox with runtime.kind=ray, got inline: a hanging function "
+                "would hold its actor. inline is for runtime.kind=local and a debugger."
             )
 
 

@@ -46,7 +46,8 @@ class SDPOConfig(AsyncGRPOConfig, SDPOObjective, TeacherWeights, RepromptConfig)
     max_staleness: Natural = 0
     """Optimizer steps S between the weights that sampled a token and the weights that train on it; 0 waits."""
     old_logprobs: Annotated[OldLogprobs, FROM_STRING] = OldLogprobs.POLICY
-    """Whose probabilities ratios are taken against; where generation runs ahead and nothing is said, the sampler's."""
+    """Whose probabilities ratios are taken against; where generation runs ahead and nothing is said, the sampler's:
+    its weights' before top-p and the like, so that the ratio of a fresh token is 1 whatever sampling leaves out."""
     max_prompt_length: Positive | None = 512
     """Longer prompts of the student lose their head; the teacher's are made of the whole. None refuses what the model
     does not hold."""

@@ -16,11 +16,12 @@ _NAMES: Mapping[str, str] = MappingProxyType(
     {
         "think_format_reward": "think_format",
         "get_soft_overlong_punishment": "soft_overlong(max_completion_len=1280, soft_punish_cache=256)",
-        # They are TRL's alone: its package computes them.
-        "accuracy_reward": "trl.rewards:accuracy_reward",
-        "reasoning_accuracy_reward": "trl.rewards:reasoning_accuracy_reward",
+        "accuracy_reward": "accuracy_reward",
+        "reasoning_accuracy_reward": "reasoning_accuracy_reward",
     }
 )
+_MODULE = "trl.rewards"
+"""Where TRL keeps them; whoever names one by this path gets ours, and needs no TRL."""
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -32,8 +33,9 @@ def read_reward_names(value: Any) -> Any:
 
 
 def _read(name: str) -> str:
-    if name in _NAMES:
-        return _NAMES[name]
+    known = name.removeprefix(f"{_MODULE}.").removeprefix(f"{_MODULE}:")
+    if known in _NAMES:
+        return _NAMES[known]
     if _DOTTED.fullmatch(name) is None:
         return real_path(name)
     module, _, function = name.rpartition(".")

@@ -20,6 +20,7 @@ from trl_ray.errors import ModelError
 from trl_ray.models.adapters.adapter_config import base_of_adapter, is_adapter_folder, task_of_adapter
 from trl_ray.models.adapters.lora import TRAINED, has_adapter, lora_layers
 from trl_ray.models.dropout import stated_dropout
+from trl_ray.models.plain_saving import save_plain
 from trl_ray.models.policy_loading import ends_with, load_policy, load_tokenizer, set_end_token
 from trl_ray.models.scoring.classifier import load_classifier, load_classifier_tokenizer
 
@@ -172,7 +173,7 @@ def export_merged(adapter: str | Path, out: str | Path, *, model: ModelConfig | 
         if isinstance(end, int) and not ends_with(policy, end):
             set_end_token(policy, end)
         with stated_dropout(policy):
-            policy.save_pretrained(out, state_dict=weights)
+            save_plain(policy, out, weights=weights)
         tokenizer.save_pretrained(out)
     except OSError as error:
         raise ModelError(

@@ -25,6 +25,12 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Of the soft cap: Gemma, RecurrentGemma, xLSTM."""
 
 
+_CANNOT_COMPUTE = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, IndexError)
+"""What models raise that cannot be given tokens alone, or have no kernel for their dtype."""
+_LOOKS_AHEAD = 0.05
+"""Share of the difference between two places that rounding never makes."""
+
+
 def causal_model(model: nn.Module) -> PreTrainedModel:
     """The causal language model itself, without a PeftModel around it; its layers hold the adapters all the same."""
     unwrap = getattr(model, "get_base_model", None)
@@ -136,13 +142,32 @@ def logit_transform(model: nn.Module) -> LogitTransform:
     return LogitTransform(scale=scale, softcap=next((values[name] for name in _CAPS if name in values), None))
 
 
+def body(model: nn.Module) -> Any:
+    """The model without its head."""
+    inner: Any = causal_model(model)
+    # Llama 4 names a prefix that its text model does not have, and gives itself.
+    return getattr(inner, "model", inner) if inner.base_model is inner else inner.base_model
+
+
 def hidden_states(model: nn.Module, **inputs: Tensor | None) -> Tensor:
     """Final hidden states [R, T, H], after the last norm and before the head."""
-    states: Tensor = causal_model(model).base_model(**inputs, use_cache=False).last_hidden_state
+    states: Tensor = body(model)(**inputs, use_cache=False).last_hidden_state
     dtype = head_weight(model).dtype
     # State-space models keep float32 between their layers; their heads, as all, read what they compute in.
     is_narrower = states.dtype is torch.float32 and dtype in {torch.bfloat16, torch.float16}
     return states.to(dtype) if is_narrower else states
+
+
+def _check_causal(model: nn.Module, logits: Tensor, changed: Tensor) -> None:
+    """What is said after the first token [1, 2, V] must not depend on the second, which differs."""
+    difference = float((logits[:, 0] - changed[:, 0]).abs().mean())
+    spread = float((logits[:, 0] - logits[:, 1]).abs().mean())
+    if difference > _LOOKS_AHEAD * spread:  # NaN passes here, and is told with its cause
+        raise ModelError(
+            f"a language model must not see the tokens that come after, but in {type(causal_model(model)).__name__} "
+            f"the second token changes the logits of the first by {difference:.3g} on average (it is an encoder, or "
+            "its configuration says is_decoder=false). Use a causal language model."
+        )
 
 
 @torch.no_grad()
@@ -150,16 +175,27 @@ def check_head(model: nn.Module) -> None:
     """Prove on two tokens that head, scale and soft-capping make the model's logits of its hidden states.
 
     Raises:
-        ModelError: they do not, and log-probs computed from the head would be wrong; or the logits are NaN.
+        ModelError: they do not, and log-probs computed from the head would be wrong; or the logits are NaN, or those of
+            a token change with what follows it, or the model cannot be computed in its dtype.
     """
     head, transform = head_module(model), logit_transform(model)
     training = model.training
     model.train(False)
     # In evaluation mode, as dropout would make the two differ.
-    ids = torch.tensor([[1, 2]], device=head.weight.device)
-    expected = model(input_ids=ids, use_cache=False).logits
-    actual = torch.nn.functional.linear(hidden_states(model, input_ids=ids), head.weight, head.bias).float()
-    model.train(training)
+    ids, others = (torch.tensor([pair], device=head.weight.device) for pair in ([1, 2], [1, 3]))
+    try:
+        expected, changed = (model(input_ids=each, use_cache=False).logits for each in (ids, others))
+        actual = torch.nn.functional.linear(hidden_states(model, input_ids=ids), head.weight, head.bias).float()
+    except _CANNOT_COMPUTE as error:
+        first_line = str(error).strip().split("\n")[0].rstrip(". ")
+        raise ModelError(
+            f"the learner must be able to compute {type(causal_model(model)).__name__} of two tokens in "
+            f"{str(head.weight.dtype).removeprefix('torch.')}, but: {type(error).__name__}: {first_line}. Set another "
+            "dtype (dtype=float32), or use another model."
+        ) from error
+    finally:
+        model.train(training)
+    _check_causal(model, expected.float(), changed.float())
     actual = actual * transform.scale
     if transform.softcap is not None:
         actual = transform.softcap * torch.tanh(actual / transform.softcap)

@@ -73,9 +73,9 @@ class RouterLoss:
         recorders = _recorders(policy)
         routers = [
             (module, recorder.index)
-            for module in policy.modules()
+            for name, module in policy.named_modules()
             for recorder in recorders
-            if isinstance(module, recorder.target_class)
+            if isinstance(module, recorder.target_class) and _is_named(name, recorder.layer_name)
         ]
         if not found or not routers:
             raise ModelError(
@@ -125,6 +125,11 @@ def load_balancing_loss(logits: list[Tensor], *, num_experts: int, top_k: int) -
     chosen = probabilities.topk(top_k, dim=-1).indices
     assignments = torch.zeros_like(probabilities).scatter_(1, chosen, 1.0).mean(dim=0)
     return num_experts * (assignments * probabilities.mean(dim=0)).sum()
+
+
+def _is_named(name: str, part: str | None) -> bool:
+    """As transformers records: where routers are plain linear layers, their name tells them from others."""
+    return part is None or f".{part.strip('.')}." in f".{name}."
 
 
 def _recorders(policy: nn.Module) -> list[Any]:

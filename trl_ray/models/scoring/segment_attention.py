@@ -9,6 +9,7 @@ It stands in for `sdpa`: calls without segments are passed on to it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def attention_kind(model: PreTrainedModel) -> AttentionKind:
     # Layers with a window see less than our masks and segments would let them.
     if any(kind != "full_attention" for kind in kinds) or (window is not None and not hasattr(config, "layer_types")):
         return AttentionKind.CAUSAL
-    if getattr(config, "alibi", False) or any(hasattr(getattr(model, "base_model", None), name) for name in _ALIBI):
+    if has_alibi(model) or not takes_positions(model):
         return AttentionKind.CAUSAL
     implementation = str(config._attn_implementation)
     if implementation in {"sdpa", SEGMENT_ATTENTION} and getattr(model, "_supports_attention_backend", False):
@@ -46,6 +47,19 @@ def attention_kind(model: PreTrainedModel) -> AttentionKind:
     if implementation in {"sdpa", "eager"}:
         return AttentionKind.MASKED
     return AttentionKind.RESTARTS if implementation.startswith("flash_attention") else AttentionKind.CAUSAL
+
+
+def has_alibi(model: PreTrainedModel) -> bool:
+    """Whether distances between tokens are counted in the mask."""
+    base = getattr(model, "base_model", None)
+    return bool(getattr(model.config.get_text_config(), "alibi", False)) or any(hasattr(base, name) for name in _ALIBI)
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the places of tokens can be given: decoders of translation models count them by themselves (BART)."""
+    unwrap = getattr(model, "get_base_model", None)  # of a model with an adapter, whose own arguments have no names
+    forward = getattr(type(unwrap() if callable(unwrap) else model), "forward", None)
+    return forward is None or "position_ids" in inspect.signature(forward).parameters
 
 
 def heed_soft_cap(model: PreTrainedModel) -> None:

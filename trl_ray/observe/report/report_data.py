@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import enum
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from trl_ray.observe.columns import Columns, SpanColumns, read_metric_columns
 from trl_ray.observe.redact import redact
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.run_files import parse_json, read_json_lines
@@ -24,6 +26,16 @@ from trl_ray.observe.trace import read_trace
 from trl_ray.types import EventKind, Span
 
 MAX_POINTS = 400
+MAX_EVENTS = 400
+"""Of one list of events."""
+_BY_LARGEST = frozenset({"step", "time", "staleness/max"})
+"""Metrics of which several steps have the largest value, and of others the mean."""
+_OF_EVERY_STEP = re.compile(
+    rb'\{"time":[0-9.e+-]+,"kind":"('
+    + b"|".join(kind.value.encode() for kind in (EventKind.WEIGHTS_PUBLISHED, EventKind.WEIGHTS_PULLED))
+    + rb')",'
+)
+"""As events.jsonl writes the kinds that every step has, which are no news."""
 Row = Mapping[str, float]
 
 
@@ -79,11 +91,13 @@ class RunData:
     rows: Sequence[Row]
     """Metrics by step, in order, the last line winning where a step was trained twice."""
     events: Sequence[Mapping[str, Any]]
-    """In the order they happened."""
+    """In the order they happened; of the kinds of every step, the first ones and the last."""
     ledger: LedgerFigures | None
     spans: Sequence[Span]
     samples: Sequence[Samples]
     """First, middle and last step that has completions."""
+    more_events: Mapping[str, int] = field(default_factory=dict)
+    """By kind, how many are not among `events`."""
 
     @property
     def name(self) -> str:
@@ -118,9 +132,10 @@ class RunData:
     @property
     def moments(self) -> tuple[float, float] | None:
         """First and last known moment, in seconds since the epoch."""
-        known = [float(row["time"]) for row in self.rows if "time" in row]
+        known = self.present("time")
         known += [float(event["time"]) for event in self.events if isinstance(event.get("time"), int | float)]
-        known += [moment for span in self.spans for moment in (span.start, span.end)]
+        spans = SpanColumns.of(self.spans)
+        known += [float(spans.start.min()), float(spans.end.max())] if self.spans else []
         return (min(known), max(known)) if known else None
 
     def announced(self, key: str) -> Any:
@@ -134,10 +149,14 @@ class RunData:
 
     def values(self, key: str) -> list[float | None]:
         """[rows] of one metric, None where a step lacks it."""
+        if isinstance(self.rows, Columns):
+            return self.rows.values(key)
         return [row.get(key) for row in self.rows]
 
     def present(self, key: str) -> list[float]:
         """The values of one metric that exist, in order."""
+        if isinstance(self.rows, Columns):
+            return self.rows.present(key)
         return [row[key] for row in self.rows if key in row]
 
 
@@ -147,11 +166,13 @@ def read_run(run: RunDirectory) -> RunData:
     Raises:
         ConfigError: by the caller's `RunDirectory.open_existing`; nothing that is missing or torn here raises.
     """
+    events, more = _read_events(run.events)
     return RunData(
         path=run.path,
         config=_read_config(run.config),
         rows=_read_metrics(run.metrics),
-        events=_read_events(run.events),
+        events=events,
+        more_events=more,
         ledger=_read_ledger(run.ledger),
         spans=read_trace(run.trace),
         samples=_read_samples(run.completions),
@@ -163,6 +184,8 @@ def thinned(rows: Sequence[Row], limit: int = MAX_POINTS) -> list[Row]:
     if len(rows) <= limit:
         return list(rows)
     edges = [len(rows) * index // limit for index in range(limit + 1)]
+    if isinstance(rows, Columns):
+        return list(rows.joined(edges, by_largest=_BY_LARGEST))
     return [_joined(rows[start:end]) for start, end in pairwise(edges)]
 
 
@@ -175,7 +198,7 @@ def _joined(rows: Sequence[Row]) -> Row:
     joined: dict[str, float] = {}
     for key in dict.fromkeys(key for row in rows for key in row):
         values = [row[key] for row in rows if key in row]
-        joined[key] = max(values) if key in {"step", "time", "staleness/max"} else sum(values) / len(values)
+        joined[key] = max(values) if key in _BY_LARGEST else sum(values) / len(values)
     return joined
 
 
@@ -189,7 +212,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     return redact(loaded) if isinstance(loaded, dict) else {}
 
 
-def _read_metrics(path: Path) -> list[Row]:
+def _read_metrics(path: Path) -> Sequence[Row]:
+    columns = read_metric_columns(path)
+    if columns is not None:
+        return columns
     by_step: dict[int, Row] = {}
     for record in read_json_lines(path):
         numbers = {key: float(value) for key, value in record.items() if isinstance(value, int | float)}
@@ -198,9 +224,27 @@ def _read_metrics(path: Path) -> list[Row]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _read_events(path: Path) -> list[dict[str, Any]]:
-    known = {kind.value for kind in EventKind}
-    return [event for event in read_json_lines(path) if event.get("kind") in known]
+def _read_events(path: Path) -> tuple[list[dict[str, Any]], Mapping[str, int]]:
+    """Events, and how many of each kind are left out: those that every step has, once there are enough of them."""
+    known, seen, left_out, last = {kind.value for kind in EventKind}, 0, Counter[str](), b""
+
+    def skips(line: bytes) -> bool:
+        nonlocal seen, last
+        match = _OF_EVERY_STEP.match(line)
+        seen += match is not None
+        if match is None or seen <= MAX_EVENTS or not line.endswith(b"}\n"):
+            return False
+        left_out[match[1].decode()] += 1
+        last = line
+        return True
+
+    events = [event for event in read_json_lines(path, skips=skips) if event.get("kind") in known]
+    event = parse_json(last.decode("utf-8", errors="replace"))
+    if isinstance(event, dict):
+        # When the run was last heard of.
+        left_out[event["kind"]] -= 1
+        events.append(event)
+    return events, left_out
 
 
 def _read_ledger(path: Path) -> LedgerFigures | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_ray.observe.console import duration
-from trl_ray.observe.report.report_data import RunData, shortened
+from trl_ray.observe.report.report_data import MAX_EVENTS, RunData, shortened
 from trl_ray.observe.report.report_summary import Pill
 from trl_ray.types import DropReason, EventKind
 
@@ -30,7 +30,6 @@ _ATTENTION = _LOSSES | {
 }
 # Drops that a healthy run makes: what was still on its way at the end, and what the user asked to drop.
 _ORDINARY_DROPS = frozenset({DropReason.END_OF_RUN, DropReason.ZERO_VARIANCE})
-_MAX_EVENTS = 400
 _MAX_DETAIL = 400
 
 
@@ -70,10 +69,12 @@ def events(run: RunData) -> EventLists | None:
     attention = sorted(filter(_deserves_attention, run.events), key=lambda event: event["kind"] not in _LOSSES)
     rest = [event for event in run.events if not _deserves_attention(event)]
     counts = Counter(str(event["kind"]).replace("_", " ") for event in rest)
+    counts.update({kind.replace("_", " "): count for kind, count in run.more_events.items()})
+    more = sum(run.more_events.values())
     return EventLists(
         attention=_table(attention, start),
-        ordinary=_table(rest, start),
-        ordinary_count=len(rest),
+        ordinary=_table(rest, start, more),
+        ordinary_count=len(rest) + more,
         ordinary_kinds=", ".join(f"{count} {name}" for name, count in counts.most_common()),
     )
 
@@ -85,9 +86,9 @@ def _deserves_attention(event: Mapping[str, Any]) -> bool:
     return event["kind"] in _ATTENTION and not ordinary
 
 
-def _table(shown: Sequence[Mapping[str, Any]], start: float) -> EventTable:
-    rows = [_row(event, start) for event in shown[:_MAX_EVENTS]]
-    return EventTable(rows=rows, left_out=len(shown) - len(rows))
+def _table(shown: Sequence[Mapping[str, Any]], start: float, more: int = 0) -> EventTable:
+    rows = [_row(event, start) for event in shown[:MAX_EVENTS]]
+    return EventTable(rows=rows, left_out=len(shown) - len(rows) + more)
 
 
 def _row(event: Mapping[str, Any], start: float) -> EventRow:

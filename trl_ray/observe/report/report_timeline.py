@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trl_ray.observe.columns import SpanColumns
 from trl_ray.observe.console import duration
 from trl_ray.observe.report.chart_layout import Frame, LegendKey, Scale, Tick, compact, hue, ticks
 from trl_ray.observe.report.report_data import RunData
@@ -84,16 +85,18 @@ def timeline(run: RunData) -> Timeline | None:
     """The last steps of every actor, or None for a run without a trace."""
     if not run.spans:
         return None
-    ends = [(row["time"], f"step {int(row['step'])}") for row in run.rows if "time" in row]
-    start, finish = _window(run.spans, [moment for moment, _ in ends])
-    names = list(dict.fromkeys(span.name for span in run.spans if not is_waiting(span.name)))
-    actors = sorted({span.actor for span in run.spans})
-    inside = [span for span in run.spans if span.end > start]
+    known = zip(run.values("time"), run.values("step"), strict=True)
+    ends = [(moment, step) for moment, step in known if moment is not None and step is not None]
+    spans = SpanColumns.of(run.spans)
+    start, finish = _window(spans, [moment for moment, _ in ends])
+    names = [name for name in spans.names if not is_waiting(name)]
+    actors = sorted(spans.actors)
+    inside = list(spans.where(spans.end > start))
     height = _LANE * len(actors) + 2 * _AXIS
     frame = Frame(width=_WIDTH, height=height, left=_LABELS, right=_WIDTH - 10, top=_AXIS, bottom=height - _AXIS)
     x = Scale(low=start, high=finish, start=frame.left, end=frame.right)
     legend = [LegendKey(name=name, color=f"c{hue(index)}") for index, name in enumerate(names)]
-    if any(is_waiting(span.name) for span in run.spans):
+    if len(names) < len(spans.names):
         legend.append(LegendKey(name="waiting", color="waiting"))
     return Timeline(
         window=duration(finish - start),
@@ -107,15 +110,15 @@ def timeline(run: RunData) -> Timeline | None:
             _lane(row, actor, [span for span in inside if span.actor == actor], names, x)
             for row, actor in enumerate(actors)
         ],
-        marks=[_mark(x(moment), name) for moment, name in ends if start < moment <= finish],
+        marks=[_mark(x(moment), f"step {int(step)}") for moment, step in ends if start < moment <= finish],
         legend=legend,
-        shares=_shares(run.spans),
+        shares=_shares(spans),
     )
 
 
-def _window(spans: Sequence[Span], ends: Sequence[float]) -> tuple[float, float]:
-    finish = max(span.end for span in spans)
-    start = ends[-1 - _STEPS] if len(ends) > _STEPS else min(span.start for span in spans)
+def _window(spans: SpanColumns, ends: Sequence[float]) -> tuple[float, float]:
+    finish = float(spans.end.max())
+    start = ends[-1 - _STEPS] if len(ends) > _STEPS else float(spans.start.min())
     if not ends:
         start = max(start, finish - _FALLBACK_S)
     return (finish - 1.0 if finish <= start else start), finish

@@ -1,7 +1,7 @@
 """Compares sampler and learner at every step, and says which of them is wrong where they are two policies.
 
     agreement/age_<a>/... of the step --observe--> ess, level --AgreementRule--> Breach: cause, words, whether to stop
-    evidence: what the weight checks showed (worker, learner) ----------------------^
+    evidence: what the weight checks showed (worker, learner, sampled tokens) -------^
 
 The level is mean |x| / mean doubt over the tokens of age 0, x the learner's log-prob less the sampler's; the first
 tokens of a run, both sides at version 0, give the baseline, which goes into checkpoints. A breach names its cause:
@@ -14,6 +14,13 @@ tokens of a run, both sides at version 0, give the baseline, which goes into che
 
 Weights that did not arrive (version, checksum) are refused by the pull itself. Filters only ever raise the
 probabilities of what they keep, so x is at most 0: where |mean x| is nearly mean |x|, tokens were left out.
+
+What reshapes sampling later in a run may show on older tokens alone, whose x has as many reasons as the policy has to
+move: mass that went to tokens which the sampler seldom drew looks like mass that it left out. So nothing is read into
+older tokens; engines of runs that are ahead compare what they said of tokens as they sampled them with what they say of
+them afterwards (`Evidence.sampling`), which is one number computed twice, as at age 0.
+
+Options of the run that reshape sampling excuse nothing: their log-probs are the policy's (`engines.sampling`).
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ from trl_ray.algorithms.policy.sampler_agreement import OLDEST, PREFIX
 from trl_ray.config.runs.agreement_rule import FEWEST_TOKENS, AgreementRule
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.pipelines.run.model_notes import reshaping_options
-from trl_ray.types import Metric, Reduce, StepResult, TrainingGap
+from trl_ray.types import Metric, Reduce, SamplingGap, StepResult, TrainingGap
 
 ONE_SIDED = 0.8
 """|mean x| / mean |x| from which on x counts as one-sided: rounding gives about 1 / sqrt(tokens)."""
@@ -60,6 +67,8 @@ class Evidence:
     own_files: float | None = None
     """The same before any pull, both sides with the weights that the run began with."""
     training: TrainingGap | None = None
+    sampling: tuple[SamplingGap, ...] = ()
+    """The newest of each working engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +89,23 @@ class Agreement:
     breaches: tuple[Breach, ...] = ()
 
 
+class _Watch:
+    """A level in the course of a run, held against what it was at first."""
+
+    def __init__(self, rule: AgreementRule) -> None:
+        self._rule, self._in_a_row = rule, 0
+        self.baseline: float | None = None
+
+    def judge(self, level: float) -> tuple[str, float] | None:
+        """Since when it is beyond the limit, in words, and the limit; None where it is not, or may be by chance."""
+        limit, first = self._rule.limit(self.baseline), self.baseline
+        self.baseline = level if first is None else first
+        self._in_a_row = 0 if level <= limit else self._in_a_row + 1
+        if not self._in_a_row or not (first is None or self._rule.is_exact or self._in_a_row > 1):
+            return None
+        return ("at the first step" if first is None else f"after {first:.3g} at version 0"), limit
+
+
 class AgreementCheck:
     """Holds the baseline of a run; used once a step::
 
@@ -98,7 +124,8 @@ class AgreementCheck:
         self._first_step = first_step
         self._reshapes = reshaping_options(config)
         self._has_dropout = not config.disable_dropout
-        self._baseline: float | None = None
+        self._fresh, self._engines = _Watch(self._rule), _Watch(self._rule)
+        self._judged: tuple[SamplingGap, ...] = ()
         self._in_a_row = dict.fromkeys(range(OLDEST + 1), 0)
         self._told: dict[Cause, float] = {}
 
@@ -112,6 +139,7 @@ class AgreementCheck:
         if result.skipped or step < self._first_step:
             return Agreement(metrics=metrics)
         breaches = [*self._judge_training(evidence), *self._judge_sampled(ages.get(0), evidence)]
+        breaches = breaches or list(self._judge_engines(evidence))
         if not breaches:
             breaches = list(self._judge_older(ages))
         return Agreement(metrics=metrics, breaches=tuple(breaches))
@@ -130,17 +158,13 @@ class AgreementCheck:
         """The tokens of age 0."""
         if values is None or values["tokens"] < FEWEST_TOKENS:
             return
-        level, limit = values["abs_diff"] / values["doubt"], self._rule.limit(self._baseline)
-        is_first, self._baseline = self._baseline is None, level if self._baseline is None else self._baseline
-        if level <= limit:
-            self._in_a_row[0] = 0
+        level = values["abs_diff"] / values["doubt"]
+        judged = self._fresh.judge(level)
+        if judged is None:
             return
-        self._in_a_row[0] += 1
-        if not (is_first or self._rule.is_exact or self._in_a_row[0] > 1):
-            return
+        since, limit = judged
         cause, why = self._find_cause(values, evidence, level)
         if self._is_news(cause, level):
-            since = "at the first step" if is_first else f"after {self._baseline:.3g} at version 0"
             yield self._breach(
                 cause,
                 f"sampler and learner must agree on tokens of age 0 within {limit:.3g} nats per unit of doubt, but "
@@ -148,17 +172,35 @@ class AgreementCheck:
                 f"{values['tokens']:.0f} tokens, effective sample size {values['ess']:.3g}). {why}",
             )
 
+    def _judge_engines(self, evidence: Evidence) -> Iterator[Breach]:
+        """Engines against themselves, once for each comparison."""
+        new = [gap for gap in evidence.sampling if not any(gap is other for other in self._judged)]
+        self._judged = evidence.sampling
+        enough = [gap for gap in new if gap.tokens >= FEWEST_TOKENS]
+        if not enough:
+            return
+        gap = max(enough, key=lambda each: (each.level != each.level, each.level))  # NaN is farthest off
+        judged = self._engines.judge(gap.level)
+        if judged is None or not self._is_news(Cause.SAMPLING, gap.level):
+            return
+        since, limit = judged
+        why = f"The weights are the same, {self._another_distribution} Or it decodes with other numerics (KV cache)."
+        if -gap.diff >= ONE_SIDED * gap.abs_diff:
+            why = self._left_out
+        yield self._breach(
+            Cause.SAMPLING,
+            f"an engine must say of tokens what it said as it sampled them, within {limit:.3g} nats per unit of doubt, "
+            f"but differs by {gap.level:.3g} {since} (mean |difference| {gap.abs_diff:.3g} nats over {gap.tokens} "
+            f"tokens of version {gap.version}, with the weights that sampled them). {why}",
+        )
+
     def _find_cause(self, values: Mapping[str, float], evidence: Evidence, level: float) -> tuple[Cause, str]:
         share = level / 4  # what explains a level is not far below it
         gap = evidence.training
         if gap is not None and gap.mean > max(share * values["doubt"], self._rule.floor):
             return Cause.TRAINING, _training_words(gap, self._rule, has_dropout=self._has_dropout)
         if values["diff"] < 0 and -values["diff"] >= ONE_SIDED * values["abs_diff"]:
-            return Cause.SAMPLING, (
-                "The sampler's probabilities are all too high: sampling was reshaped, tokens were left out of it "
-                f"({self._asked}). Take these options out, of the model's generation config and rollout.engine_kwargs, "
-                "too."
-            )
+            return Cause.SAMPLING, self._left_out
         if evidence.own_files is not None and evidence.own_files > max(self._rule.floor, share * values["doubt"]):
             return Cause.NUMERICS, (
                 f"The numerics differ: engine and learner are apart by {evidence.own_files:.3g} nats on a fixed text "
@@ -172,14 +214,29 @@ class AgreementCheck:
         if evidence.weights is not None:
             return Cause.SAMPLING, (
                 f"On a fixed text engine and learner agree within {evidence.weights:.3g} nats, so that the weights are "
-                "right and sampling was reshaped: what was sampled came from another distribution than temperature "
-                f"alone makes ({self._asked}). Look at temperature, top-k, top-p, min-p and penalties."
+                f"right and {self._another_distribution}"
             )
         return Cause.UNKNOWN, "Set rollout.canary_every=1, so that the weight check tells weights from sampling."
 
     @property
+    def _left_out(self) -> str:
+        return (
+            "The sampler's probabilities are all too high: sampling was reshaped, tokens were left out of it "
+            f"({self._asked}). Take such options out, of the model's generation config and rollout.engine_kwargs, too."
+        )
+
+    @property
+    def _another_distribution(self) -> str:
+        return (
+            "sampling was reshaped: what was sampled came from another distribution than "
+            f"temperature alone makes ({self._asked}). Look at temperature, top-k, top-p, min-p and penalties."
+        )
+
+    @property
     def _asked(self) -> str:
-        return f"asked for: {', '.join(self._reshapes)}" if self._reshapes else "no option asks for that"
+        if not self._reshapes:
+            return "no option asks for that"
+        return f"asked for: {', '.join(self._reshapes)}, with the policy's log-probs, which these are not"
 
     def _judge_older(self, ages: Mapping[int, Mapping[str, float]]) -> Iterator[Breach]:
         """Tokens that older versions sampled."""
@@ -201,7 +258,7 @@ class AgreementCheck:
 
     def _breach(self, cause: Cause, detail: str) -> Breach:
         # What was asked for is said, and is no reason to end a run.
-        wanted = (cause is Cause.TRAINING and self._has_dropout) or (cause is Cause.SAMPLING and bool(self._reshapes))
+        wanted = cause is Cause.TRAINING and self._has_dropout
         return Breach(cause=cause, detail=detail, stops=self._rule.stops and not wanted)
 
     def _is_news(self, cause: Cause, level: float) -> bool:
@@ -212,12 +269,13 @@ class AgreementCheck:
         return True
 
     def state_dict(self) -> dict[str, float]:
-        """The baseline; empty before it is known."""
-        return {} if self._baseline is None else {"level": self._baseline}
+        """The baselines; empty before they are known."""
+        found = {"level": self._fresh.baseline, "engines": self._engines.baseline}
+        return {name: level for name, level in found.items() if level is not None}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from a saved state."""
-        self._baseline = state.get("level")
+        self._fresh.baseline, self._engines.baseline = state.get("level"), state.get("engines")
 
 
 def _training_words(gap: TrainingGap, rule: AgreementRule, *, has_dropout: bool) -> str:

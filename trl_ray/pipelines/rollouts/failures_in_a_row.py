@@ -1,10 +1,11 @@
 """Ends a run in which groups are given up and nothing else happens any more.
 
-events of the queue: GROUP_DROPPED {reason, in_a_row or since_step} --count--> RewardError, TeacherError, ...
+events of the queue: GROUP_DROPPED {reason, in_a_row or since_step} --count--> RewardError, TeacherError, StallError
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
@@ -12,6 +13,11 @@ from trl_ray.errors import EngineError, RewardError, RunError, StallError, Teach
 from trl_ray.types import DropReason, Event, EventKind
 
 _REFUSED_IN_A_ROW = 20
+_MANY = 100
+_BOUNDED_ELSEWHERE = frozenset(
+    {DropReason.ZERO_VARIANCE, DropReason.TRUNCATED, DropReason.END_OF_RUN, DropReason.NUMERICS, DropReason.BAD_ROW}
+)
+"""The first two by `max_resampled_groups`; the others follow a step, or are no groups."""
 
 
 class FailuresInARow:
@@ -44,6 +50,11 @@ class FailuresInARow:
             ),
         }
         self._resampled, self._groups = config.resampled_limit, config.groups_per_step
+        self._since_step: Counter[str] = Counter()
+
+    def next_step(self) -> None:
+        """The groups of a step are there: begin to count what is dropped anew."""
+        self._since_step.clear()
 
     def count(self, events: Sequence[Event]) -> None:
         """Take what the actors have told.
@@ -51,7 +62,7 @@ class FailuresInARow:
         Raises:
             RewardError, TeacherError, EngineError: too many groups in a row were given up for one reason, or one that
                 would be the same for every group.
-            StallError: of too many groups of one step there is nothing to learn.
+            StallError: of too many groups of one step there is nothing to learn, or too many were dropped otherwise.
         """
         for event in events:
             if event.kind is EventKind.REWARD_FAILED and event.detail.get("is_final"):
@@ -67,6 +78,19 @@ class FailuresInARow:
                     f"The last one: {because}. {remedy}"
                 )
             self._check_resampled(reason, int(event.detail.get("since_step", 0)))
+            self._check_dropped(reason, because, allowed or 0)
+
+    def _check_dropped(self, reason: str, because: object, in_a_row: int) -> None:
+        """No reason drops without end, also where some groups get ready between the others."""
+        if reason in _BOUNDED_ELSEWHERE:
+            return
+        self._since_step[reason] += 1
+        number, bound = self._since_step[reason], max(_MANY, 10 * self._groups, in_a_row)
+        if number > bound:
+            raise StallError(
+                f"at most {bound} groups may be dropped for one reason between two steps of {self._groups} groups, but "
+                f"{number} were, as {reason}. The last one: {because}. Mend that, then resume."
+            )
 
     def _check_resampled(self, reason: str, number: int) -> None:
         if self._resampled is None or number <= self._resampled:

@@ -2,16 +2,16 @@
 
 RolloutActors = LearnerActors + queue + reward workers, reward models + TeacherActors + rollout workers, one Supervisor
 
-learner --publish--> object store --pull--> rollout workers, teachers      (RolloutActors.publish, RolloutActors.pull)
-Supervisor --lost--> RolloutActors: end it, reissue its leases, start anew, refit with current weights, work again
+learner --publish--> object store --pull--> rollout workers, teachers      (RolloutActors.publish, WeightPulls)
+Supervisor --lost--> LostActors: reissue its leases, end it, start anew, refit with current weights, work again
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from trl_ray.actors.calling import Patience, call_patiently
@@ -19,18 +19,31 @@ from trl_ray.actors.reward_worker import RewardWorker
 from trl_ray.actors.rollout_queue import RolloutQueue
 from trl_ray.actors.rollout_worker import RolloutWorker
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
-from trl_ray.errors import ActorLostError, DeadlineError, EngineError, RunError, WeightError
+from trl_ray.errors import ActorLostError, DeadlineError
 from trl_ray.pipelines.rollouts.agreement_check import Evidence
+from trl_ray.pipelines.rollouts.lost_actors import LostActors
 from trl_ray.pipelines.rollouts.reward_model_actors import spawn_reward_models
 from trl_ray.pipelines.rollouts.teacher_actors import TeacherActors, TeacherArguments
+from trl_ray.pipelines.rollouts.weight_pulls import WeightPulls
 from trl_ray.pipelines.run.learner_actors import Emit, LearnerActors, drained, learner_lost
+from trl_ray.runtime import waits
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime
 from trl_ray.runtime.supervision import Supervisor, Watched
-from trl_ray.runtime.weights import Published, WeightTransport
-from trl_ray.types import ActorReport, Event, EventKind, Health, IntArray, PullReport, TrainingGap, WeightVersion
+from trl_ray.runtime.weights import WeightTransport
+from trl_ray.types import (
+    ActorReport,
+    Event,
+    EventKind,
+    Handle,
+    Health,
+    IntArray,
+    TrainingGap,
+    WeightVersion,
+)
+from trl_ray.types.clock import steady_time
 
-_CONTROL_S = 60.0
-_PAUSE_S = 0.25
+_DRAIN_S = 1.0
+"""Actors that are well answer in a moment; the events of others are written down when they come."""
 QUEUE_PATIENCE = Patience(deadline_s=30.0, total_s=120.0)
 
 
@@ -74,7 +87,6 @@ class RolloutActors:
             deadline_s=config.runtime.pull_deadline_s,
             first_check_ids=first_check_ids,
         )
-        self._checked: dict[str, PullReport] = {}
         self._training: TrainingGap | None = None
         self.teachers = TeacherActors(
             runtime=runtime,
@@ -84,10 +96,11 @@ class RolloutActors:
             checkpoint=arguments.learner.get("checkpoint"),
             deadline_s=config.runtime.pull_deadline_s,
         )
-        self._workers: set[ActorHandle] = set()
-        self._working, self._rewards = dict[str, ActorHandle](), list[ActorHandle]()
-        self._reward_models = list[ActorHandle]()
+        self._rewards, self._reward_models = list[ActorHandle](), list[ActorHandle]()
         self._queue: ActorHandle | None = None
+        self.restarts = 0
+        """How often an actor came back, or a worker was added."""
+        self._drains: dict[str, asyncio.Task[ActorReport]] = {}
         self.supervisor = Supervisor(
             interval_s=config.runtime.health_interval_s,
             deadline_s=config.runtime.health_deadline_s,
@@ -96,6 +109,22 @@ class RolloutActors:
         )
         self.learner = LearnerActors(
             runtime=runtime, config=config, arguments=arguments.learner, emit=emit, supervisor=self.supervisor
+        )
+        self._pulls = WeightPulls(
+            weights=self._weights,
+            teachers=self.teachers,
+            supervisor=self.supervisor,
+            emit=emit,
+            patience_s=config.runtime.health_deadline_s,
+            deadline_s=config.runtime.pull_deadline_s,
+        )
+        self._lost = LostActors(
+            runtime=runtime,
+            config=config.runtime,
+            pulls=self._pulls,
+            emit=emit,
+            spawn=self._spawn_worker,
+            lose_leases=lambda name: self.ask_queue("lose_worker", worker=name),
         )
 
     @property
@@ -107,7 +136,7 @@ class RolloutActors:
     @property
     def working(self) -> tuple[ActorHandle, ...]:
         """Rollout workers that hold current weights."""
-        return tuple(self._working.values())
+        return tuple(self._pulls.working.values())
 
     @property
     def weights(self) -> WeightTransport:
@@ -117,10 +146,7 @@ class RolloutActors:
     @property
     def evidence(self) -> Evidence:
         """What the newest weight checks of working engines, and of the learner, have shown."""
-        reports = [report for name, report in self._checked.items() if name in self._working]
-        means = [report.weight_check_mean for report in reports if report.weight_check_mean is not None]
-        own = [report.own_files_mean for report in reports if report.own_files_mean is not None]
-        return Evidence(weights=max(means, default=None), own_files=max(own, default=None), training=self._training)
+        return self._pulls.evidence(self._training)
 
     async def start(self) -> None:
         """Start every actor side by side, publish the learner's weights, and let the workers begin."""
@@ -128,18 +154,22 @@ class RolloutActors:
         await self.learner.spawn()
         await self._spawn_rewards()
         await self.teachers.spawn()
-        workers = [
-            await self._spawn_worker(f"rollout-{slot}", slot) for slot in range(self._config.rollout.num_workers)
-        ]
-        await self.learner.meet()
-        others = (self._queue, self.learner.handle, *self._reward_models, *self._rewards, *self.teachers.handles)
+        slots = range(self._config.rollout.most_workers)
+        placed = [slot for slot in slots if await self._runtime.has_room(Role.ROLLOUT, slot=slot)]
+        workers = [await self._lost.first_worker(slot) for slot in placed]
+        with learner_lost():
+            await self.learner.meet()
+            await self._greet(self.learner.handle)
+        others = (self._queue, *self._reward_models, *self._rewards, *self.teachers.handles)
         await asyncio.gather(*(self._greet(handle) for handle in others))
         healths = await asyncio.gather(*(self._greet(handle, watch=False) for handle in workers))
         await self.publish(step=0)
         await self.teachers.feed_all()
-        for slot, (handle, health) in enumerate(zip(workers, healths, strict=True)):
-            await self._refit(handle)
+        for slot, handle, health in zip(placed, workers, healths, strict=True):
+            await self._pulls.refit(handle)
             self.supervisor.watch(handle, slot=slot, health=health)
+        for slot in set(slots) - set(placed):
+            self.supervisor.also(f"start rollout-{slot}", partial(self._add_worker, slot))
 
     async def _spawn_rewards(self) -> None:
         if self._arguments.reward is None:
@@ -160,32 +190,50 @@ class RolloutActors:
         Raises:
             LearnerLostError: the learner died or hung.
         """
-        begin = time.time()
+        begin, self._lost.steps = steady_time(), max(self._lost.steps, step)
         with learner_lost():
             published = await self._weights.publish(self.learner.handle, step=step)
         identity = published.identity
         if published.check is not None and published.check.training is not None:
             self._training = published.check.training
-        seconds = round(time.time() - begin, 4)
+        seconds = round(steady_time() - begin, 4)
         self._emit(EventKind.WEIGHTS_PUBLISHED, "learner", **asdict(identity), seconds=seconds)
         return identity
 
     async def pull(self) -> None:
-        """Have every working rollout worker and every teacher pull the newest weights; replace those that cannot."""
-        handles = (*self.working, *self.teachers.following)
-        await asyncio.gather(*(self._pull_or_replace(handle) for handle in handles))
+        """Have everybody who works pull the newest weights; see `WeightPulls`."""
+        await self._pulls.pull()
 
     async def drain(self) -> ActorReport:
-        """Events and spans of all actors since the last call."""
+        """Events and spans of all actors since the last call; of those that do not answer at once, with a later one."""
         scorers = (*self._reward_models, *self._rewards, *self.teachers.handles)
-        handles = (self.queue, self.learner.handle, *scorers, *self.working)
-        reports = [await drained(handle) for handle in handles]
+        fresh = [each for each in (self.queue, self.learner.handle, *scorers, *self.working) if self._is_drained(each)]
+        for handle in fresh:
+            self._drains[handle.name] = asyncio.create_task(drained(handle), name=f"drain of {handle.name}")
+        asked = [self._drains[handle.name] for handle in fresh]
+        await waits.first(asked, on="events", deadline_s=_DRAIN_S, return_when=asyncio.ALL_COMPLETED)
+        names = [name for name, each in self._drains.items() if each.done()]
+        reports = [self._drains.pop(name).result() for name in names]
         events = [event for report in reports for event in report.events]
         return ActorReport(events=events, spans=[span for report in reports for span in report.spans])
 
+    def _is_drained(self, handle: ActorHandle) -> bool:
+        """Whether nothing is outstanding that the actor was asked for before."""
+        return handle.name not in self._drains
+
     async def ask_queue(self, method: str, /, **kwargs: Any) -> Any:
         """Call the queue, waiting out its restart."""
-        return await call_patiently(self.queue, method, QUEUE_PATIENCE, **kwargs)
+        with waits.told(f"queue.{method}", QUEUE_PATIENCE.total_s):
+            return await call_patiently(self.queue, method, QUEUE_PATIENCE, **kwargs)
+
+    async def ask_worker(self, handle: Handle, method: str, /, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
+        """Call a rollout worker; the wait ends with the worker, however its loss was noticed.
+
+        Raises:
+            ActorLostError, DeadlineError: of the worker, which is replaced.
+        """
+        call = handle.call(method, *args, deadline_s=deadline_s, **kwargs)
+        return await self.supervisor.while_alive(handle.name, call)
 
     def _emit(self, kind: EventKind, actor: str, /, **detail: Any) -> None:
         self._emit_event(Event.now(kind, actor, **detail))
@@ -193,9 +241,7 @@ class RolloutActors:
     async def _spawn_worker(self, name: str, slot: int) -> ActorHandle:
         handles = {"queue": self.queue, "rewards": tuple(self._rewards), "teachers": self.teachers.by_teacher}
         arguments = {**self._arguments.rollout, **handles, "name": name}
-        handle = await self._runtime.spawn(Role.ROLLOUT, name, RolloutWorker, slot=slot, **arguments)
-        self._workers.add(handle)
-        return handle
+        return await self._runtime.spawn(Role.ROLLOUT, name, RolloutWorker, slot=slot, **arguments)
 
     async def _greet(self, handle: ActorHandle, *, watch: bool = True) -> Health:
         """Wait for an actor's constructor."""
@@ -204,42 +250,6 @@ class RolloutActors:
         if watch:
             self.supervisor.watch(handle, health=health)
         return health
-
-    async def _refit(self, handle: ActorHandle) -> None:
-        """Give a fresh worker the newest weights, then work; weights published meanwhile are pulled too."""
-        pulled: Published | None = None
-        while pulled is not self._weights.newest:
-            pulled = self._weights.newest
-            await self._pull_one(handle)
-        # Before it starts: weights published during that call must reach it before their step's slots are released.
-        self._working[handle.name] = handle
-        await handle.call("start", deadline_s=_CONTROL_S)
-
-    async def _pull_one(self, handle: ActorHandle) -> None:
-        report = await self._weights.pull(handle)
-        version, seconds = report.version, round(report.seconds, 4)
-        self._emit(EventKind.WEIGHTS_PULLED, handle.name, version=version, checksum=report.checksum, seconds=seconds)
-        if report.weight_check_mean is None:
-            return
-        agrees = report.disagreement is None
-        proof = {"mean": report.weight_check_mean, "max": report.weight_check_max, "agrees": agrees}
-        self._emit(EventKind.WEIGHT_CHECK, handle.name, version=version, **proof)
-        if report.disagreement is not None:
-            self._emit(EventKind.WARNING, handle.name, detail=report.disagreement)
-        self._checked[handle.name] = report
-        if version == 0:
-            self._weights.showed_at_first(report.weight_check_mean)
-
-    async def _pull_or_replace(self, handle: ActorHandle) -> None:
-        pull = self.teachers.follow if handle.role is Role.TEACHER else self._pull_one
-        try:
-            await pull(handle)
-        except (WeightError, EngineError, ActorLostError, DeadlineError) as error:
-            if isinstance(error, WeightError):
-                self._emit(EventKind.WEIGHT_CHECK, handle.name, agrees=False, detail=str(error))
-            for watched in self.supervisor.watched:
-                if watched.handle.name == handle.name:
-                    await self._on_lost(watched, str(error))
 
     async def _on_lost(self, watched: Watched, reason: str) -> None:
         """Bring a lost actor back, or end the run when it may not be.
@@ -252,22 +262,22 @@ class RolloutActors:
         if role is Role.LEARNER:
             await self.learner.lost(watched, reason)
         self.supervisor.forget(name)
-        self._working.pop(name, None)
+        self._pulls.working.pop(name, None)
         self.teachers.lose(watched.handle)
         pid = watched.health.pid if watched.health else None
         self._emit(EventKind.ACTOR_LOST, name, reason=reason, pid=pid)
-        begin = time.time()
+        begin = steady_time()
         if role is Role.ROLLOUT:
-            health, handle = await self._replace_worker(watched, reason)
+            await self._lost.discard(watched.handle)
+            health, handle = await self._lost.start_worker(watched.slot, reason)
         else:
-            self._count_restart(watched, reason)
-            health, handle = await self._await_rebirth(watched)
+            health, handle = await self._lost.await_rebirth(watched, reason)
             if role is Role.TEACHER:
                 await self._feed(handle)
-        self.supervisor.watch(handle, slot=watched.slot, restarts=watched.restarts, health=health)
-        self._emit(
-            EventKind.ACTOR_RESTARTED, handle.name, replaces=name, pid=health.pid, seconds=round(time.time() - begin, 3)
-        )
+        self.supervisor.watch(handle, slot=watched.slot, health=health)
+        self.restarts += 1
+        told = {"replaces": name, "pid": health.pid, "same_process": health.pid == pid}
+        self._emit(EventKind.ACTOR_RESTARTED, handle.name, **told, seconds=round(steady_time() - begin, 3))
 
     async def _feed(self, handle: ActorHandle) -> None:
         """Give a teacher that came back its weights; one that is lost meanwhile is found by the next probe."""
@@ -276,75 +286,28 @@ class RolloutActors:
         except (ActorLostError, DeadlineError) as error:
             self._emit(EventKind.WARNING, handle.name, detail=f"it could not be given its weights: {error}")
 
-    def _count_restart(self, watched: Watched, reason: str) -> None:
-        allowed = self._config.runtime.max_restarts
-        if watched.restarts >= allowed:
-            raise RunError(
-                f"{watched.handle.name} may be restarted {allowed} times (runtime.max_restarts), but was lost again: "
-                f"{reason}"
-            )
-        watched.restarts += 1
-
-    async def _replace_worker(self, watched: Watched, reason: str) -> tuple[Health, ActorHandle]:
-        """Start another rollout worker in the place of a lost one, again if that one is lost before it works."""
-        await self._discard(watched.handle)
-        base = watched.handle.name.partition("+")[0]
-        while True:
-            self._count_restart(watched, reason)
-            handle = await self._spawn_worker(f"{base}+{watched.restarts}", watched.slot)
-            try:
-                health: Health = await handle.call("health", deadline_s=self._config.runtime.start_deadline_s)
-                await self._refit(handle)
-            except (EngineError, ActorLostError, DeadlineError) as error:
-                reason = str(error)
-                self._emit(EventKind.ACTOR_LOST, handle.name, reason=reason)
-                await self._discard(handle)
-            else:
-                return health, handle
+    async def _add_worker(self, slot: int) -> None:
+        """Start a worker that had no room at first."""
+        health, handle = await self._lost.start_worker(slot, "it had no room")
+        self.restarts += 1
+        self._emit(EventKind.ACTOR_STARTED, handle.name, pid=health.pid)
+        self.supervisor.watch(handle, slot=slot, health=health)
 
     async def dismiss(self) -> None:
         """End all actors for good, before a session begins anew from a checkpoint."""
         for watched in self.supervisor.watched:
             self.supervisor.forget(watched.handle.name)
+        await self._pulls.close()
+        drains = list(self._drains.values())
+        for task in drains:
+            task.cancel()
+        await asyncio.gather(*drains, return_exceptions=True)
         scorers = (*self._rewards, *self._reward_models, *self.teachers.handles)
-        others = (*scorers, *self._workers)
+        others = (*scorers, *self._lost.workers)
         ends = [self._runtime.end(handle) for handle in others]
-        await asyncio.gather(self._runtime.end(self.queue), self.learner.dismiss(), *ends)
-
-    async def _discard(self, handle: ActorHandle) -> None:
-        """End a worker for good and give its leases to others."""
-        self._working.pop(handle.name, None)
-        await self._runtime.end(handle)
-        self._workers.discard(handle)
-        await self.ask_queue("lose_worker", worker=handle.name)
-
-    async def _await_rebirth(self, watched: Watched) -> tuple[Health, ActorHandle]:
-        """Wait until Ray has brought an actor back; one that hangs, or asks to be replaced, is killed first."""
-        handle = watched.handle
-        if not self._runtime.survives(handle.role):
-            raise RunError(f"{handle.name} died and cannot come back in this runtime.")
-        try:
-            health: Health = await handle.call("health", deadline_s=self._config.runtime.health_deadline_s)
-        except DeadlineError:
-            await self._runtime.kill(handle)
-        except ActorLostError:
-            pass
-        else:
-            if health.problem is None:
-                return health, handle
-            await self._runtime.kill(handle)
-        patience = Patience(
-            deadline_s=self._config.runtime.health_deadline_s, total_s=self._config.runtime.start_deadline_s
-        )
-        end = time.monotonic() + patience.total_s
-        while True:
-            health = await call_patiently(handle, "health", patience)
-            if health.problem is None:
-                return health, handle
-            # The process that was killed may answer once more.
-            if time.monotonic() >= end:
-                raise RunError(f"{handle.name} must come back sound, but still says: {health.problem}")
-            await asyncio.sleep(_PAUSE_S)
+        if self._queue is not None:
+            ends.append(self._runtime.end(self._queue))
+        await asyncio.gather(self.learner.dismiss(), *ends)
 
     async def _on_reborn(self, watched: Watched, health: Health) -> None:
         """Tell of an actor that died and came back between two probes.
@@ -358,7 +321,7 @@ class RolloutActors:
             await self.learner.reborn(watched, health)
         reason = f"{name} answers from another process than before"
         self._emit(EventKind.ACTOR_LOST, name, reason=reason)
-        self._count_restart(watched, reason)
+        self._lost.count_restart(watched, reason)
         if watched.handle.role is Role.TEACHER:
             await self._feed(watched.handle)
         self._emit(EventKind.ACTOR_RESTARTED, name, replaces=name, pid=health.pid)

@@ -17,8 +17,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,20 +29,25 @@ from trl_ray.config.sections import RuntimeKind
 from trl_ray.errors import AgreementError, InputError, StallError
 from trl_ray.models.companions.teacher_rules import FOLDER
 from trl_ray.pipelines.rollouts.agreement_check import AgreementCheck
-from trl_ray.pipelines.rollouts.evaluation import evaluate, held_out_loss
+from trl_ray.pipelines.rollouts.evaluation import SHARE_TRIES, evaluate, held_out_loss
 from trl_ray.pipelines.rollouts.evaluation_numbers import prediction_of
 from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
 from trl_ray.pipelines.rollouts.objective import with_metrics
 from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, PROMPTS, Preparation
 from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
+from trl_ray.pipelines.rollouts.stall_clock import StallClock
 from trl_ray.pipelines.rollouts.updates import Updated, prepare_step, train_on
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.learner_actors import under_watch
 from trl_ray.pipelines.run.own_metrics import computed_metrics
-from trl_ray.pipelines.run.pipeline import Opening
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
+from trl_ray.pipelines.run.session import Opening
+from trl_ray.pipelines.run.signals import Stop, StopRequested, unless
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
+from trl_ray.runtime import waits
 from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult
+from trl_ray.types.clock import steady_time
+from trl_ray.wire.group_payload import decode_group
 
 AGREEMENT = "agreement.json"
 """In checkpoints: what sampler and learner showed at version 0."""
@@ -50,6 +55,7 @@ BEST = "best.json"
 """In checkpoints: the best evaluation so far."""
 _POLL_S = 2.0
 _SAY_WAITING_S = 30.0
+_STOP_PATIENCE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,7 +78,7 @@ class RolloutLoop(StepLoop[_Trained]):
     _recorder: Recorder
 
     def __init__(
-        self, *, plan: Preparation, actors: RolloutActors, recorder: Recorder, opening: Opening, stop: asyncio.Event
+        self, *, plan: Preparation, actors: RolloutActors, recorder: Recorder, opening: Opening, stop: Stop
     ) -> None:
         stopping = EarlyStopping.of(plan.config)
         if opening.checkpoint is not None and (kept := Path(opening.checkpoint) / BEST).is_file():
@@ -137,7 +143,7 @@ class RolloutLoop(StepLoop[_Trained]):
             remaining = (self._plan.total_steps - snapshot.step) * config.groups_per_step
             count = min(free, remaining - snapshot.live_total)
             if count <= 0:
-                await asyncio.sleep(0.25 if free else 0)
+                await waits.pause(0.25 if free else 0)
                 continue
             first: int = await self._actors.ask_queue("next_ordinal")
             try:
@@ -174,12 +180,12 @@ class RolloutLoop(StepLoop[_Trained]):
         ) from self._unreadable
 
     async def _train_step(self, step: int) -> _Trained:
-        begin = time.time()
+        begin = steady_time()
         groups = await self._take(step)
-        taken = time.time()
+        taken = steady_time()
         staleness = self._recorder.check_staleness(step, groups)
         updated = self._agree(step, await self._optimize(step, groups))
-        trained = time.time()
+        trained = steady_time()
         await self._settle(step, updated.result)
         version = await self._publish(step, wait_s=taken - begin, step_s=trained - begin)
         return _Trained(
@@ -189,7 +195,7 @@ class RolloutLoop(StepLoop[_Trained]):
             built=updated.built,
             staleness=staleness,
             version=version,
-            times=StepTimes(begin=begin, taken=taken, trained=trained, published=time.time()),
+            times=StepTimes(begin=begin, taken=taken, trained=trained, published=steady_time()),
         )
 
     async def _report(self, trained: _Trained) -> None:
@@ -206,7 +212,7 @@ class RolloutLoop(StepLoop[_Trained]):
             staleness=trained.staleness,
         )
         await self._callbacks.logged(line)
-        evaluated = await self._evaluate() if self._evaluation_is_due else {}
+        evaluated = await self._evaluate_in_time() if self._evaluation_is_due else {}
         self._recorder.step(
             self.step, line=line, groups=trained.groups, built=trained.built, snapshot=snapshot, evaluated=evaluated
         )
@@ -218,26 +224,25 @@ class RolloutLoop(StepLoop[_Trained]):
     async def _take(self, step: int) -> list[RolloutGroup]:
         """Wait for the groups of one step; say who is waited for, and give up when nothing moves any more."""
         config = self._config
-        began = moved = said = time.monotonic()
-        seen: int | None = None
+        clock = asyncio.get_running_loop().time
+        began = said = clock()
+        stall = StallClock(began)
         while True:
-            groups: list[RolloutGroup] = await self._actors.ask_queue(
-                "take", n=config.groups_per_step, step=step, wait_s=_POLL_S
-            )
+            groups = await self._ask_for_groups(step)
             if groups:
+                self._failures.next_step()
                 return groups
             await self._drain()
             await self._heed_stop()
             await self._end_unread()
             if self._pulling is not None and self._pulling.done():
                 self._pulling.result()
-            now = time.monotonic()
-            progress = (await self._actors.ask_queue("health")).progress
-            if progress != seen:
-                seen, moved = progress, now
-            if now - moved > config.runtime.stall_deadline_s:
+            snapshot: LedgerSnapshot = await self._actors.ask_queue("snapshot")
+            now = clock()
+            still_s = stall.still_for(snapshot.live, restarts=self._actors.restarts, now=now)
+            if still_s > config.runtime.stall_deadline_s:
                 raise StallError(
-                    f"step {step} needs {config.groups_per_step} groups, but nothing has moved for {now - moved:.0f} s "
+                    f"step {step} needs {config.groups_per_step} groups, but nothing has moved for {still_s:.0f} s "
                     f"(runtime.stall_deadline_s): {await self._culprits()}. Resume from the checkpoint."
                 )
             if now - said > _SAY_WAITING_S:
@@ -245,6 +250,16 @@ class RolloutLoop(StepLoop[_Trained]):
                 self._recorder.say(
                     EventKind.WAITING, "learner", step=step, seconds=round(now - began, 1), on=await self._culprits()
                 )
+
+    async def _ask_for_groups(self, step: int) -> list[RolloutGroup]:
+        """What the queue has for a step, or nothing, within the time of a poll."""
+        asking = self._actors.ask_queue("take_stored", n=self._config.groups_per_step, step=step, wait_s=_POLL_S)
+        try:
+            stored: list[bytes] = await unless(self._stop, asking)
+        except StopRequested:
+            await self._heed_stop()
+            raise
+        return [decode_group(payload) for payload in stored]
 
     async def _culprits(self) -> str:
         named: str = await self._actors.ask_queue("describe_wait", n=self._config.groups_per_step)
@@ -286,12 +301,19 @@ class RolloutLoop(StepLoop[_Trained]):
             self._recorder.skipped(step, what="groups")
 
     async def _publish(self, step: int, *, wait_s: float, step_s: float) -> int:
-        """Publish, and pull beside the next step; a pull must have ended before the next one begins."""
-        await self._pulled()
-        identity = await self._actors.publish(step=step)
-        self._pulling = asyncio.create_task(self._pull(step, identity.version, wait_s, step_s), name=f"pull {step}")
-        if self._config.slot_bounds.max_staleness == 0:
-            await self._pulled()
+        """Publish, and pull beside the next step; a pull must have ended before the next one begins.
+
+        When the run is to end, it is not kept by a worker that does not pull.
+        """
+        try:
+            await self._pulled_in_time()
+            identity = await self._actors.publish(step=step)
+            pulling = self._pull(step, identity.version, wait_s, step_s)
+            self._pulling = asyncio.create_task(pulling, name=f"pull {step}")
+            if self._config.slot_bounds.max_staleness == 0:
+                await self._pulled_in_time()
+        except StopRequested:
+            return step
         return identity.version
 
     async def _pull(self, step: int, version: int, wait_s: float, step_s: float) -> None:
@@ -303,6 +325,18 @@ class RolloutLoop(StepLoop[_Trained]):
         """Until the workers hold the weights that were published last."""
         if self._pulling is not None:
             await self._pulling
+
+    async def _pulled_in_time(self) -> None:
+        """As `_pulled`, but a run that is to end waits for no worker that hangs or is being replaced.
+
+        Raises:
+            StopRequested: that was so.
+        """
+        try:
+            await unless(self._stop, self._pulled(), patience_s=_STOP_PATIENCE_S)
+        except StopRequested:
+            self._pulling = None
+            raise
 
     async def _drain(self) -> None:
         """Write down what the actors have to tell, and stop when rewards or teachers fail without end."""
@@ -319,12 +353,13 @@ class RolloutLoop(StepLoop[_Trained]):
         return numbers
 
     async def _evaluate_set(self, name: str, prompts: Sequence[Prompt]) -> dict[str, float]:
-        begin, plan, config = time.time(), self._plan, self._config
-        evaluation = await evaluate(
-            self._actors.working, prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s
-        )
+        begin, plan, config = steady_time(), self._plan, self._config
+        evaluation = await evaluate(self._actors, prompts, seed=config.seed, deadline_s=config.runtime.step_deadline_s)
         for reason in evaluation.lost:
-            self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of the evaluation was lost: {reason}")
+            self._recorder.say(EventKind.WARNING, "evaluation", detail=f"part of it was asked again: {reason}")
+        if missing := len(prompts) - len(evaluation.answers):
+            detail = f"{missing} of {len(prompts)} prompts are missing: whoever was asked was lost, {SHARE_TRIES} times"
+            self._recorder.say(EventKind.WARNING, "evaluation", detail=detail)
         held_out = await held_out_loss(
             evaluation.answers,
             step=self.step,
@@ -335,9 +370,8 @@ class RolloutLoop(StepLoop[_Trained]):
         own = {}
         if plan.compute_metrics is not None and evaluation.answers:
             own = await computed_metrics(plan.compute_metrics, prediction_of(evaluation.answers), config)
-        return self._recorder.evaluated(
-            self.step, evaluation.answers, held_out, time.time() - begin, name=name, own=own
-        )
+        seconds = steady_time() - begin
+        return self._recorder.evaluated(self.step, evaluation.answers, held_out, seconds, name=name, own=own)
 
     async def _write_checkpoint(self, path: Path) -> None:
         """Also of teachers that are averages; then let the journal forget what it no longer needs."""
@@ -359,9 +393,10 @@ class RolloutLoop(StepLoop[_Trained]):
         )
         teachers.checkpoint = str(path)
         # One checkpoint behind, so that a run whose newest checkpoint is damaged can go back to the one before.
-        if self._saved not in (0, step):
-            await self._actors.ask_queue("checkpoint", step=self._saved)
+        if self._saved != step:
+            await self._actors.ask_queue("checkpoint", step=self._saved, saved=step)
 
     async def _save_last(self) -> None:
-        await self._pulled()
+        with suppress(StopRequested):
+            await self._pulled_in_time()
         await super()._save_last()

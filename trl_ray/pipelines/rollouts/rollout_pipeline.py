@@ -5,7 +5,6 @@ prepare -> session: [actors -> loop] -> how it ended          (the rest of a run
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -23,8 +22,11 @@ from trl_ray.pipelines.rollouts.rollout_loop import RolloutLoop
 from trl_ray.pipelines.run.given_objects import GivenFolders, trainer_objects
 from trl_ray.pipelines.run.given_rows import given_rows, is_stream
 from trl_ray.pipelines.run.own_metrics import ComputeMetrics, named_metrics
-from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
+from trl_ray.pipelines.run.pipeline import Pipeline
 from trl_ray.pipelines.run.recording import Recorder
+from trl_ray.pipelines.run.session import Opening, Session, TrainOutput
+from trl_ray.pipelines.run.signals import Stop
+from trl_ray.pipelines.run.stopping import started
 from trl_ray.rewards.reward_registry import function_name
 from trl_ray.types import EventKind
 
@@ -39,12 +41,13 @@ class RolloutSession(Session):
     ) -> None:
         self._preparation, self._actors, self.recorder, self._opening = preparation, actors, recorder, opening
 
-    async def run(self, stop: asyncio.Event) -> TrainOutput:
-        actors, recorder, begin = self._actors, self.recorder, time.time()
+    async def run(self, stop: Stop) -> TrainOutput:
+        actors, recorder, begin = self._actors, self.recorder, time.monotonic()
         for sentence in () if self._opening.resuming else self._preparation.notes:
             recorder.say(EventKind.WARNING, "data", detail=sentence)
-        await actors.start()
-        recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
+        await started(actors.start(), stop=stop, run_dir=recorder.directory.path)
+        seconds = round(time.monotonic() - begin, 2)
+        recorder.say(EventKind.READY, "driver", detail="all actors are ready", seconds=seconds)
         loop = RolloutLoop(plan=self._preparation, actors=actors, recorder=recorder, opening=self._opening, stop=stop)
         await loop.run()
         await actors.ask_queue("finish")

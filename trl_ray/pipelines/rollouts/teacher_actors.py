@@ -16,6 +16,7 @@ from trl_ray.actors.teacher import Teacher
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.errors import ActorLostError, DeadlineError
 from trl_ray.models.companions.teacher_rules import FOLDER
+from trl_ray.runtime import waits
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime, teacher_plan
 from trl_ray.runtime.weights import Published, WeightTransport
 from trl_ray.types import Event, EventKind, Health
@@ -177,7 +178,7 @@ class TeacherActors:
                 missing = error
             if time.monotonic() >= end:
                 raise missing
-            await asyncio.sleep(_PAUSE_S)
+            await waits.pause(_PAUSE_S)
 
     async def _version(self, handle: ActorHandle) -> int | None:
         """Of the weights that a teacher holds; None without any."""

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.errors import ActorLostError, DeadlineError, LearnerLostError
 from trl_ray.pipelines.run.learner_group import LearnerGroup, ranks_of, spawn_learner
+from trl_ray.runtime import waits
 from trl_ray.runtime.runtime import ActorHandle, Runtime
 from trl_ray.runtime.supervision import Supervisor, Watched
 from trl_ray.types import ActorReport, Event, EventKind, Health
@@ -38,10 +39,15 @@ async def under_watch(watch: Watch, work: Coroutine[Any, Any, T], *beside: Corou
     Raises:
         LearnerLostError: it died or hung.
     """
+    return await beside_guards(work, watch.run(), *beside)
+
+
+async def beside_guards(work: Coroutine[Any, Any, T], *beside: Coroutine[Any, Any, None]) -> T:
+    """The result of work, ended by the first error of what runs beside it."""
     task = asyncio.create_task(work, name="work")
-    guards = [asyncio.create_task(watch.run(), name="supervise"), *(asyncio.create_task(each) for each in beside)]
+    guards = [asyncio.create_task(each) for each in beside]
     try:
-        await asyncio.wait([task, *guards], return_when=asyncio.FIRST_COMPLETED)
+        await waits.first([task, *guards], on="training")
         for guard in guards:  # two may end together; the supervisor knows best why an actor is gone
             if guard.done():
                 guard.result()

@@ -19,6 +19,7 @@ from trl_ray.algorithms.batches.micro_batches import shard
 from trl_ray.algorithms.policy.first_pass import in_order
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.errors import ActorLostError, RunError
+from trl_ray.runtime import waits
 from trl_ray.runtime.runtime import ActorHandle, Role, Runtime
 from trl_ray.types import ActorReport, Health, TrainBatch
 
@@ -141,7 +142,7 @@ async def _together(calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     """
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        await waits.first(tasks, on="the ranks of the learner", return_when=asyncio.FIRST_EXCEPTION)
         first = next((error for task in tasks if (error := _error(task)) is not None), None)
         if type(first) is RunError:
             first = await _lost_rank(tasks) or first
@@ -164,7 +165,7 @@ async def _lost_rank(tasks: Sequence[asyncio.Future[Any]]) -> ActorLostError | N
         pending, left = [task for task in tasks if not task.done()], end - asyncio.get_running_loop().time()
         if not pending or left <= 0:
             return None
-        await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        await waits.first(pending, on="the ranks of the learner", deadline_s=left)
 
 
 def _error(task: asyncio.Future[Any]) -> BaseException | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trl_ray.config.keywords.generation_fields import reshaping, unknown_to
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
-from trl_ray.config.sections import Dtype, GenerationConfig, ModelConfig, RolloutConfig
+from trl_ray.config.sections import Dtype, EngineChoice, GenerationConfig, ModelConfig, RolloutConfig
 from trl_ray.engines.factory import resolve_engine_kind
 from trl_ray.errors import ConfigError
 from trl_ray.models.policy_loading import knows_padding_token, load_model_config
 from trl_ray.models.vocabulary import vocabulary_warning
+
+_LOGPROBS_MODE = "processed_logprobs"
 
 
 def model_notes(model: ModelConfig, tokenizer: Any) -> tuple[str, ...]:
@@ -39,19 +42,45 @@ def sampling_notes(generation: GenerationConfig, rollout: RolloutConfig) -> tupl
     """Of what completions are drawn from.
 
     Raises:
-        ConfigError: the engine of the run does not know a field of `generation_kwargs`.
+        ConfigError: the engine of the run does not know a field of `generation_kwargs`, or cannot give log-probs that
+            the learner computes.
     """
     fields = generation.engine_fields
-    wrong = unknown_to(resolve_engine_kind(rollout.engine).value, fields) if fields else None
+    kind = resolve_engine_kind(rollout.engine)
+    wrong = unknown_to(kind.value, fields) if fields else None
     if wrong is not None:
         raise ConfigError(wrong)
     options = reshaping_options(generation)
+    if kind is EngineChoice.VLLM:
+        if rollout.engine_kwargs.get("logits_processors"):
+            options = (*options, "rollout.engine_kwargs.logits_processors")
+        _check_engine_kwargs(rollout.engine_kwargs, options)
     if not options:
         return ()
     return (
-        f"{', '.join(options)}: completions are drawn from another distribution than the learner scores, as in TRL, so "
-        "that ratios and kl/sampler compare the two even on fresh tokens.",
+        f"{', '.join(options)}: completions are drawn from another distribution than the policy's at this temperature, "
+        "whose log-probs they bear: ratios of fresh tokens are 1, and of what sampling leaves out nothing is learnt.",
     )
+
+
+def _check_engine_kwargs(engine_kwargs: Mapping[str, Any], reshaping: Sequence[str]) -> None:
+    """Refuse what keeps vLLM from giving the log-probs that the learner computes.
+
+    Raises:
+        ConfigError: another kind of log-probs is asked for, or drafts are sampled whose log-probs are reshaped.
+    """
+    mode = engine_kwargs.get("logprobs_mode", _LOGPROBS_MODE)
+    if mode != _LOGPROBS_MODE:
+        raise ConfigError(
+            f"rollout.engine_kwargs.logprobs_mode must be {_LOGPROBS_MODE}, got {mode}: others leave the temperature "
+            "out, or are no log-probs, and ratios would compare two distributions. Remove it."
+        )
+    if reshaping and engine_kwargs.get("speculative_config"):
+        raise ConfigError(
+            f"rollout.engine_kwargs.speculative_config must be left out with {', '.join(reshaping)}, got "
+            f"{engine_kwargs['speculative_config']}: vLLM gives log-probs of drafted tokens after these alone, which "
+            "no learner computes. Remove one of the two."
+        )
 
 
 def reshaping_options(config: GenerationConfig) -> tuple[str, ...]:

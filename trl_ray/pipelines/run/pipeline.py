@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
-from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.config.load import dump_yaml
 from trl_ray.config.runs.cadence_options import Strategy
 from trl_ray.config.runs.resumed_config import check_resumed, resumed_config
@@ -39,160 +37,39 @@ from trl_ray.models.policy_loading import checkpoint_dtype, find_source
 from trl_ray.observe.observer import open_observer
 from trl_ray.observe.report.report_page import build_report
 from trl_ray.observe.run_directory import RunDirectory
-from trl_ray.observe.run_files import read_json_lines
+from trl_ray.observe.run_lock import RunLock, in_use, living_holder
 from trl_ray.observe.service_sinks import services_of
 from trl_ray.observe.sinks import Observer
 from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
 from trl_ray.pipelines.callbacks.hooks import CallbackList
+from trl_ray.pipelines.run.evaluation_run import EvaluatedNumbers, evaluation_config
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
 from trl_ray.pipelines.run.given_rows import given_rows
 from trl_ray.pipelines.run.hub_pushes import hub_place
+from trl_ray.pipelines.run.learner_actors import beside_guards
+from trl_ray.pipelines.run.ray_job import grace_s
 from trl_ray.pipelines.run.recording import RunRecorder
-from trl_ray.pipelines.run.signals import run_to_end
+from trl_ray.pipelines.run.session import Opening, Plan, Session, TrainOutput
+from trl_ray.pipelines.run.signals import Stop, StopRequested, run_to_end, unless
+from trl_ray.pipelines.run.stopping import close_in_time, tell_of_stop, what_is_left
 from trl_ray.pipelines.run.trainer_methods import TrainerMethods
+from trl_ray.runtime import waits
 from trl_ray.runtime.local import LocalRuntime
-from trl_ray.runtime.runtime import Runtime
+from trl_ray.runtime.restart_budget import CheckpointBudget
+from trl_ray.runtime.runtime import Role, Runtime
 from trl_ray.types import EventKind
 
 if TYPE_CHECKING:
-    from trl_ray.runtime.remote import ActorPlan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainOutput:
-    """How a run ended."""
-
-    steps: int
-    run_dir: Path
-    metrics: dict[str, float]
-    """The last step's line of metrics.jsonl."""
-    ledger: LedgerSnapshot
-    """Of prompt groups, or of rows where a dataset is trained on."""
-    model: Path
-    """Folder with the run's model: the last checkpoint, or the best with `load_best_model_at_end`."""
-    worst_age: int | None = None
-    """The oldest token trained on, in optimizer steps; None where nothing was sampled."""
-
-    @property
-    def global_step(self) -> int:
-        """`steps`, as transformers calls them."""
-        return self.steps
-
-    @property
-    def training_loss(self) -> float:
-        """The mean loss over all steps; NaN of those that met one."""
-        losses = [line.get("loss") for line in read_json_lines(self.run_dir / "metrics.jsonl")]
-        known = [float(loss) for loss in losses if loss is not None]
-        return sum(known) / len(known) if known else math.nan
-
-
-class Plan(Protocol):
-    """A run that is ready to start, as the dry run shows it."""
-
-    @property
-    def config(self) -> RunConfig:
-        """Resolved options."""
-        ...
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        ...
-
-    @property
-    def steps_per_epoch(self) -> float | None:
-        """Optimizer steps of one pass over the rows; None where that is not known."""
-        ...
-
-    def describe(self) -> Mapping[str, Any]:
-        """The plan in numbers."""
-        ...
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know of the rows, a sentence each."""
-        ...
-
-    def expected_memory(self) -> Mapping[str, float]:
-        """Bytes that an actor of each plan is expected to hold, by `ActorPlan.key`; activations are not counted."""
-        ...
-
-    def actors(self) -> dict[str, ActorPlan]:
-        """How many actors there are and what each gets, by the key of its plan."""
-        ...
+    pass
 
 
 _LOG = logging.getLogger(__name__)
 _RESOLVED_LATER = frozenset({"chat_template_kwargs", "max_length"})
 """Options that are known once rows and model are looked at: the template's date, how much the model holds."""
+_DISK_BYTES_PER_S = 1e9
+"""What a checkpoint is written with at best."""
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 PlanT = TypeVar("PlanT", bound=Plan)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Opening:
-    """What a session starts from."""
-
-    runtime: Runtime
-    directory: RunDirectory
-    observer: Observer
-    checkpoint: str | None
-    """The newest good one."""
-    step: int
-    """Its step; 0 without one."""
-    resuming: bool
-    """Whether anything was trained before."""
-    callbacks: CallbackList
-    only_evaluates: bool = False
-    """Nothing is trained: the held-out numbers are all that is asked for."""
-
-
-class Session(ABC):
-    """One life of the actors, from a checkpoint on."""
-
-    recorder: RunRecorder
-
-    @abstractmethod
-    async def run(self, stop: asyncio.Event) -> TrainOutput:
-        """Start the actors and train to the end.
-
-        Raises:
-            LearnerLostError: another session may go on from the last checkpoint.
-            InterruptedRun: the stop event was set; a checkpoint was written.
-        """
-
-    @abstractmethod
-    async def dismiss(self) -> None:
-        """End the actors for good."""
-
-
-class _Numbers:
-    """A callback that keeps what was evaluated last."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, float] = {}
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **payload: Any) -> None:
-        """See the class."""
-        self.numbers = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-
-
-def evaluation_config(config: ConfigT, folder: str) -> ConfigT:
-    """The options of one evaluation in a folder of its own: no checkpoints, no services, no callbacks."""
-    return config.replace(
-        output_dir=folder,
-        eval_strategy="steps",
-        eval_steps=1,
-        eval_on_start=None,
-        save_strategy="no",
-        load_best_model_at_end=False,
-        early_stopping_patience=None,
-        resume_from_checkpoint=None,
-        report_to=[],
-        push_to_hub=False,
-        callbacks=[],
-        html_report=False,
-    )
 
 
 class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
@@ -246,6 +123,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         self._changes: dict[str, str] = {}
         """Options with which the run goes on otherwise than it began, as ``old -> new`` by name."""
         self._resume_at: int | None = None
+        self._lock: RunLock | None = None
+        """Of the run directory, while it is trained into."""
         self._trained: TrainOutput | None = None
         self._given_callbacks = callbacks
         self._callbacks = CallbackList((), args=self.config)
@@ -297,6 +176,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         """
         if self.config.resume_from_checkpoint:
             self._resume, self._resume_at = True, self._checkpoint_to_resume(self.config.resume_from_checkpoint)
+        if holder := living_holder(Path(self.config.output_dir).expanduser().absolute()):
+            raise in_use(Path(self.config.output_dir), holder)
         if not self._resume:
             RunDirectory.check_free(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
         elif self.config.save_only_model:
@@ -379,7 +260,9 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         if resume_from_checkpoint is not None:
             self.config = self.config.replace(resume_from_checkpoint=resume_from_checkpoint)
         plan = self.prepare()
-        self._trained = run_to_end(lambda stop: self._train(plan, stop))
+        grace = grace_s(self.config.runtime.stop_grace_s)
+        with RunLock.hold(self.config.output_dir) as self._lock:
+            self._trained = run_to_end(lambda stop: self._train(plan, stop), grace=grace)
         if self.config.push_to_hub:
             try:
                 self.push_to_hub()
@@ -422,7 +305,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         """
         del ignore_keys
         with tempfile.TemporaryDirectory(prefix="trl_ray-evaluation-") as folder:
-            pipeline, found = copy(self), _Numbers()
+            pipeline, found = copy(self), EvaluatedNumbers()
             pipeline.config = evaluation_config(self.config, folder)
             pipeline._inputs = self._with_held_out(eval_dataset)
             self._given.write(self.config.part(ModelConfig))
@@ -443,8 +326,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             "without labels. Call evaluate(eval_dataset), which answers them and scores the answers."
         )
 
-    async def _evaluate(self, plan: PlanT, callbacks: CallbackList, model: Path | None, stop: asyncio.Event) -> None:
-        runtime = self._open_runtime(plan)
+    async def _evaluate(self, plan: PlanT, callbacks: CallbackList, model: Path | None, stop: Stop) -> None:
+        runtime = await self._open_runtime(plan, stop)
         directory = RunDirectory.create(self.config.output_dir)
         opening = Opening(
             runtime=runtime,
@@ -462,41 +345,67 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             callbacks.close()
             await runtime.close()
 
-    async def _train(self, plan: PlanT, stop: asyncio.Event) -> TrainOutput:
-        runtime = self._open_runtime(plan)
+    async def _train(self, plan: PlanT, stop: Stop) -> TrainOutput:
+        runtime = await self._open_runtime(plan, stop)
         try:
             directory = self._open_directory()
             return await self._sessions(plan, runtime, directory, stop)
         finally:
+            stop.settled = True
             self._callbacks.close()
-            await runtime.close()
+            await close_in_time(runtime, stop)
 
-    async def _sessions(
-        self, plan: PlanT, runtime: Runtime, directory: RunDirectory, stop: asyncio.Event
-    ) -> TrainOutput:
+    async def _sessions(self, plan: PlanT, runtime: Runtime, directory: RunDirectory, stop: Stop) -> TrainOutput:
         """One session after the other, each from the last checkpoint, until training ends."""
-        restarts = 0
+        restarts = CheckpointBudget(allowed=self.config.runtime.max_learner_restarts)
         while True:
-            session = self._open_session(plan, runtime, directory, resuming=self._resume or restarts > 0)
+            session = self._open_session(plan, runtime, directory, resuming=self._resume or restarts.used > 0)
             try:
-                output = await session.run(stop)
+                output = await self._run_session(session, runtime, directory, stop)
             except LearnerLostError as error:
-                restarts += 1
                 session.recorder.say(EventKind.ACTOR_LOST, "learner", reason=str(error))
-                if restarts > self.config.runtime.max_learner_restarts:
+                found = list_checkpoints(directory.checkpoints)
+                if not restarts.take(checkpoint_step(found[-1]) if found else 0):
                     self._end(session.recorder, EventKind.RUN_FAILED, error)
                     raise
-                session.recorder.close()
-                await session.dismiss()
-            except InterruptedRun as error:
-                self._end(session.recorder, EventKind.INTERRUPTED, error)
+                await self._dismiss(session, runtime)
+            except (InterruptedRun, asyncio.CancelledError, KeyboardInterrupt) as error:
+                stop.settled = True
+                self._end(session.recorder, EventKind.INTERRUPTED, error, stop=stop)
                 raise
-            except (TrlRayError, asyncio.CancelledError, KeyboardInterrupt) as error:
+            except TrlRayError as error:
                 self._end(session.recorder, EventKind.RUN_FAILED, error)
                 raise
             else:
                 self._end(session.recorder, EventKind.RUN_FINISHED, None)
                 return output
+
+    async def _run_session(
+        self, session: Session, runtime: Runtime, directory: RunDirectory, stop: Stop
+    ) -> TrainOutput:
+        """To its end, to the end of the time that a signal leaves, or of Ray itself."""
+
+        def missed(detail: str) -> None:
+            session.recorder.say(EventKind.WAITING, "ray", on=detail)
+
+        stop.hold()
+        telling = asyncio.create_task(tell_of_stop(stop, session.recorder))
+        try:
+            with stop.ends_in_order(lambda: what_is_left(directory)), waits.heard_by(session.recorder.emit):
+                return await beside_guards(session.run(stop), runtime.watch(missed))
+        finally:
+            telling.cancel()
+
+    async def _dismiss(self, session: Session, runtime: Runtime) -> None:
+        """End a session's actors, so that others may begin on the nodes that are left."""
+        try:
+            with waits.heard_by(session.recorder.emit):
+                await session.dismiss()
+                await runtime.renew()
+        except TrlRayError as error:
+            self._end(session.recorder, EventKind.RUN_FAILED, error)
+            raise
+        session.recorder.close()
 
     def _open_session(self, plan: PlanT, runtime: Runtime, directory: RunDirectory, *, resuming: bool) -> Session:
         """Rewind the run directory to the last good checkpoint, and make the session that goes on from it."""
@@ -535,6 +444,11 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                 callbacks=self._callbacks,
             ),
         )
+        if self._lock is not None:
+            session.recorder.guard = self._lock.check
+            if self._lock.taken_from is not None:
+                session.recorder.say(EventKind.WARNING, "driver", detail=self._lock.taken_from)
+                self._lock.taken_from = None
         for problem in found.problems:
             session.recorder.say(EventKind.WARNING, "driver", detail=f"a checkpoint cannot be used: {problem}")
         session.recorder.say(
@@ -550,6 +464,9 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         if resuming and (config.resume_from_checkpoint or self._changes):
             self._write_config(directory)
             self._changes = {}
+        slow = plan.expected_memory()[Role.LEARNER] / _DISK_BYTES_PER_S
+        session.recorder.tell_of_lost_folder()
+        session.recorder.tell_of_grace(slow, grace=grace_s(config.runtime.stop_grace_s), is_measured=False)
         return session
 
     def _logging_steps(self, plan: PlanT) -> int:
@@ -564,11 +481,17 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         """What else a run says of itself when it starts."""
         return {}
 
-    def _end(self, recorder: RunRecorder, kind: EventKind, error: BaseException | None) -> None:
+    def _end(
+        self, recorder: RunRecorder, kind: EventKind, error: BaseException | None, *, stop: Stop | None = None
+    ) -> None:
         recorder.say(kind, "driver", **({"error": f"{type(error).__name__}: {error}"} if error is not None else {}))
-        recorder.close()
-        if self.config.html_report:
+        hurries = stop is not None and (stop.at_once or stop.left_s is not None)
+        if not hurries:
+            recorder.close()
+        if self.config.html_report and not (stop is not None and stop.at_once):
             build_report(recorder.directory.path)
+        if hurries:  # a service may take its time
+            recorder.close()
 
     def _open_directory(self) -> RunDirectory:
         if self._resume:
@@ -585,10 +508,15 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         # The last option is not of the run but of this start.
         directory.write_config(dump_yaml(self.config.replace(resume_from_checkpoint=None)))
 
-    def _open_runtime(self, plan: PlanT) -> Runtime:
+    async def _open_runtime(self, plan: PlanT, stop: Stop) -> Runtime:
         if self.config.runtime.kind is RuntimeKind.LOCAL:
             return LocalRuntime()
         # Imported here so that runtime.kind=local starts without Ray's import.
         from trl_ray.runtime.cluster import RayRuntime
 
-        return RayRuntime(self.config.runtime, plan.actors())
+        try:
+            return await unless(stop, RayRuntime.open(self.config.runtime, plan.actors()))
+        except StopRequested:
+            raise stop.error(" while Ray started; nothing was begun") from None
+        finally:
+            stop.hold()

@@ -5,8 +5,7 @@ RolloutLoop --> Recorder --> Observer (console, metrics.jsonl, events.jsonl, wan
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ from trl_ray.observe.sinks import Observer, TrainedGroups
 from trl_ray.observe.staleness import StalenessMonitor
 from trl_ray.pipelines.rollouts.evaluation_numbers import answer_numbers
 from trl_ray.pipelines.run.own_metrics import own_numbers
+from trl_ray.pipelines.run.ray_job import give_more_grace, in_ray_job, is_deleted_with_job
 from trl_ray.types import ActorReport, Evaluation, Event, EventKind, Metric, RolloutGroup, StepResult
+from trl_ray.types.clock import steady_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +42,11 @@ class RunRecorder:
     def __init__(self, *, directory: RunDirectory, observer: Observer) -> None:
         self.directory = directory
         self.last: dict[str, float] = {}
+        self.guard: Callable[[], None] = lambda: None
+        """Raises where the run directory is no more this run's to write."""
         self._observer = observer
         self._ended: float | None = None
+        self._told_of_grace = False
 
     def emit(self, event: Event) -> None:
         """Write down one event."""
@@ -65,12 +69,35 @@ class RunRecorder:
         """Write down a checkpoint."""
         self.say(EventKind.CHECKPOINT, "learner", step=step, path=path.name, seconds=round(seconds, 3))
 
+    def tell_of_grace(self, checkpoint_s: float, *, grace: float, is_measured: bool) -> None:
+        """Say once in a Ray job that `ray job stop` leaves less time than a checkpoint takes."""
+        if self._told_of_grace or not in_ray_job() or checkpoint_s < grace:
+            return
+        self._told_of_grace = True
+        takes = f"takes {checkpoint_s:.1f} s" if is_measured else f"is likely to take {checkpoint_s:.0f} s or more"
+        self.say(
+            EventKind.WARNING,
+            "driver",
+            detail=f"a checkpoint {takes}, but `ray job stop` kills after {grace:g} s: what was trained since the last "
+            f"checkpoint would be trained again. {give_more_grace(2 * checkpoint_s + 10)}",
+        )
+
+    def tell_of_lost_folder(self) -> None:
+        """Say that the run will not outlive its Ray job."""
+        if is_deleted_with_job(self.directory.path):
+            detail = (
+                f"output_dir is {self.directory.path}, in the copy of the submitted folder, which Ray deletes with the "
+                "job. Give it an absolute path that outlives the job."
+            )
+            self.say(EventKind.WARNING, "driver", detail=detail)
+
     def close(self) -> None:
         """Flush and close all sinks."""
         self._observer.close()
 
     def _write_step(self, step: int, record: Mapping[str, float], ledger: LedgerSnapshot) -> None:
         """The line of one optimizer step, and the ledger after it."""
+        self.guard()
         self.last = dict(record)
         self._observer.step(step, record)
         self.directory.write_ledger(ledger.to_json())
@@ -104,7 +131,7 @@ class Recorder(RunRecorder):
         Raises:
             WeightError: a token is older than the bound.
         """
-        return self._monitor.observe(groups, learner_version=step - 1, taken_at=time.time())
+        return self._monitor.observe(groups, learner_version=step - 1, taken_at=steady_time())
 
     def line(
         self,

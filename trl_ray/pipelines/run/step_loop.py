@@ -19,12 +19,13 @@ from typing import Generic, TypeVar
 from trl_ray.config.runs.cadence_options import SaveStrategy, Strategy
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.step_counts import steps_of
-from trl_ray.errors import InterruptedRun
 from trl_ray.models.checkpoint import prune
 from trl_ray.pipelines.callbacks.hooks import TrainingSpan
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
-from trl_ray.pipelines.run.pipeline import Opening, Plan
 from trl_ray.pipelines.run.recording import RunRecorder
+from trl_ray.pipelines.run.session import Opening, Plan
+from trl_ray.pipelines.run.signals import Stop, StopRequested, unless
+from trl_ray.pipelines.run.stopping import what_is_left
 from trl_ray.types import EventKind, StepResult
 
 
@@ -67,20 +68,22 @@ class StepLoop(ABC, Generic[TrainedT]):
         opening: Opening,
         stopping: EarlyStopping,
         can_evaluate: bool,
-        stop: asyncio.Event,
+        stop: Stop,
     ) -> None:
         self._plan, self._config, self._recorder, self._stop = plan, plan.config, recorder, stop
         self._opening, self._callbacks, self._can_evaluate = opening, opening.callbacks, can_evaluate
         self._stopping = stopping
         self.step = self._saved = opening.step  # finished optimizer steps, and those in the newest checkpoint
         self._epoch, self._epoch_ended = 0.0, False
+        self._save_seconds = 0.0
+        """What the last checkpoint took."""
 
     @abstractmethod
     async def run(self) -> None:
         """Train to the last step.
 
         Raises:
-            InterruptedRun: the stop event was set; a checkpoint was written.
+            InterruptedRun: the stop event was set; a checkpoint was written if there was time.
             LearnerLostError: the learner died or hung.
             RunError: whatever else ended training.
         """
@@ -185,7 +188,8 @@ class StepLoop(ABC, Generic[TrainedT]):
             await self._evaluate()
             return
         if self.step == 0 and self._can_evaluate and self._config.evaluates_first:
-            await self._evaluate()
+            await self._evaluate_in_time()
+            await self._heed_stop()
         while not self._is_over:
             await self._callbacks.step_begin()
             trained = await self._train_step(self.step + 1)
@@ -223,7 +227,7 @@ class StepLoop(ABC, Generic[TrainedT]):
         if self._can_evaluate and (
             control.should_evaluate or (ends_here and self._config.evaluation is Strategy.EPOCH)
         ):
-            await self._evaluate()
+            await self._evaluate_in_time()
         if control.should_epoch_stop:
             self._epoch, self._epoch_ended = float(math.ceil(self._epoch)), True
             self._leave_epoch()
@@ -241,11 +245,13 @@ class StepLoop(ABC, Generic[TrainedT]):
 
     async def save(self) -> None:
         """Write a checkpoint of the last finished step."""
-        step, begin = self.step, time.time()
+        step, begin = self.step, time.monotonic()
         path = self._recorder.directory.checkpoint(step)
+        self._recorder.guard()
         await self._write_checkpoint(path)
-        self._saved = step
-        self._recorder.checkpoint(path, step=step, seconds=time.time() - begin)
+        self._saved, self._save_seconds = step, time.monotonic() - begin
+        self._recorder.checkpoint(path, step=step, seconds=self._save_seconds)
+        self._recorder.tell_of_grace(self._save_seconds, grace=self._stop.grace_s, is_measured=True)
         if self._config.save_total_limit is not None:
             prune(path.parent, keep=self._config.save_total_limit, spare=self._best_checkpoint)
         await self._callbacks.saved()
@@ -273,9 +279,34 @@ class StepLoop(ABC, Generic[TrainedT]):
         if self._saved != self.step or self.step == 0:
             await self.save()
 
+    async def _evaluate_in_time(self) -> Mapping[str, float]:
+        """As `_evaluate`; given up, without numbers, where a signal leaves only the time that a checkpoint needs."""
+        try:
+            return await unless(self._stop.in_haste, self._evaluate())
+        except StopRequested:
+            detail = f"the evaluation after step {self.step} was given up: {self._stop.cause} leaves no time for it"
+            self._recorder.say(EventKind.WARNING, "evaluation", step=self.step, detail=detail)
+            return {}
+
     async def _heed_stop(self) -> None:
         """End the run in order if the stop event is set."""
-        if self._stop.is_set():
-            await self._save_last()
-            path = self._recorder.directory.path
-            raise InterruptedRun(f"interrupted after step {self.step}; go on with: trl-ray resume {path}")
+        if not self._stop.is_set():
+            return
+        directory = self._recorder.directory
+        if await self._save_in_time():
+            left = f"go on with: trl-ray resume {directory.path}"
+        else:
+            left = f"no time was left for its checkpoint; {what_is_left(directory)}"
+        raise self._stop.error(f" after step {self.step}; {left}")
+
+    async def _save_in_time(self) -> bool:
+        """As `_save_last`, if it is through before the process is killed; tell whether it was."""
+        left = self._stop.left_s
+        if left is not None and self._save_seconds > left:
+            return self._saved == self.step > 0
+        try:
+            async with asyncio.timeout(left):
+                await self._save_last()
+        except TimeoutError:
+            return self._recorder.directory.checkpoint(self.step).is_dir()
+        return True

@@ -20,6 +20,7 @@ from trl_ray.models.checkpoint import export_model, latest_checkpoint
 from trl_ray.models.policy_loading import load_tokenizer
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.run_files import atomic_write_json, atomic_write_text
+from trl_ray.observe.run_lock import in_use, is_free, living_holder
 from trl_ray.pipelines.callbacks.callback_loading import specs_with
 from trl_ray.pipelines.callbacks.hooks import CallbackList, TrainerState
 from trl_ray.pipelines.callbacks.shown_objects import ShownLoader, ShownModel
@@ -80,7 +81,9 @@ class TrainerMethods:
             return Path(self._trained.model)
         if not self._resume:
             return None
-        found = latest_checkpoint(RunDirectory.open_existing(self.config.output_dir).checkpoints).path
+        directory = RunDirectory.open_existing(self.config.output_dir)
+        # Read beside a run that lives nothing may be moved: what looks half-replaced may be just being replaced.
+        found = latest_checkpoint(directory.checkpoints, mend=is_free(directory.path)).path
         return None if found is None else Path(found)
 
     def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> Path:
@@ -90,10 +93,10 @@ class TrainerMethods:
             The folder.
 
         Raises:
-            ConfigError: there is no model yet.
+            ConfigError: there is no model yet, or another process writes the run directory now.
             CheckpointError: the folder cannot be written.
         """
-        return export_model(self._require_model("saved"), output_dir or Path(self.config.output_dir) / "model")
+        return export_model(self._require_model("saved"), output_dir or _folder(self.config) / "model")
 
     def push_to_hub(
         self,
@@ -260,4 +263,6 @@ def _folder(config: RunConfig) -> Path:
     folder = Path(config.output_dir).expanduser().absolute()
     if not folder.is_dir():
         raise ConfigError(f"the run directory {folder} must be there, but there is none yet. Call train() first.")
+    if holder := living_holder(folder, other=True):
+        raise in_use(folder, holder)
     return folder

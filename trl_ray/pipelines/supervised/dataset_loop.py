@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.errors import InputError
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
-from trl_ray.pipelines.run.pipeline import Opening
-from trl_ray.pipelines.run.signals import heed_signals
+from trl_ray.pipelines.run.session import Opening
+from trl_ray.pipelines.run.signals import Stop, heed_signals
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.pipelines.supervised.dataset_preparation import SupervisedPlan
 from trl_ray.pipelines.supervised.dataset_recording import Accounts, SupervisedRecorder, SupervisedTimes
@@ -27,6 +26,7 @@ from trl_ray.pipelines.supervised.example_updates import ReadyStep, StepsAhead, 
 from trl_ray.pipelines.supervised.rows_fingerprint import rows_fingerprint
 from trl_ray.pipelines.supervised.user_metrics import HeldOutPredictions
 from trl_ray.types import Evaluation, Example, StepResult
+from trl_ray.types.clock import steady_time
 
 PROGRESS = "progress.json"
 """In checkpoints: what the loop goes on from."""
@@ -67,7 +67,7 @@ class DatasetLoop(StepLoop[_Trained]):
         held_out: Mapping[str, Sequence[Example]],
         accounts: Accounts,
         stopping: EarlyStopping,
-        stop: asyncio.Event,
+        stop: Stop,
     ) -> None:
         super().__init__(
             plan=plan, recorder=recorder, opening=opening, stopping=stopping, can_evaluate=bool(held_out), stop=stop
@@ -116,19 +116,19 @@ class DatasetLoop(StepLoop[_Trained]):
         await self._train()
 
     async def _train_step(self, step: int) -> _Trained:
-        begin = time.time()
+        begin = steady_time()
         ready = await self._take(step)
-        fed = time.time()
+        fed = steady_time()
         if self._place + 1 < self._plan.total_steps:
             self._ahead.begin(step + 1, place=self._place + 2)
         result: StepResult = await self._actors.ask("step", await with_kl(ready.update, self._actors.ask))
-        trained = time.time()
+        trained = steady_time()
         self.accounts.advance(ready.fed, step=step, skipped=result.skipped)
         times = SupervisedTimes(begin=begin, fed=fed, trained=trained)
         return _Trained(epoch=ready.fed.epoch, result=result, fed=ready.fed, times=times)
 
     async def _report(self, trained: _Trained) -> None:
-        evaluated = await self._evaluate() if self._evaluation_is_due else {}
+        evaluated = await self._evaluate_in_time() if self._evaluation_is_due else {}
         self._recorder.report(await self._actors.drain())
         self._recorder.step(
             self.step,
@@ -169,7 +169,7 @@ class DatasetLoop(StepLoop[_Trained]):
     async def _evaluate(self) -> Mapping[str, float]:
         numbers: dict[str, float] = {}
         for name, update in self._evaluations.items():
-            begin, count = time.time(), len(self._held_out[name])
+            begin, count = steady_time(), len(self._held_out[name])
             evaluation: Evaluation = await self._actors.ask("evaluate", await with_kl(update, self._actors.ask))
             own = {} if self._predictions is None else await self._predictions.measure(self._held_out[name])
             numbers |= self._recorder.evaluated(self.step, evaluation, examples=count, begin=begin, name=name, own=own)

@@ -5,7 +5,6 @@ prepare: read, tokenise -> session: [learner -> reference's log-probs, where the
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections import Counter
@@ -29,7 +28,10 @@ from trl_ray.pipelines.run.given_objects import trainer_objects
 from trl_ray.pipelines.run.given_rows import given_rows, is_stream
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.own_metrics import found_metrics, named_metrics
-from trl_ray.pipelines.run.pipeline import Opening, Pipeline, Session, TrainOutput
+from trl_ray.pipelines.run.pipeline import Pipeline
+from trl_ray.pipelines.run.session import Opening, Session, TrainOutput
+from trl_ray.pipelines.run.signals import Stop
+from trl_ray.pipelines.run.stopping import started
 from trl_ray.pipelines.supervised.dataset_loop import PROGRESS, DatasetLoop
 from trl_ray.pipelines.supervised.dataset_preparation import (
     DatasetInputs,
@@ -62,14 +64,15 @@ class SupervisedSession(Session):
             emit=self.recorder.emit,
         )
 
-    async def run(self, stop: asyncio.Event) -> TrainOutput:
-        plan, recorder, begin = self._plan, self.recorder, time.time()
+    async def run(self, stop: Stop) -> TrainOutput:
+        plan, recorder, begin = self._plan, self.recorder, time.monotonic()
         accounts, stopping = self._progress()
         self._say_rows()
         sets = await self._references(stop)
         if not self._actors.is_started:
-            await self._actors.start()
-        recorder.say(EventKind.SLOTS, "driver", detail="all actors are ready", seconds=round(time.time() - begin, 2))
+            await started(self._actors.start(), stop=stop, run_dir=recorder.directory.path)
+        seconds = round(time.monotonic() - begin, 2)
+        recorder.say(EventKind.READY, "driver", detail="all actors are ready", seconds=seconds)
         loop = DatasetLoop(
             plan=plan,
             actors=self._actors,
@@ -95,7 +98,7 @@ class SupervisedSession(Session):
             model=loop.model,
         )
 
-    async def _references(self, stop: asyncio.Event) -> LabelledSets:
+    async def _references(self, stop: Stop) -> LabelledSets:
         """The examples, with what the reference says of them where that is asked before training."""
         # A run that goes on although the reference's answers were lost asks a learner at the initial weights, and ends
         # it before its own starts: there may be room for one.

@@ -5,7 +5,6 @@ DatasetLoop --> SupervisedRecorder --> Observer and the run directory's files
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from trl_ray.pipelines.run.own_metrics import own_numbers
 from trl_ray.pipelines.run.recording import RunRecorder
 from trl_ray.pipelines.supervised.example_feed import Fed, StreamPlace, place_of, state_of
 from trl_ray.types import DropReason, Evaluation, EventKind, StepResult
+from trl_ray.types.clock import steady_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +172,6 @@ class SupervisedRecorder(RunRecorder):
             examples=examples,
             **{f"eval/{key}": value for key, value in numbers.items()},
             **({"own": [f"{name}_{key}" if name else key for key in mine]} if mine else {}),
-            seconds=round(time.time() - begin, 3),
+            seconds=round(steady_time() - begin, 3),
         )
         return numbers

@@ -10,7 +10,6 @@ Nothing holds a second model then. Answers are written as they come, so that a r
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +27,7 @@ from trl_ray.pipelines.run.learner_actors import LearnerActors
 from trl_ray.pipelines.run.signals import heed_signals
 from trl_ray.pipelines.supervised.dataset_preparation import SupervisedPlan
 from trl_ray.types import EventKind, Example, FloatArray, TrainingSample
+from trl_ray.types.clock import steady_time
 
 Say = Callable[..., None]
 _EXAMPLES_AT_ONCE = 256
@@ -115,7 +115,7 @@ class _Oracle:
         if cache.problem is not None:
             self._say(EventKind.WARNING, "driver", detail=cache.problem)
         asked = np.unique(np.searchsorted(starts, cache.missing(), side="right") - 1)
-        begin = time.time()
+        begin = steady_time()
         for first in range(0, len(asked), _EXAMPLES_AT_ONCE):
             places = asked[first : first + _EXAMPLES_AT_ONCE].tolist()
             chosen = [examples[place] for place in places]
@@ -129,7 +129,7 @@ class _Oracle:
             detail=f"log-probs of the reference for {what} examples",
             asked=len(asked),
             from_cache=len(examples) - len(asked),
-            seconds=round(time.time() - begin, 3),
+            seconds=round(steady_time() - begin, 3),
         )
         return LabelledExamples(examples, starts, cache.values())
 

@@ -8,6 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     Cohere2Config,
     Cohere2ForCausalLM,
     Gemma2Config,
@@ -17,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tiny_architectures import random_architecture
 from tiny_models import random_model
 from trl_ray.config.sections import SharePrompt
 from trl_ray.errors import ModelError
@@ -113,3 +116,31 @@ def test_a_model_without_a_linear_head_is_refused() -> None:
     model.set_output_embeddings(nn.Identity())
     with pytest.raises(ModelError, match="linear head"):
         head_module(model)
+
+
+def test_a_model_that_sees_what_comes_after_is_refused_when_it_is_loaded() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    encoder = BertLMHeadModel(BertConfig(**sizes, num_attention_heads=2, initializer_range=0.4)).eval()
+    with pytest.raises(ModelError, match=r"must not see the tokens that come after.*second token changes"):
+        check_head(encoder)
+
+
+def test_a_model_that_cannot_be_computed_in_its_dtype_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model("granite").to(torch.bfloat16)
+
+    def mixed(*args: object, **named: object) -> None:
+        raise RuntimeError("expected m1 and m2 to have the same dtype, but got: float != c10::BFloat16\nat aten")
+
+    monkeypatch.setattr(model.model, "forward", mixed)
+    with pytest.raises(ModelError, match=r"GraniteForCausalLM of two tokens in bfloat16, but.*same dtype.*float32"):
+        check_head(model)
+
+
+def test_a_text_model_that_is_not_where_its_prefix_says_is_found() -> None:
+    model = random_architecture("llama4")
+    ids = torch.tensor([[1, 2, 3]])
+    assert model.base_model is model
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(head_module(model)(hidden_states(model, input_ids=ids)), expected)

@@ -17,7 +17,7 @@ from trl_ray.types import TrainingSample
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    names = ("mixtral", "qwen3_moe", "llama")
+    names = ("mixtral", "qwen3_moe", "jamba", "llama")
     return {name: build_tiny_architecture(tmp_path_factory.mktemp(name), name) for name in names}
 
 
@@ -52,7 +52,8 @@ def test_even_routers_pay_as_many_as_there_are_choices_and_uneven_ones_more():
     assert float(load_balancing_loss([even[:1]], num_experts=2, top_k=1)) == pytest.approx(2.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+# Jamba's routers are plain linear layers, which their name tells from others.
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "jamba"])
 def test_it_is_the_loss_of_transformers_of_the_tokens_that_are_read(folders, name):
     prompt, completion = [5, 6, 7, 8], [9, 10, 11]
     model = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)

@@ -11,10 +11,13 @@ import pytest
 from jinja2 import UndefinedError
 
 from trl_ray.errors import ConfigError
+from trl_ray.observe import trace
 from trl_ray.observe.observer import open_observer
+from trl_ray.observe.report import report_data
 from trl_ray.observe.report.chart_layout import Chart, Series, compact, place_chart, ticks
 from trl_ray.observe.report.report_curves import curves, smoothed
 from trl_ray.observe.report.report_data import LedgerFigures, RunData, Samples, Status, read_run, thinned
+from trl_ray.observe.report.report_events import events
 from trl_ray.observe.report.report_page import build_report, render, templates
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.types import Event, EventKind, Span
@@ -235,3 +238,43 @@ def test_held_out_sets_and_metrics_of_the_users_own_have_cards(tmp_path):
     charts = {placed.title: placed for placed in curves(read_run(run))}
     assert [line.name for line in charts["Held-out loss by set"].legend] == ["near", "far"]
     assert [line.name for line in charts["Metrics of your own"].legend] == ["near_rouge"]
+
+
+def test_a_long_run_reads_like_a_list_of_rows_and_spans_however_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory.create(tmp_path / "run")
+    rows = [{"step": n, "time": 100.0 + n, "loss": n / 8} for n in range(1, 1001)]
+    rows = [{**row, "eval/loss": 2.0} if row["step"] % 5 == 0 else row for row in rows]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spans = [("learner", "step", n, n + 0.5) for n in range(500)]
+    spans += [("rollout-0", "wait", n, n + 0.9) for n in range(400)]
+    lines = [json.dumps(dict(zip(("actor", "name", "start", "end"), each, strict=True))) for each in spans]
+    run.trace.write_text("\n".join(lines) + "\n" + '{"actor":"torn","na')
+    fast = read_run(run)
+    monkeypatch.setattr(report_data, "read_metric_columns", lambda path: None)
+    monkeypatch.setattr(trace, "read_span_columns", lambda path: None)
+    slow = read_run(run)
+    assert list(fast.rows) == list(slow.rows)
+    assert fast.values("eval/loss") == slow.values("eval/loss")
+    assert fast.present("loss") == slow.present("loss")
+    assert fast.moments == slow.moments == (0.0, 1100.0)
+    assert list(fast.spans) == list(slow.spans)
+    for ours, theirs in zip(thinned(fast.rows, 7), thinned(slow.rows, 7), strict=True):
+        assert ours == pytest.approx(theirs)
+    assert render(fast) == render(slow)
+
+
+def test_events_of_every_step_are_counted_and_only_the_first_and_the_last_are_read(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run")
+    with run.events.open("w") as stream:
+        for step in range(1000):
+            stream.write(f'{{"time":{step},"kind":"weights_pulled","actor":"rollout-0","detail":{{}}}}\n')
+        stream.write('{"time":3000.0,"kind":"warning","actor":"a","detail":{"kind":"weights_pulled"}}\n')
+    data = read_run(run)
+    assert [event["time"] for event in data.events] == [*range(400), 3000.0, 999]
+    found = events(data)
+    assert found is not None
+    assert (found.ordinary_count, found.ordinary.left_out, len(found.ordinary.rows)) == (1000, 600, 400)
+    assert found.ordinary_kinds == "1000 weights pulled"
+    assert len(found.attention.rows) == 1

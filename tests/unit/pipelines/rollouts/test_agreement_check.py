@@ -1,12 +1,14 @@
 """When sampler and learner count as two policies, and what is said to be wrong with them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.runs.grpo_config import GRPOConfig
 from trl_ray.pipelines.rollouts.agreement_check import AgreementCheck, Cause, Evidence
-from trl_ray.types import Metric, StepResult, TrainingGap
+from trl_ray.types import Metric, SamplingGap, StepResult, TrainingGap
 
 AGREE = Evidence(weights=1e-6, own_files=1e-6, training=TrainingGap(mean=1e-6, between_passes=0.0))
 
@@ -29,6 +31,12 @@ def result(level=1e-6, *, age=0, tokens=128, diff=0.0, doubt=0.5, ess=1.0, skipp
     }
     metrics = {f"agreement/age_{age}/{name}": Metric(value=value) for name, value in values.items()}
     return StepResult(version=1, loss=0.0, grad_norm=1.0, lr=0.1, skipped=skipped, metrics=metrics)
+
+
+def said(level, *, diff=0.0, tokens=128, doubt=0.5):
+    """Evidence of an engine that says afterwards of tokens what it did not say as it sampled them."""
+    gap = SamplingGap(version=3, tokens=tokens, abs_diff=level * doubt, diff=diff, doubt=doubt)
+    return dataclasses.replace(AGREE, sampling=(gap,))
 
 
 def breaches(check, *results, evidence=AGREE):
@@ -114,14 +122,60 @@ def test_what_was_asked_for_is_said_and_does_not_end_the_run():
     evidence = Evidence(training=TrainingGap(mean=0.05, between_passes=0.05))
     [breach] = breaches(AgreementCheck(config(disable_dropout=False)), result(), evidence=evidence)
     assert not breach.stops and "disable_dropout=true" in breach.detail
-    [breach] = breaches(AgreementCheck(config(top_p=0.7)), result(0.3, diff=-0.14))
-    assert not breach.stops and "top_p=0.7" in breach.detail
 
 
-def test_fields_that_only_the_engine_knows_may_have_been_asked_for_too():
-    check = AgreementCheck(config(vllm_structured_outputs_regex="[a-c]+"))
-    [breach] = breaches(check, result(0.3, diff=-0.14))
-    assert not breach.stops and "structured_outputs" in breach.detail
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"top_p": 0.7}, "top_p=0.7"), ({"vllm_structured_outputs_regex": "[a-c]+"}, "structured_outputs")],
+    ids=str,
+)
+def test_options_that_reshape_sampling_are_named_and_excuse_nothing_as_their_log_probs_are_the_policys(changes, named):
+    [breach] = breaches(AgreementCheck(config(**changes)), result(0.3, diff=-0.14))
+    assert breach.stops and f"asked for: {named}, with the policy's log-probs" in breach.detail
+
+
+MOVED = result(0.5, age=1, diff=-0.25)
+"""Tokens of age 1 alone, of which the policy made all less probable: no cause of itself."""
+
+
+@pytest.mark.parametrize(
+    ("diff", "words"), [(-0.1, "tokens were left out of it"), (0.0, "another distribution than temperature alone")]
+)
+def test_an_engine_that_samples_by_another_distribution_than_it_says_is_told_without_a_token_of_age_0(diff, words):
+    check = AgreementCheck(config())
+    assert breaches(check, MOVED, MOVED, evidence=said(2e-6)) == []
+    [breach] = breaches(check, MOVED, evidence=said(0.2, diff=diff))
+    assert breach.cause is Cause.SAMPLING and breach.stops
+    assert words in breach.detail and "tokens of version 3" in breach.detail and "after 2e-06" in breach.detail
+
+
+def test_an_engine_is_judged_once_for_each_check_and_in_half_precision_by_two_in_a_row():
+    check = AgreementCheck(config(dtype="bfloat16"))
+    assert breaches(check, MOVED, evidence=said(0.03)) == []
+    high = said(0.3, diff=-0.15)
+    assert breaches(check, MOVED, MOVED, MOVED, evidence=high) == []
+    [breach] = breaches(check, MOVED, evidence=said(0.3, diff=-0.15))
+    assert breach.cause is Cause.SAMPLING and not breach.stops
+
+
+def test_of_several_engines_new_figures_are_judged_beside_old_ones():
+    check = AgreementCheck(config(rollout={"on_disagreement": "warn"}))
+    [bad], [good], [worse] = said(0.2).sampling, said(1e-6).sampling, said(0.9).sampling
+    assert len(breaches(check, MOVED, evidence=Evidence(sampling=(good, bad)))) == 1
+    assert breaches(check, MOVED, evidence=Evidence(sampling=(good, bad))) == []
+    assert breaches(check, MOVED, evidence=Evidence(sampling=(*said(1e-6).sampling, bad))) == []
+    assert len(breaches(check, MOVED, evidence=Evidence(sampling=(worse, bad)))) == 1
+
+
+def test_few_tokens_of_an_engine_are_not_judged_and_its_baseline_goes_into_checkpoints():
+    check = AgreementCheck(config(dtype="bfloat16"))
+    assert breaches(check, MOVED, evidence=said(0.5, tokens=63)) == []
+    assert breaches(check, MOVED, evidence=said(0.03)) == []
+    assert check.state_dict() == {"engines": pytest.approx(0.03)}
+    resumed = AgreementCheck(config(dtype="bfloat16"))
+    resumed.load_state_dict(check.state_dict())
+    assert breaches(resumed, MOVED, evidence=said(0.13)) == []
+    assert len(breaches(resumed, MOVED, evidence=said(0.13))) == 1
 
 
 def test_a_policy_that_moved_too_far_is_told_once_it_did_so_three_times_in_a_row():
@@ -147,10 +201,15 @@ def test_a_long_clean_run_gives_no_alarm_whatever_its_entropy_does(dtype, error)
     for step in range(1, 3001):
         sureness = 1.5 + 1.4 * np.sin(step / 200)
         p = random.beta(0.3 * 4**sureness, 1.0, size=64)
-        x = error * (1 - p) * random.standard_t(4, size=64)
+        x, y = (error * (1 - p) * random.standard_t(4, size=64) for _ in range(2))
         doubt = np.maximum(1 - p, 0.05)
         step_result = result(np.abs(x).mean() / doubt.mean(), tokens=64, diff=x.mean(), doubt=doubt.mean())
-        assert check.observe(step, step_result, AGREE).breaches == (), step
+        # Every other step has nothing but tokens of a policy that has moved, at times far and all in one direction.
+        if step % 2:
+            drift = random.choice([0.01, 0.1, 1.0])
+            step_result = result(drift, age=1, diff=-0.5 * drift)
+        evidence = said(np.abs(y).mean() / doubt.mean(), diff=y.mean(), tokens=64, doubt=doubt.mean())
+        assert check.observe(step, step_result, evidence).breaches == (), step
 
 
 def test_the_numbers_of_the_rule():

@@ -159,7 +159,7 @@ def test_a_teacher_that_cannot_pull_is_replaced_and_the_others_go_on(error):
         first.answers["pull"] = fails_once
         stage.runtime.published = 1
         await stage.actors.publish(step=1)
-        await stage.actors.pull()
+        await stage.pull()
 
     stage = Stage(teachers=[teacher(TeacherKind.LIVE, copies=2)])
     asyncio.run(run())

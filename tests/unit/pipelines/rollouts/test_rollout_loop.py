@@ -26,6 +26,7 @@ from trl_ray.pipelines.rollouts.failures_in_a_row import FailuresInARow
 from trl_ray.pipelines.rollouts.preparation import OBJECTIVE_STATE, PROMPTS
 from trl_ray.pipelines.rollouts.rollout_loop import AGREEMENT
 from trl_ray.types import DropReason, Event, EventKind
+from virtual_time import run_in_virtual_time
 
 
 def failure(kind: EventKind, number: int = 0) -> Event:
@@ -138,7 +139,7 @@ def test_a_run_on_rewards_ends_when_they_get_no_better(tmp_path: Path) -> None:
 def test_the_journal_forgets_up_to_the_checkpoint_before_the_newest(tmp_path: Path) -> None:
     run = RolloutRun(tmp_path, total=5, save_steps=2, callbacks=(Counter(),)).go()
     assert run.logged("save", "checkpoint") == [
-        "save 2", "save 2", "save 4", "checkpoint 2", "save 4", "save 5", "checkpoint 4", "save 5",
+        "save 2", "checkpoint 0", "save 2", "save 4", "checkpoint 2", "save 4", "save 5", "checkpoint 4", "save 5",
     ]  # fmt: skip
     assert list(run.actors.files[4]) == ["ledger.json", OBJECTIVE_STATE, PROMPTS, AGREEMENT, CALLBACKS]
     assert json.loads(run.actors.files[4]["ledger.json"])["step"] == 4
@@ -200,6 +201,87 @@ def test_a_stop_while_groups_are_waited_for_leaves_a_checkpoint_of_step_zero(tmp
     assert list(run.actors.files) == [0]
 
 
+def test_a_clock_that_is_set_back_makes_no_step_shorter_than_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = iter(range(2_000_000_000, 0, -3600))
+    monkeypatch.setattr("time.time", lambda: float(next(moments)))
+    run = RolloutRun(tmp_path, total=2, eval_steps=1, save_steps=1).go()
+    for line in run.lines("metrics.jsonl"):
+        durations = {key: value for key, value in line.items() if key.startswith(("time/", "throughput/"))}
+        assert durations and min(durations.values()) >= 0, durations
+    told = [event["detail"]["seconds"] for event in run.lines("events.jsonl") if "seconds" in event["detail"]]
+    assert told and min(told) >= 0
+
+
+def hurry(run: RolloutRun, grace: float = 30.0) -> None:
+    """What SIGTERM does."""
+    run.stop.grace_s = grace
+    run.stop.request("SIGTERM", in_haste=True)
+    run.stop.tell()
+
+
+def test_an_evaluation_is_given_up_for_a_checkpoint_where_a_signal_leaves_little_time(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, eval_steps=2, eval_on_start=False, save_steps=0)
+
+    async def on_evaluate() -> None:
+        hurry(run)
+        await asyncio.sleep(60)
+
+    run.actors.on_evaluate = on_evaluate
+    with pytest.raises(InterruptedRun, match="SIGTERM: interrupted after step 2; go on with"):
+        run.go()
+    assert list(run.actors.files) == [2]
+    assert [line["step"] for line in run.lines("metrics.jsonl")] == [1, 2]
+    assert "evaluation after step 2 was given up: SIGTERM" in str(run.lines("events.jsonl"))
+
+
+def test_a_checkpoint_that_is_not_through_in_time_is_not_counted_and_the_last_one_stands(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, save_steps=2)
+
+    def on_step(step: int) -> None:
+        if step == 3:
+            run.actors.may_save.clear()
+            hurry(run, grace=0.3)
+
+    run.actors.on_step = on_step
+    text = r"after step 3; no time was left for its checkpoint; the checkpoint step-2 stands; go on with"
+    with pytest.raises(InterruptedRun, match=text):
+        run.go()
+    assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-2"]
+
+
+def test_a_checkpoint_that_took_longer_than_is_left_is_not_begun(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, save_steps=2)
+
+    def on_step(step: int) -> None:
+        if step == 2:
+            run.actors.may_save.clear()
+            asyncio.get_running_loop().call_later(0.5, run.actors.may_save.set)
+        if step == 3:
+            hurry(run, grace=0.6)
+
+    run.actors.on_step = on_step
+    with pytest.raises(InterruptedRun, match="after step 3; no time was left for its checkpoint"):
+        run.go()
+    assert run.logged("save") == ["save 2", "save 2"]
+
+
+def test_a_worker_that_does_not_pull_keeps_no_run_that_is_to_end(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, max_staleness=1)
+
+    def on_step(step: int) -> None:
+        if step == 1:
+            run.actors.may_pull.clear()
+        if step == 2:
+            run.stop.set()
+
+    run.actors.on_step = on_step
+    with pytest.raises(InterruptedRun, match="after step 2"):
+        run.go()
+    assert run.logged("publish", "pull ends", "save") == ["publish 1", "save 2", "save 2"]
+
+
 def test_a_run_ends_in_order_when_a_callback_asks_for_it(tmp_path: Path) -> None:
     run = RolloutRun(tmp_path, save_steps=3, callbacks=(Asks("should_training_stop", at=3),)).go()
     assert run.logged("save", "train_end") == ["save 3", "save 3", "train_end 3"]
@@ -255,6 +337,25 @@ def test_a_run_in_which_nothing_moves_names_who_it_waits_for(tmp_path: Path) -> 
     run.actors.delivers = False
     with pytest.raises(StallError, match=r"step 1 needs 2 groups, but nothing has moved .*: rollout-0\. Resume"):
         run.go()
+
+
+def test_groups_that_are_dropped_and_replaced_without_end_are_no_progress(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, runtime={"kind": "local", "stall_deadline_s": 40.0})
+    # The queue has ever more to do, and always as many groups at work.
+    run.actors.delivers, run.actors.poll_s = False, 2.0
+    with pytest.raises(StallError, match=r"step 1 needs 2 groups, but nothing has moved for 4\d s"):
+        run_in_virtual_time(run.loop().run())
+
+
+@pytest.mark.parametrize("reason", [DropReason.STALE, DropReason.RETRIES_EXHAUSTED, DropReason.REWARD_FAILED])
+def test_no_reason_drops_groups_without_end_between_two_steps(reason: DropReason) -> None:
+    counted = FailuresInARow(config())
+    one = dropped(reason, in_a_row=1)  # others get ready in between
+    counted.count([one] * 100)
+    counted.next_step()
+    counted.count([one] * 100)
+    with pytest.raises(StallError, match=rf"at most 100 groups .* of 2 groups, but 101 were, as {reason.value}"):
+        counted.count([one])
 
 
 def dropped(reason: DropReason, **count: int) -> Event:

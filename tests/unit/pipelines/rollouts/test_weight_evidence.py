@@ -5,7 +5,7 @@ import asyncio
 from rollout_actor_stage import Stage
 from trl_ray.actors.rollout_worker import PullReport
 from trl_ray.pipelines.rollouts.agreement_check import Evidence
-from trl_ray.types import EventKind
+from trl_ray.types import EventKind, SamplingGap
 
 
 def test_an_engine_that_may_disagree_is_told_of_and_works_on_and_is_evidence():
@@ -31,6 +31,25 @@ def test_an_engine_that_may_disagree_is_told_of_and_works_on_and_is_evidence():
     assert (told["agrees"], told["mean"]) == (False, 0.05)
     assert [detail["detail"] for _, detail in stage.told(EventKind.WARNING)] == ["experts stay as they were"]
     assert stage.actors.evidence == Evidence(weights=0.05, own_files=0.01)
+
+
+def test_what_an_engine_said_of_its_samples_is_evidence_until_there_is_news():
+    async def pull(version, sampling):
+        report = PullReport(version=version, checksum=f"c{version}", seconds=0.1, sampling=sampling)
+        stage.runtime.handles["rollout-0"].answers["pull"] = report
+        stage.runtime.published = version
+        await stage.actors.publish(step=version)
+        await stage.actors.pull()
+        return stage.actors.evidence.sampling
+
+    async def run():
+        await stage.start()
+        return [await pull(version, gap) for version, gap in ((1, gaps[0]), (2, None), (3, gaps[1]))]
+
+    stage = Stage()
+    gaps = [SamplingGap(version=version, tokens=64, abs_diff=0.1, diff=0.0, doubt=0.5) for version in (0, 2)]
+    # Between two steps there may be several pulls, some of which find nothing to compare.
+    assert asyncio.run(run()) == [(gaps[0],), (gaps[0],), (gaps[1],)]
 
 
 def test_what_was_seen_at_version_0_goes_into_checkpoints_and_along_with_later_checks():

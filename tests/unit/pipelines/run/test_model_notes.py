@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,7 @@ def test_what_moves_the_distribution_is_told_once() -> None:
     generation = GenerationConfig(generation_kwargs={"logit_bias": {5: -1}}, repetition_penalty=1.1)
     [note] = sampling_notes(generation, ROLLOUT)
     assert note.startswith("repetition_penalty=1.1, logit_bias: completions are drawn from another distribution")
+    assert note.endswith("ratios of fresh tokens are 1, and of what sampling leaves out nothing is learnt.")
     for name, value in (("top_p", 0.9), ("top_k", 5), ("min_p", 0.1), ("min_tokens", 2)):
         [note] = sampling_notes(GenerationConfig(**{name: value}), ROLLOUT)
         assert note.startswith(f"{name}={value}: completions are drawn from another distribution")
@@ -41,6 +43,33 @@ def test_what_moves_the_distribution_is_told_once() -> None:
 def test_a_field_that_the_engine_does_not_know_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"structured_outputs must be left out with the engine transformers"):
         sampling_notes(GenerationConfig(vllm_structured_outputs_regex="a+"), ROLLOUT)
+
+
+@pytest.mark.parametrize(
+    ("engine_kwargs", "top_p", "words"),
+    [
+        ({"logprobs_mode": "raw_logprobs"}, 1.0, r"logprobs_mode must be processed_logprobs, got raw_logprobs"),
+        ({"speculative_config": {"method": "ngram"}}, 0.9, r"speculative_config must be left out with top_p=0\.9, got"),
+    ],
+)
+def test_what_keeps_vllm_from_the_learners_log_probs_is_refused(
+    engine_kwargs: dict[str, Any], top_p: float, words: str
+) -> None:
+    rollout = RolloutConfig(engine="vllm", engine_kwargs=engine_kwargs)
+    with pytest.raises(ConfigError, match=words):
+        sampling_notes(GenerationConfig(top_p=top_p), rollout)
+
+
+def test_logits_processors_of_the_engine_are_told_of() -> None:
+    rollout = RolloutConfig(engine="vllm", engine_kwargs={"logits_processors": ["mine:Mine"]})
+    [note] = sampling_notes(GenerationConfig(), rollout)
+    assert note.startswith("rollout.engine_kwargs.logits_processors: completions are drawn from another distribution")
+
+
+def test_drafts_and_filters_are_had_each_without_the_other() -> None:
+    rollout = RolloutConfig(engine="vllm", engine_kwargs={"speculative_config": {"method": "ngram"}})
+    assert sampling_notes(GenerationConfig(), rollout) == ()
+    assert len(sampling_notes(GenerationConfig(top_p=0.9), rollout.replace(engine_kwargs={}))) == 1
 
 
 def test_that_bf16_leaves_engines_in_float32_is_told_unless_it_was_asked_for() -> None:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from trl_ray.pipelines.run.pipeline import TrainOutput
+from trl_ray.pipelines.run.session import TrainOutput
 
 
 def test_steps_without_a_loss_count_in_the_mean_and_lines_without_one_do_not(tmp_path: Path) -> None:

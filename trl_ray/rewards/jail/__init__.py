@@ -1,0 +1,1 @@
+"""Walls around processes that score what a model wrote."""
