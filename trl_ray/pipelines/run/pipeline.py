@@ -30,6 +30,7 @@ from trl_ray.models.checkpoint import checkpoint_step, list_checkpoints
 from trl_ray.models.hub import check_hub
 from trl_ray.models.policy_loading import checkpoint_dtype, find_source
 from trl_ray.observe.observer import open_observer
+from trl_ray.observe.private_files import loose_token
 from trl_ray.observe.report.report_page import build_report
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.run_lock import RunLock, in_use, living_holder
@@ -432,6 +433,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             if self._lock.taken_from is not None:
                 session.recorder.say(EventKind.WARNING, "driver", detail=self._lock.taken_from)
                 self._lock.taken_from = None
+        if config.runtime.kind is RuntimeKind.RAY and (loose := loose_token()):
+            session.recorder.say(EventKind.WARNING, "driver", detail=loose)
         if resuming:
             session.recorder.cut = partial(directory.truncate_after, back.step)
             for sentence in leave_aside(directory, back):
