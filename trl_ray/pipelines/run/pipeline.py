@@ -468,14 +468,21 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
     def _end(
         self, recorder: RunRecorder, kind: EventKind, error: BaseException | None, *, stop: Stop | None = None
     ) -> None:
-        recorder.say(kind, "driver", **({"error": f"{type(error).__name__}: {error}"} if error is not None else {}))
-        hurries = stop is not None and (stop.at_once or stop.left_s is not None)
-        if not hurries:
-            recorder.close()
-        if self.config.html_report and not (stop is not None and stop.at_once):
-            build_report(recorder.directory.path)
-        if hurries:  # a service may take its time
-            recorder.close()
+        try:
+            detail = {"error": f"{type(error).__name__}: {error}"} if error is not None else {}
+            recorder.say(kind, "driver", **detail)
+            hurries = stop is not None and (stop.at_once or stop.left_s is not None)
+            if not hurries:
+                recorder.close()
+            if self.config.html_report and not (stop is not None and stop.at_once):
+                build_report(recorder.directory.path)
+            if hurries:  # a service may take its time
+                recorder.close()
+        except RunError as unwritten:
+            if error is None:
+                raise
+            # What the run has failed for is told; that a full disk takes no more words is not news.
+            _LOG.warning("the end of the run could not be written down: %s", unwritten)
 
     def _open_directory(self) -> RunDirectory:
         config = self.config.replace(resume_from_checkpoint=None)  # of the run, not of this start
