@@ -345,9 +345,11 @@ def complete(
             missing = [dtype for dtype, key in keys.items() if key not in known]
             if not missing:
                 continue
-            for cell in ask(model, [engine], missing):
-                cells[cell.key] = replace(cell, measured_with=now)
+            found = {cell.key: replace(cell, measured_with=now) for cell in ask(model, [engine], missing)}
+            for cell in found.values():
                 print(cell, flush=True)
+            # Read again: another call may complete other columns meanwhile.
+            cells = {**cells, **read_cells(RESULTS / "agreement.jsonl"), **found}
             write_results(cells, order, folder=RESULTS)
     return [cells[model, engine, dtype] for model in models for engine in engines for dtype in dtypes]
 

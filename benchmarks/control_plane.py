@@ -1,13 +1,14 @@
 """Measures what carries groups: ledger and journal in one process, the queue through Ray, and a restart's replay.
 
-    ledger   admit -> lease -> generated -> commit -> take -> trained -> release; payloads made before, nothing else
+    ledger   admit -> lease -> report -> take -> trained -> release; payloads made before, nothing else
     ray      the same on Ray: driver, RolloutQueue and two RolloutWorkers; engines answer at once, learner at once
     replay   a journal of many groups, written in one go and opened again
 
     groups/s = groups trained / seconds; P groups a step, a checkpoint every --save-steps steps
 
-The share of each call is its part of the seconds (ledger), or of the queue's process (ray). Through Ray, completions
-are drawn once and then repeated, while every group is encoded, sent, stored, read and decoded by itself.
+The share of each call is its part of the seconds; of processes, how much of the time they had a CPU. Where other
+processes want the CPUs too, groups per CPU second say more. Through Ray, completions are drawn once and then repeated,
+while every group is encoded, sent, stored, read and decoded by itself.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from trl_ray.actors.rollout_queue import RolloutQueue
 from trl_ray.actors.rollout_worker import RolloutWorker
 from trl_ray.buffer.durable import DurableLedger
 from trl_ray.buffer.entry import BufferRules
+from trl_ray.buffer.news import News, NewsKind
 from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig, RuntimeConfig
 from trl_ray.types import (
@@ -50,7 +52,7 @@ from trl_ray.types import (
 )
 from trl_ray.wire.group_payload import decode_group, encode_group, encode_prompt
 
-CALLS = ("admit", "lease", "generated", "commit", "take", "payload", "trained", "release", "checkpoint")
+CALLS = ("admit", "lease", "report", "take", "payload", "trained", "sync", "release", "checkpoint")
 """Of the ledger, whose share is told."""
 WAIT_S = 2.0
 
@@ -139,24 +141,20 @@ def run_ledger(store: DurableLedger, args: argparse.Namespace, payload: bytes, p
         store.trained(step=step, now=now)
         store.release(step=step, wait_s=0.0, step_s=1.0)
         if args.save_steps and step % args.save_steps == 0:
-            if saved:
-                store.checkpoint(step=saved)
+            store.checkpoint(step=saved, saved=step)
             saved = step
 
 
 def finish_leases(store: DurableLedger, worker: str, *, count: int, version: int, payload: bytes, now: float) -> None:
-    """Lease, and commit what was leased."""
-    keys = store.lease(worker=worker, count=count, now=now)
-    for key in keys:
-        store.generated(group_id=key.group_id, attempt=key.attempt, now=now)
-        store.commit(
-            group_id=key.group_id,
-            attempt=key.attempt,
-            min_version=version,
-            max_version=version,
-            payload=payload,
-            now=now,
-        )
+    """Lease, and commit what was leased, as many in a call as a worker would."""
+    keys = store.lease(worker=worker, count=count, now=now, version=version)
+    generated = [News(kind=NewsKind.GENERATED, group_id=key.group_id, attempt=key.attempt) for key in keys]
+    store.report(news=generated, now=now)
+    committed = [
+        replace(each, kind=NewsKind.COMMITTED, min_version=version, max_version=version, payload=payload)
+        for each in generated
+    ]
+    store.report(news=committed, now=now)
 
 
 def measure_ledger(args: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -165,9 +163,9 @@ def measure_ledger(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     store = DurableLedger(path=folder / "ledger", rules=rules_of(args), incarnation="one", now=0.0)
     watch = Stopwatch()
     watch.watch(store, CALLS)
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     run_ledger(store, args, payload, prompt, args.steps)
-    seconds = time.perf_counter() - begin
+    seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu
     store.close()
     groups = args.steps * args.groups_per_step
     shares = {f"ledger_share_{name}": watch.seconds[name] / seconds for name in CALLS}
@@ -176,7 +174,8 @@ def measure_ledger(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         "prompt_bytes": len(prompt),
         "ledger_groups": groups,
         **shares,
-        "ledger_share_rest": 1 - sum(shares.values()),
+        "ledger_share_rest": 1 - sum(shares.values()) + shares["ledger_share_sync"],  # which is part of trained
+        "ledger_groups_per_cpu_s": groups / cpu_s,
         "ledger_groups_per_s": groups / seconds,
     }
 
@@ -192,15 +191,16 @@ def measure_replay(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         run_ledger(store, without, payload, prompt, steps)
         before = store.snapshot()
     size = path.stat().st_size
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     with contextlib.closing(DurableLedger(path=path, rules=rules_of(args), incarnation="one", now=0.0)) as store:
-        seconds = time.perf_counter() - begin
+        seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu
         assert store.snapshot() == before
     groups = steps * args.groups_per_step
     return {
         "replay_groups": groups,
         "replay_payload_bytes": len(payload),
         "replay_journal_mb": size / 1e6,
+        "replay_cpu_s": cpu_s,
         "replay_s": seconds,
         "replay_groups_per_s": groups / seconds,
     }
@@ -374,6 +374,8 @@ async def measure_run(queue: Any, workers: Sequence[Any], args: argparse.Namespa
         **shares,
         "driver_share_cpu": driver / seconds,
         "workers_share_cpu": (sum(workers_after) - sum(workers_before)) / seconds,
+        "ray_groups_per_cpu_s": groups
+        / (after["cpu"] - before["cpu"] + driver + sum(workers_after) - sum(workers_before)),
         "ray_groups_per_s": groups / seconds,
     }
 

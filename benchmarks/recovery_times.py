@@ -79,14 +79,23 @@ class Faults:
             steps = (number + 1) * self._settings.every + self._settings.seed
             while len(read_lines(self._run / "metrics.jsonl")) < steps:
                 time.sleep(0.02)
+            victim = self._victim()
             self.struck.append(time.time())
-            os.kill(self._victim(), FAULTS[self._settings.fault])
+            os.kill(victim, FAULTS[self._settings.fault])
 
     def _victim(self) -> int:
-        """The process that plays the role, as the newest event tells."""
-        told = read_lines(self._run / "events.jsonl")
-        came = [event for event in told if event["kind"] in ("actor_started", "actor_restarted")]
-        return int([event for event in came if event["actor"].startswith(self._settings.role)][-1]["detail"]["pid"])
+        """A process that plays the role and has been there longest, once all that were lost are back."""
+        while True:
+            alive: dict[str, int] = {}
+            for event in read_lines(self._run / "events.jsonl"):
+                name, kind = event["actor"], event["kind"]
+                if kind in ("actor_started", "actor_restarted") and name.startswith(self._settings.role):
+                    alive[name] = int(event["detail"]["pid"])
+                elif kind == "actor_lost":
+                    alive.pop(name, None)
+            if len(alive) >= (self._settings.workers if self._settings.role == "rollout" else 1):
+                return next(iter(alive.values()))
+            time.sleep(0.05)
 
 
 def measure(settings: Settings) -> list[float]:

@@ -79,7 +79,7 @@ class FakeQueue(FakeHandle):
         self.waiting = list(tickets)
         self.answers = {"lease": self.lease, "report": self.report}
 
-    async def lease(self, *, worker, capacity, holding, wait_s):
+    async def lease(self, *, worker, capacity, holding, wait_s, version):
         if not self.waiting:
             await asyncio.sleep(0.01)
         taken, self.waiting = self.waiting[:capacity], self.waiting[capacity:]
@@ -167,7 +167,7 @@ class Stage:
 
     def ledger_calls(self):
         """Calls that change the ledger."""
-        return [call.method for call in self.queue.calls if call.method not in ("lease", "report")]
+        return [call.method for call in self.queue.calls if call.method not in ("lease", "report", "pulled")]
 
 
 def evaluated(stage, *prompts):

@@ -13,7 +13,7 @@ from tiny_models import build_tiny_model
 from warm_processes import warm_python
 
 pytestmark = pytest.mark.integration
-LONG = {"rollout node stopped"}
+LONG = {"rollout node stopped", "learner node killed"}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,7 @@ def test_places_lie_apart_or_together_as_the_run_asks(played):
     assert (told["SPREAD"], told["PACK"]) == (3, 2)
 
 
+@pytest.mark.long
 def test_a_learner_whose_node_is_lost_goes_on_elsewhere_with_fewer_workers_until_a_node_is_added(played):
     run, told = played["learner node killed"]
     assert told["steps"] == 120

@@ -1,5 +1,6 @@
 """Whole runs in one process: exact equalities that Ray's timing would hide."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from runs import PROMPTS, assert_balanced, async_grpo, comparable, events, grpo, ledger, lines
 from tiny_models import build_tiny_model
-from trl_ray.errors import DataError, InterruptedRun, RewardError, StallError, WeightError
+from trl_ray.errors import ConfigError, DataError, InterruptedRun, RewardError, StallError, WeightError
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
 from trl_ray.pipelines.grpo import GRPOPipeline
 
@@ -246,3 +248,40 @@ def test_a_run_goes_on_for_more_steps_with_its_own_rows_and_with_no_others(model
     output = GRPOPipeline.from_run(run, changes=["max_steps=3"], train_dataset=PROMPTS).train()
     assert output.steps == 3
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3]
+    assert events(run, "run_resumed")[-1]["detail"]["changed"] == {"max_steps": "2 -> 3"}
+
+
+EDITS = {
+    "seed: 42": "seed: 43",
+    "learning_rate: 0.001": "learning_rate: 0.01",
+    "num_generations: 4": "num_generations: 2",
+    "per_device_train_batch_size: 8": "per_device_train_batch_size: 4",
+}
+
+
+def test_options_and_rows_that_are_edited_between_kill_and_resume_are_noticed(model, tmp_path):
+    run, file = tmp_path / "run", tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, PROMPTS)))
+    config = grpo(model, run, max_steps=1, dataset_name=str(file))
+    GRPOPipeline(args=config).train()
+    written = (run / "config.yaml").read_text()
+    for old, new in EDITS.items():
+        assert old in written
+        (run / "config.yaml").write_text(written.replace(old, new))
+        name = new.partition(":")[0]
+        with pytest.raises(ConfigError, match=f"{name}.* must stay as the run began with when it goes on"):
+            GRPOPipeline.from_run(run)
+        (run / "config.yaml").write_text(written)
+        value = yaml.safe_load(new)[name]
+        with pytest.raises(ConfigError, match=f"^{name} must stay as the run began with when it goes on"):
+            GRPOPipeline(args=config.replace(**{name: value})).train(resume_from_checkpoint=True)
+    file.write_text("\n".join(map(json.dumps, [*PROMPTS[:-1], {"prompt": "count to 99: "}])))
+    for again in (
+        lambda: GRPOPipeline.from_run(run, changes=["max_steps=2"]).train(),
+        lambda: GRPOPipeline(args=config.replace(max_steps=2)).train(resume_from_checkpoint=True),
+    ):
+        with pytest.raises(DataError, match="24 rows then and 24 now, with other prompts"):
+            again()
+    file.write_text("\n".join(map(json.dumps, PROMPTS)))
+    assert GRPOPipeline(args=config.replace(max_steps=2)).train(resume_from_checkpoint=True).steps == 2
+    assert events(run, "run_resumed")[-1]["detail"]["changed"] == {"max_steps": "1 -> 2"}

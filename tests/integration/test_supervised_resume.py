@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import dataset_runs
 from dataset_runs import assert_same_run, pipeline, rows, train, write_rows
 from runs import assert_balanced, command, comparable, events, ledger, lines, wait_for_steps
 from tiny_models import build_tiny_model
-from trl_ray.errors import DataError, InterruptedRun
+from trl_ray.errors import ConfigError, DataError, InterruptedRun
 from trl_ray.pipelines.pipeline_registry import PIPELINES
 from trl_ray.pipelines.supervised.dataset_recording import SupervisedRecorder
 
@@ -197,6 +198,35 @@ def test_a_run_goes_on_with_the_rows_that_it_began_with(model: str, tmp_path: Pa
     with pytest.raises(DataError, match="28 examples then and 28 examples now with another content"):
         PIPELINES["dpo"].from_run(run, train_dataset=rows("dpo", 28, start=1)).train()
     assert ledger(run)["trained"] == 28
+
+
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["dataset", "stream"])
+def test_options_and_rows_that_are_edited_between_kill_and_resume_are_noticed(
+    model: str, tmp_path: Path, is_streamed: bool
+) -> None:
+    run = tmp_path / "run"
+    name = write_rows(tmp_path / "rows.jsonl", rows("dpo", 28))
+    options = {"dataset_name": name, "dataset_streaming": is_streamed, "max_steps": 1, "stream_window": 12}
+    train("dpo", model, run, **options)
+    written = (run / "config.yaml").read_text()
+    for option, value in {"seed": 43, "learning_rate": 0.5, "per_device_train_batch_size": 2}.items():
+        found = re.search(rf"^{option}: .*$", written, re.MULTILINE)
+        assert found is not None
+        (run / "config.yaml").write_text(written.replace(found[0], f"{option}: {value}"))
+        with pytest.raises(ConfigError, match=f"^{option} must stay as the run began with when it goes on"):
+            PIPELINES["dpo"].from_run(run)
+        (run / "config.yaml").write_text(written)
+        again = pipeline("dpo", model, run, **options, **{option: value})
+        with pytest.raises(ConfigError, match=f"^{option} must stay as the run began with when it goes on"):
+            again.train(resume_from_checkpoint=True)
+    write_rows(tmp_path / "rows.jsonl", [*rows("dpo", 3), *rows("dpo", 1, start=99), *rows("dpo", 24, start=4)])
+    told = "a stream then and a stream now with other first rows" if is_streamed else "28 examples now with another"
+    with pytest.raises(DataError, match=told):
+        PIPELINES["dpo"].from_run(run, changes=["max_steps=2"]).train()
+    write_rows(tmp_path / "rows.jsonl", rows("dpo", 28))
+    more = pipeline("dpo", model, run, **{**options, "max_steps": 2})
+    assert more.train(resume_from_checkpoint=True).steps == 2
+    assert events(run, "run_resumed")[0]["detail"]["changed"] == {"max_steps": "1 -> 2"}
 
 
 def test_a_finished_run_goes_on_for_more_steps(model: str, tmp_path: Path) -> None:

@@ -175,6 +175,13 @@ def _begins_with_what_it_was_told(self: RolloutWorker, tickets: Any) -> None:
 _begin = RolloutWorker._begin
 
 
+def _whatever_it_samples_with(self: Ledger, **arguments: Any) -> Any:
+    return _lease(self, **{**arguments, "version": None})
+
+
+_lease = Ledger.lease
+
+
 def _never_out_of_date(self: RolloutQueue, group: Any) -> None:
     return None
 
@@ -232,6 +239,7 @@ BUGS: dict[str, list[tuple[Any, str, Any]]] = {
     "checkpoints forget what the one before needs": [(Ledger, "checkpoint", _forgets_steps)],
     "the controller knows no bound": [(SlotController, "_grow", _grows_without_end)],
     "the supervisor sees nothing": [(Supervisor, "_probe", _nobody_is_lost)],
+    "workers that have not pulled get groups": [(Ledger, "lease", _whatever_it_samples_with)],
     "a worker begins a group twice": [(RolloutWorker, "_begin", _begins_with_what_it_was_told)],
     "groups with nothing to learn are trained": [(RolloutQueue, "_nothing_to_learn", _never_out_of_date)],
     "a worker's news are lost when it has many": [(Outbox, "put", _swallows_what_comes_meanwhile)],

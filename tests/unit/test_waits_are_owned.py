@@ -26,6 +26,7 @@ LOOKS_LIKE_ONE = re.compile(r"\b(sleep|wait|wait_for|timeout|timeout_at|remote)\
 HOME = "trl_ray/runtime/waits.py"
 REVIEWED = {
     "trl_ray/runtime/cluster.py": "ray.wait with timeout=0 looks and does not wait",
+    "trl_ray/runtime/cluster_watch.py": "the pulse of the watch over Ray itself; connections with a deadline",
     # Waits of a process that serves: they end with a deadline, and whoever asked waits through the primitive.
     "trl_ray/actors/calling.py": "the pause between tries, of which each has a deadline",
     "trl_ray/actors/pending_scores.py": "a long poll with a deadline",

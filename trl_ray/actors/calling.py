@@ -19,7 +19,8 @@ from trl_ray.types import Handle
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
-_PAUSE_S = 0.25
+_PAUSE_S = 0.05
+"""Short beside what Ray takes to bring an actor back, as everybody who waits for one pays for it."""
 _MOST = 64
 """Items of one call."""
 

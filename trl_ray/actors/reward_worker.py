@@ -16,7 +16,7 @@ import functools
 import itertools
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trl_ray.actors.actor_log import ActorLog
@@ -24,7 +24,8 @@ from trl_ray.actors.calling import Patience
 from trl_ray.actors.pending_scores import PendingScores, ask_for_scores
 from trl_ray.config.sections import Isolation
 from trl_ray.errors import ActorLostError, DeadlineError
-from trl_ray.rewards.reward_registry import RewardSpec, Scorer, load_function
+from trl_ray.rewards.lone_answers import is_plain
+from trl_ray.rewards.reward_registry import READ, RewardSpec, Scorer, load_function
 from trl_ray.rewards.sandbox import Sandbox
 from trl_ray.rewards.sandbox_messages import Lifetime
 from trl_ray.rewards.scoring import GroupInput, RawTexts, TrainingCourse, join_scores, score_group, weighted
@@ -109,21 +110,10 @@ class RewardWorker:
             [self._weights[spec.name] for spec in inline],
         )
         self._told: set[Lifetime] = set()
-        self._sandboxes = [
-            Sandbox(
-                functions=specs,
-                weights=[self._weights[spec.name] for spec in specs],
-                timeout_s=timeout_s,
-                may_abstain=self._may_abstain,
-                lifetime=lifetime,
-                on_ready=functools.partial(self._tell_walls, lifetime, [spec.name for spec in specs]),
-            )
-            for lifetime, specs in homes.items()
-            if lifetime is not None
+        self._timeout_s = timeout_s
+        self._scorers = [
+            _FunctionCalls(specs, lifetime, self._make_sandbox) for lifetime, specs in homes.items() if lifetime
         ]
-        for sandbox in self._sandboxes:
-            # The first group finds the child up; should it fail, that group says why.
-            sandbox.begin()
 
     async def score(
         self,
@@ -154,7 +144,8 @@ class RewardWorker:
         scores: list[ScoredGroup] = []
         if self._functions:
             group = GroupInput.of(group_prompt, completions, raw=raw, course=self._course)
-            turns = [self._score_in(sandbox, group, len(completions)) for sandbox in self._sandboxes]
+            chosen = [scorer.sandbox_for(completions) for scorer in self._scorers]
+            turns = [self._score_in(sandbox, group, len(completions)) for sandbox in chosen]
             turns += [self._score_inline(group)] if self._loaded else []
             began = await asyncio.gather(*turns)
             start = min(time for time, _ in began)
@@ -175,9 +166,19 @@ class RewardWorker:
         return self._log.drain()
 
     def close(self) -> None:
-        """Kill the sandboxes; groups under way or queued are answered with CRASH. May be called twice."""
-        for sandbox in self._sandboxes:
-            sandbox.close()
+        """Kill all sandboxes; groups under way or queued are answered with CRASH. May be called twice."""
+        for scorer in self._scorers:
+            scorer.close()
+
+    def _make_sandbox(self, specs: Sequence[RewardSpec], lifetime: Lifetime) -> Sandbox:
+        return Sandbox(
+            functions=specs,
+            weights=[self._weights[spec.name] for spec in specs],
+            timeout_s=self._timeout_s,
+            may_abstain=self._may_abstain,
+            lifetime=lifetime,
+            on_ready=functools.partial(self._tell_walls, lifetime, [spec.name for spec in specs]),
+        )
 
     def _tell_walls(self, lifetime: Lifetime, names: Sequence[str], missing: Mapping[str, str]) -> None:
         """Say once what should stand around the functions of a sandbox, and this machine does not allow."""
@@ -218,6 +219,47 @@ class RewardWorker:
             **({"is_final": True} if failure.is_final else {}),
         }
         self._log.event(EventKind.REWARD_FAILED, **detail)
+
+
+class _FunctionCalls:
+    """The sandbox of functions that run together.
+
+    Where they evaluate answers, and all answers of a group are such that nothing could be called, changed or grow
+    (`is_plain`), one process behind walls serves all such groups: most answers are numbers, and a process for each
+    group costs some milliseconds.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[RewardSpec],
+        lifetime: Lifetime,
+        make: Callable[[Sequence[RewardSpec], Lifetime], Sandbox],
+    ) -> None:
+        evaluators = [spec for spec in specs if spec.scorer is Scorer.EVALUATOR]
+        self._reads = tuple(READ[name] for spec in evaluators if (name := spec.reference or "") in READ)
+        has_plain = len(self._reads) == len(evaluators) and all(spec.scorer is not Scorer.USERS for spec in specs)
+        self._sandbox = make(specs, lifetime)
+        self._plain = make(specs, Lifetime.RUN_WALLED) if has_plain and lifetime is Lifetime.GROUP else None
+        # The first group finds the child up; should it fail, that group says why.
+        (self._plain or self._sandbox).begin()
+
+    def sandbox_for(self, completions: Sequence[Completion]) -> Sandbox:
+        """The one in which a group is scored."""
+        if self._plain is None:
+            return self._sandbox
+        is_harmless = all(is_plain(read(completion.text)) for read in self._reads for completion in completions)
+        return self._plain if is_harmless else self._sandbox
+
+    @property
+    def pids(self) -> tuple[int | None, ...]:
+        """Of the processes that call functions, or fork those that do."""
+        return tuple(sandbox.pid for sandbox in (self._sandbox, self._plain) if sandbox is not None)
+
+    def close(self) -> None:
+        """Kill them."""
+        for sandbox in (self._sandbox, self._plain):
+            if sandbox is not None:
+                sandbox.close()
 
 
 class _ModelCalls:

@@ -127,6 +127,8 @@ class RolloutQueue:
         self._waiters: dict[asyncio.Future[None], None] = {}  # in order: who has waited longest is woken first
         # A long-poll outlives the worker that sent it, and must not lease to the dead. Names are never used again.
         self._lost_workers: set[str] = set()
+        self._pulled: dict[str, int] = {}
+        """The newest weights of each worker, as far as it told beside its leases."""
         self._progress = 0
         self._scorers_failed = 0
         self._in_a_row: Counter[DropReason] = Counter()
@@ -178,7 +180,13 @@ class RolloutQueue:
     # ---- the workers -------------------------------------------------------------------------------------
 
     async def lease(
-        self, *, worker: str, capacity: int, wait_s: float, holding: Sequence[tuple[int, int]] | None = None
+        self,
+        *,
+        worker: str,
+        capacity: int,
+        wait_s: float,
+        holding: Sequence[tuple[int, int]] | None = None,
+        version: int | None = None,
     ) -> list[GroupTicket]:
         """Up to `capacity` groups to generate, oldest first; [] when `wait_s` passed without any.
 
@@ -188,6 +196,8 @@ class RolloutQueue:
             wait_s: seconds of the long poll.
             holding: (group_id, attempt) of everything it works on. A lease of its own that is not among them was in
                 an answer that got lost: the group is issued again at once instead of when the lease expires.
+            version: the weights it samples with. A worker that has not pulled those of the last release gets nothing,
+                or a group would be older at its use than the bound allows. None is no bound.
         """
 
         def attempt() -> list[GroupTicket]:
@@ -195,7 +205,8 @@ class RolloutQueue:
                 return []
             now = self._clock()
             self._store.expire(now=now)
-            keys = self._store.lease(worker=worker, count=capacity, now=now)
+            newest = None if version is None else max(version, self._pulled.get(worker, version))
+            keys = self._store.lease(worker=worker, count=capacity, now=now, version=newest)
             return [
                 GroupTicket(
                     group_id=key.group_id,
@@ -211,6 +222,11 @@ class RolloutQueue:
         self._forget_unheld(worker, holding)
         tickets = await self._poll(attempt, nothing, wait_s)
         return self._done(tickets) if tickets else tickets
+
+    async def pulled(self, *, worker: str, version: int) -> None:
+        """The worker samples with younger weights now, and so does what a long-poll that it sent before will get."""
+        self._pulled[worker] = max(version, self._pulled.get(worker, version))
+        self._wake()
 
     def _forget_unheld(self, worker: str, holding: Sequence[tuple[int, int]] | None) -> None:
         if holding is None:
@@ -301,6 +317,7 @@ class RolloutQueue:
     async def lose_worker(self, *, worker: str) -> list[int]:
         """The worker is gone: issue what it held again (or drop it after `max_attempts`); the groups' ids."""
         self._lost_workers.add(worker)
+        self._pulled.pop(worker, None)
         return self._done(self._store.lose_worker(worker=worker, now=self._clock()))
 
     async def expire(self) -> list[int]:

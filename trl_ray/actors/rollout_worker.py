@@ -209,6 +209,10 @@ class RolloutWorker:
             raise
         self._progress += 1
         self._log.span("pull", begin)
+        if self._loop_task is not None:
+            # The poll for groups that is under way told of older weights.
+            told = self._ask("pulled", worker=self._name, version=report.version)
+            self._launch(told, name=f"{self._name} tells of its pull")
         return report
 
     async def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> list[EvaluatedPrompt]:
@@ -289,7 +293,12 @@ class RolloutWorker:
             else:
                 # What it holds goes along: groups in an answer that got lost are issued again at once.
                 tickets: list[GroupTicket] = await self._ask(
-                    "lease", worker=self._name, capacity=capacity, holding=list(self._in_flight), wait_s=self._poll_s
+                    "lease",
+                    worker=self._name,
+                    capacity=capacity,
+                    holding=list(self._in_flight),
+                    wait_s=self._poll_s,
+                    version=self._engine.version.version,
                 )
                 self._begin(tickets)
             if self._in_flight and time.monotonic() - renewed > self._rollout.lease_s / 4:

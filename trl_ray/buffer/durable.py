@@ -109,10 +109,11 @@ class DurableLedger(JournaledState):
 
     # ---- leases ------------------------------------------------------------------------------------------
 
-    def lease(self, *, worker: str, count: int, now: float) -> list[LeaseKey]:
+    def lease(self, *, worker: str, count: int, now: float, version: int | None = None) -> list[LeaseKey]:
         """After a restore only the oldest B groups are leased (see `AdmissionSlots`)."""
-        keys = self.ledger.lease(worker=worker, count=count, now=now, horizon=self.slots.horizon)
-        return self._settle(keys, bool(keys), "lease", worker=worker, count=count, now=now)
+        asked: dict[str, Any] = {"worker": worker, "count": count, "now": now, "version": version}
+        keys = self.ledger.lease(**asked, horizon=self.slots.horizon)
+        return self._settle(keys, bool(keys), "lease", **asked)
 
     def renew(self, *, worker: str, keys: Iterable[Sequence[int]], now: float) -> int:
         pairs = [(int(group_id), int(attempt)) for group_id, attempt in keys]

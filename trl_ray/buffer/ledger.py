@@ -39,9 +39,22 @@ class Ledger(LedgerBooks):
         self.issued += count
         return new
 
-    def lease(self, *, worker: str, count: int, now: float, horizon: int | None = None) -> list[LeaseKey]:
-        """Lease up to `count` issued groups to `worker`, oldest first, none younger than `horizon`."""
+    def lease(
+        self, *, worker: str, count: int, now: float, horizon: int | None = None, version: int | None = None
+    ) -> list[LeaseKey]:
+        """Lease up to `count` issued groups to `worker`, oldest first, none younger than `horizon`.
+
+        Args:
+            worker: who asks.
+            count: the most it gets.
+            now: seconds since the epoch.
+            horizon: the youngest group that may be leased; None is no bound.
+            version: the weights that the worker samples with. Without those of the last release it gets nothing: the
+                bound on the age at use counts on them. None is no bound.
+        """
         keys: list[LeaseKey] = []
+        if version is not None and version < self.version - (self.step - self._released):
+            return keys
         for entry in self._live.values():
             # Live groups stand in the order of their ids: after the first one beyond the horizon all are.
             if len(keys) >= count or (horizon is not None and entry.group_id > horizon):

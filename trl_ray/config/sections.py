@@ -15,8 +15,8 @@ from trl_ray.config.keywords.generation_fields import read_generation_kwargs
 from trl_ray.config.keywords.keyword_options import read_model_init_kwargs
 from trl_ray.config.object_paths import lasting_file
 from trl_ray.config.optimizer_options import Optim, read_optim, read_optim_args
-from trl_ray.config.runtime_options import RuntimeConfig as RuntimeConfig
-from trl_ray.config.runtime_options import RuntimeKind as RuntimeKind
+from trl_ray.config.runs.runtime_options import RuntimeConfig as RuntimeConfig
+from trl_ray.config.runs.runtime_options import RuntimeKind as RuntimeKind
 from trl_ray.config.step_counts import PositiveStepCount, StepCount
 from trl_ray.config.trl_options.reading import read_foreign
 

@@ -34,6 +34,7 @@ import numpy as np
 from trl_ray.engines.backend import CHECKPOINT_VERSION, EngineBackend, Finished, Limits
 from trl_ray.engines.completion_scoring import check_question, finish_answers
 from trl_ray.engines.sampling import check_sampling
+from trl_ray.engines.start.start_errors import start_error
 from trl_ray.errors import DataError, DeadlineError, EngineError, TrlRayError
 from trl_ray.models.weight_payload import verify_payload
 from trl_ray.types import (
@@ -465,7 +466,7 @@ class EngineThread:
             return
         except Exception as error:  # The model software may raise anything; its own exceptions may not unpickle.
             _LOG.exception("%s cannot start", self._name)
-            ready.set_exception(EngineError(f"{self._name} cannot start: {type(error).__name__}: {error}"))
+            ready.set_exception(start_error(self._name, error))
             return
         ready.set_result(limits)
         while self._turn():

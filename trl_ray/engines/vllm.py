@@ -28,6 +28,7 @@ from trl_ray.engines.checkpoint_facts import CheckpointFacts, default_kv_bytes, 
 from trl_ray.engines.checkpoint_layout import CheckpointLayout, in_checkpoint_layout
 from trl_ray.engines.completion_scoring import answer_of, top_width
 from trl_ray.engines.sampling import sample_seed
+from trl_ray.engines.start.start_errors import START_ERRORS, start_error
 from trl_ray.engines.start.vllm_differences import config_corrections, cpu_corrections
 from trl_ray.engines.thread import EngineThread
 from trl_ray.engines.vllm_workers.policy_logprobs import MARK, report_policy_logprobs
@@ -183,6 +184,7 @@ class VLLMBackend:
 
         Raises:
             ModelError: the model cannot be read.
+            ConfigError, ResourceError, EngineError: vLLM cannot start with these arguments, or this memory.
         """
         facts = read_facts(
             self._common["model"],
@@ -201,8 +203,11 @@ class VLLMBackend:
 
         arguments = self._arguments(facts)
         kept = _class_kept(facts.base_class) if arguments["enforce_eager"] else contextlib.nullcontext()
-        with _random_state_kept(), kept:
-            self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        try:
+            with _random_state_kept(), kept:
+                self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        except START_ERRORS as error:
+            raise start_error("vllm", error, arguments=arguments, given=self._overrides) from error
         self._llm.set_weight_version(str(CHECKPOINT_VERSION.version))
         most = int(self._llm.model_config.max_logprobs)
         self._max_logprobs = most if most >= 0 else facts.vocab_size

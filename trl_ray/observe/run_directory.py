@@ -6,7 +6,8 @@ RUN_DIR/
   events.jsonl      what happened to whom          completions/     step-000012.parquet
   trace.jsonl       spans of the actors            checkpoints/     step-12/
     journal.bin.payloads/   groups that may be trained yet
-    report.html       drawn from all of the above    run.lock         who writes it now
+    report.html       drawn from all of the above    .config.yaml     the options once more, to know an edit by
+    run.lock          who writes it now
 
 Whoever changes a directory holds its lock first (run_lock.py). Who may read: private_files.py.
 """
@@ -24,7 +25,10 @@ from trl_ray.observe.private_files import file_mode, make_folder, usable_path
 from trl_ray.observe.run_files import atomic_write_json, atomic_write_text, cut_json_lines, writing
 from trl_ray.observe.run_lock import LOCK
 
-_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "trace.jsonl", "ledger.json", "journal.bin", "report.html")
+_FILES = (
+    *("config.yaml", ".config.yaml", "metrics.jsonl", "events.jsonl", "trace.jsonl", "ledger.json", "journal.bin"),
+    "report.html",
+)
 _FOLDERS = ("completions", "checkpoints", "journal.bin.payloads", "model", "wandb", "tensorboard", "mlflow")
 # A folder with one of these was made by a run; nothing else is ever overwritten.
 _MARKS = ("metrics.jsonl", "events.jsonl")
@@ -94,6 +98,12 @@ class RunDirectory:
         return self.path / "config.yaml"
 
     @property
+    def recorded_config(self) -> Path | None:
+        """The options as the run wrote them down itself; None where it was begun by an earlier release."""
+        path = self.path / ".config.yaml"
+        return path if path.is_file() else None
+
+    @property
     def metrics(self) -> Path:
         """One line per optimizer step."""
         return self.path / "metrics.jsonl"
@@ -142,7 +152,8 @@ class RunDirectory:
         return self.checkpoints / f"step-{step}"
 
     def write_config(self, text: str) -> None:
-        """Save the resolved options (YAML text) atomically."""
+        """Save the resolved options (YAML text) atomically; twice, so that it is known when one is edited."""
+        atomic_write_text(self.path / ".config.yaml", text)
         atomic_write_text(self.config, text)
 
     def write_ledger(self, summary: object) -> None:

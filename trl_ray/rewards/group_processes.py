@@ -34,6 +34,8 @@ from trl_ray.types import RewardErrorKind
 MAX_REPLY_BYTES = 16 * 2**20
 """Of a group's answer: as JSON it may need twenty times as much to be read."""
 
+_LAST_MOMENT_MS = 500
+
 Preparation = Callable[[Mapping[str, Any]], None]
 """Loads, before the fork, what the columns of a group ask for; never sees a completion."""
 
@@ -138,13 +140,15 @@ class GroupProcesses:
         self._prepare(text)
         folder = tempfile.mkdtemp(dir=self._folder)
         pipe, writes = os.pipe()
-        with self._walls.around_child():
-            pid = os.fork()
-            if pid == 0:
-                pidfds = [group.pidfd for group in self._groups.values()]
-                for fd in (*asdict(self._pipes).values(), pipe, *self._groups, *pidfds):
-                    os.close(fd)
-                self._run(text, _Answers(writes, str(frame["nonce"])), folder, timeout_s)
+        pidfds = [group.pidfd for group in self._groups.values()]
+        others = (*asdict(self._pipes).values(), pipe, *self._groups, *pidfds)
+
+        def work() -> None:
+            for fd in others:
+                os.close(fd)
+            self._run(text, _Answers(writes, str(frame["nonce"])), folder, timeout_s)
+
+        pid = self._walls.start(work)
         os.close(writes)
         os.set_blocking(pipe, False)
         self._groups[pipe] = _Group(
@@ -166,15 +170,10 @@ class GroupProcesses:
                 prepare(columns)
 
     def _run(self, text: str, answers: _Answers, folder: str, timeout_s: float) -> None:
-        """In the group's process: never returns."""
-        code = 1
-        try:
-            self._walls.enter(folder, cpu_s=timeout_s)
-            functions = [self._wrapped(named, timeout_s) for named in self._functions]
-            asyncio.run(_score(functions, GroupInput(text), answers, may_abstain=self._may_abstain))
-            code = 0
-        finally:
-            os._exit(code)
+        """In the group's process."""
+        self._walls.enter(folder, cpu_s=timeout_s)
+        functions = [self._wrapped(named, timeout_s) for named in self._functions]
+        asyncio.run(_score(functions, GroupInput(text), answers, may_abstain=self._may_abstain))
 
     def _wrapped(self, named: NamedFunction, timeout_s: float) -> NamedFunction:
         if named.name not in self._reads:
@@ -203,6 +202,10 @@ class GroupProcesses:
             if not self._pass_on(group, body):
                 return
         if not piece:
+            # Its pipe closes a moment before it can be waited for.
+            poller = select.poll()
+            poller.register(group.pidfd, select.POLLIN)
+            poller.poll(_LAST_MOMENT_MS)
             self._lose(group, RewardErrorKind.CRASH, "closed its reply pipe")
 
     def _pass_on(self, group: _Group, body: bytes) -> bool:
@@ -231,7 +234,6 @@ class GroupProcesses:
     def _end(self, group: _Group) -> int:
         """Kill a group's process with all that it has started; answer its exit code."""
         del self._groups[group.pipe]
-        # One that ends by itself is given the moment that it takes to say how.
         code = _exit_code(group)
         if code is None:
             os.kill(group.pid, signal.SIGKILL)

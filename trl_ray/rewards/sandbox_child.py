@@ -14,7 +14,6 @@ import contextlib
 import faulthandler
 import io
 import os
-import resource
 import select
 import signal
 import sys
@@ -24,6 +23,7 @@ from trl_ray.rewards import sandbox_messages as wire
 from trl_ray.rewards.function_process import load_functions, run_functions, serve_groups
 from trl_ray.rewards.group_processes import GroupProcesses, Pipes
 from trl_ray.rewards.jail import system_calls as linux
+from trl_ray.rewards.jail.namespaces import end_as, forked
 from trl_ray.rewards.jail.walls import Walls, kill_descendants
 from trl_ray.rewards.reward_registry import PREPARATIONS
 
@@ -98,13 +98,12 @@ def _watch_over(
 
     consumes: nothing; waits for: the end of that process or of the lifeline; unblocked by: either.
     """
-    with walls.around_child() if walls else contextlib.nullcontext():
-        pid = os.fork()
-        if pid == 0:
-            os.close(lifeline_fd)
-            work()
-            # Nothing of what this process would do after it, such as leaving the context, is its own.
-            os._exit(0)
+
+    def work_alone() -> None:
+        os.close(lifeline_fd)
+        work()
+
+    pid = walls.start(work_alone) if walls else forked(work_alone)
     on_fork(pid)
     for fd in fds:
         os.close(fd)
@@ -119,18 +118,7 @@ def _watch_over(
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     kill_descendants()
-    _end_as(os.waitstatus_to_exitcode(status))
-
-
-def _end_as(code: int) -> None:
-    """End with that exit code, or by that signal."""
-    if code < 0:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        faulthandler.disable()
-        with contextlib.suppress(OSError):  # SIGKILL has no handler to reset
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    os._exit(code)
+    end_as(os.waitstatus_to_exitcode(status))
 
 
 if __name__ == "__main__":

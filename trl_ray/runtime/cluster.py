@@ -18,6 +18,7 @@ import ray
 from ray.actor import ActorHandle as RawHandle
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
+from trl_ray import errors
 from trl_ray.config.sections import RuntimeConfig
 from trl_ray.errors import (
     ActorLostError,
@@ -124,6 +125,8 @@ class RayHandle:
         if isinstance(error, ObjectLostError):
             return AnswerLostError(f"{where} needs an answer that was lost with its node: {_last_line(error)}")
         if isinstance(error, RayActorError):
+            if error.actor_init_failed and (raised := _raised_by_constructor(error)) is not None:
+                return raised
             return ActorLostError(f"{self._name} died during {method} ({type(error).__name__}): {_last_line(error)}")
         return ActorLostError(f"{where} could not be completed by Ray ({type(error).__name__}): {_last_line(error)}")
 
@@ -131,6 +134,14 @@ class RayHandle:
 def _handle_of(name: str, role: Role, raw: bytes, is_async: bool) -> RayHandle:
     """What `RayHandle.__reduce__` made; the bytes come from this run's own driver."""
     return RayHandle(name, role, pickle.loads(raw), is_async=is_async)
+
+
+def _raised_by_constructor(error: BaseException) -> TrlRayError | None:
+    """What an actor's constructor raised on purpose, of which Ray keeps the text alone; its messages have one line."""
+    kind, _, message = _last_line(error).partition(": ")
+    found = getattr(errors, kind.removeprefix(f"{errors.__name__}."), None)
+    is_ours = isinstance(found, type) and issubclass(found, TrlRayError)
+    return found(message) if is_ours and message else None
 
 
 def _last_line(error: BaseException) -> str:

@@ -213,7 +213,7 @@ def test_a_reward_model_adds_a_part_of_its_own_weight_to_those_of_the_functions(
 def test_reward_models_alone_need_no_sandbox():
     with worker(models=[judge(rates(0.5))]) as made:
         scored = asyncio.run(score(made, "x"))
-        assert scored.rewards[0].total == 0.5 and made._sandboxes == []
+        assert scored.rewards[0].total == 0.5 and made._scorers == []
 
 
 @pytest.mark.parametrize("isolation", list(Isolation))
@@ -342,7 +342,7 @@ def test_a_function_that_cannot_be_loaded_here_is_told_as_final(tmp_path):
         made.close()
 
 
-def test_what_evaluates_answers_shares_no_process_with_the_users_functions_and_parts_stay_in_order():
+def test_what_evaluates_answers_shares_no_process_with_the_users_functions():
     pytest.importorskip("reasoning_gym")
     prompt = Prompt(
         prompt_id="0:0",
@@ -354,7 +354,11 @@ def test_what_evaluates_answers_shares_no_process_with_the_users_functions_and_p
         scored = asyncio.run(made.score(prompt, [completion("3"), completion("x")]))
         assert [list(reward.parts) for reward in scored.rewards] == [["slow", "reasoning_gym", "exact_answer"]] * 2
         assert scored.rewards[0].total == 2.5
-        assert len({sandbox.pid for sandbox in made._sandboxes}) == 2
+        # Nothing could be called in these answers: no process was made for the group.
+        assert [[pid is not None for pid in scorer.pids] for scorer in made._scorers] == [[True], [False, True]]
+        scored = asyncio.run(made.score(prompt, [completion("3"), completion("exit()")]))
+        assert [reward.total for reward in scored.rewards] == [2.5, 0.0]
+        assert len({pid for scorer in made._scorers for pid in scorer.pids}) == 3
         assert made.drain().events == ()
 
 

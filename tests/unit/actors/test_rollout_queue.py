@@ -573,3 +573,30 @@ def test_a_disk_that_fails_is_the_queues_problem(tmp_path: Path, monkeypatch: py
         queue.close()
 
     run(scene())
+
+
+def test_a_worker_that_has_not_pulled_what_was_released_gets_nothing_until_it_tells_of_its_pull(tmp_path: Path) -> None:
+    async def scene() -> None:
+        queue = make(tmp_path, groups_per_step=1)
+        [first, *_] = await fill(queue, 2)
+        await queue.commit(group=finished(first))
+        await queue.take(n=1, step=1, wait_s=0)
+        await queue.trained(step=1)
+        await queue.lose_worker(worker="rollout-0")
+        behind = {"worker": "rollout-1", "capacity": 9, "version": 0}
+        assert [ticket.group_id for ticket in await queue.lease(**behind, wait_s=0)] == [1]
+        await queue.release(step=1, wait_s=0, step_s=1)
+        await queue.admit(prompts=prompts(2, 1), version=1)
+        holding = [(1, 1)]
+        assert await queue.lease(**behind, wait_s=0, holding=holding) == []
+        waiting = asyncio.create_task(queue.lease(**behind, wait_s=20, holding=holding))
+        await asyncio.sleep(0)
+        await queue.pulled(worker="rollout-1", version=1)
+        assert [ticket.group_id for ticket in await waiting] == [2]
+        before = await queue.snapshot()
+        queue.close()
+        queue = make(tmp_path, groups_per_step=1)
+        assert await queue.snapshot() == before
+        queue.close()
+
+    run(scene())

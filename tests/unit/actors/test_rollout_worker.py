@@ -349,3 +349,19 @@ def test_an_evaluation_answers_every_prompt_once_and_leaves_the_ledger_alone(mon
     assert stage.queue.calls == []
     [batch] = stage.engine.batches
     assert batch[0].seed != batch[1].seed
+
+
+def test_it_asks_with_the_version_that_it_samples_with_and_tells_of_a_pull(monkeypatch):
+    stage = Stage(monkeypatch)
+
+    async def run():
+        await stage.worker.pull(payload(3))
+        await stage.worker.start()
+        await until(lambda: bool(stage.queue.asked("lease")))
+        await stage.worker.pull(payload(4))
+        await until(lambda: bool(stage.queue.asked("pulled")))
+        stage.worker.close()
+
+    asyncio.run(run())
+    assert stage.queue.asked("lease")[0].kwargs["version"] == 3
+    assert [call.kwargs for call in stage.queue.asked("pulled")] == [{"worker": "rollout-0", "version": 4}]

@@ -197,14 +197,17 @@ def test_its_environment_is_an_allow_list_wherever_it_looks(box: Sandbox) -> Non
     look = (
         "import os\n"
         "said = repr(dict(os.environ))\n"
-        "said += repr([open(f'/proc/{p}/environ').read() for p in os.listdir('/proc') if p.isdigit()])"
+        "try: said += repr([open(f'/proc/{p}/environ').read() for p in os.listdir('/proc') if p.isdigit()])\n"
+        "except PermissionError: pass"
     )
     said = score(box, look).rewards[0].extra["said"]
     assert "canary" not in said and "'PATH'" in said
     assert not any(word in said for word in ("TOKEN", "KEY", "AWS_", "WANDB", "HF_"))
 
 
-def test_it_sees_no_processes_but_its_own(box: Sandbox) -> None:
+def test_it_sees_no_processes_but_its_own(box: Sandbox, missing: dict[str, str]) -> None:
+    if missing:
+        pytest.skip(f"not all walls stand here: {missing}")
     said = score(box, "import os; said = [p for p in os.listdir('/proc') if p.isdigit()]").rewards[0].extra["said"]
     assert said == ["1"]
 
@@ -227,7 +230,9 @@ def test_what_it_starts_ends_with_the_group(box: Sandbox, tmp_path: Path) -> Non
     assert holding(mark) == set() and in_other_namespaces() == set()
 
 
-def test_a_fork_bomb_is_bounded_and_gone(box: Sandbox) -> None:
+def test_a_fork_bomb_is_bounded_and_gone(box: Sandbox, missing: dict[str, str]) -> None:
+    if "number of processes" in missing:
+        pytest.skip(f"not all walls stand here: {missing}")
     bomb = (
         "import os, time\n"
         "made = 0\n"
@@ -318,7 +323,9 @@ def test_what_never_ends_is_killed_at_its_deadline_and_the_functions_are_not_loa
 
 
 def test_all_walls_stand_where_the_kernel_has_them(box: Sandbox, missing: dict[str, str]) -> None:
-    """Root on Linux 6.14 or newer, as this project's own checks run; elsewhere the event names what is missing."""
-    if os.geteuid() != 0 or tuple(int(part) for part in os.uname().release.split(".")[:2]) < (6, 14):
-        pytest.skip("some walls need root or Linux 6.14")
+    """Root on Linux 6.14 or newer, as this project's own checks run; elsewhere an event names what is missing."""
+    status = Path("/proc/self/status").read_text()
+    may_mount = int(status.partition("CapEff:")[2].split()[0], 16) >> 21 & 1
+    if not may_mount or tuple(int(part) for part in os.uname().release.split(".")[:2]) < (6, 14):
+        pytest.skip("some walls need CAP_SYS_ADMIN or Linux 6.14")
     assert missing == {}

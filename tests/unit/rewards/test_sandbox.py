@@ -118,7 +118,7 @@ def test_a_hanging_function_is_killed_at_its_deadline_with_all_its_processes():
     with sandbox(hang, timeout_s=1.5) as box:
         assert box.start() is None
         mark = mark_of(box)
-        assert len(alive(mark)) == 2 and box.pid in alive(mark)  # and the one that watches over it
+        assert box.pid in alive(mark)
         start = time.monotonic()
         failure = score(box, "x").failure
         assert 1.4 < time.monotonic() - start < 2.6

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field
 
 from trl_ray.config.base import FROM_STRING, Fraction, Natural, Positive, Section, rule
+from trl_ray.config.literal_templates import fill
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.policy_options import LossConfig
 
@@ -165,8 +166,8 @@ class RepromptConfig(Section):
         }
         for name, values in wanted.items():
             try:
-                getattr(self, name).format(**values)
-            except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+                fill(getattr(self, name), values)
+            except ValueError as error:
                 raise ValueError(
                     f"{name} must have no other fields than {', '.join('{' + key + '}' for key in values)}, got "
                     f"{getattr(self, name)!r} ({error}). Write braces of the text twice."

@@ -25,7 +25,18 @@ from trl_ray.types import Example, TrainingSample
 
 
 class MadeExamples(Sequence[Example]):
-    """Examples by their number; asked twice for one, it gives two that are alike."""
+    """Examples by their number; asked twice for one, it gives two that are alike.
+
+    Args:
+        table: of the rows that they are made of.
+    """
+
+    def __init__(self, table: TokenTable) -> None:
+        self._table = table
+
+    def content_key(self) -> str:
+        """A hash of the rows that they are made of, all of them; the rules that make them are the run's."""
+        return self._table.content_key()
 
     @abc.abstractmethod
     def make(self, index: int) -> Example:
@@ -42,9 +53,6 @@ class MadeExamples(Sequence[Example]):
 
 class RowExamples(MadeExamples):
     """Every kept row is an example."""
-
-    def __init__(self, table: TokenTable) -> None:
-        self._table = table
 
     def __len__(self) -> int:
         return len(self._table.kept)
@@ -64,7 +72,8 @@ class RatedExamples(MadeExamples):
     """
 
     def __init__(self, table: TokenTable, rules: TextRules, *, mismatched: bool) -> None:
-        self._table, self._rules = table, rules
+        super().__init__(table)
+        self._rules = rules
         counts = table.column("num_samples")[table.kept].astype(np.int32)
         self._owners = np.repeat(table.kept, counts)
         self._lanes = _within(counts).astype(np.int8)
@@ -133,7 +142,8 @@ class PackedExamples(MadeExamples):
     """
 
     def __init__(self, table: TokenTable, packing: Packing, *, first_group: int) -> None:
-        self._table, self._first_group = table, first_group
+        super().__init__(table)
+        self._first_group = first_group
         targets = _Targets(table, packing)
         self.unpacked = int(targets.at_start().sum())
         """Targets that are the first token of a piece, where nothing predicts them."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from numpy.typing import NDArray
 
 from trl_ray.data.chat.faithful_rendering import Finding, Unrendered
@@ -66,6 +67,8 @@ SCHEMA = pa.schema(
     }
 )
 _LISTS = ("groups", "prompts", "completions", "desirable", "label_lengths", "steps", "mask", "tokens")
+_TRAINED = ("state", "margin", *_LISTS)
+"""Columns that examples are made of."""
 _NONE = -1
 _NO_LABEL = SampleLabel()
 _NO_TARGETS = (_NONE, _NONE, 0)
@@ -272,6 +275,21 @@ class TokenTable:
         batch, row = self._find(place)
         tokens, mask = batch.list("tokens", row), batch.list("mask", row)
         return tokens, np.concatenate([np.zeros(len(tokens) - len(mask), np.bool_), mask])
+
+    def content_key(self) -> str:
+        """A hash of all that is trained of all rows; how they are cut into batches does not enter."""
+        digests = {name: xxhash.xxh3_128() for name in (*_TRAINED, *(f"{name} lengths" for name in _LISTS))}
+        for batch in self._batches:
+            for name in _TRAINED:
+                column = batch.column(name)
+                if name in _LISTS:
+                    offsets = column.offsets.to_numpy()
+                    digests[f"{name} lengths"].update(np.diff(offsets).astype(np.int32).tobytes())
+                    column = column.values.slice(offsets[0], offsets[-1] - offsets[0])
+                values = column.to_numpy(zero_copy_only=False)
+                digests[name].update(values.tobytes())
+        told = "".join(digest.hexdigest() for digest in digests.values())
+        return xxhash.xxh3_128(f"{len(self)} {told}".encode()).hexdigest()
 
     def _find(self, place: int) -> tuple[_Batch, int]:
         number = int(np.searchsorted(self._ends, place, side="right"))

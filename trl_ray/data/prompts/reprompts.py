@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
+from trl_ray.config.literal_templates import fill
 from trl_ray.config.losses.distillation_options import RepromptConfig
 from trl_ray.data.chat.chat_rendering import ChatFormat
 from trl_ray.data.chat.faithful_rendering import render_faithfully
@@ -144,9 +145,9 @@ def _context(
     solution = feedback = ""
     if demonstration is not None:
         text = _text(attempts[demonstration], config, tokenizer)
-        solution = config.solution_template.format(successful_previous_attempt=text)
+        solution = fill(config.solution_template, {"successful_previous_attempt": text})
     if uses_feedback:
-        feedback = config.feedback_template.format(feedback_raw=said)
+        feedback = fill(config.feedback_template, {"feedback_raw": said})
     # A teacher that is shown no more than the student has nothing to teach.
     is_distilled = demonstration is not None or uses_feedback
     token_ids = _tokens(prompt, solution, feedback, config, tokenizer, chat) if is_distilled else prompt.token_ids
@@ -179,7 +180,7 @@ def _tokens(
     """The whole new prompt."""
 
     def rewritten(text: str) -> str:
-        return config.reprompt_template.format(prompt=text, solution=solution, feedback=feedback)
+        return fill(config.reprompt_template, {"prompt": text, "solution": solution, "feedback": feedback})
 
     if prompt.messages is None:
         assert prompt.text is not None, f"prompt {prompt.prompt_id} is neither a conversation nor a text"

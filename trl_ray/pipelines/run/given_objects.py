@@ -6,18 +6,22 @@ optimizers              --optimizer_options--> optim, learning_rate, ...   quant
 
 from __future__ import annotations
 
+import re
 import shutil
 import uuid
 import weakref
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from trl_ray.config.messages import unknown_key
+from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import ConfigError
 from trl_ray.models.backends.given_optimizer import optimizer_options
 from trl_ray.models.given_model import given_options, quantization_options, write_given
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 class GivenFolders:
@@ -50,6 +54,24 @@ class GivenFolders:
             self._written.append(folder)
             write_given(folder, model=model, tokenizer=tokenizer, options=options)
             self._waiting.pop(0)
+
+    def as_recorded(self, config: ConfigT, before: RunConfig) -> ConfigT:
+        """The options with the folders of the run that goes on, where both name folders of objects that were given."""
+        pattern = re.compile(re.escape(f"{self._run.name}-") + r"(model|reference|teacher)-[0-9a-f]{8}")
+
+        def is_given(value: object) -> bool:
+            folder = Path(value) if isinstance(value, str) else None
+            return (
+                folder is not None and folder.parent == self._run.parent and pattern.fullmatch(folder.name) is not None
+            )
+
+        named = [name for name in type(config).model_fields if name.endswith("model_name_or_path")]
+        same = {
+            name: getattr(before, name)
+            for name in named
+            if is_given(getattr(config, name)) and is_given(getattr(before, name))
+        }
+        return config.replace(**same) if same else config
 
     def keep(self) -> None:
         """The run has started: it needs the folders from now on, also when it is resumed."""

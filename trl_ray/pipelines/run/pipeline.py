@@ -11,7 +11,7 @@ import asyncio
 import logging
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
 from trl_ray.config.load import dump_yaml
 from trl_ray.config.runs.cadence_options import Strategy
-from trl_ray.config.runs.resumed_config import resumed_config
+from trl_ray.config.runs.resumed_config import check_resumed, resumed_config
 from trl_ray.config.runs.run_config import RunConfig
 from trl_ray.config.sections import Dtype, ModelConfig, RuntimeKind
 from trl_ray.config.step_counts import steps_of
@@ -63,6 +63,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _DISK_BYTES_PER_S = 1e9
 """What a checkpoint is written with at best."""
+_RESOLVED_LATER = frozenset({"chat_template_kwargs", "max_length"})
+"""Options that are known once rows and model are looked at: the template's date, how much the model holds."""
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 PlanT = TypeVar("PlanT", bound=Plan)
 
@@ -115,8 +117,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             changes["callbacks"] = specs_with(given.callbacks, callbacks)
         self.config: ConfigT = given.replace(**changes) if changes else given
         self._resume = False
-        self._is_changed = False
-        """The run goes on with other options than it began with."""
+        self._changes: dict[str, str] = {}
+        """Options with which the run goes on otherwise than it began, as ``old -> new`` by name."""
         self._wish = Wish()
         self._lock: RunLock | None = None
         """Of the run directory, while it is trained into."""
@@ -159,9 +161,11 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             ConfigError: there is no run, or not of this pipeline, or an option must not change.
         """
         directory = RunDirectory.open_existing(run_dir)
-        config = resumed_config(cls.config_class, directory.config, changes).replace(output_dir=str(directory.path))
-        pipeline = cls(args=config, **inputs)  # type: ignore[arg-type]
-        pipeline._resume, pipeline._is_changed = True, bool(changes)
+        recorded = directory.recorded_config or directory.config
+        before = resumed_config(cls.config_class, recorded)
+        config = resumed_config(cls.config_class, directory.config, changes, recorded=recorded)
+        pipeline = cls(args=config.replace(output_dir=str(directory.path)), **inputs)  # type: ignore[arg-type]
+        pipeline._resume, pipeline._changes = True, check_resumed(before, config)
         pipeline._wish = Wish(at=from_checkpoint, new_journal=new_journal)
         return pipeline
 
@@ -200,10 +204,24 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         if self.config.dtype is Dtype.AUTO:
             find_source(self.config.part(ModelConfig))
             self.config = self.config.replace(dtype=checkpoint_dtype(self.config.part(ModelConfig)))
+        if self.config.resume_from_checkpoint:
+            self._compare_with_recorded(unresolved=_RESOLVED_LATER)
         plan = self._prepare()
+        if self.config.resume_from_checkpoint:
+            self._changes = self._compare_with_recorded()
         if not self._callbacks.is_empty:
             self._callbacks.show(**self._shown_objects(plan.steps_per_epoch))
         return plan
+
+    def _compare_with_recorded(self, *, unresolved: Collection[str] = ()) -> dict[str, str]:
+        """Compare options that Python gave with those that the run began with, as `from_run` does.
+
+        Raises:
+            ConfigError: one changes that must not.
+        """
+        directory = RunDirectory.open_existing(self.config.output_dir)
+        before = resumed_config(self.config_class, directory.recorded_config or directory.config)
+        return check_resumed(before, self._given.as_recorded(self.config, before), unresolved=unresolved)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: None = None, ignore_keys_for_eval: Any = None
@@ -446,11 +464,15 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             step=back.step,
             total_steps=plan.total_steps,
             computes_in=config.computes_in,
+            **({"changed": self._changes} if resuming and self._changes else {}),
             **self._announcement(),
         )
         slow = plan.expected_memory()[Role.LEARNER] / _DISK_BYTES_PER_S
         session.recorder.tell_of_lost_folder()
         session.recorder.tell_of_grace(slow, grace=grace_s(config.runtime.stop_grace_s), is_measured=False)
+        if resuming and (config.resume_from_checkpoint or self._changes):
+            self._write_config(directory)
+            self._changes = {}
         return session
 
     def _logging_steps(self, plan: PlanT) -> int:
@@ -485,16 +507,17 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             _LOG.warning("the end of the run could not be written down: %s", unwritten)
 
     def _open_directory(self) -> RunDirectory:
-        config = self.config.replace(resume_from_checkpoint=None)  # of the run, not of this start
         if self._resume:
             directory = RunDirectory.open_existing(self.config.output_dir)
-            if self.config.resume_from_checkpoint or self._is_changed:
-                directory.write_config(dump_yaml(config))
             return directory
         directory = RunDirectory.create(self.config.output_dir, overwrite=self.config.overwrite_output_dir)
-        directory.write_config(dump_yaml(config))
+        self._write_config(directory)
         self._given.keep()
         return directory
+
+    def _write_config(self, directory: RunDirectory) -> None:
+        # The last option is not of the run but of this start.
+        directory.write_config(dump_yaml(self.config.replace(resume_from_checkpoint=None)))
 
     async def _open_runtime(self, plan: PlanT, stop: Stop) -> Runtime:
         if self.config.runtime.kind is RuntimeKind.LOCAL:

@@ -80,7 +80,7 @@ class DatasetLoop(StepLoop[_Trained]):
         }
         self._ahead = StepsAhead(plan, feed)
         self._fingerprint: str | None = None
-        """Of the examples, once a checkpoint is written; None of a stream."""
+        """Of the examples, of a stream its first window's, once a checkpoint is written."""
         metrics = plan.inputs.metrics
         self._predictions = (
             None if metrics is None else HeldOutPredictions(plan.config, metrics, ask=actors.ask, loss_of=self._loss_of)
@@ -185,8 +185,8 @@ class DatasetLoop(StepLoop[_Trained]):
 
     async def _write_checkpoint(self, path: Path) -> None:
         accounts, train = self.accounts, self._plan.train
-        if self._fingerprint is None and train is not None:
-            self._fingerprint = await asyncio.to_thread(rows_fingerprint, train.examples)
+        if self._fingerprint is None and (known := self._plan.known) is not None:
+            self._fingerprint = await asyncio.to_thread(rows_fingerprint, known.examples)
         progress = {
             "accounts": accounts.state_dict(),
             "stopping": self._stopping.state_dict(),

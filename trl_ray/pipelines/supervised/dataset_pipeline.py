@@ -135,14 +135,15 @@ class SupervisedSession(Session):
 
     def _check_rows(self, before: int | None, fingerprint: str | None) -> None:
         """In another dataset the steps to come would be other ones, with rows trained twice and rows left out."""
-        train = self._plan.train
+        train, known = self._plan.train, self._plan.known
         now = None if train is None else len(train)
         same = now == before
-        if same and train is not None and fingerprint is not None:
-            same = rows_fingerprint(train.examples) == fingerprint
+        if same and known is not None and fingerprint is not None:
+            same = rows_fingerprint(known.examples) == fingerprint
         if not same:
             counts = ["a stream" if count is None else f"{count} examples" for count in (before, now)]
             other = " with another content or in another order" if now == before else ""
+            other = " with other first rows" if now == before is None else other
             raise DataError(
                 f"A run must go on with the rows that it began with, they gave {counts[0]} then and {counts[1]} now"
                 f"{other}. Give the same rows, or begin a new run from the checkpoint: model_name_or_path="

@@ -125,6 +125,11 @@ class SupervisedPlan:
     eval_cut: CutRules
 
     @property
+    def known(self) -> ExampleSet | None:
+        """The examples that are known before training: all, or those of the first window of a stream."""
+        return self.head if self.train is None else self.train
+
+    @property
     def totals_of(self) -> TotalsOf:
         """What the loss divides an update by."""
         return self.built.totals

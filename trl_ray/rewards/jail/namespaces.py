@@ -5,9 +5,12 @@ possible(step) --> forked copy tries it --> None, or why not
 
 from __future__ import annotations
 
+import faulthandler
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import resource
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from trl_ray.rewards.jail import system_calls as linux
 
@@ -16,25 +19,49 @@ _PID_MAX_IN_NAMESPACES = (6, 14)
 _FIRST_OWN_USER = 0x70000000
 
 
-def possible(step: Callable[[], object]) -> str | None:
-    """Why `step` cannot be done here, found out in a copy of this process; None where it can."""
-    reads, writes = os.pipe()
+def forked(work: Callable[[], object]) -> int:
+    """The pid of a new process that does `work` and ends."""
     pid = os.fork()
     if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:  # a copy must never go on as if it were its parent
+            os._exit(code)
+    return pid
+
+
+def possible(step: Callable[[], object], *, start: Callable[[Callable[[], object]], int] = forked) -> str | None:
+    """Why `step` cannot be done here, found out in a process that `start` makes; None where it can."""
+    reads, writes = os.pipe()
+
+    def tell() -> None:
         text = ""
         try:
             step()
         except OSError as error:
             text = error.strerror or str(error)
-        except BaseException as error:  # a copy must never go on as if it were its parent
-            text = repr(error)
         os.write(writes, text.encode()[:500])
         os._exit(bool(text))
+
+    pid = start(tell)
     os.close(writes)
     with os.fdopen(reads, "rb") as pipe:
         text = pipe.read().decode(errors="replace")
     _, status = os.waitpid(pid, 0)
     return None if status == 0 else text or "it ended the process"
+
+
+def end_as(code: int) -> None:
+    """End this process with that exit code, or by that signal."""
+    if code < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        faulthandler.disable()
+        with suppress(OSError):  # SIGKILL has no handler to reset
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
 
 
 def enter_user_namespace() -> None:
@@ -50,17 +77,37 @@ def enter_user_namespace() -> None:
             map_file.write(text)
 
 
-@contextmanager
-def children_in_new_pid_namespace() -> Iterator[None]:
-    """The next process that is forked is the first of a pid namespace: when it ends, all in there are killed."""
-    this, own = os.getpid(), os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+def forked_as_first(work: Callable[[], object]) -> int:
+    """The same as `forked`, first of a new pid namespace: when it ends, all in there are killed.
+
+    Only root of the namespace that this process itself is in may do so again and again.
+    """
+    own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     try:
         linux.unshare(linux.CLONE_NEWPID)
-        yield
-    finally:
-        if os.getpid() == this:
+        try:
+            return forked(work)
+        finally:
             linux.setns(own, linux.CLONE_NEWPID)
+    finally:
         os.close(own)
+
+
+def forked_with_first(work: Callable[[], object]) -> int:
+    """The pid of a new process that has another do `work`, the first of a new pid namespace, and ends as that ends."""
+
+    def go_between() -> None:
+        linux.unshare(linux.CLONE_NEWPID)
+
+        def first() -> None:
+            linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+            work()
+
+        pid = forked(first)
+        os.closerange(3, 4096)  # pipes must end when the other process does
+        end_as(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    return forked(go_between)
 
 
 def mount_own_proc() -> None:

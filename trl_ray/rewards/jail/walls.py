@@ -2,8 +2,8 @@
 
     walls.build()   once, before functions are loaded      user namespace where one is needed
     walls.look()    once, after                            network namespace; what holds here is found out in copies
-    with walls.around_child(): fork
-        walls.enter(folder)   in the forked process        folder, limits, Landlock, user, capabilities, seccomp
+    walls.start(work)   a process per group
+        walls.enter(folder)   at the beginning of work     folder, limits, Landlock, user, capabilities, seccomp
             walls.enter_answer()   in a fork of that       no process may be started any more
 
 Each wall is there or named in `missing`; one that held in the trial and fails later raises, it is never passed over.
@@ -15,8 +15,8 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from trl_ray.rewards.jail import landlock, namespaces
@@ -48,24 +48,28 @@ class Walls:
         self._memory_bytes = memory_bytes
         self._readable: tuple[str, ...] = ()
         self._user: int | None = None
-        self._namespaces = self._proc = self._pids = self._landlock = self._seccomp = False
+        self._start: Callable[[Callable[[], object]], int] = namespaces.forked
+        self._proc = self._pids = self._landlock = self._seccomp = False
 
     def build(self) -> None:
         """Prepare; to be called while this process has one thread."""
         linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
-        reason = namespaces.possible(lambda: linux.unshare(linux.CLONE_NEWPID | linux.CLONE_NEWNS))
+        if namespaces.possible(lambda: linux.unshare(linux.CLONE_NEWPID | linux.CLONE_NEWNS)) is None:
+            self._start = namespaces.forked_as_first
+            return
+        reason = namespaces.possible(namespaces.enter_user_namespace)
+        if reason is None:
+            namespaces.enter_user_namespace()
+            self._start = namespaces.forked_with_first
+            reason = namespaces.possible(lambda: None, start=self._start)
         if reason is not None:
-            reason = namespaces.possible(namespaces.enter_user_namespace)
-            if reason is None:
-                namespaces.enter_user_namespace()
-        self._namespaces = reason is None
-        if reason is not None:
+            self._start = namespaces.forked
             self.missing["processes of others out of sight (pid namespace)"] = reason
 
     def look(self, folder: str) -> None:
         """Find out what holds, once the functions are loaded; `folder` is an empty one for the trial."""
         self._readable = readable_paths()
-        if self._namespaces:
+        if self._start is not namespaces.forked:
             # The network is also forbidden by seccomp: this is the wall behind.
             with suppress(OSError):
                 linux.unshare(linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS)
@@ -85,8 +89,7 @@ class Walls:
         return reason is None
 
     def _trial(self, step: Callable[[], object]) -> str | None:
-        with self.around_child():
-            return namespaces.possible(step)
+        return namespaces.possible(step, start=self._start)
 
     def _limit_pids(self) -> None:
         namespaces.mount_own_proc()
@@ -95,21 +98,16 @@ class Walls:
     @property
     def _counts_processes(self) -> bool:
         """Whether the limit of processes counts only those of the jail: root is never counted."""
-        return self._user is not None or (self._namespaces and os.geteuid() != 0)
+        return self._user is not None or (self._start is namespaces.forked_with_first and os.geteuid() != 0)
 
-    @contextmanager
-    def around_child(self) -> Iterator[None]:
-        """The process that is forked within is the first of a pid namespace, where that is possible."""
-        if not self._namespaces:
-            yield
-            return
-        with namespaces.children_in_new_pid_namespace():
-            yield
+    def start(self, work: Callable[[], object]) -> int:
+        """The pid of a new process that does `work`; where it can be, with a pid namespace that ends with it."""
+        return self._start(work)
 
     @property
     def kills_all(self) -> bool:
-        """Whether all that a forked process has started dies with it."""
-        return self._namespaces
+        """Whether the end of such a process is the end of all that it has started."""
+        return self._start is namespaces.forked_as_first
 
     def enter(self, folder: str, *, cpu_s: float | None) -> None:
         """Put them up around this process, just forked; `folder` is the only one that it may write to.

@@ -9,7 +9,7 @@ import pytest
 from trl_ray.config.load import dump_yaml
 from trl_ray.config.runs.dataset_config import SFTConfig
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig
-from trl_ray.config.runs.resumed_config import resumed_config
+from trl_ray.config.runs.resumed_config import check_resumed, resumed_config
 from trl_ray.config.runs.sdpo_config import SDPOConfig
 from trl_ray.errors import ConfigError
 
@@ -105,3 +105,30 @@ def test_how_long_a_teacher_is_waited_for_may_change_and_what_it_computes_with_m
     assert [getattr(teacher, name) for name in names] == [7] * 4
     with pytest.raises(ConfigError, match=r"^teacher.payload_dtype must stay"):
         resumed_config(SDPOConfig, path, ["teacher.payload_dtype=float16", "teacher.timeout_s=7"])
+
+
+def test_an_edit_of_the_file_is_known_by_what_the_run_wrote_down_itself(tmp_path: Path, file: Path) -> None:
+    recorded = tmp_path / ".config.yaml"
+    recorded.write_text(file.read_text())
+    file.write_text(
+        file.read_text().replace("seed: 42", "seed: 43").replace("num_generations: 8", "num_generations: 4")
+    )
+    with pytest.raises(ConfigError, match=r"^(?=.*\bseed)(?=.*num_generations).* must stay as the run began with"):
+        resumed_config(AsyncGRPOConfig, file, recorded=recorded)
+    file.write_text(recorded.read_text().replace("max_steps: 10", "max_steps: 12"))
+    found = resumed_config(AsyncGRPOConfig, file, ["save_steps=3"], recorded=recorded)
+    assert (found.max_steps, found.save_steps, found.seed) == (12, 3, 42)
+
+
+def test_what_changes_is_told_and_no_secret(tmp_path: Path) -> None:
+    before = AsyncGRPOConfig(max_steps=10, output_dir="a")
+    after = before.replace(
+        max_steps=20, save_strategy="epoch", output_dir="b", hub_token="hf_x", resume_from_checkpoint=True
+    )
+    assert check_resumed(before, after) == {"max_steps": "10 -> 20", "save_strategy": "steps -> epoch"}
+    assert check_resumed(before, before) == {}
+    with pytest.raises(ConfigError, match=r"^chat_template_kwargs must stay"):
+        check_resumed(before, before.replace(chat_template_kwargs={"a": 1}))
+    assert (
+        check_resumed(before, before.replace(chat_template_kwargs={"a": 1}), unresolved=["chat_template_kwargs"]) == {}
+    )

@@ -1,4 +1,4 @@
-"""Rows are told from others by their content, and a long dataset by as many rows as tell."""
+"""Rows are told from others by their content, all of them, however they are kept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 
+from trl_ray.data.examples.made_examples import RowExamples
+from trl_ray.data.examples.token_table import RowState, RowTokens, TokenTable, as_table
 from trl_ray.pipelines.supervised.rows_fingerprint import rows_fingerprint
 from trl_ray.types import Example, SampleLabel, TrainingSample
 
@@ -45,19 +48,31 @@ def test_a_word_a_target_a_label_an_order_and_a_number_tell() -> None:
     assert len({rows_fingerprint(rows) for rows in (ROWS, *others)}) == 8
 
 
-def test_of_many_rows_some_are_looked_at_the_first_and_the_last_among_them() -> None:
-    class Many(Sequence[Example]):
-        def __init__(self, last: int) -> None:
-            self.seen: list[int] = []
-            self._last = last
+def table(count: int = 5000, *, changed: int | None = None, parts: int = 1) -> RowExamples:
+    """Examples of a table in so many batches, of whose rows one has another last token."""
+    rows = [
+        RowTokens(state=RowState.KEPT, samples=example(row, word=8 if row == changed else 7).samples)
+        for row in range(count)
+    ]
+    size = count // parts
+    tables = [as_table(rows[start : start + size]) for start in range(0, count, size)]
+    return RowExamples(TokenTable(pa.concat_tables(tables)))
 
-        def __len__(self) -> int:
-            return 1_000_000
 
-        def __getitem__(self, place):  # type: ignore[no-untyped-def]
-            self.seen.append(place)
-            return example(place, word=self._last if place == 999_999 else 7)
+def test_of_many_rows_every_one_is_looked_at_and_not_how_they_are_kept() -> None:
+    whole = rows_fingerprint(table())
+    assert whole == rows_fingerprint(table(parts=7))
+    # Of 5000 evenly spaced rows 4096 leave out 904.
+    others = {rows_fingerprint(table(changed=row)) for row in (0, 5, 2501, 2502, 2503, 4999)}
+    assert len(others | {whole, rows_fingerprint(table(4999))}) == 8
 
-    first, other = Many(7), Many(8)
-    assert rows_fingerprint(first) != rows_fingerprint(other)
-    assert len(first.seen) == 4096 and first.seen[0] == 0 and first.seen[-1] == 999_999
+
+def test_lengths_tell_where_the_tokens_are_the_same() -> None:
+    def split(border: int) -> RowExamples:
+        ids = np.arange(5, dtype=np.int32)
+        sample = TrainingSample(
+            group_id=0, prompt_ids=ids[:border], completion_ids=ids[border:], loss_mask=np.ones(5 - border, np.bool_)
+        )
+        return RowExamples(TokenTable(as_table([RowTokens(state=RowState.KEPT, samples=(sample,))])))
+
+    assert rows_fingerprint(split(2)) != rows_fingerprint(split(3))
