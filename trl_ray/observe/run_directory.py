@@ -209,6 +209,9 @@ class RunDirectory:
     def _clear(self) -> None:
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
-        for name in _FOLDERS:
-            if (self.path / name).exists():
-                shutil.rmtree(self.path / name)
+        # What a run that went on with a new journal has left aside.
+        for path in (*(self.path / name for name in _FOLDERS), *self.path.glob("journal.bin*.left*")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)

@@ -30,7 +30,10 @@ def test_overwrite_deletes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
     run.metrics.write_text('{"step":1}\n')
     (run.path / "notes.txt").write_text("mine")
     run.checkpoint(1).mkdir()
+    (run.path / "journal.bin.left").write_text("old")
+    (run.path / "journal.bin.payloads.left").mkdir()
     RunDirectory.create(run.path, overwrite=True)
+    assert not list(run.path.glob("*.left"))
     assert run.metrics.read_text() == "" and not run.checkpoint(1).exists()
     assert (run.path / "notes.txt").read_text() == "mine"
 

@@ -491,6 +491,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         self, recorder: RunRecorder, kind: EventKind, error: BaseException | None, *, stop: Stop | None = None
     ) -> None:
         try:
+            recorder.guard()  # else another process may be writing there
             detail = {"error": f"{type(error).__name__}: {error}"} if error is not None else {}
             recorder.say(kind, "driver", **detail)
             hurries = stop is not None and (stop.at_once or stop.left_s is not None)
