@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trl_ray.config.base import FROM_STRING, Positive
-from trl_ray.config.stream_options import StreamConfig
+from trl_ray.config.runs.stream_options import StreamConfig
 
 
 class TruncationMode(enum.StrEnum):

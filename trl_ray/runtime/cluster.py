@@ -27,6 +27,7 @@ from trl_ray.errors import (
     DeadlineError,
     ResourceError,
     RunError,
+    StartError,
     TrlRayError,
 )
 from trl_ray.runtime import waits
@@ -117,13 +118,16 @@ class RayHandle:
 
     def _translate(self, error: BaseException, method: str) -> TrlRayError:
         where = f"{self._name}.{method}"
+        # As itself, or as what kept Ray from calling the method.
+        if isinstance(error, ObjectLostError) or isinstance(getattr(error, "cause", None), ObjectLostError):
+            return AnswerLostError(f"{where} needs an answer that was lost with its node: {_last_line(error)}")
         if isinstance(error, RayTaskError):
             cause = error.cause
             if isinstance(cause, TrlRayError):
                 return type(cause)(*cause.args)
             return RunError(f"{where} raised {type(cause).__name__}: {cause}\n{error}")
-        if isinstance(error, ObjectLostError):
-            return AnswerLostError(f"{where} needs an answer that was lost with its node: {_last_line(error)}")
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            return StartError(f"{self._name} could not start: {_last_line(error)}")
         if isinstance(error, RayActorError):
             if error.actor_init_failed and (raised := _raised_by_constructor(error)) is not None:
                 return raised
@@ -140,8 +144,9 @@ def _raised_by_constructor(error: BaseException) -> TrlRayError | None:
     """What an actor's constructor raised on purpose, of which Ray keeps the text alone; its messages have one line."""
     kind, _, message = _last_line(error).partition(": ")
     found = getattr(errors, kind.removeprefix(f"{errors.__name__}."), None)
-    is_ours = isinstance(found, type) and issubclass(found, TrlRayError)
-    return found(message) if is_ours and message else None
+    if not message or not isinstance(found, type) or not issubclass(found, TrlRayError):
+        return None
+    return found(message)
 
 
 def _last_line(error: BaseException) -> str:

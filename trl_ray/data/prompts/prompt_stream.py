@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trl_ray.config.stream_options import StreamConfig
+from trl_ray.config.runs.stream_options import StreamConfig
 from trl_ray.data.prompts.prompt_making import MadePrompts, PromptRules, make_prompts, readers_of
 from trl_ray.data.prompts.prompt_source import PromptSource
 from trl_ray.data.sources.dataset_files import Row

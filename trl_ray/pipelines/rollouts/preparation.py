@@ -20,8 +20,8 @@ from trl_ray.config.object_paths import FROM_PYTHON
 from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.runs.run_environment import learner_threads
+from trl_ray.config.runs.stream_options import StreamConfig
 from trl_ray.config.sections import GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
-from trl_ray.config.stream_options import StreamConfig
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.data.prompts.prompt_making import PromptRules
 from trl_ray.data.prompts.prompt_source import PromptSource, load_prompts

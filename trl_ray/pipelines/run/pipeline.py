@@ -34,14 +34,14 @@ from trl_ray.observe.private_files import loose_token
 from trl_ray.observe.report.report_page import build_report
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.run_lock import RunLock, in_use, living_holder
-from trl_ray.observe.service_sinks import services_of
+from trl_ray.observe.services.service_sinks import services_of
 from trl_ray.observe.sinks import Observer
 from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
 from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.run.evaluation_run import EvaluatedNumbers, evaluation_config
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
 from trl_ray.pipelines.run.given_rows import given_rows
-from trl_ray.pipelines.run.going_back import Origin, Return, Wish, find_return, leave_aside, resolve
+from trl_ray.pipelines.run.going_back import Return, RunOrigin, Wish, find_return, leave_aside, resolve
 from trl_ray.pipelines.run.hub_pushes import hub_place
 from trl_ray.pipelines.run.learner_actors import beside_guards
 from trl_ray.pipelines.run.ray_job import grace_s
@@ -405,7 +405,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         has_journal = self.resumes_within is not None
         return find_return(
             directory,
-            origin=Origin.of(self.config),
+            origin=RunOrigin.of(self.config),
             wish=wish,
             has_journal=has_journal,
             reads_journal=reads_journal,

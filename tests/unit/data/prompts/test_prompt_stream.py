@@ -8,8 +8,8 @@ from typing import ClassVar
 import datasets
 import pytest
 
+from trl_ray.config.runs.stream_options import StreamConfig
 from trl_ray.config.sections import PromptConfig
-from trl_ray.config.stream_options import StreamConfig
 from trl_ray.data.prompts.prompt_making import PromptRules
 from trl_ray.data.prompts.prompt_source import load_prompts
 from trl_ray.data.prompts.prompt_stream import TOLD_ONCE, open_prompts
