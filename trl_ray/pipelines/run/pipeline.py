@@ -30,6 +30,7 @@ from trl_ray.models.checkpoint import checkpoint_step, list_checkpoints
 from trl_ray.models.hub import check_hub
 from trl_ray.models.policy_loading import checkpoint_dtype, find_source
 from trl_ray.observe.observer import open_observer
+from trl_ray.observe.private_files import loose_token
 from trl_ray.observe.report.report_page import build_report
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.run_lock import RunLock, in_use, living_holder
@@ -450,6 +451,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             if self._lock.taken_from is not None:
                 session.recorder.say(EventKind.WARNING, "driver", detail=self._lock.taken_from)
                 self._lock.taken_from = None
+        if config.runtime.kind is RuntimeKind.RAY and (loose := loose_token()):
+            session.recorder.say(EventKind.WARNING, "driver", detail=loose)
         if resuming:
             session.recorder.cut = partial(directory.truncate_after, back.step)
             for sentence in leave_aside(directory, back):
@@ -487,14 +490,22 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
     def _end(
         self, recorder: RunRecorder, kind: EventKind, error: BaseException | None, *, stop: Stop | None = None
     ) -> None:
-        recorder.say(kind, "driver", **({"error": f"{type(error).__name__}: {error}"} if error is not None else {}))
-        hurries = stop is not None and (stop.at_once or stop.left_s is not None)
-        if not hurries:
-            recorder.close()
-        if self.config.html_report and not (stop is not None and stop.at_once):
-            build_report(recorder.directory.path)
-        if hurries:  # a service may take its time
-            recorder.close()
+        try:
+            recorder.guard()  # else another process may be writing there
+            detail = {"error": f"{type(error).__name__}: {error}"} if error is not None else {}
+            recorder.say(kind, "driver", **detail)
+            hurries = stop is not None and (stop.at_once or stop.left_s is not None)
+            if not hurries:
+                recorder.close()
+            if self.config.html_report and not (stop is not None and stop.at_once):
+                build_report(recorder.directory.path)
+            if hurries:  # a service may take its time
+                recorder.close()
+        except RunError as unwritten:
+            if error is None:
+                raise
+            # What the run has failed for is told; that a full disk takes no more words is not news.
+            _LOG.warning("the end of the run could not be written down: %s", unwritten)
 
     def _open_directory(self) -> RunDirectory:
         if self._resume:
