@@ -9,6 +9,7 @@
     ├── RunError          the run failed after it had started              -> exit code 3
     │   ├── ActorLostError    an actor died; whether its last call ran is unknown
     │   │   ├── LearnerLostError  the learner did; it restarts from the last checkpoint
+    │   │   ├── StartError        its constructor raised, as it would again
     │   │   └── AnswerLostError   what an actor had left in the object store is gone
     │   ├── ClusterLostError  Ray's head, or Ray on the driver's node, is gone
     │   ├── DeadlineError     an actor or a wait did not answer within its deadline
@@ -63,6 +64,10 @@ class ActorLostError(RunError):
 
 class LearnerLostError(ActorLostError):
     """The learner died or hung. It restarts as a whole, from the last checkpoint."""
+
+
+class StartError(ActorLostError):
+    """An actor's constructor raised. Another try would most likely meet the same."""
 
 
 class AnswerLostError(ActorLostError):

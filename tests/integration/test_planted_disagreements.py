@@ -10,6 +10,7 @@ from tiny_architectures import build_tiny_architecture
 from tiny_models import build_tiny_model
 from trl_ray.engines import sampling
 from trl_ray.engines.transformers import TransformersBackend
+from trl_ray.engines.vllm import VLLMBackend
 from trl_ray.errors import AgreementError, RunError, WeightError
 from trl_ray.models.scoring.scoring_module import ScoringModule
 from trl_ray.pipelines.async_grpo import AsyncGRPOPipeline
@@ -203,16 +204,16 @@ def learn(model, run, **changes):
     return distill(model, model, run, **changes)
 
 
-def plant_late_sampling(monkeypatch, **changes):
+def plant_late_sampling(monkeypatch, backend=TransformersBackend, **changes):
     """Have the engine sample otherwise than asked once it has pulled version 2, in a run that sees no fresh tokens."""
     monkeypatch.setattr(AgreementCheck, "_judge_sampled", lambda self, values, evidence: iter(()))
-    original = TransformersBackend.add
+    original = backend.add
 
     def add(self, key, request):
         sampling = replace(request.sampling, **changes) if self._version >= 2 else request.sampling
         original(self, key, replace(request, sampling=sampling))
 
-    monkeypatch.setattr(TransformersBackend, "add", add)
+    monkeypatch.setattr(backend, "add", add)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +232,16 @@ def test_sampling_that_is_reshaped_late_in_a_run_is_told_without_fresh_tokens(
     plant_late_sampling(monkeypatch, **changes)
     options = {"max_staleness": 1, "max_steps": 9, "temperature": temperature}
     with pytest.raises(AgreementError, match=rf"an engine must say of tokens what it said.*{words}.*cause: sampling"):
+        train(model, tmp_path / "run", asynchronous=True, **options)
+
+
+@pytest.mark.long
+def test_sampling_of_vllm_that_is_reshaped_late_in_a_run_at_a_temperature_of_its_own(model, tmp_path, monkeypatch):
+    pytest.importorskip("vllm")
+    # vLLM scores at temperature 1 alone: what it would say at 0.7 follows from its most probable tokens.
+    plant_late_sampling(monkeypatch, VLLMBackend, top_p=0.7)
+    options = {"max_staleness": 1, "max_steps": 9, "temperature": 0.7, "rollout": {"engine": "vllm"}}
+    with pytest.raises(AgreementError, match=r"an engine must say of tokens.*after .*e-0. at .*tokens were left out"):
         train(model, tmp_path / "run", asynchronous=True, **options)
 
 

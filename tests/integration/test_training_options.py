@@ -127,6 +127,7 @@ def test_a_policy_goes_on_from_any_checkpoint_that_is_whole_with_the_ledger_that
     assert main(["resume", str(run)]) == 3
     said = capsys.readouterr().err
     assert f"trl-ray resume {run} --from-checkpoint 3 --new-journal" in said and "step-3 itself can be used" in said
+    assert "trl-ray resume RUN_DIR" not in said
     assert (run / "metrics.jsonl").read_bytes() == before
     assert main(["resume", str(run), "--from-checkpoint", "9"]) == 2
     assert main(["resume", str(run), "--from-checkpoint", "3", "--new-journal"]) == 0

@@ -85,6 +85,7 @@ def test_a_second_driver_is_refused_before_it_changes_anything(
     assert len(tried) == 6
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
     assert len(list((run / "checkpoints").iterdir())) == 4 and not (run / LOCK).exists()
+    assert {path for path in run.rglob("*") if path.stat().st_mode & 0o077} == set()
     if kind == "grpo":
         assert_balanced(run, trained=16)
 

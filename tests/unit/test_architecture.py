@@ -51,7 +51,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # Libraries that only some modules may import; `ray` elsewhere inside a function is allowed, the others are not.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "vllm": ("trl_ray.engines.vllm",),
+    "vllm": ("trl_ray.engines.vllm", "trl_ray.engines.vllm_workers", "trl_ray.engines.start"),
     "triton": ("trl_ray.algorithms.head.logprobs_triton",),
     "transformers": ("trl_ray.models", "trl_ray.data", "trl_ray.engines"),
     "deepspeed": ("trl_ray.models",),

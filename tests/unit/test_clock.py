@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import trl_ray
-from trl_ray.types.clock import steady_time
+from trl_ray.types import steady_time
 
 READ_BY_OTHERS = {"types/clock.py", "types/events.py", "observe/sinks.py", "data/sources/data_cache.py"}
 """Where the machine's own time of day is right: lines of a log, and the times of files."""

@@ -40,6 +40,7 @@ REVIEWED = {
     "trl_ray/engines/teacher_transport.py": "the pause between tries, which are counted",
     "trl_ray/cli/teacher_serve.py": "a server's own life",
     "trl_ray/observe/run_lock.py": "another run's sign of life, before anything is begun",
+    "trl_ray/rewards/lone_answers.py": "the end of a child, within half a second",
     # The driver's.
     "trl_ray/pipelines/callbacks/hooks.py": "a user's callback, which may take its time, and is told of",
     "trl_ray/pipelines/run/signals.py": "ends other waits when the run is to end",

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from trl_ray.types import ActorReport, Event, EventKind, Span
-from trl_ray.types.clock import steady_time
+from trl_ray.types import ActorReport, Event, EventKind, Span, steady_time
 
 
 class ActorLog:

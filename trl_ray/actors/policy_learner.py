@@ -79,8 +79,8 @@ from trl_ray.types import (
     WeightCheck,
     WeightPayload,
     WeightVersion,
+    steady_time,
 )
-from trl_ray.types.clock import steady_time
 
 
 class PolicyLearner:

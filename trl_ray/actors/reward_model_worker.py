@@ -35,8 +35,8 @@ from trl_ray.types import (
     RewardErrorKind,
     RewardFailure,
     ScoredGroup,
+    steady_time,
 )
-from trl_ray.types.clock import steady_time
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -39,8 +39,8 @@ from trl_ray.types import (
     RewardErrorKind,
     RewardFailure,
     ScoredGroup,
+    steady_time,
 )
-from trl_ray.types.clock import steady_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

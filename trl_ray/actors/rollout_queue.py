@@ -34,8 +34,8 @@ from trl_ray.types import (
     Health,
     Prompt,
     RolloutGroup,
+    steady_time,
 )
-from trl_ray.types.clock import steady_time
 from trl_ray.wire.group_payload import decode_group, decode_prompt, encode_prompt
 from trl_ray.wire.worker_news import GroupFailed, GroupFinished, GroupGenerated, WorkerNews, finished_group
 

@@ -25,7 +25,7 @@ from trl_ray.actors.calling import Outbox, Patience, call_patiently
 from trl_ray.actors.dataset_completions import given_completions
 from trl_ray.actors.pending_scores import ask_for_scores
 from trl_ray.actors.teaching import Taught, TeacherFailure, TeacherSeat, Teaching, TeachingPlan
-from trl_ray.actors.weight_proof import WeightProof
+from trl_ray.actors.weight_proof import MOST_PROBABLE, WeightProof
 from trl_ray.buffer.entry import Outcome
 from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.sections import GenerationConfig, ModelConfig, RolloutConfig
@@ -57,8 +57,8 @@ from trl_ray.types import (
     TeacherScores,
     WeightCheck,
     WeightPayload,
+    steady_time,
 )
-from trl_ray.types.clock import steady_time
 from trl_ray.wire.worker_news import GroupFailed, GroupGenerated, WorkerNews, finished_group
 
 _POLL_S = 5.0
@@ -145,6 +145,8 @@ class RolloutWorker:
         if rollout.engine_kwargs.get("logits_processors"):  # nobody knows what they do
             self._sampling = replace(self._sampling, policy_logprobs=True)
         top_k = teaching.question.top_k if teaching is not None and teaching.asks is TeacherSeat.OWN_ENGINE else None
+        if agreement.is_ahead and generation.temperature != 1:
+            top_k = max(top_k or 0, MOST_PROBABLE)
         self._engine = open_engine(
             model=model,
             rollout=rollout,

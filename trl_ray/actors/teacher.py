@@ -46,8 +46,8 @@ from trl_ray.types import (
     TeacherScores,
     WeightCheck,
     WeightPayload,
+    steady_time,
 )
-from trl_ray.types.clock import steady_time
 from trl_ray.wire.teacher_payload import encode_scores
 
 _MAX_MODEL_LEN = 2048

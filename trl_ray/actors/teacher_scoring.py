@@ -16,8 +16,7 @@ from typing import Protocol, TypeAlias, TypeVar
 import torch
 
 from trl_ray.errors import EngineError, InputError, RunError, TeacherError
-from trl_ray.types import Span, TeacherQuestion, TeacherRequest, TeacherScores
-from trl_ray.types.clock import steady_time
+from trl_ray.types import Span, TeacherQuestion, TeacherRequest, TeacherScores, steady_time
 
 ResultT = TypeVar("ResultT")
 Ask: TypeAlias = Callable[[Sequence[TeacherRequest], TeacherQuestion], list[TeacherScores]]

@@ -39,9 +39,13 @@ from trl_ray.types import (
     TeacherRequest,
     WeightCheck,
     WeightPayload,
+    steady_time,
 )
-from trl_ray.types.clock import steady_time
 
+UNKNOWN = 1.0
+"""In the place of a log-prob that is not known; no log-prob is above 0."""
+MOST_PROBABLE = 256
+"""Tokens that an engine is asked about which scores at temperature 1 alone, where samples have another one."""
 _NEWEST = 32
 """Completions kept to be compared."""
 _LONGEST = 512
@@ -240,11 +244,15 @@ class WeightProof:
                 picked.append(_Sampled(prompt_ids=prompt_ids, completion=completion, start=start, end=end))
                 left, room = left - (end - start), room - (len(prompt_ids) + end)
         self._noted = ()
-        scored = self._score_samples(picked) if picked else None
-        if scored is None:
+        if not picked:
             return None
+        scored = np.concatenate(self._score_samples(picked)).astype(float)
         sampled = np.concatenate([each.completion.logprobs[each.start : each.end] for each in picked]).astype(float)
-        x = np.concatenate(scored).astype(float) - sampled
+        # Which tokens these are does not depend on what was drawn.
+        scored, sampled = (values[scored != UNKNOWN] for values in (scored, sampled))
+        if not len(scored):
+            return None
+        x = scored - sampled
         return SamplingGap(
             version=version,
             tokens=len(x),
@@ -253,8 +261,8 @@ class WeightProof:
             doubt=float(np.maximum(1 - np.exp(sampled), LEAST_DOUBT).mean()),
         )
 
-    def _score_samples(self, picked: Sequence[_Sampled]) -> list[FloatArray] | None:
-        """Log-probs of the tokens of each; None where the engine cannot score at the temperature of the samples."""
+    def _score_samples(self, picked: Sequence[_Sampled]) -> list[FloatArray]:
+        """Log-probs of the tokens of each; `UNKNOWN` where the engine does not tell them at this temperature."""
         if self._temperature == 1:
             scores = self._score([each.token_ids for each in picked])
             return [
@@ -268,12 +276,56 @@ class WeightProof:
         try:
             answers = self._engine.score_completions(requests, question, deadline_s=self._deadline_s)
         except ConfigError:  # vLLM scores at temperature 1 alone
-            self._compares_samples = False
-            return None
+            return self._cool(picked, requests)
         return [answer.logprobs[each.start :] for each, answer in zip(picked, answers, strict=True)]
+
+    def _cool(self, picked: Sequence[_Sampled], requests: Sequence[TeacherRequest]) -> list[FloatArray]:
+        """The same from log-probs at temperature 1 of the tokens and of the most probable ones."""
+        vocab_size = self._engine.vocab_size
+        question = TeacherQuestion(vocab_size=vocab_size, top_k=min(MOST_PROBABLE, vocab_size))
+        try:
+            answers = self._engine.score_completions(requests, question, deadline_s=self._deadline_s)
+        except ConfigError:  # the engine was started for fewer
+            self._compares_samples = False
+            return [np.full(each.end - each.start, UNKNOWN) for each in picked]
+        return [
+            cooled_logprobs(
+                answer.logprobs[each.start :],
+                answer.top_logprobs[each.start :],
+                temperature=self._temperature,
+                vocab_size=vocab_size,
+                tolerance=self._rule.floor / 4,
+            )
+            for each, answer in zip(picked, answers, strict=True)
+            if answer.top_logprobs is not None
+        ]
 
     def _score(self, sequences: list[IntArray]) -> list[FloatArray]:
         return self._engine.score(sequences, deadline_s=self._deadline_s)
+
+
+def cooled_logprobs(
+    logprobs: FloatArray, top_logprobs: FloatArray, *, temperature: float, vocab_size: int, tolerance: float
+) -> FloatArray:
+    """Log-probs [L] at a temperature T from some at temperature 1: log p_T(a) = log p(a) / T - log sum_b p(b)^(1/T).
+
+    Of the sum the K largest terms are known. The others, of probabilities at most p_K with the mass m together, add at
+    most m p_K^(1/T - 1) where T < 1, and by Hoelder's inequality (V - K)^(1 - 1/T) m^(1/T) where T > 1.
+
+    Args:
+        logprobs: [L] of the tokens.
+        top_logprobs: [L, K] of the most probable ones, most probable first.
+        temperature: T.
+        vocab_size: V.
+        tolerance: nats by which a result may be off; others are `UNKNOWN`.
+    """
+    power, top = 1 / temperature, top_logprobs.astype(float)
+    left, others = np.maximum(1 - np.exp(top).sum(axis=1), 0.0), vocab_size - top.shape[1]
+    cool, warm = left * np.exp((power - 1) * top[:, -1]), others ** max(1 - power, 0.0) * left**power
+    most = (cool if power >= 1 else warm) if others else np.zeros(len(top))
+    known = np.exp(power * top).sum(axis=1)
+    values = power * logprobs.astype(float) - np.log(known + most / 2)
+    return np.where(np.log1p(most / known) / 2 <= tolerance, values, UNKNOWN)
 
 
 def _apart(one: FloatArray, other: FloatArray) -> tuple[float, float]:

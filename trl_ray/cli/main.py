@@ -53,6 +53,7 @@ class ExitCode(enum.IntEnum):
 
 _SERVE = "teacher-serve"
 _SERVES = "answer for a teacher over HTTP"
+_GO_ON = "Its last checkpoint, journal and events are kept; go on with: trl-ray resume RUN_DIR"
 _RESUMES = "go on with a run from its last checkpoint; what env set is not kept: set it in the shell before"
 _BUILT_IN = frozenset({*CONFIGS, _SERVE, "resume", "report", "env"})
 
@@ -143,7 +144,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return _say(
             ExitCode.FAILED,
             f"trl-ray: the run failed: {type(error).__name__}: {error}\n"
-            "Its last checkpoint, journal and events are kept; go on with: trl-ray resume RUN_DIR",
+            # An error that says so has said what to do as well.
+            + ("" if "Nothing was changed" in str(error) else _GO_ON),
         )
 
 

@@ -29,6 +29,11 @@ def rule(method: RuleT) -> RuleT:
     return method
 
 
+_NAMES = ("_path", "_dir", "_name", "_model_id", "chat_template", "reward_funcs")
+"""Ends of the names of options that hold names and paths."""
+_MAX_NAME_BYTES = 255
+
+
 @cache
 def _rules_of(section: type) -> tuple[str, ...]:
     """Names of its rules, those of its bases first; what a class overrides without the mark is none."""
@@ -68,6 +73,23 @@ class Section(BaseModel):
     # Without this mark pydantic would build nested sections through __init__, and their mistakes would lose
     # the dotted name of the option.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @rule
+    def _check_names(self) -> None:
+        """What no file system can hold is no path, and no name of a model or of rows either."""
+        for name in [name for name in type(self).model_fields if name.endswith(_NAMES)]:
+            given = getattr(self, name)
+            for text in given if isinstance(given, list | tuple) else (given,):
+                if not isinstance(text, str):
+                    continue
+                if "\0" in text:
+                    raise ValueError(f"{name} must hold no NUL character, got {text[:60]!r}.")
+                longest = max(map(len, text.encode("utf-8", "replace").split(b"/")))
+                if longest > _MAX_NAME_BYTES and name != "chat_template":
+                    raise ValueError(
+                        f"{name} must be a name or a path whose parts have at most {_MAX_NAME_BYTES} bytes, got one of "
+                        f"{longest}: {text[:40]!r}..."
+                    )
 
     @model_validator(mode="after")
     def _keep_rules(self) -> Self:

@@ -47,8 +47,8 @@ from trl_ray.types import (
     TeacherScores,
     WeightPayload,
     WeightVersion,
+    steady_time,
 )
-from trl_ray.types.clock import steady_time
 from trl_ray.wire.teacher_answers import TeacherAnswer
 
 _LOG = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ from typing import IO, Any
 from trl_ray.observe.completions import CompletionsFiles
 from trl_ray.observe.console import ConsoleSink
 from trl_ray.observe.run_directory import RunDirectory
-from trl_ray.observe.service_sinks import MLflowSink, TensorBoardSink, TrackioSink, services_of
+from trl_ray.observe.services.service_sinks import MLflowSink, TensorBoardSink, TrackioSink, services_of
+from trl_ray.observe.services.wandb_sink import WandbSink
 from trl_ray.observe.sinks import EventsFile, MetricsFile, Observer, Sink
 from trl_ray.observe.trace import TraceFile
-from trl_ray.observe.wandb_sink import WandbSink
 
 
 def open_observer(

@@ -14,6 +14,8 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from trl_ray.errors import ConfigError
+
 _TOKEN = Path("~/.ray/auth_token")
 
 
@@ -65,3 +67,24 @@ def loose_token(environment: Mapping[str, str] = os.environ) -> str | None:
         f"{path} must be readable by its owner alone, its mode is {mode:04o}: who reads this token may run code on the "
         f"cluster. Set it: chmod 600 {path}"
     )
+
+
+def usable_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute path.
+
+    Raises:
+        ConfigError: no folder can have it.
+    """
+    given = str(os.fspath(path))
+    what = "no NUL character" if "\0" in given else None
+    try:
+        folder = Path(given).expanduser().absolute()
+        os.fsencode(folder)
+        folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        what = what or str(getattr(error, "strerror", None) or error)
+    else:
+        if what is None:
+            return folder
+    shown = given if len(given) < 100 else f"{given[:60]}... ({len(given)} characters)"
+    raise ConfigError(f"A run directory must be a path that a folder can have, got {shown!r}: {what}. Choose another.")

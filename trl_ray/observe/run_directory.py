@@ -5,9 +5,9 @@ RUN_DIR/
   metrics.jsonl     one line per optimizer step    journal.bin      the ledger's journal
   events.jsonl      what happened to whom          completions/     step-000012.parquet
   trace.jsonl       spans of the actors            checkpoints/     step-12/
-    journal.bin.payloads/   groups that may be trained yet
-    report.html       drawn from all of the above    .config.yaml     the options once more, to know an edit by
-    run.lock          who writes it now
+  journal.bin.payloads/   groups that may be trained yet
+  .config.yaml      the options once more, by which an edit of them is known
+  report.html       drawn from all of the above    run.lock         who writes it now
 
 Whoever changes a directory holds its lock first (run_lock.py). Who may read: private_files.py.
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trl_ray.errors import ConfigError
-from trl_ray.observe.private_files import file_mode, make_folder
+from trl_ray.observe.private_files import file_mode, make_folder, usable_path
 from trl_ray.observe.run_files import atomic_write_json, atomic_write_text, cut_json_lines, writing
 from trl_ray.observe.run_lock import LOCK
 
@@ -71,7 +71,7 @@ class RunDirectory:
         Raises:
             ConfigError: the folder is in use or is no folder.
         """
-        run = cls(_usable(path))
+        run = cls(usable_path(path))
         run._refuse_if_in_use(overwrite=overwrite)
         return run
 
@@ -82,7 +82,7 @@ class RunDirectory:
         Raises:
             ConfigError: there is no run in `path`.
         """
-        run = cls(_usable(path))
+        run = cls(usable_path(path))
         if not run.path.exists():
             raise ConfigError(f"A run directory must exist, got {str(run.path)!r}, which does not. Check the path.")
         if not run._is_run():
@@ -185,6 +185,7 @@ class RunDirectory:
         if not self.path.is_dir():
             raise ConfigError(f"output_dir must be a folder, got the file {str(self.path)!r}. Choose another.")
         if all(LOCK in each.name for each in self.path.iterdir()):
+            self._refuse_if_it_cannot_be_made()
             return
         if not self._is_run():
             raise ConfigError(
@@ -198,37 +199,19 @@ class RunDirectory:
             )
 
     def _refuse_if_it_cannot_be_made(self) -> None:
-        above = next(each for each in self.path.parents if each.exists())
+        above = next(each for each in (self.path, *self.path.parents) if each.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
             raise ConfigError(
-                f"output_dir must be a folder that can be written, got {str(self.path)!r}, which cannot be made in "
-                f"{above}. Choose another output_dir or fix the permissions."
+                f"output_dir must be a folder that can be written, got {str(self.path)!r}: nothing can be made "
+                f"in {above}. Choose another output_dir or fix the permissions."
             )
 
     def _clear(self) -> None:
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
-        for name in _FOLDERS:
-            if (self.path / name).exists():
-                shutil.rmtree(self.path / name)
-
-
-def _usable(path: str | os.PathLike[str]) -> Path:
-    """The absolute path.
-
-    Raises:
-        ConfigError: no folder can have it.
-    """
-    given = os.fspath(path)
-    what = "no NUL character" if "\0" in given else None
-    try:
-        folder = Path(given).expanduser().absolute()
-        os.fsencode(folder)
-        folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:
-        what = what or str(getattr(error, "strerror", None) or error)
-    else:
-        if what is None:
-            return folder
-    shown = given if len(given) < 100 else f"{given[:60]}... ({len(given)} characters)"
-    raise ConfigError(f"A run directory must be a path that a folder can have, got {shown!r}: {what}. Choose another.")
+        # What a run that went on with a new journal has left aside.
+        for path in (*(self.path / name for name in _FOLDERS), *self.path.glob("journal.bin*.left*")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)

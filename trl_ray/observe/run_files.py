@@ -13,7 +13,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -95,7 +95,7 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 class JsonLines:
-    """An append-only file of one JSON object per line, flushed after every append.
+    """An append-only file of one JSON object per line, written at every append, as a whole or not at all.
 
     Opening seals a torn last line with a newline, so that a crash costs that line and not the next one too.
     """
@@ -104,24 +104,38 @@ class JsonLines:
         self.path = path
         with writing(path):
             torn = _is_torn(path)
-            self._stream = open(path, "a", encoding="utf-8", opener=open_private)  # noqa: SIM115
+            self._file = open_private(str(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             if torn:
-                self._stream.write("\n")
+                _write_all(self._file, b"\n")
 
     def append(self, *records: Mapping[str, Any]) -> None:
-        """Write records and flush.
+        """Write records; where that fails the file is what it was.
 
         Raises:
             RunError: the disk is full or the file is gone.
         """
+        data = "".join(to_json(record) + "\n" for record in records).encode()
         with writing(self.path):
-            self._stream.writelines(to_json(record) + "\n" for record in records)
-            self._stream.flush()
+            end = os.fstat(self._file).st_size
+            try:
+                _write_all(self._file, data)
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(self._file, end)
+                raise
 
     def close(self) -> None:
         """Close the file; calling it again does nothing."""
-        with writing(self.path):
-            self._stream.close()
+        if self._file >= 0:
+            with writing(self.path):
+                os.close(self._file)
+            self._file = -1
+
+
+def _write_all(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
 
 
 def _is_torn(path: Path) -> bool:

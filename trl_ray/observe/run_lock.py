@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Self
 
 from trl_ray.errors import ConfigError, RunError
-from trl_ray.observe.private_files import file_mode, make_folder
+from trl_ray.observe.private_files import file_mode, make_folder, usable_path
 
 LOCK = "run.lock"
 _LOG = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class RunLock:
         Raises:
             ConfigError: another process holds it, or the folder cannot be written; nothing was changed.
         """
-        lock = cls(Path(folder).expanduser().absolute(), times or LockTimes())
+        lock = cls(usable_path(folder), times or LockTimes())
         try:
             lock._acquire()
         except OSError as error:

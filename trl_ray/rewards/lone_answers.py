@@ -32,8 +32,6 @@ _AT_ONCE = min(4, os.cpu_count() or 1)
 _MAX_CPU_S = 2.0
 _MIN_CPU_S = 0.25
 _MAX_RESULT_BYTES = 2**20
-_STOPPED = [0.0]
-"""The value of an answer that did not come to an end; told from others by identity."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -67,8 +65,12 @@ def is_plain(text: str) -> bool:
     return _CALL.search(_FUNCTION.sub(" + (", text)) is None
 
 
-class ScorerRaised(Exception):
+class ScorerRaisedError(Exception):
     """The function raised for one completion; says what."""
+
+
+class _StoppedError(Exception):
+    """The evaluation of an answer did not come to an end."""
 
 
 def scored_alone(
@@ -76,7 +78,7 @@ def scored_alone(
 ) -> RewardFunction:
     """The same function, each completion for itself.
 
-    An answer at which the function raises is wrong (0) too, unless it raises at all of them.
+    An answer whose evaluation does not come to an end, or raises where others do not, counts as an empty one.
 
     Args:
         function: scores each completion without regard to the others, not async.
@@ -105,19 +107,23 @@ class _LoneAnswers:
         plain = [row for row, text in enumerate(texts) if is_plain(text)]
         lone = sorted(set(range(len(texts))) - set(plain))
         results = [_call(self._function, arguments, plain)] if plain else []
-        raised = []
+        raised, failed = [], []
         for row, body in self._fork_each(arguments, lone).items():
             try:
                 results.append(_read(row, body))
-            except ScorerRaised as error:
+            except ScorerRaisedError as error:
                 raised.append(str(error))
+                failed.append(row)
+            except _StoppedError:
+                failed.append(row)
         if raised and not results:
-            raise ScorerRaised(raised[0])
+            raise ScorerRaisedError(raised[0])
+        if failed:
+            results.append(_call(self._function, _with_empty(arguments), sorted(failed)))
+            arguments["log_metric"](f"{self._name}/answers_stopped", len(failed))
         self._log(arguments, results, len(texts))
-        scores = dict.fromkeys(range(len(texts)), 0.0) | {
-            row: value for result in results for row, value in zip(result.rows, result.values, strict=True)
-        }
-        return list(scores.values())
+        scores = {row: value for result in results for row, value in zip(result.rows, result.values, strict=True)}
+        return [scores[row] for row in range(len(texts))]
 
     def _log(self, arguments: Mapping[str, Any], results: Sequence[_Result], size: int) -> None:
         for column in dict.fromkeys(column for result in results for column in result.extra):
@@ -129,9 +135,6 @@ class _LoneAnswers:
         for result in results:
             for metric, number in result.metrics:
                 arguments["log_metric"](metric, number)
-        stopped = size - sum(len(result.rows) for result in results if result.values is not _STOPPED)
-        if stopped:
-            arguments["log_metric"](f"{self._name}/answers_stopped", stopped)
 
     def _fork_each(self, arguments: Mapping[str, Any], rows: Sequence[int]) -> dict[int, bytes | None]:
         """What each fork wrote; None of those that did not come to an end."""
@@ -205,16 +208,26 @@ def _call(function: RewardFunction, arguments: Mapping[str, Any], rows: list[int
     return result
 
 
+def _with_empty(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for completions that say nothing."""
+
+    def emptied(completion: Any) -> Any:
+        return "" if isinstance(completion, str) else [{**message, "content": ""} for message in completion]
+
+    return {**arguments, "completions": [emptied(completion) for completion in arguments["completions"]]}
+
+
 def _read(row: int, body: bytes | None) -> _Result:
     """What a fork wrote, trusting nothing: it evaluated what a model wrote.
 
     Raises:
-        ScorerRaised: the function raised.
+        ScorerRaisedError: the function raised.
+        _StoppedError: it did not come to an end.
     """
     try:
         found = json.loads(body or b"{}")
         if "raised" in found:
-            raise ScorerRaised(str(found["raised"]))
+            raise ScorerRaisedError(str(found["raised"]))
         return _Result(
             rows=[row],
             values=[found["value"]],
@@ -222,7 +235,7 @@ def _read(row: int, body: bytes | None) -> _Result:
             metrics=[(str(metric), float(number)) for metric, number in found["metrics"]],
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return _Result(rows=[row], values=_STOPPED)
+        raise _StoppedError from None
 
 
 def _write(fd: int, value: Mapping[str, Any]) -> None:

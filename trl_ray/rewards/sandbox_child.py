@@ -15,6 +15,7 @@ import faulthandler
 import io
 import os
 import select
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -48,10 +49,15 @@ def main(request_fd: int, reply_fd: int, lifeline_fd: int) -> None:
     if first is None:
         return
     lifetime = wire.Lifetime(first["lifetime"])
+    if not hasattr(os, "pidfd_open"):  # all that follows is Linux's
+        run_functions(first, request_fd, reply_fd)
+        return
     if lifetime is wire.Lifetime.RUN:
         with contextlib.suppress(OSError, AttributeError):
             linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
-        _watch_over(lambda: run_functions(first, request_fd, reply_fd), (request_fd, reply_fd), lifeline_fd)
+        _watch_over(
+            first["folder"], lambda: run_functions(first, request_fd, reply_fd), (request_fd, reply_fd), lifeline_fd
+        )
         return
     walls = Walls(memory_bytes=first["memory_bytes"])
     walls.build()
@@ -68,7 +74,7 @@ def main(request_fd: int, reply_fd: int, lifeline_fd: int) -> None:
         def on_fork(pid: int) -> None:
             wire.write_frame(reply_fd, {**ready, "pid": pid})
 
-        _watch_over(serve, (request_fd, reply_fd), lifeline_fd, walls=walls, on_fork=on_fork)
+        _watch_over(first["folder"], serve, (request_fd, reply_fd), lifeline_fd, walls=walls, on_fork=on_fork)
         return
     wire.write_frame(reply_fd, {**ready, "pid": os.getpid()})
     groups = GroupProcesses(
@@ -87,6 +93,7 @@ def main(request_fd: int, reply_fd: int, lifeline_fd: int) -> None:
 
 
 def _watch_over(
+    folder: str,
     work: Callable[[], None],
     fds: Sequence[int],
     lifeline_fd: int,
@@ -118,6 +125,7 @@ def _watch_over(
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     kill_descendants()
+    shutil.rmtree(folder, ignore_errors=True)
     end_as(os.waitstatus_to_exitcode(status))
 
 

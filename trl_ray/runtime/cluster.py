@@ -27,6 +27,7 @@ from trl_ray.errors import (
     DeadlineError,
     ResourceError,
     RunError,
+    StartError,
     TrlRayError,
 )
 from trl_ray.runtime import waits
@@ -117,16 +118,18 @@ class RayHandle:
 
     def _translate(self, error: BaseException, method: str) -> TrlRayError:
         where = f"{self._name}.{method}"
+        # As itself, or as what kept Ray from calling the method.
+        if isinstance(error, ObjectLostError) or isinstance(getattr(error, "cause", None), ObjectLostError):
+            return AnswerLostError(f"{where} needs an answer that was lost with its node: {_last_line(error)}")
         if isinstance(error, RayTaskError):
             cause = error.cause
             if isinstance(cause, TrlRayError):
                 return type(cause)(*cause.args)
             return RunError(f"{where} raised {type(cause).__name__}: {cause}\n{error}")
-        if isinstance(error, ObjectLostError):
-            return AnswerLostError(f"{where} needs an answer that was lost with its node: {_last_line(error)}")
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            started = StartError(f"{self._name} could not start: {_last_line(error)}")
+            return _raised_by_constructor(error) or started
         if isinstance(error, RayActorError):
-            if error.actor_init_failed and (raised := _raised_by_constructor(error)) is not None:
-                return raised
             return ActorLostError(f"{self._name} died during {method} ({type(error).__name__}): {_last_line(error)}")
         return ActorLostError(f"{where} could not be completed by Ray ({type(error).__name__}): {_last_line(error)}")
 

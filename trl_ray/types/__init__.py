@@ -11,6 +11,7 @@ Arrays are NumPy so that Ray hands them over without copying; nothing here impor
 
 from trl_ray.types.actor_handles import Handle, Health
 from trl_ray.types.arrays import BoolArray, FloatArray, IntArray
+from trl_ray.types.clock import steady_time
 from trl_ray.types.events import ActorReport, Event, EventKind, Span
 from trl_ray.types.generation_requests import GenerationRequest, SamplingParams
 from trl_ray.types.groups import (
@@ -88,4 +89,5 @@ __all__ = [
     "WeightCheck",
     "WeightPayload",
     "WeightVersion",
+    "steady_time",
 ]

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from trl_ray.actors.weight_proof import WeightProof
+from trl_ray.actors.weight_proof import UNKNOWN, WeightProof, cooled_logprobs
 from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.runs.grpo_config import AsyncGRPOConfig, GRPOConfig
 from trl_ray.config.sections import ModelConfig
@@ -47,10 +47,16 @@ class Engine:
         self, requests: list[TeacherRequest], question: TeacherQuestion, *, deadline_s: float
     ) -> list[TeacherScores]:
         self.questions.append(question)
-        if self.refuses:
+        if self.refuses and question.temperature != 1:
             raise ConfigError("the temperature must be 1")
+        top = np.log(np.array([0.5, 0.5] + [1e-30] * 7, np.float32))
         return [
-            TeacherScores(teacher="", version=2, logprobs=-request.completion_ids.astype(np.float32) / 8)
+            TeacherScores(
+                teacher="",
+                version=2,
+                logprobs=-request.completion_ids.astype(np.float32) / 8,
+                top_logprobs=np.tile(top, (len(request.completion_ids), 1)) if question.top_k else None,
+            )
             for request in requests
         ]
 
@@ -113,7 +119,28 @@ def test_samples_of_another_temperature_are_scored_at_that() -> None:
     gap = gap_of(engine, sampled([1, 2, 3], versions=((1, 0, 1), (2, 1, 3)), told=-0.5), temperature=0.6)
     assert gap is not None and (gap.tokens, gap.diff) == (2, pytest.approx(0.5))
     assert engine.questions == [TeacherQuestion(vocab_size=9, temperature=0.6)]
-    assert gap_of(Engine(refuses=True), sampled([1], versions=((2, 0, 1),)), temperature=0.6) is None
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_what_is_known_at_temperature_1_is_enough_for_another_where_little_is_left(temperature: float) -> None:
+    p = np.array([[0.6, 0.3, 0.0999, 0.0001], [0.3, 0.3, 0.25, 0.15]])
+    expected = np.log(p[:, 1] ** (1 / temperature) / (p ** (1 / temperature)).sum(axis=1))
+    given = {"temperature": temperature, "vocab_size": 4}
+    rows, whole = np.log(p), cooled_logprobs(np.log(p[:, 1]), np.log(p), tolerance=0.0, **given)
+    assert whole == pytest.approx(expected)
+    # Three of four: 0.0001 is at most 0.0001 * 0.0999 at T = 1/2, and 0.01 at T = 2, of 0.46 and 1.64.
+    first, second = cooled_logprobs(rows[:, 1], rows[:, :3], tolerance=4e-3, **given)
+    assert first == pytest.approx(expected[0], abs=4e-3) and second == UNKNOWN
+    assert cooled_logprobs(rows[:, 1], rows[:, :3], tolerance=1e-9, **given).tolist() == [UNKNOWN, UNKNOWN]
+
+
+def test_an_engine_that_scores_at_temperature_1_alone_is_asked_for_its_most_probable_tokens() -> None:
+    engine = Engine(refuses=True)
+    gap = gap_of(engine, sampled([1, 2, 3], versions=((2, 1, 3),)), temperature=0.5)
+    assert [(each.temperature, each.top_k) for each in engine.questions] == [(0.5, 0), (1.0, 9)]
+    # Two equal tokens are all there is: at any temperature each has half, which is -0.693 and not -t / 8.
+    assert gap is not None and gap.tokens == 2
+    assert gap.diff == pytest.approx((-2 / 4 - np.log(0.5) + 2 / 8 - 3 / 4 - np.log(0.5) + 3 / 8) / 2)
 
 
 @pytest.mark.parametrize(

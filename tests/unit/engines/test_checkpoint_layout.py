@@ -41,5 +41,8 @@ def test_recurrent_layers_are_known_by_what_they_remember():
     def found(name):
         return is_recurrent(empty_model(tiny_config(name), trust_remote_code=False))
 
-    recurrent = {"lfm2", "qwen3_next", "qwen3_5", "mamba", "mamba2", "falcon_h1", "recurrent_gemma"}
+    recurrent = {
+        *("lfm2", "lfm2_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe", "minimax", "olmo_hybrid", "recurrent_gemma"),
+        *("mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "jamba", "nemotron_h", "granitemoehybrid"),
+    }
     assert {name for name in ARCHITECTURES if found(name)} == recurrent

@@ -13,6 +13,7 @@ from tiny_models import build_tiny_model, random_model
 from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import CheckpointError
 from trl_ray.models.checkpoint import (
+    TRAINER_STATE,
     abandon_checkpoint,
     begin_checkpoint,
     finish_checkpoint,
@@ -191,3 +192,21 @@ def test_training_an_adapter_goes_on_bit_for_bit_from_its_checkpoint(tmp_path: P
     _train(resumed, optimizer, 2)
     for (name, got), want in zip(resumed.named_parameters(), policy.parameters(), strict=True):
         assert torch.equal(got, want) and got.requires_grad == want.requires_grad, name
+
+
+class _Program:
+    """Unpickles into a call."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return (open, (str(self.canary), "w"))
+
+
+def test_a_trainer_state_that_would_run_code_is_refused_and_runs_nothing(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    torch.save({"optimizer": _Program(canary)}, tmp_path / TRAINER_STATE)
+    with pytest.raises(CheckpointError, match="must be readable"):
+        load_trainer_state(tmp_path)
+    assert not canary.exists()

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from trl_ray.errors import ConfigError, RunError
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.run_files import JsonLines, atomic_write_json, atomic_write_text, jsonable, read_json_lines
+from trl_ray.observe.run_lock import LOCK, RunLock
 
 
 def test_create_lays_out_a_new_run_and_open_finds_it(tmp_path: Path) -> None:
@@ -28,7 +30,10 @@ def test_overwrite_deletes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
     run.metrics.write_text('{"step":1}\n')
     (run.path / "notes.txt").write_text("mine")
     run.checkpoint(1).mkdir()
+    (run.path / "journal.bin.left").write_text("old")
+    (run.path / "journal.bin.payloads.left").mkdir()
     RunDirectory.create(run.path, overwrite=True)
+    assert not list(run.path.glob("*.left"))
     assert run.metrics.read_text() == "" and not run.checkpoint(1).exists()
     assert (run.path / "notes.txt").read_text() == "mine"
 
@@ -99,3 +104,28 @@ def test_a_full_disk_is_a_run_error() -> None:
 
 def test_lone_surrogates_and_foreign_objects_become_json() -> None:
     assert jsonable({1: "\ud800", "path": Path("x"), "set": {2}}) == {"1": "?", "path": "x", "set": [2]}
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b", "b" * 300 + "/run", "/".join(["c" * 200] * 30), "lone\ud800"])
+def test_a_path_that_no_folder_can_have_is_told_in_a_short_sentence(tmp_path: Path, name: str) -> None:
+    for refuse in (RunDirectory.check_free, RunDirectory.create, RunDirectory.open_existing, RunLock.hold):
+        with pytest.raises(ConfigError, match=r"must be") as caught:
+            refuse(f"{tmp_path}/{name}")
+        assert len(str(caught.value)) < 400
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(ConfigError, match=r"must be a folder that can be written, got .*/a/run"):
+        RunDirectory.check_free(tmp_path / "a" / "run")
+    with pytest.raises(ConfigError, match="must be a folder that can be written"):
+        RunDirectory.check_free(tmp_path)
+
+
+def test_a_lock_alone_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text("{}")
+    RunDirectory.check_free(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="other files"):
+        RunDirectory.check_free(tmp_path)

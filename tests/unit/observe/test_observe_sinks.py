@@ -21,9 +21,9 @@ from trl_ray.observe.observer import open_observer
 from trl_ray.observe.redact import redact
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.run_files import read_json_lines
-from trl_ray.observe.service_calls import ServiceCalls
+from trl_ray.observe.services.service_calls import ServiceCalls
+from trl_ray.observe.services.wandb_sink import WandbSink
 from trl_ray.observe.sinks import MetricsFile, Observer, Sink, TrainedGroups
-from trl_ray.observe.wandb_sink import WandbSink
 from trl_ray.types import Event, EventKind, RolloutGroup
 
 GroupMaker = Callable[..., RolloutGroup]

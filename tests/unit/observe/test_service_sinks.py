@@ -14,7 +14,14 @@ import pytest
 from trl_ray.errors import ConfigError
 from trl_ray.observe.observer import open_observer
 from trl_ray.observe.run_directory import RunDirectory
-from trl_ray.observe.service_sinks import SERVICES, MLflowSink, ServiceSink, TensorBoardSink, TrackioSink, services_of
+from trl_ray.observe.services.service_sinks import (
+    SERVICES,
+    MLflowSink,
+    ServiceSink,
+    TensorBoardSink,
+    TrackioSink,
+    services_of,
+)
 from trl_ray.types import Event, EventKind
 
 Calls = list[tuple[Any, ...]]

@@ -90,6 +90,22 @@ def test_none_abstains_and_what_is_logged_is_joined(box: Sandbox) -> None:
     assert scored.metrics == {"seen": 1.0}
 
 
+def test_an_answer_that_is_stopped_counts_as_an_empty_one() -> None:
+    def penalise(completions: list[Any], **columns: Any) -> list[float]:
+        if "os" in completions[0]:
+            import os
+
+            os._exit(0)
+        return [-1.0 if not completion else 1.0 for completion in completions]
+
+    spec = replace(make_spec(penalise), scorer=Scorer.EVALUATOR)
+    made = Sandbox(functions=[spec], weights=None, timeout_s=20.0, lifetime=Lifetime.GROUP)
+    try:
+        assert [reward.total for reward in score(made, "os._exit(0)", "fine()").rewards] == [-1.0, 1.0]
+    finally:
+        made.close()
+
+
 def test_a_grader_that_raises_at_every_answer_fails_the_group(box: Sandbox) -> None:
     failure = score(box, "raise KeyError('row_')", "raise KeyError('row_')").failure
     assert failure is not None and failure.kind is RewardErrorKind.EXCEPTION and "KeyError: 'row_'" in failure.detail

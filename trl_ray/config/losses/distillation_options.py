@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field
 
 from trl_ray.config.base import FROM_STRING, Fraction, Natural, Positive, Section, rule
-from trl_ray.config.literal_templates import fill
+from trl_ray.config.losses.literal_templates import fill
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.losses.policy_options import LossConfig
 

@@ -16,8 +16,8 @@ from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
-from trl_ray.config.literal_templates import fill
 from trl_ray.config.losses.distillation_options import RepromptConfig
+from trl_ray.config.losses.literal_templates import fill
 from trl_ray.data.chat.chat_rendering import ChatFormat
 from trl_ray.data.chat.faithful_rendering import render_faithfully
 from trl_ray.data.chat.row_format import row_format

@@ -39,8 +39,8 @@ from trl_ray.types import (
     IntArray,
     TrainingGap,
     WeightVersion,
+    steady_time,
 )
-from trl_ray.types.clock import steady_time
 
 _DRAIN_S = 1.0
 """Actors that are well answer in a moment; the events of others are written down when they come."""

@@ -39,7 +39,7 @@ from trl_ray.pipelines.rollouts.rollout_actors import RolloutActors
 from trl_ray.pipelines.rollouts.stall_clock import StallClock
 from trl_ray.pipelines.rollouts.updates import Updated, prepare_step, train_on
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
-from trl_ray.pipelines.run.going_back import Origin
+from trl_ray.pipelines.run.going_back import RunOrigin
 from trl_ray.pipelines.run.learner_actors import under_watch
 from trl_ray.pipelines.run.own_metrics import computed_metrics
 from trl_ray.pipelines.run.recording import Recorder, StepTimes
@@ -47,8 +47,7 @@ from trl_ray.pipelines.run.session import Opening
 from trl_ray.pipelines.run.signals import Stop, StopRequested, unless
 from trl_ray.pipelines.run.step_loop import StepLoop, TrainedStep
 from trl_ray.runtime import waits
-from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult
-from trl_ray.types.clock import steady_time
+from trl_ray.types import EventKind, Metric, Prompt, RolloutGroup, StepResult, steady_time
 from trl_ray.wire.group_payload import decode_group
 
 AGREEMENT = "agreement.json"
@@ -388,7 +387,7 @@ class RolloutLoop(StepLoop[_Trained]):
             kept[BEST] = self._stopping.state_dict()
         extra = {name: json.dumps(state).encode() for name, state in kept.items()} | self._callbacks.files()
         step, teachers = self.step, self._actors.teachers
-        extra |= Origin.of(self._config).file()
+        extra |= RunOrigin.of(self._config).file()
         extra[LEDGER_COPY] = await self._actors.ask_queue("ledger_copy", step=step)
         beside = path.with_name(f"{FOLDER}-{step}.tmp")
         adopt = {FOLDER: str(beside)} if await teachers.save(beside) else {}

@@ -44,7 +44,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
+class RunOrigin:
     """What wrote a checkpoint: a run goes on from its own alone, whatever lies in the folder of its checkpoints."""
 
     pipeline: str
@@ -52,7 +52,7 @@ class Origin:
     """`model_name_or_path`: not compared itself, as a model given in Python gets another folder each time."""
 
     @classmethod
-    def of(cls, config: RunConfig) -> Origin:
+    def of(cls, config: RunConfig) -> RunOrigin:
         """That of a run."""
         return cls(pipeline=config.pipeline, model=config.part(ModelConfig).model_name_or_path)
 
@@ -150,7 +150,7 @@ def resolve(wish: Wish, output_dir: str, *, within: int | None) -> Wish:
 def find_return(
     directory: RunDirectory,
     *,
-    origin: Origin,
+    origin: RunOrigin,
     wish: Wish = Wish(),
     has_journal: bool = False,
     reads_journal: bool = True,
@@ -182,7 +182,7 @@ def find_return(
     raise _useless(directory, found, reach)
 
 
-def _checkpoint(directory: RunDirectory, wish: Wish, origin: Origin) -> Return:
+def _checkpoint(directory: RunDirectory, wish: Wish, origin: RunOrigin) -> Return:
     if wish.at == 0:
         return Return()
     if wish.at is not None:

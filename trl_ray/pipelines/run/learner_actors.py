@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from trl_ray.config.runs.run_config import RunConfig
-from trl_ray.errors import ActorLostError, DeadlineError, LearnerLostError
+from trl_ray.errors import ActorLostError, DeadlineError, LearnerLostError, StartError
 from trl_ray.pipelines.run.learner_group import LearnerGroup, ranks_of, spawn_learner
 from trl_ray.runtime import waits
 from trl_ray.runtime.runtime import ActorHandle, Runtime
@@ -60,9 +60,11 @@ async def beside_guards(work: Coroutine[Any, Any, T], *beside: Coroutine[Any, An
 
 @contextmanager
 def learner_lost() -> Iterator[None]:
-    """Whatever became of the call, the learner can only go on from a checkpoint."""
+    """Whatever became of the call, the learner can only go on from a checkpoint; one that cannot start, not even so."""
     try:
         yield
+    except StartError:
+        raise
     except (ActorLostError, DeadlineError) as error:
         raise LearnerLostError(str(error)) from None
 

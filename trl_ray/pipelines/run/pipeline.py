@@ -30,17 +30,18 @@ from trl_ray.models.checkpoint import checkpoint_step, list_checkpoints
 from trl_ray.models.hub import check_hub
 from trl_ray.models.policy_loading import checkpoint_dtype, find_source
 from trl_ray.observe.observer import open_observer
+from trl_ray.observe.private_files import loose_token
 from trl_ray.observe.report.report_page import build_report
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.run_lock import RunLock, in_use, living_holder
-from trl_ray.observe.service_sinks import services_of
+from trl_ray.observe.services.service_sinks import services_of
 from trl_ray.observe.sinks import Observer
 from trl_ray.pipelines.callbacks.callback_loading import make_callbacks, specs_with
 from trl_ray.pipelines.callbacks.hooks import CallbackList
 from trl_ray.pipelines.run.evaluation_run import EvaluatedNumbers, evaluation_config
 from trl_ray.pipelines.run.given_objects import GivenFolders, TrainerObjects
 from trl_ray.pipelines.run.given_rows import given_rows
-from trl_ray.pipelines.run.going_back import Origin, Return, Wish, find_return, leave_aside, resolve
+from trl_ray.pipelines.run.going_back import Return, RunOrigin, Wish, find_return, leave_aside, resolve
 from trl_ray.pipelines.run.hub_pushes import hub_place
 from trl_ray.pipelines.run.learner_actors import beside_guards
 from trl_ray.pipelines.run.ray_job import grace_s
@@ -60,10 +61,10 @@ if TYPE_CHECKING:
 
 
 _LOG = logging.getLogger(__name__)
-_DISK_BYTES_PER_S = 1e9
-"""What a checkpoint is written with at best."""
 _RESOLVED_LATER = frozenset({"chat_template_kwargs", "max_length"})
 """Options that are known once rows and model are looked at: the template's date, how much the model holds."""
+_DISK_BYTES_PER_S = 1e9
+"""What a checkpoint is written with at best."""
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 PlanT = TypeVar("PlanT", bound=Plan)
 
@@ -404,7 +405,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
         has_journal = self.resumes_within is not None
         return find_return(
             directory,
-            origin=Origin.of(self.config),
+            origin=RunOrigin.of(self.config),
             wish=wish,
             has_journal=has_journal,
             reads_journal=reads_journal,
@@ -450,6 +451,8 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             if self._lock.taken_from is not None:
                 session.recorder.say(EventKind.WARNING, "driver", detail=self._lock.taken_from)
                 self._lock.taken_from = None
+        if config.runtime.kind is RuntimeKind.RAY and (loose := loose_token()):
+            session.recorder.say(EventKind.WARNING, "driver", detail=loose)
         if resuming:
             session.recorder.cut = partial(directory.truncate_after, back.step)
             for sentence in leave_aside(directory, back):
@@ -464,12 +467,12 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             **({"changed": self._changes} if resuming and self._changes else {}),
             **self._announcement(),
         )
-        slow = plan.expected_memory()[Role.LEARNER] / _DISK_BYTES_PER_S
-        session.recorder.tell_of_lost_folder()
-        session.recorder.tell_of_grace(slow, grace=grace_s(config.runtime.stop_grace_s), is_measured=False)
         if resuming and (config.resume_from_checkpoint or self._changes):
             self._write_config(directory)
             self._changes = {}
+        slow = plan.expected_memory()[Role.LEARNER] / _DISK_BYTES_PER_S
+        session.recorder.tell_of_lost_folder()
+        session.recorder.tell_of_grace(slow, grace=grace_s(config.runtime.stop_grace_s), is_measured=False)
         return session
 
     def _logging_steps(self, plan: PlanT) -> int:
@@ -487,14 +490,22 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
     def _end(
         self, recorder: RunRecorder, kind: EventKind, error: BaseException | None, *, stop: Stop | None = None
     ) -> None:
-        recorder.say(kind, "driver", **({"error": f"{type(error).__name__}: {error}"} if error is not None else {}))
-        hurries = stop is not None and (stop.at_once or stop.left_s is not None)
-        if not hurries:
-            recorder.close()
-        if self.config.html_report and not (stop is not None and stop.at_once):
-            build_report(recorder.directory.path)
-        if hurries:  # a service may take its time
-            recorder.close()
+        try:
+            recorder.guard()  # else another process may be writing there
+            detail = {"error": f"{type(error).__name__}: {error}"} if error is not None else {}
+            recorder.say(kind, "driver", **detail)
+            hurries = stop is not None and (stop.at_once or stop.left_s is not None)
+            if not hurries:
+                recorder.close()
+            if self.config.html_report and not (stop is not None and stop.at_once):
+                build_report(recorder.directory.path)
+            if hurries:  # a service may take its time
+                recorder.close()
+        except RunError as unwritten:
+            if error is None:
+                raise
+            # What the run has failed for is told; that a full disk takes no more words is not news.
+            _LOG.warning("the end of the run could not be written down: %s", unwritten)
 
     def _open_directory(self) -> RunDirectory:
         if self._resume:

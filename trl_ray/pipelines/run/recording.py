@@ -22,8 +22,7 @@ from trl_ray.observe.staleness import StalenessMonitor
 from trl_ray.pipelines.rollouts.evaluation_numbers import answer_numbers
 from trl_ray.pipelines.run.own_metrics import own_numbers
 from trl_ray.pipelines.run.ray_job import give_more_grace, in_ray_job, is_deleted_with_job
-from trl_ray.types import ActorReport, Evaluation, Event, EventKind, Metric, RolloutGroup, StepResult
-from trl_ray.types.clock import steady_time
+from trl_ray.types import ActorReport, Evaluation, Event, EventKind, Metric, RolloutGroup, StepResult, steady_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -253,8 +253,8 @@ class StepLoop(ABC, Generic[TrainedT]):
         self._saved, self._save_seconds = step, time.monotonic() - begin
         self._recorder.checkpoint(path, step=step, seconds=self._save_seconds)
         self._recorder.tell_of_grace(self._save_seconds, grace=self._stop.grace_s, is_measured=True)
-        if self._config.save_total_limit is not None:
-            # Reads the newest one whole, which may take a while.
+        if self._config.save_total_limit is not None and not self._stop.is_set():
+            # Reads the newest one whole, which may take a while: not where the run is about to end.
             keep = self._config.save_total_limit
             await asyncio.to_thread(prune, path.parent, keep=keep, spare=self._best_checkpoint)
         await self._callbacks.saved()

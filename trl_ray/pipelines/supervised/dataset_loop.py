@@ -15,7 +15,7 @@ from pathlib import Path
 from trl_ray.config.runs.dataset_config import SupervisedRunConfig
 from trl_ray.errors import InputError
 from trl_ray.pipelines.run.early_stopping import EarlyStopping
-from trl_ray.pipelines.run.going_back import Origin
+from trl_ray.pipelines.run.going_back import RunOrigin
 from trl_ray.pipelines.run.learner_actors import LearnerActors, under_watch
 from trl_ray.pipelines.run.session import Opening
 from trl_ray.pipelines.run.signals import Stop, heed_signals
@@ -26,8 +26,7 @@ from trl_ray.pipelines.supervised.example_feed import Fed, Feed, ShuffledFeed
 from trl_ray.pipelines.supervised.example_updates import ReadyStep, StepsAhead, example_update, with_kl
 from trl_ray.pipelines.supervised.rows_fingerprint import rows_fingerprint
 from trl_ray.pipelines.supervised.user_metrics import HeldOutPredictions
-from trl_ray.types import Evaluation, Example, StepResult
-from trl_ray.types.clock import steady_time
+from trl_ray.types import Evaluation, Example, StepResult, steady_time
 
 PROGRESS = "progress.json"
 """In checkpoints: what the loop goes on from."""
@@ -195,5 +194,5 @@ class DatasetLoop(StepLoop[_Trained]):
         }
         kept = {PROGRESS: progress, "ledger.json": accounts.snapshot().to_json()}
         extra = {name: json.dumps(state).encode() for name, state in kept.items()} | self._callbacks.files()
-        extra |= Origin.of(self._config).file()
+        extra |= RunOrigin.of(self._config).file()
         await self._actors.ask("save", str(path.parent), step=self.step, extra=extra, **self._save_options)

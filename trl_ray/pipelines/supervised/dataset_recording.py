@@ -15,8 +15,7 @@ from trl_ray.buffer.entry import LedgerSnapshot
 from trl_ray.pipelines.run.own_metrics import own_numbers
 from trl_ray.pipelines.run.recording import RunRecorder
 from trl_ray.pipelines.supervised.example_feed import Fed, StreamPlace, place_of, state_of
-from trl_ray.types import DropReason, Evaluation, EventKind, StepResult
-from trl_ray.types.clock import steady_time
+from trl_ray.types import DropReason, Evaluation, EventKind, StepResult, steady_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

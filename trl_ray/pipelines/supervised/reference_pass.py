@@ -26,8 +26,7 @@ from trl_ray.models.companions.reference_cache import ReferenceCache, reference_
 from trl_ray.pipelines.run.learner_actors import LearnerActors
 from trl_ray.pipelines.run.signals import heed_signals
 from trl_ray.pipelines.supervised.dataset_preparation import SupervisedPlan
-from trl_ray.types import EventKind, Example, FloatArray, TrainingSample
-from trl_ray.types.clock import steady_time
+from trl_ray.types import EventKind, Example, FloatArray, TrainingSample, steady_time
 
 Say = Callable[..., None]
 _EXAMPLES_AT_ONCE = 256

@@ -8,7 +8,15 @@ from fakes import health, in_turn
 from rollout_actor_stage import Stage, report, version
 from trl_ray.actors.rollout_worker import PullReport
 from trl_ray.config.reward_model_options import RewardModelOptions
-from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, RunError, WeightError
+from trl_ray.errors import (
+    ActorLostError,
+    DeadlineError,
+    EngineError,
+    LearnerLostError,
+    RunError,
+    StartError,
+    WeightError,
+)
 from trl_ray.runtime.runtime import Role
 from trl_ray.types import ActorReport, EventKind
 from virtual_time import run_in_virtual_time
@@ -44,6 +52,13 @@ def test_a_learner_that_does_not_come_up_is_lost_and_so_may_restart(ranks, name,
     stage = Stage(ranks=ranks)
     stage.runtime.script = {name: {method: DeadlineError("silent")}}
     with pytest.raises(LearnerLostError, match="silent"):
+        asyncio.run(stage.actors.start())
+
+
+def test_a_learner_whose_constructor_raises_fails_the_start_for_good():
+    stage = Stage()
+    stage.runtime.script = {"learner": {"health": StartError("learner could not start: no such model")}}
+    with pytest.raises(StartError, match="no such model"):
         asyncio.run(stage.actors.start())
 
 

@@ -16,11 +16,11 @@ from trl_ray.errors import CheckpointError, ConfigError, JournalError, RunError
 from trl_ray.models.checkpoint import begin_checkpoint, finish_checkpoint
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.run_files import JsonLines, read_json_lines
-from trl_ray.pipelines.run.going_back import Origin, Return, Wish, find_return, leave_aside, resolve
+from trl_ray.pipelines.run.going_back import Return, RunOrigin, Wish, find_return, leave_aside, resolve
 
 RULES = BufferRules(groups_per_step=2, max_staleness=1)
 MODEL = random_model()
-ORIGIN = Origin(pipeline="grpo", model=None)
+ORIGIN = RunOrigin(pipeline="grpo", model=None)
 
 
 def admit(store: DurableLedger, upto: int) -> None:
@@ -83,7 +83,7 @@ def look(run: RunDirectory, **wish: object) -> Return:
 
 def test_e09_a_checkpoint_of_another_pipeline_or_model_is_none_of_the_run(run: RunDirectory, tmp_path: Path) -> None:
     begin_checkpoint(run.checkpoints, step=5)
-    other = Origin(pipeline="sft", model=None)
+    other = RunOrigin(pipeline="sft", model=None)
     finish_checkpoint(run.checkpoints, step=5, model=MODEL, trainer_state={}, extra=other.file())
     back = look(run)
     assert back.step == 4 and "has pipeline grpo and not sft" in back.problems[0]
@@ -92,7 +92,7 @@ def test_e09_a_checkpoint_of_another_pipeline_or_model_is_none_of_the_run(run: R
     shape = json.loads((run.checkpoint(4) / "config.json").read_text())
     for changes, is_fine in (({}, True), ({"vocab_size": 7}, True), ({"hidden_size": 7}, False)):
         (tmp_path / "config.json").write_text(json.dumps({**shape, **changes}))
-        mine = Origin(pipeline="grpo", model=str(tmp_path))
+        mine = RunOrigin(pipeline="grpo", model=str(tmp_path))
         if is_fine:
             mine.check(run.checkpoint(4))
         else:

@@ -22,7 +22,7 @@ from trl_ray.errors import ConfigError
 from trl_ray.observe.private_files import make_folder
 from trl_ray.observe.redact import redact
 from trl_ray.observe.run_files import atomic_write_text, jsonable
-from trl_ray.observe.service_calls import ServiceCalls
+from trl_ray.observe.services.service_calls import ServiceCalls
 from trl_ray.observe.sinks import Sink, evaluated_numbers
 from trl_ray.types import Event
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trl_ray.config.literal_templates import fill
+from trl_ray.config.losses.literal_templates import fill
 
 HOSTILE = (
     "{prompt}",
