@@ -127,10 +127,9 @@ class RayHandle:
                 return type(cause)(*cause.args)
             return RunError(f"{where} raised {type(cause).__name__}: {cause}\n{error}")
         if isinstance(error, RayActorError) and error.actor_init_failed:
-            return StartError(f"{self._name} could not start: {_last_line(error)}")
+            raised = _raised_by_constructor(error)
+            return raised or StartError(f"{self._name} could not start: {_last_line(error)}")
         if isinstance(error, RayActorError):
-            if error.actor_init_failed and (raised := _raised_by_constructor(error)) is not None:
-                return raised
             return ActorLostError(f"{self._name} died during {method} ({type(error).__name__}): {_last_line(error)}")
         return ActorLostError(f"{where} could not be completed by Ray ({type(error).__name__}): {_last_line(error)}")
 
