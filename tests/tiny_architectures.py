@@ -263,6 +263,8 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gptj": ("gptj", {"n_embd": 128, "n_layer": 2, "n_head": 4, "rotary_dim": 16, "n_positions": MAX_POSITIONS}),
     "granitemoeshared": ("granitemoeshared", {**_LOCAL, "shared_intermediate_size": 64}),
     "helium": ("helium", {}),
+    # Its layers are repeated many times: with weights as wide as the others' rounding alone would grow without bound.
+    "hrm_text": ("hrm_text", {"initializer_range": 0.02}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {}),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {"num_experts": 4, "moe_topk": 2}),
     "hyperclovax": ("hyperclovax", {}),

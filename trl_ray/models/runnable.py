@@ -31,8 +31,8 @@ PROVED_WITH_TRANSFORMERS = frozenset(
     {
         "apertus", "arcee", "bamba", "biogpt", "bitnet", "codegen", "cwm", "diffllama", "dots1", "ernie4_5",
         "ernie4_5_moe", "exaone_moe", "falcon_mamba", "flex_olmo", "gemma3n_text", "gemma4_text", "glm",
-        "glm4_moe_lite", "gpt_bigcode", "gptj", "granitemoehybrid", "granitemoeshared", "helium", "hunyuan_v1_dense",
-        "hunyuan_v1_moe", "hyperclovax", "jamba", "jetmoe", "lfm2_moe", "llama4_text", "mimo_v2_flash", "minicpm3",
+        "glm4_moe_lite", "gpt_bigcode", "gptj", "granitemoehybrid", "granitemoeshared", "helium", "hrm_text",
+        "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "jamba", "jetmoe", "lfm2_moe", "llama4_text", "mimo_v2_flash", "minicpm3",
         "minimax", "minimax_m2", "ministral", "ministral3", "mpt", "nanochat", "nemotron_h", "olmo_hybrid",
         "persimmon", "qwen3_5_moe_text", "seed_oss", "solar_open", "vaultgemma", "xglm", "youtu",
     }
@@ -41,7 +41,6 @@ PROVED_WITH_TRANSFORMERS = frozenset(
 _REFUSED: Mapping[str, str] = {
     "phimoe": "its routers draw experts by lot in training, so that what is trained is never what sampled",
     "cpmant": "the prompt embeddings that it sets before every text depend on what else is in the row",
-    "hrm_text": "it repeats its layers so often that rounding alone makes them two policies",
     "moshi": "it is a model of speech, and its text decoder alone attends otherwise in rows of several sequences",
 }
 _FLOAT32_ALONE = frozenset({"deepseek_v4", "hy_v4", "xlstm"})

@@ -19,7 +19,7 @@ def model(tmp_path, kind, *, dtype="float32", **options):
     [
         ("phimoe", "transformers", "by lot in training"),
         ("phimoe", "vllm", "by lot in training"),
-        ("hrm_text", "transformers", "rounding alone makes them two policies"),
+        ("moshi", "transformers", "model of speech"),
         ("lfm2", "vllm", "conv_dim"),
         ("recurrent_gemma", "vllm", "no such model"),
         ("mamba", "vllm", "no kernel"),
