@@ -32,7 +32,8 @@ PROVED_WITH_TRANSFORMERS = frozenset(
         "apertus", "arcee", "bamba", "biogpt", "bitnet", "codegen", "cwm", "diffllama", "dots1", "ernie4_5",
         "ernie4_5_moe", "exaone_moe", "falcon_mamba", "flex_olmo", "gemma3n_text", "gemma4_text", "glm",
         "glm4_moe_lite", "gpt_bigcode", "gptj", "granitemoehybrid", "granitemoeshared", "helium", "hrm_text",
-        "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "jamba", "jetmoe", "lfm2_moe", "llama4_text", "mimo_v2_flash", "minicpm3",
+        "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "jamba", "jetmoe", "lfm2_moe", "llama4_text",
+        "mimo_v2_flash", "minicpm3",
         "minimax", "minimax_m2", "ministral", "ministral3", "mpt", "nanochat", "nemotron_h", "olmo_hybrid",
         "persimmon", "qwen3_5_moe_text", "seed_oss", "solar_open", "vaultgemma", "xglm", "youtu",
     }
