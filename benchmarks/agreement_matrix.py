@@ -269,12 +269,11 @@ def circumstances(model: str) -> str:
 
 def versions() -> str:
     """Of the libraries that compute."""
+    installed = importlib.metadata.packages_distributions()  # vLLM for CPUs goes by another name
     found = []
-    for package in ("torch", "transformers", "vllm"):
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"no {package}")
+    for module in ("torch", "transformers", "vllm"):
+        names = installed.get(module)
+        found.append(f"{module} {importlib.metadata.version(names[0])}" if names else f"no {module}")
     return ", ".join(found)
 
 

@@ -45,6 +45,18 @@ def plant_in_load(monkeypatch, spoil):
     monkeypatch.setattr(TransformersBackend, "load", load)
 
 
+def plant_in_build(monkeypatch, spoil):
+    """Have `spoil(model)` follow the engine's loading of its files."""
+    original = TransformersBackend.build
+
+    def build(self):
+        limits = original(self)
+        spoil(self._model)
+        return limits
+
+    monkeypatch.setattr(TransformersBackend, "build", build)
+
+
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["waits", "ahead"])
 def test_a_sound_run_agrees_to_rounding(model, tmp_path, asynchronous):
     train(model, tmp_path / "run", asynchronous=asynchronous)
@@ -96,16 +108,37 @@ def test_pinned_weights_in_bfloat16_are_found_against_version_0_although_they_ar
 
 
 def test_wrong_rope(model, tmp_path, monkeypatch):
-    original = TransformersBackend.build
-
-    def build(self):
-        limits = original(self)
-        for module in self._model.modules():
+    def slow(engine):
+        for module in engine.modules():
             if hasattr(module, "inv_freq"):
                 module.inv_freq *= 0.9
-        return limits
 
-    monkeypatch.setattr(TransformersBackend, "build", build)
+    plant_in_build(monkeypatch, slow)
+    with pytest.raises(WeightError, match="The numerics differ: with the files"):
+        train(model, tmp_path / "run")
+
+
+def test_a_head_that_is_untied_in_the_engine_alone(tmp_path, monkeypatch):
+    def untie(engine):
+        engine.lm_head.weight = torch.nn.Parameter(engine.lm_head.weight.detach().clone())
+
+    plant_in_build(monkeypatch, untie)
+    tied = build_tiny_model(tmp_path / "tied", family="qwen2", tied=True)
+    with pytest.raises(RunError, match=r"are not all computed with: engine and learner agreed before.*tied"):
+        train(tied, tmp_path / "run")
+
+
+def test_an_engine_that_computes_in_another_format_than_it_was_asked_for(model, tmp_path, monkeypatch):
+    plant_in_build(monkeypatch, lambda engine: engine.to(torch.bfloat16))
+    with pytest.raises(WeightError, match=r"The numerics differ: with the files.*dtype"):
+        train(model, tmp_path / "run")
+
+
+def test_a_layer_that_is_left_out(model, tmp_path, monkeypatch):
+    def skip(engine):
+        engine.model.layers[1].forward = lambda hidden_states, *given, **named: hidden_states
+
+    plant_in_build(monkeypatch, skip)
     with pytest.raises(WeightError, match="The numerics differ: with the files"):
         train(model, tmp_path / "run")
 

@@ -1,5 +1,6 @@
 """The options of datasets that are trained on directly, under TRL's argument names where TRL has the option.
 
+StreamConfig             every pipeline: rows that are read while training goes on
 ExampleConfig            every supervised pipeline: reading, length, streaming, evaluation
 SupervisedExampleConfig  SFT: what is trained, packing
 AnsweredExampleConfig    DPO, KTO, CPO, ORPO: how much of a prompt is kept
@@ -13,8 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trl_ray.config.base import FROM_STRING, Positive
-from trl_ray.config.runs.stream_options import StreamConfig
+from trl_ray.config.base import FROM_STRING, Positive, Section
 
 
 class TruncationMode(enum.StrEnum):
@@ -33,6 +33,15 @@ class PackingStrategy(enum.StrEnum):
     """Best fit decreasing; an example that exceeds `max_length` is split into pieces, no token is lost."""
     WRAPPED = "wrapped"
     """The examples in their order, cut where a row is full: every row but the last is full, no token is lost."""
+
+
+class StreamConfig(Section):
+    """How a stream is read: rows that do not say how many they are."""
+
+    dataset_streaming: bool = False
+    """Read and tokenise rows while training goes on, instead of before it; needs `max_steps`."""
+    stream_window: Positive = 1000
+    """Rows that are read, tokenised and shuffled together (and packed, where that is asked) when streaming."""
 
 
 class ExampleConfig(StreamConfig):

@@ -5,9 +5,9 @@ RUN_DIR/
   metrics.jsonl     one line per optimizer step    journal.bin      the ledger's journal
   events.jsonl      what happened to whom          completions/     step-000012.parquet
   trace.jsonl       spans of the actors            checkpoints/     step-12/
-    journal.bin.payloads/   groups that may be trained yet
-    report.html       drawn from all of the above    .config.yaml     the options once more, to know an edit by
-    run.lock          who writes it now
+  journal.bin.payloads/   groups that may be trained yet
+  .config.yaml      the options once more, by which an edit of them is known
+  report.html       drawn from all of the above    run.lock         who writes it now
 
 Whoever changes a directory holds its lock first (run_lock.py). Who may read: private_files.py.
 """

@@ -97,6 +97,10 @@ def test_a_wrong_argument_is_told_under_the_name_it_was_given_by() -> None:
     assert refused({}, max_num_seqs=0).startswith("rollout.max_num_seqs must be what vLLM accepts, got 0")
     assert refused({"max_num_seqs": 0}).startswith("rollout.engine_kwargs.max_num_seqs must be")
     assert "rollout.engine_kwargs.mode must be" in refused({"mode": "c"})
+    with pytest.raises(ValidationError) as caught:
+        SchedulerConfig(mode="c")  # type: ignore[arg-type]
+    inside = start_error("vllm", caught.value, arguments=ARGUMENTS, given={"scheduler_config": {"mode": "c"}})
+    assert str(inside).startswith("rollout.engine_kwargs.scheduler_config.mode must be what vLLM accepts, got 'c'")
 
 
 def test_options_that_contradict_each_other_are_told_in_our_names() -> None:

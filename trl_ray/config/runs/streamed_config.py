@@ -7,9 +7,9 @@ RunConfig + StreamConfig ─► StreamedRunConfig ─┬─► SupervisedRunConf
 from __future__ import annotations
 
 from trl_ray.config.base import rule
+from trl_ray.config.example_options import StreamConfig
 from trl_ray.config.runs.cadence_options import Strategy
 from trl_ray.config.runs.run_config import RunConfig
-from trl_ray.config.runs.stream_options import StreamConfig
 
 
 class StreamedRunConfig(RunConfig, StreamConfig):

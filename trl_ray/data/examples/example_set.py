@@ -345,12 +345,13 @@ def stream_windows(
     making = making_for(config, tokenizer, task=task, evaluation=False)
     if next(stream.read(0), None) is None:
         raise DataError(f"A dataset must have at least one row, {stream.name} has none. Check the file or the split.")
-    reader = reader_of(enumerate(stream.read(0)), config, making, name=stream.name, columns=None)
-
-    def origin(number: int) -> Origin:
-        return Origin(name=stream.name, number=number)
-
-    tokeniser = RowTokeniser(making=making, tokenizer=tokenizer, readers={stream.name: reader}, origin=origin)
+    readers = {
+        part.name: reader_of(enumerate(part.read(0)), config, making, name=part.name, columns=None)
+        for part in stream.parts or (stream,)
+    }
+    tokeniser = RowTokeniser(making=making, tokenizer=tokenizer, readers=readers, origin=stream.origin)
+    known = [column for reader in readers.values() for column in reader.format.unread]
+    reading = tuple(note for reader in readers.values() for note in reader.notes)
 
     def windows() -> Iterator[ExampleSet]:
         start = start_window * config.stream_window
@@ -360,9 +361,9 @@ def stream_windows(
             if not taken:
                 return
             table = TokenTable(tokeniser.table(taken, list(taken)), start=next(iter(taken)))
-            bad = _settled(table, origin, config.on_bad_row)
-            unread = report_unread(table.column("unread"), stream.name, told=reader.format.unread)
-            notes = (*reader.notes, *unread, *bad.report())
+            bad = _settled(table, stream.origin, config.on_bad_row)
+            unread = report_unread(table.column("unread"), stream.name, told=known)
+            notes = (*reading, *unread, *bad.report())
             yield _example_set(table, making.finish(table, window=window), name=stream.name, bad=bad, notes=notes)
 
     return windows()

@@ -13,13 +13,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trl_ray.config.runs.stream_options import StreamConfig
+from trl_ray.config.example_options import StreamConfig
 from trl_ray.data.prompts.prompt_making import MadePrompts, PromptRules, make_prompts, readers_of
 from trl_ray.data.prompts.prompt_source import PromptSource
 from trl_ray.data.sources.dataset_files import Row
@@ -121,7 +121,7 @@ class PromptStream:
         first, is_last = self._read(PromptPlace())
         if not first.rows:
             raise DataError(f"A dataset must have at least one row, {self.name} has none. Check the file or the split.")
-        self._readers = readers_of(first, rules)
+        self._readers = readers_of(replace(first, sources=rows.sources()), rules)
         made = make_prompts(first, rules, self._readers)
         self._first = made.first
         self._held = self._window(PromptPlace(), made, is_last=is_last)
@@ -223,7 +223,9 @@ class PromptStream:
         ahead = list(itertools.islice(rows, 1))
         if ahead:
             self._reading = (start + len(taken), itertools.chain(ahead, rows))
-        return Rows(name=self.name, columns=tuple(columns), rows=taken, start=start), not ahead
+        origins = tuple(self._rows.origin(start + index) for index in range(len(taken)))
+        window = Rows(name=self.name, columns=tuple(columns), rows=taken, start=start, origins=origins)
+        return window, not ahead
 
     def _window(self, place: PromptPlace, made: MadePrompts, *, is_last: bool) -> _Window:
         source = PromptSource(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,15 @@ from trl_ray.data.sources.arrow_rows import without_filled_arguments
 from trl_ray.data.sources.column_names import check_mapping, rename
 from trl_ray.data.sources.dataset_files import FILE_TYPES, Row, is_data_file, read_file
 from trl_ray.data.sources.generated import PREFIX, generated_rows
+from trl_ray.data.sources.mixed_streams import drawn_rows, joined_rows
 from trl_ray.data.sources.mixtures import Mixture, Share, Source, hold_out, join, mix
 from trl_ray.data.sources.row_sequences import ChangedRows, RowSequence, array_key, combined_key, content_key
 from trl_ray.data.sources.stored_rows import StoredRows, is_large, is_stored, stored_dataset, stored_file
 from trl_ray.data.validation import show
 from trl_ray.errors import DataError
 
+_REMEMBERED_ORIGINS = 100_000
+"""Rows of a mixture of streams of which it is known where they came from: more than a window has."""
 _HELD_OUT = "test"
 """The split that is held out where none is named, as in TRL."""
 
@@ -57,11 +60,15 @@ class Rows:
     mixture: Mixture | None = None
     start: int = 0
     """Of a window of a stream, the number of its first row."""
+    origins: tuple[Origin, ...] = ()
+    """Of a window of a mixture of streams, where each row came from."""
     notes: tuple[str, ...] = ()
     """What a user should know of how the rows were chosen, a sentence each."""
 
     def origin(self, index: int) -> Origin:
         """The dataset that a row came from, and its number there."""
+        if self.origins:
+            return self.origins[index]
         if self.mixture is None:
             return Origin(name=self.name, number=self.start + index)
         return Origin(
@@ -84,6 +91,21 @@ class RowStream:
     """The rows from a number on; may be called again and again."""
     stored: Callable[[], StoredRows] | None = None
     """The same rows where they are stored, by number; None where they are few, or are not stored."""
+    parts: tuple[RowStream, ...] = ()
+    """What a mixture is made of."""
+    drawn: Mapping[int, Origin] = field(default_factory=dict)
+    """Of a mixture, where the rows came from that were read last."""
+
+    def origin(self, number: int) -> Origin:
+        """The dataset that a row came from, and its number there; of a mixture, one of the rows that were read last."""
+        return self.drawn.get(number, Origin(name=self.name, number=number))
+
+    def sources(self) -> tuple[Rows, ...]:
+        """The parts of a mixture, of each its first row alone: by its columns it is known how to read the others."""
+        firsts = [(part, list(itertools.islice(part.read(0), 1))) for part in self.parts]
+        return tuple(
+            Rows(name=part.name, columns=tuple(map(str, rows[0])) if rows else (), rows=rows) for part, rows in firsts
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +222,7 @@ def open_rows(
         _open(config, seed=seed, dataset=dataset, evaluation=evaluation, lazily=lazily),
         config.column_mapping,
     )
-    first = next(stream.read(0), None) if mapping else None
+    first = next(stream.read(0), None) if mapping and not stream.parts else None
     if not isinstance(first, Mapping):
         return stream
     check_mapping(mapping, tuple(first), name=stream.name)
@@ -219,10 +241,7 @@ def _open(
     if dataset is not None:
         return _from_object(dataset, split)
     if config.datasets:
-        raise DataError(
-            "A mixture must be read before training: its order is drawn from the numbers of rows. Set "
-            "dataset_streaming=false, or pass the streams as one, by datasets.interleave_datasets."
-        )
+        return _mixed_stream(config, seed=seed, evaluation=evaluation)
     if config.dataset_name is None:
         raise DataError("A run needs rows: set dataset_name or datasets, or pass train_dataset. None was given.")
     source = DatasetConfig(
@@ -234,12 +253,84 @@ def _open(
     return _from_name(source, split, seed=seed, evaluation=evaluation, lazily=lazily)
 
 
-def _load_mixture(config: DataConfig, *, seed: int, evaluation: bool, in_memory: bool) -> Rows:
+def _mixed_stream(config: DataConfig, *, seed: int, evaluation: bool) -> RowStream:
+    """Several datasets that are read while they are used, mixed as `_load_mixture` mixes them."""
+    _check_alone(config)
+    counted = [source.path for source in config.datasets if source.fraction is not None or source.share is not None]
+    if counted:
+        raise DataError(
+            f"fraction and share must be left out with dataset_streaming=true, got them for {', '.join(counted)}: a "
+            "stream does not say how many rows it has. Set weight, or dataset_streaming=false."
+        )
+    split = config.dataset_test_split if evaluation else None
+    parts = [
+        _named_columns(
+            _from_name(
+                source,
+                split if evaluation else source.split or config.dataset_train_split,
+                seed=seed,
+                evaluation=evaluation,
+                lazily=True,
+            ),
+            source.columns,
+            config,
+        )
+        for source in config.datasets
+    ]
+    names = [part.name for part in parts]
+    parts = [
+        part if names.count(part.name) == 1 else replace(part, name=f"{part.name} (datasets, entry {number})")
+        for number, part in enumerate(parts)
+    ]
+    weights = [source.weight for source in config.datasets]
+    drawn: dict[int, Origin] = {}
+
+    def read(start: int) -> Iterator[Row]:
+        reads = [part.read for part in parts]
+        if config.mixture_stopping is None and all(weight is None for weight in weights):
+            rows = joined_rows(reads)
+        else:
+            stopping = config.mixture_stopping or MixtureStopping.FIRST_EXHAUSTED
+            shares = [1.0 if weight is None else weight for weight in weights]
+            rows = drawn_rows(reads, [part.name for part in parts], weights=shares, seed=seed, stopping=stopping)
+        for place, each in enumerate(rows):
+            if place >= start:
+                drawn[place] = Origin(name=parts[each.source].name, number=each.number)
+                drawn.pop(place - _REMEMBERED_ORIGINS, None)
+                yield each.row
+
+    return RowStream(name=" + ".join(part.name for part in parts), read=read, parts=tuple(parts), drawn=drawn)
+
+
+def _named_columns(stream: RowStream, columns: Sequence[str] | None, config: DataConfig) -> RowStream:
+    """A part of a mixture with the columns that it keeps, under the names that they have here."""
+    if columns is None and not config.column_mapping:
+        return stream
+
+    def read(start: int) -> Iterator[Row]:
+        for number, row in enumerate(stream.read(start), start=start):
+            if columns is not None and isinstance(row, Mapping):
+                if missing := [column for column in columns if column not in row]:
+                    raise DataError(
+                        f"Row {number} of {stream.name} must have the column {missing[0]!r}, which datasets.columns "
+                        f"keeps; its columns are {', '.join(map(str, row))}. Name others."
+                    )
+                row = {column: row[column] for column in columns}
+            yield rename(row, config.column_mapping, where=f"Row {number} of {stream.name}")
+
+    return RowStream(name=stream.name, read=read)
+
+
+def _check_alone(config: DataConfig) -> None:
     if config.dataset_name is not None:
         raise DataError(
             f"dataset_name must be left out where datasets are named, got {config.dataset_name!r}. Add it to datasets, "
             "or remove one of the two."
         )
+
+
+def _load_mixture(config: DataConfig, *, seed: int, evaluation: bool, in_memory: bool) -> Rows:
+    _check_alone(config)
     parts = []
     for source in config.datasets:
         # What is trained on is not held out: evaluation has a split of its own.

@@ -7,7 +7,7 @@
     sources, places ─ hold_out: some of a mixture's places, the others ─┘
 
 Each row is found by its place alone, so that a resumed run goes on at a row number, and errors can name the row in
-the dataset that it came from. Streams have no places: mix them with `datasets.interleave_datasets` itself.
+the dataset that it came from. Streams have no places: mixed_streams.py.
 """
 
 from __future__ import annotations

@@ -92,8 +92,7 @@ def start_error(
     if arguments is not None and isinstance(error, ValidationError):
         return _wrong_argument(error, given)
     if arguments is not None and (named := [key for key, value in given.items() if _is_about(text, key, value)]):
-        option = f"rollout.engine_kwargs.{named[0]}"
-        return ConfigError(f"{option} must be what vLLM can start with, got {given[named[0]]!r}: {text}. Correct it.")
+        return _unusable(named[0], given, text)
     return EngineError(f"{name} cannot start: {type(error).__name__}: {text}")
 
 
@@ -139,15 +138,26 @@ def _wrong_argument(error: ValidationError, given: Mapping[str, Any]) -> ConfigE
     first = error.errors(include_url=False, include_context=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     what = " ".join(first["msg"].removeprefix("Value error, ").split()).rstrip(". ")
-    if not place:
+    if not place and not any(_is_spoken(what, value) for value in given.values()):
         return ConfigError(f"vLLM must accept its options, but: {_in_our_names(what, given)}. Correct them.")
+    if not place:
+        return _unusable(next(name for name, value in given.items() if _is_spoken(what, value)), given, what)
     return ConfigError(
         f"{_option(place, given)} must be what vLLM accepts, got {first['input']!r}: {what[:1].lower()}{what[1:]}. "
         "Correct it."
     )
 
 
+def _unusable(name: str, given: Mapping[str, Any], text: str) -> ConfigError:
+    return ConfigError(
+        f"rollout.engine_kwargs.{name} must be what vLLM can start with, got {given[name]!r}: {text}. Correct it."
+    )
+
+
 def _option(argument: str, given: Mapping[str, Any]) -> str:
+    inside = [name for name, value in given.items() if isinstance(value, Mapping) and argument in value]
+    if argument not in given and inside:
+        return f"rollout.engine_kwargs.{inside[0]}.{argument}"
     if argument in given or argument not in OPTIONS:
         return f"rollout.engine_kwargs.{argument}"
     return OPTIONS[argument]
@@ -160,7 +170,10 @@ def _in_our_names(text: str, given: Mapping[str, Any]) -> str:
     return text
 
 
+def _is_spoken(text: str, value: Any) -> bool:
+    return isinstance(value, str) and len(value) > 1 and value.lower() in text.lower()
+
+
 def _is_about(text: str, name: str, value: Any) -> bool:
     """Whether a message speaks of an option, or of what it was set to."""
-    spoken = isinstance(value, str) and len(value) > 1 and value.lower() in text.lower()
-    return spoken or name in text or name.replace("_", " ") in text.lower()
+    return _is_spoken(text, value) or name in text or name.replace("_", " ") in text.lower()

@@ -16,11 +16,11 @@ import numpy as np
 
 from trl_ray.algorithms.batches.micro_batches import CutRules
 from trl_ray.algorithms.loss_registry import build_loss, resolve_options
+from trl_ray.config.example_options import StreamConfig
 from trl_ray.config.object_paths import FROM_PYTHON
 from trl_ray.config.runs.agreement_rule import AgreementRule
 from trl_ray.config.runs.rollout_config import RolloutRunConfig
 from trl_ray.config.runs.run_environment import learner_threads
-from trl_ray.config.runs.stream_options import StreamConfig
 from trl_ray.config.sections import GenerationConfig, ModelConfig, PromptConfig, TrainingConfig
 from trl_ray.config.teacher_options import TeacherSource
 from trl_ray.data.prompts.prompt_making import PromptRules

@@ -61,10 +61,10 @@ if TYPE_CHECKING:
 
 
 _LOG = logging.getLogger(__name__)
-_DISK_BYTES_PER_S = 1e9
-"""What a checkpoint is written with at best."""
 _RESOLVED_LATER = frozenset({"chat_template_kwargs", "max_length"})
 """Options that are known once rows and model are looked at: the template's date, how much the model holds."""
+_DISK_BYTES_PER_S = 1e9
+"""What a checkpoint is written with at best."""
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 PlanT = TypeVar("PlanT", bound=Plan)
 
@@ -467,12 +467,12 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             **({"changed": self._changes} if resuming and self._changes else {}),
             **self._announcement(),
         )
-        slow = plan.expected_memory()[Role.LEARNER] / _DISK_BYTES_PER_S
-        session.recorder.tell_of_lost_folder()
-        session.recorder.tell_of_grace(slow, grace=grace_s(config.runtime.stop_grace_s), is_measured=False)
         if resuming and (config.resume_from_checkpoint or self._changes):
             self._write_config(directory)
             self._changes = {}
+        slow = plan.expected_memory()[Role.LEARNER] / _DISK_BYTES_PER_S
+        session.recorder.tell_of_lost_folder()
+        session.recorder.tell_of_grace(slow, grace=grace_s(config.runtime.stop_grace_s), is_measured=False)
         return session
 
     def _logging_steps(self, plan: PlanT) -> int:

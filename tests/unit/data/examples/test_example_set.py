@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -396,8 +399,32 @@ def test_streams_that_cannot_be_read_twice_or_at_all_are_refused_at_once() -> No
         stream(iter(MANY))
     with pytest.raises(DataError, match="must have at least one row"):
         stream([])
-    with pytest.raises(DataError, match="A mixture must be read before training"):
-        stream(None, datasets=[{"path": "a.jsonl"}, {"path": "b.jsonl"}])
+    with pytest.raises(DataError, match=r"fraction and share must be left out with dataset_streaming=true.*b\.jsonl"):
+        stream(None, datasets=[{"path": "a.jsonl"}, {"path": "b.jsonl", "share": 0.5}])
+
+
+def test_a_mixture_of_streams_is_that_of_the_same_datasets_and_names_its_bad_rows(tmp_path: Path) -> None:
+    def entry(name: str, table: Sequence[Any], **options: Any) -> dict[str, Any]:
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, table)))
+        return {"path": str(tmp_path / f"{name}.jsonl"), **options}
+
+    mixed = [entry("a", MANY, weight=3.0), entry("b", [{**row, "chosen": "fine"} for row in MANY[:4]], weight=1.0)]
+    options = {"datasets": mixed, "shuffle_dataset": False, "mixture_stopping": "all_exhausted"}
+    whole = load_examples(DPOConfig(seed=3, **options), TOKENIZER, task=ExampleTask.PAIRS).examples
+    streamed = list(
+        stream_examples(
+            DPOConfig(seed=3, dataset_streaming=True, max_steps=1, stream_window=4, **options),
+            TOKENIZER,
+            task=ExampleTask.PAIRS,
+            seed=7,
+        )
+    )
+    assert len(whole) > 10
+    told = [[sample.completion_ids.tolist() for sample in each.samples] for each in whole]
+    assert told == [[sample.completion_ids.tolist() for sample in item.example.samples] for item in streamed]
+    entry("b", [MANY[0], {**MANY[1], "rejected": None}])
+    with pytest.raises(DataError, match=r"Row 1 of .*b\.jsonl, field 'rejected'"):
+        stream(None, **options)
 
 
 def test_generated_tasks_and_files_are_streamed(tmp_path: Any) -> None:

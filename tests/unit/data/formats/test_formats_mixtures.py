@@ -1,7 +1,10 @@
+import itertools
+
 import datasets
 import pytest
 
 from trl_ray.config.sections import MixtureStopping
+from trl_ray.data.sources.mixed_streams import drawn_rows
 from trl_ray.data.sources.mixtures import MixedRow, Source, mix
 from trl_ray.errors import DataError
 
@@ -23,6 +26,18 @@ def test_the_order_is_that_of_interleave_datasets(stopping):
     got = mix([SHORT, LONG], seed=5, stopping=stopping)
     assert [f"{name}{number}" for name, number in places(got)] == want["place"][:]
     assert len(got) == len(want)
+
+
+@pytest.mark.parametrize("stopping", MixtureStopping)
+def test_streams_are_drawn_as_datasets_are_and_read_no_further_than_is_asked(stopping):
+    reads = [lambda start, rows=source.rows: iter(rows[start:]) for source in (SHORT, LONG)]
+    drawn = drawn_rows(reads, ["short", "long"], weights=[1.0, 3.0], seed=5, stopping=stopping)
+    want = mix([SHORT, LONG], seed=5, stopping=stopping)
+    assert [(("short", "long")[each.source], each.number) for each in drawn] == places(want)
+    endless = drawn_rows([lambda start: itertools.count(start)] * 2, ["a", "b"], weights=[1, 1], seed=0)
+    assert sorted(each.row for each in itertools.islice(endless, 6) if each.source)[0] == 0
+    with pytest.raises(DataError, match="at least one row, b has none"):
+        next(drawn_rows([lambda start: iter([{}]), lambda start: iter([])], ["a", "b"], weights=[1, 1], seed=0))
 
 
 def test_a_row_comes_as_it_was_with_its_number_in_its_source():

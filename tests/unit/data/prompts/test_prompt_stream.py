@@ -8,7 +8,7 @@ from typing import ClassVar
 import datasets
 import pytest
 
-from trl_ray.config.runs.stream_options import StreamConfig
+from trl_ray.config.example_options import StreamConfig
 from trl_ray.config.sections import PromptConfig
 from trl_ray.data.prompts.prompt_making import PromptRules
 from trl_ray.data.prompts.prompt_source import load_prompts
@@ -253,3 +253,23 @@ def test_a_file_is_read_as_a_stream_and_its_broken_line_is_told(tmp_path):
     assert [prompt.columns for prompt in stream.take(0, 2)] == [{"answer": 0}, {"answer": 1}]
     with pytest.raises(DataError, match="line 9 is broken"):
         stream.take(2, 3)
+
+
+def test_a_mixture_of_streams_is_that_of_the_same_datasets_each_read_in_its_own_way(tmp_path):
+    talks = [
+        {"conversations": [{"from": "human", "value": f"hi {n}"}, {"from": "gpt", "value": "ho"}]} for n in range(9)
+    ]
+    asked = [{"prompt": [{"role": "user", "content": f"row {n}"}], "answer": n} for n in range(30)]
+    mixed = []
+    for name, rows, weight in (("talks", talks, 1.0), ("asked", asked, 2.0)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        mixed.append({"path": str(tmp_path / f"{name}.jsonl"), "weight": weight})
+    options = {"datasets": mixed, "shuffle_dataset": False}
+    whole = load_prompts(PromptConfig(**options), Letters(), seed=4, max_prompt_tokens=None)
+    stream = opened(None, seed=4, **options)
+    count = len(whole)
+    assert [prompt.messages for prompt in stream.take(0, count)] == [prompt.messages for prompt in whole.take(0, count)]
+    assert stream.take(count, 1)[0].prompt_id == "1:0"
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, [*talks[:3], {"conversations": []}])))
+    with pytest.raises(DataError, match=r"Row 3 of .*talks\.jsonl"):
+        opened(None, seed=4, **options).take(0, 60)
