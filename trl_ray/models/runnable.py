@@ -23,10 +23,21 @@ PROVED = frozenset(
         "olmo2", "olmo3", "granite", "cohere", "cohere2", "smollm3", "starcoder2", "falcon", "gpt2", "gpt_neox", "opt",
         "bloom", "glm4", "exaone4", "nemotron", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3",
         "granitemoe", "glm4_moe", "lfm2", "qwen3_next", "qwen3_5_text", "mamba", "mamba2", "falcon_h1",
-        "recurrent_gemma",
+        "recurrent_gemma", "deepseek_v2",
     }
 )  # fmt: skip
 """Model types whose sampler and learner were seen to agree, on the engines that run them."""
+PROVED_WITH_TRANSFORMERS = frozenset(
+    {
+        "apertus", "arcee", "bamba", "biogpt", "bitnet", "codegen", "cwm", "diffllama", "dots1", "ernie4_5",
+        "ernie4_5_moe", "exaone_moe", "falcon_mamba", "flex_olmo", "gemma3n_text", "gemma4_text", "glm",
+        "glm4_moe_lite", "gpt_bigcode", "gptj", "granitemoehybrid", "granitemoeshared", "helium", "hunyuan_v1_dense",
+        "hunyuan_v1_moe", "hyperclovax", "jamba", "jetmoe", "lfm2_moe", "llama4_text", "mimo_v2_flash", "minicpm3",
+        "minimax", "minimax_m2", "ministral", "ministral3", "mpt", "nanochat", "nemotron_h", "olmo_hybrid",
+        "persimmon", "qwen3_5_moe_text", "seed_oss", "solar_open", "vaultgemma", "xglm", "youtu",
+    }
+)  # fmt: skip
+"""Those that were seen to agree on the transformers engine; on vLLM they have not been tried."""
 _REFUSED: Mapping[str, str] = {
     "phimoe": "its routers draw experts by lot in training, so that what is trained is never what sampled",
     "cpmant": "the prompt embeddings that it sets before every text depend on what else is in the row",
@@ -72,14 +83,14 @@ def check_runnable(model: ModelConfig, engine: EngineChoice | str, *, on_gpu: bo
         raise ModelError(f"sampler and learner must be one policy, but with a {config.model_type} {why}")
 
 
-def unproved_notes(model: ModelConfig) -> tuple[str, ...]:
-    """What to know of an architecture that nobody has proved."""
-    kind = load_model_config(model).get_text_config().model_type
-    if kind in PROVED:
+def unproved_notes(model: ModelConfig, engine: EngineChoice | str) -> tuple[str, ...]:
+    """What to know of an architecture that nobody has proved on an engine."""
+    kind, where = load_model_config(model).get_text_config().model_type, EngineChoice(engine)
+    if kind in PROVED or (kind in PROVED_WITH_TRANSFORMERS and where is EngineChoice.TRANSFORMERS):
         return ()
     return (
-        f"that sampler and learner compute the same is not proved for a {kind}; weight check and agreement check watch "
-        "it. benchmarks/agreement_matrix.py is how it is proved.",
+        f"that sampler and learner compute the same is not proved for a {kind} on {where.value}; weight check and "
+        "agreement check watch it. benchmarks/agreement_matrix.py is how it is proved.",
     )
 
 

@@ -127,8 +127,8 @@ class RayHandle:
                 return type(cause)(*cause.args)
             return RunError(f"{where} raised {type(cause).__name__}: {cause}\n{error}")
         if isinstance(error, RayActorError) and error.actor_init_failed:
-            started = StartError(f"{self._name} could not start: {_last_line(error)}")
-            return _raised_by_constructor(error) or started
+            raised = _raised_by_constructor(error)
+            return raised or StartError(f"{self._name} could not start: {_last_line(error)}")
         if isinstance(error, RayActorError):
             return ActorLostError(f"{self._name} died during {method} ({type(error).__name__}): {_last_line(error)}")
         return ActorLostError(f"{where} could not be completed by Ray ({type(error).__name__}): {_last_line(error)}")
@@ -143,9 +143,9 @@ def _raised_by_constructor(error: BaseException) -> TrlRayError | None:
     """What an actor's constructor raised on purpose, of which Ray keeps the text alone; its messages have one line."""
     kind, _, message = _last_line(error).partition(": ")
     found = getattr(errors, kind.removeprefix(f"{errors.__name__}."), None)
-    if message and isinstance(found, type) and issubclass(found, TrlRayError):
-        return found(message)
-    return None
+    if not message or not isinstance(found, type) or not issubclass(found, TrlRayError):
+        return None
+    return found(message)
 
 
 def _last_line(error: BaseException) -> str:

@@ -81,7 +81,10 @@ def test_plain_files_that_the_learner_quantises_are_run(tmp_path, engine):
 
 
 def test_an_architecture_that_nobody_proved_is_told(tmp_path):
-    assert unproved_notes(model(tmp_path, "llama")) == ()
-    [note] = unproved_notes(model(tmp_path, "gptj"))
-    assert "not proved for a gptj" in note
+    assert unproved_notes(model(tmp_path, "llama"), "vllm") == ()
+    assert unproved_notes(model(tmp_path, "gptj"), "transformers") == ()
+    [note] = unproved_notes(model(tmp_path, "gptj"), "vllm")
+    assert "not proved for a gptj on vllm" in note
     assert "gptj" not in PROVED
+    [note] = unproved_notes(model(tmp_path, "gpt_neo"), "transformers")
+    assert "not proved for a gpt_neo on transformers" in note

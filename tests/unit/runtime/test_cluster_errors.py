@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError
 
-from trl_ray.errors import ActorLostError, EngineError, ResourceError, TrlRayError
+from trl_ray.errors import ActorLostError, EngineError, ResourceError, StartError, TrlRayError
 from trl_ray.runtime.cluster import RayHandle
 from trl_ray.runtime.runtime import Role
 
@@ -16,7 +16,7 @@ def told(error: BaseException) -> TrlRayError:
     handle = RayHandle.__new__(RayHandle)
     handle._name = "rollout-0"
     made: Any = handle
-    found: TrlRayError = made._translate(error, "health", 3.0)
+    found: TrlRayError = made._translate(error, "health")
     return found
 
 
@@ -35,16 +35,16 @@ def test_an_error_of_ours_keeps_its_kind_and_its_sentence(kind: type[TrlRayError
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "kind"),
     [
-        died("ValueError: something else"),
-        died("trl_ray.errors.ResourceError: of a method", in_constructor=False),
-        ActorDiedError(),
+        (died("ValueError: something else"), StartError),
+        (died("trl_ray.errors.ResourceError: of a method", in_constructor=False), ActorLostError),
+        (ActorDiedError(), ActorLostError),
     ],
 )
-def test_all_else_is_a_lost_actor(error: BaseException) -> None:
-    assert type(told(error)) is ActorLostError
+def test_all_else_is_a_lost_actor(error: BaseException, kind: type[ActorLostError]) -> None:
+    assert type(told(error)) is kind
 
 
 def test_the_name_of_a_role_is_no_error() -> None:
-    assert type(told(died(f"errors.{Role.ROLLOUT}: x"))) is ActorLostError
+    assert type(told(died(f"errors.{Role.ROLLOUT}: x"))) is StartError

@@ -378,7 +378,12 @@ def prepare(config: RolloutRunConfig, inputs: Inputs, *, objective: Objective[An
         objective=objective,
         compute_metrics=compute_metrics,
         end_of_turn=end_of_turn_warning(model, tokenizer) if talks else None,
-        model_notes=(*model_notes(model, tokenizer), *unproved_notes(model), *precision_notes(config), *drawn),
+        model_notes=(
+            *model_notes(model, tokenizer),
+            *unproved_notes(model, resolve_engine_kind(config.rollout.engine)),
+            *precision_notes(config),
+            *drawn,
+        ),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         teachers=teachers,
         prompts=prompts,
