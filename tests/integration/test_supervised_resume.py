@@ -136,7 +136,7 @@ def test_a_run_that_dies_between_checkpoints_repeats_the_lost_steps_exactly(
         break_after(5, patch, kill=True)
         with pytest.raises(KeyboardInterrupt):
             train(name, model, broken, save_steps=2, **options)
-    assert events(broken, "run_failed")
+    assert events(broken, "interrupted")
     go_on(name, broken, options)
     assert events(broken, "run_resumed")[0]["detail"]["step"] == 4
     assert_same_run(straight, broken, step=STEPS)

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from trl_ray.errors import ConfigError, RunError
-from trl_ray.observe import service_calls
 from trl_ray.observe.completions import write_completions
 from trl_ray.observe.console import ConsoleSink, duration, printable, progress_line, sparkline
 from trl_ray.observe.observer import open_observer
 from trl_ray.observe.redact import redact
 from trl_ray.observe.run_directory import RunDirectory
 from trl_ray.observe.run_files import read_json_lines
+from trl_ray.observe.services import service_calls
 from trl_ray.observe.services.service_calls import ServiceCalls
 from trl_ray.observe.services.wandb_sink import WandbSink
 from trl_ray.observe.sinks import MetricsFile, Observer, Sink, TrainedGroups
