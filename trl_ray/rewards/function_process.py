@@ -23,7 +23,7 @@ from trl_ray.errors import ConfigError
 from trl_ray.rewards import sandbox_messages as wire
 from trl_ray.rewards.jail import landlock
 from trl_ray.rewards.jail import system_calls as linux
-from trl_ray.rewards.reward_registry import RewardSpec, load_function
+from trl_ray.rewards.reward_registry import RewardSpec, load_function, warm_up
 from trl_ray.rewards.scoring import GroupInput, NamedFunction, score_group, weighted
 from trl_ray.types import RewardErrorKind, RewardFailure, ScoredGroup
 
@@ -128,6 +128,7 @@ def load_functions(
         send({"nonce": first["nonce"], "running": spec.name})
         try:
             loaded.append(load_function(spec))
+            warm_up(loaded[-1])
         except Exception as error:  # loading imports the user's modules, which may raise anything
             text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             failure = RewardFailure(

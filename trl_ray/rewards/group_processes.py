@@ -27,7 +27,7 @@ from trl_ray.rewards import sandbox_messages as wire
 from trl_ray.rewards.functions import text_of
 from trl_ray.rewards.jail.walls import Walls, kill_descendants
 from trl_ray.rewards.lone_answers import scored_alone
-from trl_ray.rewards.reward_registry import READ, RewardSpec, Scorer
+from trl_ray.rewards.reward_registry import READ, RewardSpec, Scorer, plain_rule
 from trl_ray.rewards.scoring import GroupInput, NamedFunction, score_group
 from trl_ray.types import RewardErrorKind
 
@@ -178,8 +178,14 @@ class GroupProcesses:
     def _wrapped(self, named: NamedFunction, timeout_s: float) -> NamedFunction:
         if named.name not in self._reads:
             return named
-        reads = self._reads[named.name]
-        function = scored_alone(named.function, name=named.name, reads=reads, walls=self._walls, timeout_s=timeout_s)
+        function = scored_alone(
+            named.function,
+            name=named.name,
+            reads=self._reads[named.name],
+            walls=self._walls,
+            timeout_s=timeout_s,
+            plain=plain_rule(named.function),
+        )
         return NamedFunction(name=named.name, function=function, weight=named.weight)
 
     # ---- its answers, and its end ----------------------------------------------------------------------------

@@ -74,7 +74,13 @@ class _StoppedError(Exception):
 
 
 def scored_alone(
-    function: RewardFunction, *, name: str, reads: Callable[[Any], str], walls: Walls, timeout_s: float
+    function: RewardFunction,
+    *,
+    name: str,
+    reads: Callable[[Any], str],
+    walls: Walls,
+    timeout_s: float,
+    plain: Callable[[str], bool] | None = None,
 ) -> RewardFunction:
     """The same function, each completion for itself.
 
@@ -86,8 +92,9 @@ def scored_alone(
         reads: the text of a completion that it evaluates.
         walls: around this process.
         timeout_s: for all.
+        plain: which texts need no process of their own; None: those of `is_plain`.
     """
-    lone = _LoneAnswers(function, name, reads, walls, timeout_s)
+    lone = _LoneAnswers(function, name, reads, walls, timeout_s, plain or is_plain)
 
     def score(**arguments: Any) -> list[Any]:
         return lone.score(arguments)
@@ -97,14 +104,20 @@ def scored_alone(
 
 class _LoneAnswers:
     def __init__(
-        self, function: RewardFunction, name: str, reads: Callable[[Any], str], walls: Walls, timeout_s: float
+        self,
+        function: RewardFunction,
+        name: str,
+        reads: Callable[[Any], str],
+        walls: Walls,
+        timeout_s: float,
+        plain: Callable[[str], bool],
     ) -> None:
-        self._function, self._name, self._reads = function, name, reads
+        self._function, self._name, self._reads, self._is_plain = function, name, reads, plain
         self._walls, self._timeout_s = walls, timeout_s
 
     def score(self, arguments: Mapping[str, Any]) -> list[Any]:
         texts = [self._reads(completion) for completion in arguments["completions"]]
-        plain = [row for row, text in enumerate(texts) if is_plain(text)]
+        plain = [row for row, text in enumerate(texts) if self._is_plain(text)]
         lone = sorted(set(range(len(texts))) - set(plain))
         results = [_call(self._function, arguments, plain)] if plain else []
         raised, failed = [], []

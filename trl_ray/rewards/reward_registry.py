@@ -242,6 +242,17 @@ def load_function(spec: RewardSpec) -> RewardFunction:
     return loaded
 
 
+def plain_rule(function: Callable[..., Any]) -> Callable[[str], bool] | None:
+    """Which answers of a function that evaluates them need no process of their own; None: by the general rule."""
+    return mathematics.is_plain if getattr(function, "__module__", None) in _MATHEMATICS else None
+
+
+def warm_up(function: Callable[..., Any]) -> None:
+    """Make what a function would make at its first call, where processes are forked from this one afterwards."""
+    if getattr(function, "__module__", None) in _MATHEMATICS:
+        mathematics.warm_up()
+
+
 def known_names() -> list[str]:
     """Names that need no path."""
     return sorted([*REGISTERED, *(f"{name}(...)" for name in FACTORIES)])
