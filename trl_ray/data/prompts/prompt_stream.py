@@ -49,7 +49,10 @@ class _Window:
     """The prompts of some rows, in the order in which they are given."""
 
     place: PromptPlace
-    source: PromptSource
+    source: PromptSource | None
+    """None: all its rows are dropped."""
+    num_left_out: int
+    """Rows of it that cannot be used."""
     order: NDArray[np.int64]
     is_last: bool
     """Whether the stream ends with it."""
@@ -69,10 +72,11 @@ class _Window:
             ordinal=self.end,
             epoch=place.epoch + self.is_last,
             window=0 if self.is_last else place.window + 1,
-            left_out=place.left_out + self.source.num_left_out,
+            left_out=place.left_out + self.num_left_out,
         )
 
     def prompt(self, ordinal: int) -> Prompt:
+        assert self.source is not None, "a window without prompts ends where it begins"
         index = int(self.order[ordinal - self.place.ordinal])
         return self.source.row_prompt(index, epoch=self.place.epoch, ordinal=ordinal)
 
@@ -124,11 +128,11 @@ class PromptStream:
         self._readers = readers_of(replace(first, sources=rows.sources()), rules)
         made = make_prompts(first, rules, self._readers)
         self._first = made.first
-        self._held = self._window(PromptPlace(), made, is_last=is_last)
+        self.head = self._source(made)
+        """The first window, which is known before training."""
+        self._held = self._window(PromptPlace(), made, self.head, is_last=is_last)
         self._marks = [self._held]
         """Windows from the one on of which prompts may be asked for again; more than one while prompts are issued."""
-        self.head = self._held.source
-        """The first window, which is known before training."""
         self._head_fingerprint = self._held.fingerprint
         self._told = set(map(_kind, self.head.notes))
 
@@ -196,7 +200,7 @@ class PromptStream:
         """The window that begins there.
 
         Raises:
-            InputError: one of its rows cannot be used, or it has none.
+            InputError: one of its rows cannot be used and may not be dropped, or it has none.
         """
         rows, is_last = self._read(place)
         if not rows.rows:
@@ -204,8 +208,16 @@ class PromptStream:
                 f"A stream must give the same rows whenever it is read, but {self.name} has no row {rows.start} where "
                 f"it had one before, in pass {place.epoch} over it. Pass one that can be read again from its start."
             )
-        made = make_prompts(rows, self._rules, self._readers, first=self._first, columns=self.columns)
-        return self._window(place, made, is_last=is_last)
+        made = make_prompts(
+            rows,
+            self._rules,
+            self._readers,
+            first=self._first,
+            columns=self.columns,
+            # The first window had prompts, and has them in every pass: there is no pass without any.
+            may_be_empty=place.window > 0,
+        )
+        return self._window(place, made, self._source(made) if made.rows else None, is_last=is_last)
 
     def _read(self, place: PromptPlace) -> tuple[Rows, bool]:
         """The rows of a window, and whether the stream ends with them."""
@@ -227,7 +239,7 @@ class PromptStream:
         window = Rows(name=self.name, columns=tuple(columns), rows=taken, start=start, origins=origins)
         return window, not ahead
 
-    def _window(self, place: PromptPlace, made: MadePrompts, *, is_last: bool) -> _Window:
+    def _source(self, made: MadePrompts) -> PromptSource:
         source = PromptSource(
             name=self.name,
             rows=made.rows,
@@ -239,15 +251,19 @@ class PromptStream:
             numbers=made.numbers,
         )
         self._check(source)
-        order = np.arange(len(source))
+        return source
+
+    def _window(self, place: PromptPlace, made: MadePrompts, source: PromptSource | None, *, is_last: bool) -> _Window:
+        order = np.arange(len(made.rows))
         if self._shuffle:
-            order = np.random.default_rng([self._seed, place.epoch, place.window]).permutation(len(source))
+            order = np.random.default_rng([self._seed, place.epoch, place.window]).permutation(len(made.rows))
         window = _Window(
             place=place,
             source=source,
+            num_left_out=made.num_left_out,
             order=order,
             is_last=is_last,
-            fingerprint=f"{source.fingerprint}-{source.columns_fingerprint}",
+            fingerprint="no prompts" if source is None else f"{source.fingerprint}-{source.columns_fingerprint}",
         )
         if is_last and not place.epoch:
             self._length = window.end
