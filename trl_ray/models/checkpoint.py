@@ -7,7 +7,8 @@
 
 A policy with an adapter leaves adapter_config.json and adapter_model.safetensors instead of a whole model.
 The manifest holds the size and SHA-256 of every other file. A directory without a manifest was never finished.
-Who may read a checkpoint's folder may read its files, and nobody else: it gets the mode of the folder it lies in.
+Who may read a checkpoint's folder may read its files, and nobody else: it gets the mode of the folder it lies in,
+where the file system has modes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_ray.errors import CheckpointError
 from trl_ray.models.adapters.lora import has_adapter, save_adapter
 from trl_ray.models.dropout import stated_dropout
+from trl_ray.models.file_modes import copy_with_mode, set_mode
 from trl_ray.models.plain_saving import save_plain
 
 MANIFEST = "manifest.json"
@@ -172,12 +174,12 @@ def _write_manifest(directory: Path, step: int) -> None:
     found = sorted(directory.rglob("*"))
     for path in found:
         # Libraries make them for everybody to read.
-        path.chmod(_mode(directory) if path.is_dir() else _mode(directory) & 0o666)
+        set_mode(path, _mode(directory) if path.is_dir() else _mode(directory) & 0o666)
     files = [path for path in found if path.is_file()]
     entries = {str(path.relative_to(directory)): _fingerprint(path, sync=True) for path in files}
     manifest = directory / MANIFEST
     manifest.write_text(json.dumps({"format": _FORMAT, "step": step, "files": entries}, indent=1, sort_keys=True))
-    manifest.chmod(_mode(directory) & 0o666)
+    set_mode(manifest, _mode(directory) & 0o666)
     _fingerprint(manifest, sync=True)
 
 
@@ -354,7 +356,7 @@ def export_model(checkpoint: str | Path, folder: str | Path) -> Path:
     try:
         target.mkdir(parents=True, exist_ok=True)
         for file in model_files(checkpoint):
-            shutil.copy2(file, target / file.name)
+            copy_with_mode(file, target / file.name)
     except OSError as error:
         raise CheckpointError(f"the model must be written to {target}, but: {error}. Choose another folder.") from error
     return target

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,12 @@ import torch
 from tiny_models import build_tiny_model, random_model
 from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import CheckpointError
+from trl_ray.models import file_modes
 from trl_ray.models.checkpoint import (
     TRAINER_STATE,
     abandon_checkpoint,
     begin_checkpoint,
+    export_model,
     finish_checkpoint,
     latest_checkpoint,
     load_trainer_state,
@@ -210,3 +215,35 @@ def test_a_trainer_state_that_would_run_code_is_refused_and_runs_nothing(tmp_pat
     with pytest.raises(CheckpointError, match="must be readable"):
         load_trainer_state(tmp_path)
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("refusal", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_lets_nobody_set_modes_holds_checkpoints_all_the_same_and_that_is_told_once(
+    tmp_path: Path, refusal: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(path: Any, mode: int, **how: Any) -> None:
+        raise OSError(refusal, os.strerror(refusal), str(path))
+
+    monkeypatch.setattr(file_modes, "_TOLD", set())
+    monkeypatch.setattr(os, "chmod", refuses)
+    with caplog.at_level(logging.WARNING, logger=file_modes.__name__):
+        for step in (1, 2):
+            verify_checkpoint(_save(tmp_path / "run", step))
+        exported = export_model(tmp_path / "run" / "step-2", tmp_path / "exported")
+    assert (exported / "model.safetensors").read_bytes() == (
+        tmp_path / "run" / "step-2" / "model.safetensors"
+    ).read_bytes()
+    [told] = caplog.messages
+    assert "step-1.tmp" in told and "options of the mount" in told and os.strerror(refusal) in told
+
+
+def test_a_mode_that_cannot_be_set_for_another_reason_is_no_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Any, mode: int, **how: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(os, "chmod", fails)
+    with pytest.raises(CheckpointError, match=os.strerror(errno.EIO)):
+        _save(tmp_path, 1)
+    assert latest_checkpoint(tmp_path).path is None
