@@ -134,7 +134,7 @@ def test_the_new_journal_has_the_account_of_the_checkpoint_and_restarts_to_the_s
     run.journal.unlink()
     for incarnation in ("two", "two"):
         store = DurableLedger(
-            path=run.journal, rules=RULES, incarnation=incarnation, now=0.0, resume_from_step=2, copy=copy
+            path=run.journal, rules=RULES, incarnation=incarnation, now=0.0, resume_from_step=2, copy=lambda: copy
         )
         with closing(store):
             store.check()
