@@ -50,6 +50,11 @@ class JournalReach:
     is_unknown: bool = False
     """There was no room to look; its owner will."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is certain that no group is recorded."""
+        return self.ledger is None and self.problem is None and not self.is_unknown
+
     def covers(self, step: int) -> bool:
         """Whether the ledger can be taken back to `step`."""
         if self.ledger is None:
