@@ -18,6 +18,7 @@ from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import CheckpointError, ConfigError, JournalError
 from trl_ray.models.checkpoint import (
     checkpoint_step,
+    free_name,
     latest_checkpoint,
     leave_after,
     list_checkpoints,
@@ -278,7 +279,7 @@ def _leave_journal(directory: RunDirectory, back: Return) -> str:
     kept = ""
     for each in (directory.journal, directory.journal.with_name(f"{directory.journal.name}.payloads")):
         if each.exists():
-            aside = _free_name(each)
+            aside = free_name(each)
             os.replace(each, aside)
             kept = f"; the old one is kept as {aside.name}" if each == directory.journal else kept
     steps = f"steps {back.step + 1} to {last} are trained again, " if last > back.step else ""
@@ -287,8 +288,3 @@ def _leave_journal(directory: RunDirectory, back: Return) -> str:
         f"a new journal is begun from the ledger of step {back.step}, because {back.forgets}: {steps}{len(again)} "
         f"groups that were on their way then{named} are generated again{kept}"
     )
-
-
-def _free_name(path: Path) -> Path:
-    names = (path.with_name(f"{path.name}.left{number or ''}") for number in range(1000))
-    return next(name for name in names if not name.exists())
