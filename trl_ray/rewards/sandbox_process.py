@@ -80,7 +80,8 @@ class SandboxProcess:
         self.pid: int | None = None
         """Of the process that calls functions, once it is ready."""
         self.folder = tempfile.mkdtemp(prefix="trl-ray-reward-")
-        """For the files of groups."""
+        """For the files of groups, which may have a user of their own: theirs lie in it, and others cannot list it."""
+        os.chmod(self.folder, 0o711)
         child_reads, self._request = os.pipe()
         self._reply, child_writes = os.pipe()
         child_watches, self._lifeline = os.pipe()
