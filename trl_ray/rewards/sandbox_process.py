@@ -90,7 +90,7 @@ class SandboxProcess:
                 sys.executable,
                 "-m",
                 "trl_ray.rewards.sandbox_child",
-                *map(str, (child_reads, child_writes, child_watches)),
+                *map(str, (child_reads, child_writes, child_watches, self.folder)),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -197,7 +197,8 @@ class SandboxProcess:
                 self.process.wait()
                 _kill_marked(self.mark)
                 self.drainer.join(timeout=1.0)
-                shutil.rmtree(self.folder, ignore_errors=True)
+                with contextlib.suppress(RecursionError):
+                    shutil.rmtree(self.folder, ignore_errors=True)
         return self.process.wait()
 
     def close(self) -> None:
