@@ -46,10 +46,11 @@ def test_a_lost_rollout_node_leaves_the_run_to_the_other_worker(played, name):
     run, told = played[name]
     assert told["steps"] == 40
     assert longest_gap(run, since=told["struck"]) < 10
-    [lost] = [event["actor"] for event in events(run, "actor_lost")]
+    # A successor may have been placed on the dead node before Ray knew of its death.
+    [lost] = {event["actor"].partition("+")[0] for event in events(run, "actor_lost")}
     assert lost in ("rollout-0", "rollout-1")
-    waited = [event["detail"] for event in events(run, "waiting")]
-    assert [detail["on"] for detail in waited] == [f"a node with room for {lost}"]
+    waited = [event["detail"]["on"] for event in events(run, "waiting")]
+    assert waited and all(on.startswith(f"a node with room for {lost}") for on in waited)
     assert_balanced(run, trained=160)
 
 

@@ -122,7 +122,6 @@ class GroupProcesses:
         for group in list(self._groups.values()):
             self._end(group)
         kill_descendants()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _send(self, frame: Mapping[str, Any]) -> None:
         wire.write_frame(self._pipes.replies, frame)

@@ -118,8 +118,7 @@ def make_spec(function: str | Callable[..., Any]) -> RewardSpec:
 
 def scorer_of(function: Callable[..., Any]) -> Scorer:
     """What a function does, told from where it was written."""
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = _innermost(function)
     # functools.wraps copies the name of the module, too.
     home = "" if hasattr(function, "__wrapped__") else str(getattr(function, "__module__", ""))
     if function is functions.reasoning_gym or home in _MATHEMATICS:
@@ -130,8 +129,7 @@ def scorer_of(function: Callable[..., Any]) -> Scorer:
 
 def _require_package(function: Callable[..., Any]) -> None:
     """Functions for mathematics, TRL's too, ask for another package only when they are called: at the first reward."""
-    ours_or_trls = getattr(function, "__module__", None) in _MATHEMATICS
-    if not ours_or_trls or importlib.util.find_spec("math_verify") is not None:
+    if not _is_mathematics(function) or importlib.util.find_spec("math_verify") is not None:
         return
     raise ConfigError(
         f"Reward function {function_name(function)} needs the package {mathematics.NEEDS}, which is not installed. pip "
@@ -141,9 +139,19 @@ def _require_package(function: Callable[..., Any]) -> None:
 
 def function_name(function: Callable[..., Any]) -> str:
     """What the part of a function is called: its own name, that of what a partial calls, or that of its class."""
+    function = _innermost(function)
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _innermost(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a partial calls at last; another function itself."""
     while isinstance(function, functools.partial):
         function = function.func
-    return str(getattr(function, "__name__", type(function).__name__))
+    return function
+
+
+def _is_mathematics(function: Callable[..., Any]) -> bool:
+    return getattr(_innermost(function), "__module__", None) in _MATHEMATICS
 
 
 def _told_apart(given: Sequence[str | Callable[..., Any]], specs: Sequence[RewardSpec]) -> tuple[RewardSpec, ...]:
@@ -244,12 +252,12 @@ def load_function(spec: RewardSpec) -> RewardFunction:
 
 def plain_rule(function: Callable[..., Any]) -> Callable[[str], bool] | None:
     """Which answers of a function that evaluates them need no process of their own; None: by the general rule."""
-    return mathematics.is_plain if getattr(function, "__module__", None) in _MATHEMATICS else None
+    return mathematics.is_plain if _is_mathematics(function) else None
 
 
 def warm_up(function: Callable[..., Any]) -> None:
     """Make what a function would make at its first call, where processes are forked from this one afterwards."""
-    if getattr(function, "__module__", None) in _MATHEMATICS:
+    if _is_mathematics(function):
         mathematics.warm_up()
 
 

@@ -347,7 +347,6 @@ class Sandbox:
         frame = {
             "nonce": nonce,
             "lifetime": self._lifetime.value,
-            "folder": child.folder,
             "functions": [wire.spec_to_json(spec) for spec in self._functions],
             "weights": self._weights,
             "memory_bytes": self._memory_bytes,

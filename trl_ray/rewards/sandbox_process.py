@@ -80,7 +80,8 @@ class SandboxProcess:
         self.pid: int | None = None
         """Of the process that calls functions, once it is ready."""
         self.folder = tempfile.mkdtemp(prefix="trl-ray-reward-")
-        """For the files of groups."""
+        """For the files of groups, which may have a user of their own: theirs lie in it, and others cannot list it."""
+        os.chmod(self.folder, 0o711)
         child_reads, self._request = os.pipe()
         self._reply, child_writes = os.pipe()
         child_watches, self._lifeline = os.pipe()
@@ -89,7 +90,7 @@ class SandboxProcess:
                 sys.executable,
                 "-m",
                 "trl_ray.rewards.sandbox_child",
-                *map(str, (child_reads, child_writes, child_watches)),
+                *map(str, (child_reads, child_writes, child_watches, self.folder)),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -196,7 +197,8 @@ class SandboxProcess:
                 self.process.wait()
                 _kill_marked(self.mark)
                 self.drainer.join(timeout=1.0)
-                shutil.rmtree(self.folder, ignore_errors=True)
+                with contextlib.suppress(RecursionError):
+                    shutil.rmtree(self.folder, ignore_errors=True)
         return self.process.wait()
 
     def close(self) -> None:

@@ -329,3 +329,34 @@ def test_all_walls_stand_where_the_kernel_has_them(box: Sandbox, missing: dict[s
     if not may_mount or tuple(int(part) for part in os.uname().release.split(".")[:2]) < (6, 14):
         pytest.skip("some walls need CAP_SYS_ADMIN or Linux 6.14")
     assert missing == {}
+
+
+# Loaded before the walls look for a user: so they find one even where Python itself lies in root's home.
+OF_ANOTHER_USER = """
+import asyncio, os, tempfile
+from trl_ray.rewards.jail import namespaces
+
+namespaces.own_user = lambda needed, **given: 0x70001234
+
+def look(completions, log_extra, **columns):
+    home = os.environ["HOME"]
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.write("x")
+    with open(os.path.join(home, "mine"), "w") as file:
+        file.write("x")
+    log_extra("said", [[os.getuid(), home == os.environ["TMPDIR"] == os.getcwd(), os.listdir(home)]])
+    return [1.0]
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may change its user")
+def test_a_group_with_a_user_of_its_own_reaches_its_folder_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text(OF_ANOTHER_USER)
+    spec = make_spec(f"{tmp_path / 'other.py'}:look")
+    made = Sandbox(functions=[spec], weights=None, timeout_s=20.0, lifetime=Lifetime.GROUP)
+    try:
+        scored = score(made, "x")
+        assert scored.failure is None
+        assert scored.rewards[0].extra["said"] == [0x70001234, True, ["mine"]]
+    finally:
+        made.close()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
 
+from trl_ray.errors import ConfigError
+from trl_ray.rewards import mathematics
 from trl_ray.rewards.mathematics import is_plain
-from trl_ray.rewards.reward_registry import make_spec
+from trl_ray.rewards.reward_registry import make_spec, plain_rule, warm_up
 from trl_ray.rewards.sandbox import Sandbox
 from trl_ray.rewards.sandbox_messages import Lifetime
 from trl_ray.rewards.scoring import GroupInput
@@ -65,3 +68,15 @@ def test_a_group_is_scored_behind_walls_and_a_tower_of_powers_costs_nobody_else(
         box.close()
     assert scored.failure is None
     assert [reward.total for reward in scored.rewards] == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_in_a_partial_they_are_made_ready_and_sorted_as_outside_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[str] = []
+    monkeypatch.setattr(mathematics, "warm_up", lambda: warmed.append("up"))
+    given = functools.partial(mathematics.reasoning_accuracy_reward, reasoning_delimiters=["</thought>"])
+    warm_up(given)
+    assert warmed == ["up"] and plain_rule(given) is mathematics.is_plain
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ConfigError, match="reasoning_accuracy_reward needs the package math-verify"):
+            make_spec(given)

@@ -398,6 +398,41 @@ def test_the_child_dies_with_its_parent(tmp_path):
     assert pid not in alive("sandbox_child")
 
 
+LOADS_SLOWLY = """
+import os, time
+open(f"{os.environ['TMPDIR']}.{os.getpid()}.loading", "w").close()
+time.sleep(0.5)
+def slow(completions, **columns): return [1.0]
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="who watches over the folder is Linux's")
+def test_no_folder_is_left_by_a_worker_that_is_killed_before_its_functions_are_loaded(tmp_path):
+    (tmp_path / "slow.py").write_text(LOADS_SLOWLY)
+    folder = tmp_path / "made"
+    folder.mkdir()
+    script = (
+        "import glob, os, time\n"
+        "from trl_ray.rewards.sandbox import Lifetime, Sandbox, SandboxProcess\n"
+        "from trl_ray.rewards.reward_registry import RewardSpec\n"
+        f"slow = RewardSpec(name='slow', reference={str(tmp_path / 'slow.py')!r} + ':slow')\n"
+        "boxes = [Sandbox(functions=[slow], weights=None, timeout_s=5, lifetime=life) for life in Lifetime]\n"
+        "for box in boxes: box.begin()\n"
+        f"while len(glob.glob({str(folder)!r} + '.*')) < len(boxes): time.sleep(0.01)\n"
+        "early = SandboxProcess()\n"
+        f"print(len(os.listdir({str(folder)!r})), flush=True); os.kill(os.getpid(), 9)\n"
+    )
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(folder)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False, timeout=20)
+    assert int(done.stdout) == 4  # one of each lifetime, and one that had not begun
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and list(folder.iterdir()):
+        time.sleep(0.02)
+    assert list(folder.iterdir()) == []
+
+
 def test_the_child_imports_neither_torch_nor_transformers():
     def loaded(completions, log_extra, **columns):
         import sys

@@ -136,8 +136,11 @@ def limit_pids(most: int) -> None:
         file.write(str(most))
 
 
-def own_user(needed: Sequence[str]) -> int | None:
-    """A user id of which nothing else on this machine runs and which may read `needed`; None where there is none."""
+def own_user(needed: Sequence[str], *, folder: str) -> int | None:
+    """A user id of which nothing else on this machine runs and which may read `needed` and reach what is in `folder`.
+
+    None where there is none.
+    """
     if os.geteuid() != 0:
         return None
     for user in (_FIRST_OWN_USER + os.getpid(), 65534):
@@ -147,6 +150,8 @@ def own_user(needed: Sequence[str]) -> int | None:
             for path in needed:
                 if not os.access(path, os.R_OK):
                     raise PermissionError(f"{path} is not readable")
+            if not os.access(folder, os.X_OK):
+                raise PermissionError(f"{folder} is out of reach")
 
         if possible(become) is None:
             return user

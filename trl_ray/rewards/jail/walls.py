@@ -76,7 +76,8 @@ class Walls:
             self._proc = self._holds("processes of others in /proc", namespaces.mount_own_proc)
         self._landlock = self._holds("files", self._rules(folder).restrict)
         self._seccomp = self._holds("network, and calls of the kernel (seccomp)", lambda: forbid(Ban.JAIL))
-        self._user = namespaces.own_user([os.__file__, f"{_PACKAGE}/__init__.py", sys.prefix])
+        needed = [os.__file__, f"{_PACKAGE}/__init__.py", sys.prefix]
+        self._user = namespaces.own_user(needed, folder=folder)
         self._pids = self._proc and self._trial(self._limit_pids) is None
         if not (self._pids or self._counts_processes):
             self.missing["number of processes"] = "it takes Linux 6.14, a user namespace, or a user of its own"

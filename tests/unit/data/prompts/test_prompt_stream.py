@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 import tracemalloc
 from typing import ClassVar
 
@@ -94,6 +95,37 @@ def test_from_a_checkpoint_on_follow_exactly_the_prompts_that_were_not_issued(fi
     after = opened(Rows(10))
     after.load_state_dict(state)
     assert [prompt.prompt_id for prompt in after.take(first, 30 - first)] == whole[first:]
+
+
+@pytest.mark.parametrize("resumes", [True, False], ids=["from a checkpoint", "without one"])
+def test_a_thread_that_a_session_left_behind_changes_nothing_for_the_next_one(resumes):
+    class Slow(Rows):
+        def __iter__(self):
+            for number, row in enumerate(super().__iter__()):
+                if number == 9 and threading.current_thread() is late:
+                    reads.set()
+                    assert may_go_on.wait(10)
+                yield row
+
+    reads, may_go_on, left = threading.Event(), threading.Event(), []
+    late = threading.Thread(target=lambda: left.extend(stream.take(8, 30)))
+    whole = [prompt.prompt_id for prompt in opened(Rows(10)).take(0, 30)]
+    stream = opened(Slow(10))
+    stream.take(0, 4)
+    state = stream.state_dict()
+    stream.take(4, 4)
+    late.start()
+    assert reads.wait(10)
+    if resumes:
+        stream.load_state_dict(state)
+    begin = 4 if resumes else 8
+    found = [prompt.prompt_id for prompt in stream.take(begin, 3)]
+    state = stream.state_dict()
+    may_go_on.set()
+    late.join()
+    assert len(left) == 30 and stream.state_dict() == state
+    found += [prompt.prompt_id for count in range(3, 20) for prompt in stream.take(begin + count, 1)]
+    assert found == whole[begin : begin + 20]
 
 
 def test_windows_that_are_read_and_not_issued_are_read_again():

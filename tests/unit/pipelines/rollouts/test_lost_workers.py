@@ -15,12 +15,12 @@ from virtual_time import run_in_virtual_time
 
 @asynccontextmanager
 async def watched(stage):
-    """The actors started and under watch, and what is told of waits among their events."""
+    """The task that watches over the actors, which are started, and what is told of waits among their events."""
     with waits.heard_by(stage.events.append):
         await stage.start()
         watch = asyncio.create_task(stage.actors.supervisor.run())
         try:
-            yield
+            yield watch
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
@@ -206,6 +206,54 @@ def test_events_of_an_actor_that_hangs_hold_nobody_and_come_later():
 
     stage = Stage()
     assert [each.events for each in run_in_virtual_time(run())] == [["first"], ["first"], ["late", "first"]]
+
+
+def test_a_worker_that_is_lost_too_often_waits_while_another_one_that_may_be_restarted_comes_back():
+    async def run():
+        stage.runtime.script["rollout-1+1"] = {"health": loads}
+        async with watched(stage) as watch:
+
+            async def lose(*names):
+                for name in names:
+                    stage.actors.supervisor.report(name, "it died")
+                    await asyncio.sleep(10)
+
+            await lose("rollout-0", "rollout-0+1", "rollout-0+2", "rollout-0+3", "rollout-1")
+            assert (working(stage), watch.done()) == ([], False)  # the one waits for steps, the other one loads
+            await asyncio.sleep(60)
+            await lose("rollout-1+1", "rollout-1+2")  # the last restart begins with a pause
+            assert (working(stage), watch.done()) == (["rollout-1+3"], False)
+            await lose("rollout-1+3")
+            with pytest.raises(RunError, match=r"rollout-\d may be restarted 3 times"):
+                watch.result()
+
+    async def loads():
+        await asyncio.sleep(30)
+        return health(pid=9)
+
+    stage = Stage(workers=2, max_restarts=3)
+    run_in_virtual_time(run())
+
+
+def test_a_worker_that_is_set_aside_is_one_that_may_yet_make_progress():
+    async def run():
+        async def pulls_late(shared, check):
+            await asyncio.sleep(100)
+            return report(shared, check)
+
+        async with watched(stage) as watch:
+            stage.runtime.handles["rollout-1"].answers["pull"] = pulls_late
+            await publish(stage, 1)
+            await stage.actors.pull()
+            assert working(stage) == ["rollout-0"]
+            stage.actors.supervisor.report("rollout-0", "it died")
+            await asyncio.sleep(10)
+            assert (working(stage), watch.done()) == ([], False)
+            await asyncio.sleep(100)
+            assert (working(stage), watch.done()) == (["rollout-1"], False)
+
+    stage = Stage(workers=2, max_restarts=0)
+    run_in_virtual_time(run())
 
 
 def test_a_worker_that_is_lost_too_often_where_no_other_one_works_ends_the_run():
