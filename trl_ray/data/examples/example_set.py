@@ -182,6 +182,9 @@ class StreamedExample:
     """Rows since `start_window` that are in no example, counted by reason, up to the end of this window."""
     losses: Mapping[str, int] = field(default_factory=dict)
     """Tokens and pairs since `start_window` that are lost, by `Lost`, up to the end of this window."""
+    untrained_before: Mapping[Untrained, int] = field(default_factory=dict)
+    """`untrained` up to the beginning of this window: earlier ones may have no example."""
+    losses_before: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_examples(
@@ -320,6 +323,7 @@ def stream_examples(
     def examples() -> Iterator[StreamedExample]:
         untrained, losses = Counter[Untrained](), Counter[str]()
         for window, found in enumerate(windows, start=start_window):
+            left_out_before, lost_before = dict(untrained), dict(losses)
             untrained.update(found.untrained.values())
             losses.update(found.counts())
             for sentence in found.news(known):
@@ -328,7 +332,14 @@ def stream_examples(
             left_out, lost = dict(untrained), dict(losses)
             for place, example, used in _ordered(found.examples, config, window, end=end, seed=seed):
                 yield StreamedExample(
-                    example=example, window=window, place=place, next_row=used, untrained=left_out, losses=lost
+                    example=example,
+                    window=window,
+                    place=place,
+                    next_row=used,
+                    untrained=left_out,
+                    losses=lost,
+                    untrained_before=left_out_before,
+                    losses_before=lost_before,
                 )
 
     return examples()

@@ -137,7 +137,8 @@ class StreamFeed:
             current = None
             for streamed in self._open(epoch, window):
                 if streamed.window != current:
-                    current, before = streamed.window, here
+                    current = streamed.window
+                    before = _Counts.of(streamed.untrained_before, streamed.losses_before)
                     here = _Counts.of(streamed.untrained, streamed.losses)
                 if streamed.window > window or streamed.place >= skip:
                     kept = opened + before

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,12 +68,15 @@ def test_the_epoch_counts_passes_over_the_data() -> None:
 
 WINDOWS = ((0, 1, 2), (3, 4), (5,))
 """Rows of each window; one row of window 1 cannot be trained on."""
+WITH_A_GAP = ((0, 1, 2), (), (3, 4, 5))
+"""Window 1 has no row that can be trained on."""
 
 
-def stream(epoch: int, start_window: int) -> Iterator[StreamedExample]:
+def stream(epoch: int, start_window: int, windows: Any = WINDOWS) -> Iterator[StreamedExample]:
     untrained: dict[Untrained, int] = {}
     losses: Counter[str] = Counter()
-    for window, numbers in list(enumerate(WINDOWS))[start_window:]:
+    for window, numbers in list(enumerate(windows))[start_window:]:
+        before = {"untrained_before": untrained, "losses_before": dict(losses)}
         if window == 1:
             untrained = {Untrained.NO_TARGET: 1}
         losses += Counter({"tokens": 10 * len(numbers), "tokens_cut": window})
@@ -83,11 +88,12 @@ def stream(epoch: int, start_window: int) -> Iterator[StreamedExample]:
                 next_row=row + 1,
                 untrained=untrained,
                 losses=dict(losses),
+                **before,
             )
 
 
-def streamed(place: StreamPlace | None = None) -> StreamFeed:
-    return StreamFeed(stream, per_step=4, place=place or StreamPlace())
+def streamed(place: StreamPlace | None = None, windows: Any = WINDOWS) -> StreamFeed:
+    return StreamFeed(partial(stream, windows=windows), per_step=4, place=place or StreamPlace())
 
 
 def test_a_stream_begins_again_where_it_ends() -> None:
@@ -95,11 +101,12 @@ def test_a_stream_begins_again_where_it_ends() -> None:
     assert [rows(made.take(step)) for step in (1, 2, 3)] == [[0, 1, 2, 3], [4, 5, 100, 101], [102, 103, 104, 105]]
 
 
-def test_a_stream_goes_on_from_the_place_that_a_checkpoint_kept() -> None:
-    whole, first = streamed(), streamed()
+@pytest.mark.parametrize("windows", [WINDOWS, WITH_A_GAP])
+def test_a_stream_goes_on_from_the_place_that_a_checkpoint_kept(windows: Any) -> None:
+    whole, first = streamed(windows=windows), streamed(windows=windows)
     expected = [whole.take(step) for step in range(1, 8)]
     for step in range(1, 7):
-        resumed = streamed(place_of(state_of(first.take(step).place))).take(step + 1)
+        resumed = streamed(place_of(state_of(first.take(step).place)), windows).take(step + 1)
         assert rows(resumed) == rows(expected[step])
         assert resumed.untrained == expected[step].untrained
         assert resumed.losses == expected[step].losses
