@@ -49,7 +49,12 @@ class _Window:
     """The prompts of some rows, in the order in which they are given."""
 
     place: PromptPlace
-    source: PromptSource
+    source: PromptSource | None
+    """None: all its rows are dropped."""
+    num_left_out: int
+    """Rows of it that cannot be used."""
+    notes: tuple[str, ...]
+    """What a user should know of its rows, a sentence each."""
     order: NDArray[np.int64]
     is_last: bool
     """Whether the stream ends with it."""
@@ -69,10 +74,11 @@ class _Window:
             ordinal=self.end,
             epoch=place.epoch + self.is_last,
             window=0 if self.is_last else place.window + 1,
-            left_out=place.left_out + self.source.num_left_out,
+            left_out=place.left_out + self.num_left_out,
         )
 
     def prompt(self, ordinal: int) -> Prompt:
+        assert self.source is not None, "a window without prompts ends where it begins"
         assert ordinal >= self.place.ordinal, "prompts of a window begin at its place"
         index = int(self.order[ordinal - self.place.ordinal])
         return self.source.row_prompt(index, epoch=self.place.epoch, ordinal=ordinal)
@@ -97,7 +103,7 @@ class _Reader:
         """Know what a window that was opened tells of the stream."""
         if window.is_last and not window.place.epoch:
             self.length = window.end
-        new = {kind: note for note in reversed(window.source.notes) if (kind := _kind(note)) not in self.told}
+        new = {kind: note for note in reversed(window.notes) if (kind := _kind(note)) not in self.told}
         self.told |= new.keys()
         self.news += [f"{note} {TOLD_ONCE}" for note in reversed(new.values())]
 
@@ -142,9 +148,9 @@ class PromptStream:
         self._readers = readers_of(replace(first, sources=rows.sources()), rules)
         made = make_prompts(first, rules, self._readers)
         self._first = made.first
-        held = self._window(PromptPlace(), made, is_last=ahead is None)
-        self.head = held.source
+        self.head = self._source(made)
         """The first window, which is known before training."""
+        held = self._window(PromptPlace(), made, self.head, is_last=ahead is None)
         self._head_fingerprint = held.fingerprint
         told = set(map(_kind, self.head.notes))
         self._reader = _Reader(held=held, marks=[held], ahead=ahead, length=None, told=told, news=[])
@@ -235,7 +241,7 @@ class PromptStream:
         """The window that begins there.
 
         Raises:
-            InputError: one of its rows cannot be used, or it has none.
+            InputError: one of its rows cannot be used and may not be dropped, or it has none.
         """
         rows, reader.ahead = self._read(place, reader.ahead)
         if not rows.rows:
@@ -243,8 +249,17 @@ class PromptStream:
                 f"A stream must give the same rows whenever it is read, but {self.name} has no row {rows.start} where "
                 f"it had one before, in pass {place.epoch} over it. Pass one that can be read again from its start."
             )
-        made = make_prompts(rows, self._rules, self._readers, first=self._first, columns=self.columns)
-        window = self._window(place, made, is_last=reader.ahead is None)
+        made = make_prompts(
+            rows,
+            self._rules,
+            self._readers,
+            first=self._first,
+            columns=self.columns,
+            # The first window had prompts, and has them in every pass: there is no pass without any.
+            may_be_empty=place.window > 0,
+        )
+        source = self._source(made) if made.rows else None
+        window = self._window(place, made, source, is_last=reader.ahead is None)
         reader.take_note(window)
         return window
 
@@ -272,7 +287,7 @@ class PromptStream:
         window = Rows(name=self.name, columns=tuple(columns), rows=taken, start=start, origins=origins)
         return window, (start + len(taken), itertools.chain(ahead, rows)) if ahead else None
 
-    def _window(self, place: PromptPlace, made: MadePrompts, *, is_last: bool) -> _Window:
+    def _source(self, made: MadePrompts) -> PromptSource:
         source = PromptSource(
             name=self.name,
             rows=made.rows,
@@ -284,15 +299,20 @@ class PromptStream:
             numbers=made.numbers,
         )
         self._check(source)
-        order = np.arange(len(source))
+        return source
+
+    def _window(self, place: PromptPlace, made: MadePrompts, source: PromptSource | None, *, is_last: bool) -> _Window:
+        order = np.arange(len(made.rows))
         if self._shuffle:
-            order = np.random.default_rng([self._seed, place.epoch, place.window]).permutation(len(source))
+            order = np.random.default_rng([self._seed, place.epoch, place.window]).permutation(len(made.rows))
         return _Window(
             place=place,
             source=source,
+            num_left_out=made.num_left_out,
+            notes=made.notes,
             order=order,
             is_last=is_last,
-            fingerprint=f"{source.fingerprint}-{source.columns_fingerprint}",
+            fingerprint="no prompts" if source is None else f"{source.fingerprint}-{source.columns_fingerprint}",
         )
 
     # What goes into checkpoints.

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from trl_ray.actors.calling import Patience, call_patiently
 from trl_ray.config.sections import RuntimeConfig
-from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, RunError
+from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, ResourceError, RunError
 from trl_ray.pipelines.rollouts.weight_pulls import WeightPulls
 from trl_ray.pipelines.run.learner_actors import Emit
 from trl_ray.runtime import waits
@@ -93,8 +93,16 @@ class LostActors:
         Args:
             slot: the place.
             reason: why the last one was lost.
+
+        Raises:
+            RunError: the worker was lost more often than it may be, and no other one works.
+            InputError: the first worker of the place cannot start with these options, or this memory.
         """
         base = f"rollout-{slot}"
+        again: tuple[type[Exception], ...] = (EngineError, ActorLostError, DeadlineError)
+        if self._begun[slot]:
+            # One has worked here, so there is memory enough: what it held of the GPU may be free a little later.
+            again = (*again, ResourceError)
         while True:
             self._empty.add(slot)
             try:
@@ -108,7 +116,7 @@ class LostActors:
                 return await self._bring_up(handle), handle
             except LearnerLostError:
                 raise
-            except (EngineError, ActorLostError, DeadlineError) as error:
+            except again as error:
                 reason = str(error)
                 self._emit(Event.now(EventKind.ACTOR_LOST, handle.name, reason=reason))
                 await self.discard(handle)

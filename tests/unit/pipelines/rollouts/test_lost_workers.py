@@ -7,7 +7,7 @@ import pytest
 
 from fakes import health, in_turn, until
 from rollout_actor_stage import Stage, report
-from trl_ray.errors import ActorLostError, AnswerLostError, LearnerLostError, RunError
+from trl_ray.errors import ActorLostError, AnswerLostError, ConfigError, LearnerLostError, ResourceError, RunError
 from trl_ray.runtime import waits
 from trl_ray.types import ActorReport, EventKind
 from virtual_time import run_in_virtual_time
@@ -264,4 +264,63 @@ def test_a_worker_that_is_lost_too_often_where_no_other_one_works_ends_the_run()
 
     stage = Stage(max_restarts=2)
     with pytest.raises(RunError, match=r"rollout-0 may be restarted 2 times \(runtime.max_restarts\).*gone"):
+        run_in_virtual_time(run())
+
+
+HELD = ResourceError("Free memory on device (9.1/139.8 GiB) is less than desired GPU memory utilization")
+
+
+def test_memory_that_a_lost_worker_still_holds_is_waited_for_with_the_waits_of_restarts():
+    async def run():
+        await stage.start()
+        stage.runtime.script = {f"rollout-0+{number}": {"health": HELD} for number in (1, 2, 3)}
+        begin = asyncio.get_running_loop().time()
+        await stage.lose("rollout-0")
+        return asyncio.get_running_loop().time() - begin
+
+    stage = Stage()
+    assert round(run_in_virtual_time(run())) == 0 + 1 + 2 + 4
+    assert working(stage) == ["rollout-0+4"]
+    lost = stage.told(EventKind.ACTOR_LOST)
+    assert [name for name, _ in lost] == ["rollout-0", "rollout-0+1", "rollout-0+2", "rollout-0+3"]
+    assert lost[1][1]["reason"] == str(HELD)
+    assert [line for line in stage.runtime.log if line.startswith("end")][1:] == [
+        f"end rollout-0+{n}" for n in (1, 2, 3)
+    ]
+
+
+def test_memory_that_is_never_free_ends_the_run_once_restarts_are_used_up():
+    async def run():
+        await stage.start()
+        stage.runtime.script = {f"rollout-0+{number}": {"health": HELD} for number in range(1, 9)}
+        await stage.lose("rollout-0")
+
+    stage = Stage(max_restarts=2)
+    with pytest.raises(RunError, match=r"rollout-0 may be restarted 2 times.*Free memory on device"):
+        run_in_virtual_time(run())
+
+
+@pytest.mark.parametrize("broken", [{1: HELD}, {1: ActorLostError("gone"), 2: HELD}])
+def test_a_place_in_which_none_has_worked_yet_and_that_has_too_little_memory_ends_the_run(broken):
+    async def run():
+        stage.runtime.full = {1}
+        await stage.start()
+        names = {1: "rollout-1", 2: "rollout-1+1"}
+        stage.runtime.script = {names[number]: {"health": error} for number, error in broken.items()}
+        stage.runtime.full = set()
+        await stage.actors._add_worker(1)
+
+    stage = Stage(workers=2)
+    with pytest.raises(ResourceError, match="Free memory on device"):
+        run_in_virtual_time(run())
+
+
+def test_options_that_no_worker_can_start_with_are_not_tried_again():
+    async def run():
+        await stage.start()
+        stage.runtime.script = {"rollout-0+1": {"health": ConfigError("rollout.dtype must be another")}}
+        await stage.lose("rollout-0")
+
+    stage = Stage()
+    with pytest.raises(ConfigError, match=r"rollout\.dtype"):
         run_in_virtual_time(run())
