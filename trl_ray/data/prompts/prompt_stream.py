@@ -78,8 +78,8 @@ class _Window:
         )
 
     def prompt(self, ordinal: int) -> Prompt:
-        assert ordinal >= self.place.ordinal, "prompts of a window begin at its place"
         assert self.source is not None, "a window without prompts ends where it begins"
+        assert ordinal >= self.place.ordinal, "prompts of a window begin at its place"
         index = int(self.order[ordinal - self.place.ordinal])
         return self.source.row_prompt(index, epoch=self.place.epoch, ordinal=ordinal)
 
