@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from trl_ray.rewards.reward_registry import make_spec
+from trl_ray.rewards.reward_registry import RewardSpec, make_spec
 from trl_ray.rewards.sandbox import Sandbox
 from trl_ray.rewards.sandbox_messages import Lifetime
 from trl_ray.rewards.scoring import GroupInput
@@ -358,5 +358,44 @@ def test_a_group_with_a_user_of_its_own_reaches_its_folder_by_its_path(tmp_path:
         scored = score(made, "x")
         assert scored.failure is None
         assert scored.rewards[0].extra["said"] == [0x70001234, True, ["mine"]]
+    finally:
+        made.close()
+
+
+# What torch sums before the fork starts OpenMP's threads, which a fork lacks and would wait for.
+COMPUTES_WHEN_LOADED = """
+import os
+{}
+
+def computed():
+    return [({}), os.environ["OMP_NUM_THREADS"]]
+
+loaded = computed()
+
+def grade(completions, log_extra, **columns):
+    log_extra("said", [loaded + computed()])
+    return [1.0]
+"""
+
+
+@pytest.mark.parametrize(
+    ("imports", "computes"),
+    [
+        ("", "2e6"),
+        pytest.param("import torch", "(torch.ones(1000, 1000) + 1).sum().item()", marks=pytest.mark.long),
+    ],
+    ids=["environment", "torch"],
+)
+def test_what_computes_when_functions_are_loaded_does_so_again_for_every_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, imports: str, computes: str
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    (tmp_path / "sums.py").write_text(COMPUTES_WHEN_LOADED.format(imports, computes))
+    spec = RewardSpec(name="grade", reference=f"{tmp_path / 'sums.py'}:grade")
+    made = Sandbox(functions=[spec], weights=None, timeout_s=10.0, lifetime=Lifetime.GROUP)
+    try:
+        scored = score(made, "x")
+        assert scored.failure is None
+        assert scored.rewards[0].extra["said"] == [2e6, "1", 2e6, "1"]
     finally:
         made.close()

@@ -36,7 +36,10 @@ _SYSTEM = (
 )
 _DEVICES = ("/dev/null",)
 _PACKAGE = str(Path(__file__).parents[2])
-_ENVIRONMENT = ("PATH", "LANG", "TZ", "PYTHONPATH", "OMP_NUM_THREADS", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+_ENVIRONMENT = (
+    *("PATH", "LANG", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+)
 
 
 class Walls:
