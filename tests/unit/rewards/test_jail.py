@@ -186,11 +186,46 @@ def test_what_an_answer_must_not_do_is_refused(box: Sandbox, targets: dict[str, 
         "URLError",
     )
     got_through = {name: text for name, text in zip(REFUSED, said, strict=False) if not text.startswith(refusals)}
+    # Where it gets through, that is the group's own, which the end of this test and the next one look at.
+    got_through.pop("write to shared memory", None)
     assert got_through == {"raise its limits": "ValueError: not allowed to raise maximum limit"}
     assert scored.rewards[-1].total == 1.0
     assert not Path(targets["canary"]).exists() and Path(targets["secret"]).read_text() == "token-canary"
     for folder in ("/tmp", "/dev/shm"):
         assert not Path(folder, targets["canary"].replace("/", "_")).exists()
+
+
+USES_SHARED_MEMORY = """
+import errno, multiprocessing, os
+from concurrent.futures import ProcessPoolExecutor
+
+found = os.listdir("/dev/shm")
+queue = multiprocessing.Queue()
+process = multiprocessing.Process(target=queue.put, args=(7,))
+process.start()
+got = queue.get(timeout=10)
+process.join()
+with ProcessPoolExecutor(2) as pool, multiprocessing.Pool(2) as other:
+    sums = [*pool.map(abs, [-1, -2]), *other.map(abs, [-3])]
+try:
+    with open("/dev/shm/trl-ray-canary", "wb") as file:
+        for _ in range(17):
+            file.write(bytes(2**20))
+except OSError as error:
+    said = [found, got, sums, errno.errorcode[error.errno]]
+"""
+
+
+def test_shared_memory_is_the_group_s_own_and_bounded_and_holds_queues_and_pools_of_processes(
+    box: Sandbox, missing: dict[str, str]
+) -> None:
+    if missing or not Path("/dev/shm").is_dir():
+        pytest.skip(f"not all walls stand here: {missing}")
+    for _ in range(2):
+        scored = score(box, USES_SHARED_MEMORY)
+        assert scored.failure is None
+        assert scored.rewards[0].extra["said"] == [[], 7, [1, 2, 3], "ENOSPC"]
+    assert not Path("/dev/shm/trl-ray-canary").exists()
 
 
 def test_its_environment_is_an_allow_list_wherever_it_looks(box: Sandbox) -> None:
