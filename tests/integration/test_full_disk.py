@@ -65,7 +65,10 @@ def fill_disk(patch: pytest.MonkeyPatch, name: str) -> None:
     patch.setattr(Recorder, "step", step)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "trace.jsonl", "ledger.json", ".parquet"])
+OTHERS = ("events.jsonl", "trace.jsonl", "ledger.json", ".parquet")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
 def test_a_full_disk_ends_the_run_by_the_name_of_the_file_and_it_goes_on_once_there_is_room(
     name: str, model: str, straight: list[dict[str, Any]], tmp_path: Path
 ) -> None:

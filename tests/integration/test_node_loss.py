@@ -12,19 +12,17 @@ from runs import ROOT, assert_balanced, events, lines
 from tiny_models import build_tiny_model
 from warm_processes import warm_python
 
-pytestmark = pytest.mark.integration
-LONG = {"rollout node stopped", "learner node killed"}
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
-def played(ray_tmpdir, tmp_path_factory, request):
+def played(ray_tmpdir, tmp_path_factory):
     """The folder of each scenario by name, and what it told; all of them share one cluster in one process."""
     folder = tmp_path_factory.mktemp("nodes")
     model = build_tiny_model(folder / "model", family="qwen2", tied=True, seed=0)
-    names = [name for name in SCENARIOS if name not in LONG or request.config.option.long]
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     done = subprocess.run(
-        [warm_python(), str(ROOT / "tests" / "node_scenarios.py"), model, str(folder), *names],
+        [warm_python(), str(ROOT / "tests" / "node_scenarios.py"), model, str(folder), *SCENARIOS],
         env={**os.environ, "PYTHONPATH": path, PYTHON: warm_python()},
         capture_output=True,
         text=True,
@@ -32,7 +30,7 @@ def played(ray_tmpdir, tmp_path_factory, request):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return {name: (folder / name / "run", json.loads((folder / name / "told.json").read_text())) for name in names}
+    return {name: (folder / name / "run", json.loads((folder / name / "told.json").read_text())) for name in SCENARIOS}
 
 
 def longest_gap(run, *, since):
@@ -41,15 +39,16 @@ def longest_gap(run, *, since):
     return max(later - sooner for sooner, later in pairwise(times) if later > since)
 
 
-@pytest.mark.parametrize("name", ["rollout node killed", pytest.param("rollout node stopped", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["rollout node killed", "rollout node stopped"])
 def test_a_lost_rollout_node_leaves_the_run_to_the_other_worker(played, name):
     run, told = played[name]
     assert told["steps"] == 40
     assert longest_gap(run, since=told["struck"]) < 10
-    [lost] = [event["actor"] for event in events(run, "actor_lost")]
+    # A successor may have been placed on the dead node before Ray knew of its death.
+    [lost] = {event["actor"].partition("+")[0] for event in events(run, "actor_lost")}
     assert lost in ("rollout-0", "rollout-1")
-    waited = [event["detail"] for event in events(run, "waiting")]
-    assert [detail["on"] for detail in waited] == [f"a node with room for {lost}"]
+    waited = [event["detail"]["on"] for event in events(run, "waiting")]
+    assert waited and all(on.startswith(f"a node with room for {lost}") for on in waited)
     assert_balanced(run, trained=160)
 
 
@@ -58,7 +57,6 @@ def test_places_lie_apart_or_together_as_the_run_asks(played):
     assert (told["SPREAD"], told["PACK"]) == (3, 2)
 
 
-@pytest.mark.long
 def test_a_learner_whose_node_is_lost_goes_on_elsewhere_with_fewer_workers_until_a_node_is_added(played):
     run, told = played["learner node killed"]
     assert told["steps"] == 120

@@ -16,6 +16,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from trl_ray.actors.actor_log import ActorLog
@@ -100,13 +101,15 @@ class RolloutQueue:
                 is admitted any more. None replaces all.
             resume_from_step: step of the checkpoint to go back to; applied once per incarnation.
             resume_version: weight version of that checkpoint; None means the step.
-            ledger_copy: file with what the method `ledger_copy` answered then, for a journal that is lost.
+            ledger_copy: file with what the method `ledger_copy` answered then, for a journal that is lost; read where
+                the journal holds nothing, so a restart does not need it.
             name: how events name this actor.
             clock: seconds since the epoch.
 
         Raises:
             ValueError: a rule is out of its range.
             JournalError: the journal is locked, damaged, of another run, or does not reach the step to resume.
+            CheckpointError: the copy is needed and cannot be read.
         """
         rules = BufferRules(
             groups_per_step=groups_per_step,
@@ -145,7 +148,7 @@ class RolloutQueue:
             now=clock(),
             resume_from_step=resume_from_step,
             resume_version=resume_version,
-            copy=None if ledger_copy is None else read_copy(ledger_copy),
+            copy=None if ledger_copy is None else partial(read_copy, ledger_copy),
         )
         self._limit = self._store.slots.limit
         if self._store.journal.truncated_bytes:

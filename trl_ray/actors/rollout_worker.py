@@ -119,6 +119,7 @@ class RolloutWorker:
         teaching: TeachingPlan | None = None,
         teachers: Mapping[str, Sequence[Handle]] | None = None,
         scores_raw_texts: bool = False,
+        evaluates_with_policy: bool = False,
     ) -> None:
         """Start the engine; takes as long as loading the model does.
 
@@ -135,15 +136,19 @@ class RolloutWorker:
             teaching: what to do about teachers; None is nothing.
             teachers: the copies of each teacher, the default one first; only where actors are asked.
             scores_raw_texts: tell reward workers what prompts and completions are with their special tokens.
+            evaluates_with_policy: the held-out loss compares log-probs with the sampler's, which must be the policy's
+                where sampling is reshaped.
 
         Raises:
             ModelError, EngineError: the policy cannot be loaded.
         """
         self._name, self._model, self._queue, self._rewards = name, model, queue, tuple(rewards)
         self._rollout, self._generation, self._seed = rollout, generation, seed
-        self._sampling, self._eval_sampling = sampling_params(generation), held_out_params(generation)
+        self._sampling = sampling_params(generation)
+        self._eval_sampling = held_out_params(generation, of_policy=evaluates_with_policy)
         if rollout.engine_kwargs.get("logits_processors"):  # nobody knows what they do
             self._sampling = replace(self._sampling, policy_logprobs=True)
+            self._eval_sampling = replace(self._eval_sampling, policy_logprobs=evaluates_with_policy)
         top_k = teaching.question.top_k if teaching is not None and teaching.asks is TeacherSeat.OWN_ENGINE else None
         if agreement.is_ahead and generation.temperature != 1:
             top_k = max(top_k or 0, MOST_PROBABLE)
@@ -530,9 +535,15 @@ def sampling_params(generation: GenerationConfig) -> SamplingParams:
     return replace(params, policy_logprobs=reshapes(params))
 
 
-def held_out_params(generation: GenerationConfig) -> SamplingParams:
-    """The same for held-out prompts, which may have a temperature of their own."""
+def held_out_params(generation: GenerationConfig, *, of_policy: bool = False) -> SamplingParams:
+    """The same for held-out prompts, which may have a temperature of their own.
+
+    Args:
+        generation: the options.
+        of_policy: log-probs are those of training; else of the distribution that is drawn from, whose entropy is told.
+    """
     params, own = sampling_params(generation), generation.eval_temperature
+    params = replace(params, policy_logprobs=params.policy_logprobs and of_policy)
     if own is None:
         return params
     if own > 0:

@@ -18,7 +18,7 @@ What is durable when:
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,11 +61,12 @@ class DurableLedger(JournaledState):
         now: float,
         resume_from_step: int | None = None,
         resume_version: int | None = None,
-        copy: Mapping[str, Any] | None = None,
+        copy: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         """Open the journal and rebuild from it.
 
-        With a `copy`, as `copy_of` makes it, a journal that is empty goes on from there.
+        With a `copy`, which reads what `copy_of` has made, a journal that is empty goes on from there. It is not read
+        for any other: what it lies in may be gone by then.
 
         Raises:
             JournalError: the journal is locked, damaged, of another run, or does not reach the step to resume.
@@ -74,7 +75,7 @@ class DurableLedger(JournaledState):
         try:
             self._rebuild()
             if copy is not None and not self._incarnations:
-                self._begin_from(copy, rules, incarnation)
+                self._begin_from(copy(), rules, incarnation)
             self._enter(rules, incarnation, now, resume_from_step, resume_version)
             self._move_payloads_out_of_the_journal()
             self._forget_payloads()

@@ -214,7 +214,7 @@ class Journal:
             JournalError: the disk reports that it could not be written.
         """
         try:
-            os.fdatasync(self._file)
+            _sync_data(self._file)
         except OSError as error:
             raise self._off_disk(error) from error
 
@@ -227,7 +227,7 @@ class Journal:
 
         def wait() -> None:
             try:
-                os.fdatasync(file)
+                _sync_data(file)
             except OSError as error:
                 raise self._off_disk(error) from error
             finally:
@@ -409,6 +409,11 @@ def _frame(head: Mapping[str, Any], payload: bytes) -> bytes:
     text = json.dumps(head, separators=(",", ":")).encode("ascii")
     body = b"%d %s\n%s\n" % (len(payload), text, payload)
     return b"%08x %s" % (zlib.crc32(body), body)
+
+
+def _sync_data(file: int) -> None:
+    # Not every system has a call that leaves the times of the file out.
+    getattr(os, "fdatasync", os.fsync)(file)
 
 
 def _sync_folder(folder: Path) -> None:

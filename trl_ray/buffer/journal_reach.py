@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,15 @@ _ANY_RULES = BufferRules(groups_per_step=1, max_staleness=0, reuse_finished=Fals
 
 
 class _Replay(DurableLedger):
-    """What a journal says, without a word of who goes on with it."""
+    """What a journal says, without a word of who goes on with it; payloads stay where they are."""
 
     def _enter(self, rules: BufferRules, incarnation: str, now: float, step: int | None, version: int | None) -> None:
+        return
+
+    def _move_payloads_out_of_the_journal(self) -> None:
+        return
+
+    def _forget_payloads(self) -> None:
         return
 
 
@@ -42,6 +49,11 @@ class JournalReach:
     """The ledger's state; None where nothing is recorded."""
     is_unknown: bool = False
     """There was no room to look; its owner will."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is certain that no group is recorded."""
+        return self.ledger is None and self.problem is None and not self.is_unknown
 
     def covers(self, step: int) -> bool:
         """Whether the ledger can be taken back to `step`."""
@@ -67,19 +79,24 @@ def journal_reach(path: str | Path) -> JournalReach:
     """
     if not Path(path).is_file():
         return JournalReach()
-    with tempfile.TemporaryDirectory(prefix="trl_ray-journal-") as folder:
-        copy = Path(folder) / Path(path).name
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="trl_ray-journal-") as folder:
+            copy = Path(folder) / Path(path).name
             shutil.copyfile(path, copy)
-            replay = _Replay(path=copy, rules=_ANY_RULES, incarnation="", now=0.0)
-        except OSError:
-            return JournalReach(is_unknown=True)
-        except JournalError as error:
-            return JournalReach(problem=str(error).replace(str(copy), str(path)))
-        try:
-            return JournalReach(ledger=replay.ledger.to_state() if replay.ledger.issued else None)
-        finally:
-            replay.close()
+            return _reach(copy, of=Path(path))
+    except OSError:
+        return JournalReach(is_unknown=True)
+
+
+def _reach(copy: Path, *, of: Path) -> JournalReach:
+    try:
+        replay = _Replay(path=copy, rules=_ANY_RULES, incarnation="", now=0.0)
+    except JournalError as error:
+        # A file system that refuses says something of the copy, and nothing of the journal.
+        refused = isinstance(error.__cause__, OSError)
+        return JournalReach(is_unknown=refused, problem=None if refused else str(error).replace(str(copy), str(of)))
+    with closing(replay):
+        return JournalReach(ledger=replay.ledger.to_state() if replay.ledger.issued else None)
 
 
 def write_copy(copy: Mapping[str, Any]) -> bytes:

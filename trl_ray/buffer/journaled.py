@@ -256,7 +256,7 @@ class JournaledState:
                 expected -= 1
             else:
                 self._replay(op, record)
-            if expected == 0 and op in ("base", "part"):
+            if expected == 0 and op in ("base", "part", "payload"):  # with the last of them earlier versions ended
                 self.slots.reset(self.ledger.holders())
         self._replaying = None
         if expected > 0:

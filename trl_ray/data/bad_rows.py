@@ -61,17 +61,18 @@ class BadRows:
         kind.rows.setdefault(name, []).append(number)
         self.places.add(place)
 
-    def settle(self, *, total: int) -> None:
+    def settle(self, *, total: int, may_be_all: bool = False) -> None:
         """See whether the rows may be left out.
 
         Args:
             total: rows, bad and good.
+            may_be_all: they may even where there is no other row: a window of a stream has others behind it.
 
         Raises:
             DataError, ModelError: there are bad rows and they may not, or there is no other row; says what is wrong
                 with all of them.
         """
-        if not self.places or (self._policy is OnBadRow.DROP and len(self.places) < total):
+        if not self.places or (self._policy is OnBadRow.DROP and (may_be_all or len(self.places) < total)):
             return
         kinds = list(self._kinds.values())
         error = ModelError if all(isinstance(kind.first, ModelError) for kind in kinds) else DataError

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -363,16 +364,22 @@ def export_model(checkpoint: str | Path, folder: str | Path) -> Path:
 def leave_after(directory: str | Path, *, step: int) -> list[str]:
     """Set all checkpoints younger than a step aside, as ``step-N.left``, for a run that goes on from that one.
 
+    What was left before keeps its name: see `free_name`.
+
     Returns:
         Their new paths.
     """
     left = []
     for path in list_checkpoints(directory):
         if checkpoint_step(path) > step:
-            aside = path.with_name(path.name + ".left")
-            shutil.rmtree(aside, ignore_errors=True)
-            left.append(str(path.rename(aside)))
+            left.append(str(path.rename(free_name(path))))
     return left
+
+
+def free_name(path: Path) -> Path:
+    """What a file or folder that is left aside is called: ``NAME.left``, or ``NAME.left1`` where that is taken."""
+    names = (path.with_name(f"{path.name}.left{number or ''}") for number in itertools.count())
+    return next(name for name in names if not name.exists() and not name.is_symlink())
 
 
 def prune(directory: str | Path, *, keep: int, spare: Path | None = None) -> list[str]:

@@ -19,7 +19,6 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -107,14 +106,20 @@ def _this_process() -> Holder:
     )
 
 
+_UNREADABLE = (OSError, ValueError, TypeError)
+
+
+def _named(file: int | Path) -> Holder:
+    """Who a lock file names; raises one of `_UNREADABLE` where there is no file, or nothing readable in it."""
+    content = file.read_bytes() if isinstance(file, Path) else os.pread(file, 4096, 0)
+    return Holder(**json.loads(content))
+
+
 def _read(file: int | Path) -> Holder | None:
     """Who a lock file names; None where there is no file, or nothing readable in it."""
-    try:
-        content = file.read_bytes() if isinstance(file, Path) else os.pread(file, 4096, 0)
-        found = json.loads(content)
-        return Holder(**found) if isinstance(found, Mapping) else None
-    except (OSError, ValueError, TypeError):
-        return None
+    with contextlib.suppress(*_UNREADABLE):
+        return _named(file)
+    return None
 
 
 def living_holder(folder: Path, *, other: bool = False) -> Holder | None:
@@ -156,6 +161,8 @@ class RunLock:
         self.taken_from: str | None = None
         """Whose lock was taken, and why."""
         self._me = _this_process()
+        self._seen = 0.0
+        """When the file was last read and named this process, by the steady clock."""
         self._made: list[Path] = []
         self._file = -1
         self._ended = threading.Event()
@@ -180,6 +187,7 @@ class RunLock:
         except BaseException:
             lock._clean()
             raise
+        lock._seen = time.monotonic()
         _HELD.add(lock._me.token)
         lock._beats.start()
         return lock
@@ -187,16 +195,34 @@ class RunLock:
     def check(self) -> None:
         """See that the lock is still this process's own, before something is written that another might write too.
 
+        A file that cannot be read is no loss yet: its file server may be away for a while. It becomes one before this
+        process could have given no sign of life for so long that another one takes the lock.
+
         Raises:
-            RunError: it is not; another process writes the run directory.
+            RunError: it is not; another process writes the run directory. Or that could not be seen for too long.
         """
-        holder = _read(self._path)
+        try:
+            holder: Holder | None = _named(self._path)
+        except FileNotFoundError:
+            holder = None
+        except _UNREADABLE as error:
+            self._bear(error)
+            return
         if holder is None or holder.token != self._me.token:
             raise RunError(
                 f"the lock {self._path} must stay this run's own, and {holder or 'nobody'} holds it now: this process "
                 "gave no sign of life for too long, or the file was deleted. It stops, so that two do not write one "
                 "run. See what became of the run directory before you resume."
             )
+        self._seen = time.monotonic()
+
+    def _bear(self, error: Exception) -> None:
+        unseen = time.monotonic() - self._seen
+        if unseen > self._times.dead_after / 2:
+            raise RunError(
+                f"the lock {self._path} must be readable, so that it is certain that no other process writes this run, "
+                f"and has not been for {unseen:.0f} s: {error!r}. See that the file system can be reached, then resume."
+            ) from error
 
     def release(self) -> None:
         """Give the lock up; a second call does nothing."""
@@ -316,6 +342,8 @@ class RunLock:
             holder = _read(self._path)
             if holder is not None and holder.token != self._me.token:
                 return  # `check` tells it
+            if holder is not None:
+                self._seen = time.monotonic()
             with contextlib.suppress(OSError):  # a file server may be away for a while
                 os.utime(self._file)
 

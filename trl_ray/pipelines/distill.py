@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from trl_ray.algorithms.policy.group_samples import BuiltStep, build_distillation_step
-from trl_ray.config.losses.distillation_options import DistillationLossConfig
+from trl_ray.config.losses.distillation_options import DistillationLossConfig, DistillationObjective
 from trl_ray.config.losses.loss_section import LossSection
 from trl_ray.config.runs.distill_config import DistillConfig
 from trl_ray.config.runs.run_config import RunConfig
@@ -28,6 +28,10 @@ class Distillation(Objective[DistillConfig]):
     """Completions are what teachers are asked about, and nothing else."""
 
     evaluates_loss = True
+
+    def __init__(self, config: DistillConfig) -> None:
+        super().__init__(config)
+        self.evaluates_with_sampler = config.distillation_objective is DistillationObjective.IW_OPD
 
     @property
     def loss(self) -> LossSection:

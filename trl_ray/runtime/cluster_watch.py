@@ -1,6 +1,7 @@
 """Notices that Ray itself is gone: the head's global control store, or the raylet of the driver's node.
 
     every second -- TCP connect --> GCS, raylet --refused or silent, for longer than the patience--> ClusterLostError
+                    in a thread: a loop that is held (by a step, by pickling, by SIGSTOP) is no sign of Ray's end
 
 Without the GCS Ray ends a driver after 60 s, without the raylet after 15 s: with a line in C++, and no word of the run.
 """
@@ -9,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from trl_ray.errors import ClusterLostError
@@ -60,35 +63,44 @@ async def watch_cluster(parts: tuple[Part, ...], *, say: Callable[[str], None]) 
     Raises:
         ClusterLostError: a part was gone for longer than it may be.
     """
-    since: dict[str, float] = {}
-    while True:
-        for part in parts:
-            problem = await _problem(part.address)
-            now, begun = time.monotonic(), since.get(part.what)
-            if problem is None:
-                if begun is not None:
-                    say(f"{part.what} answers again, after {now - begun:.1f} s")
-                since.pop(part.what, None)
-            elif begun is None:
-                since[part.what] = now
-                say(f"{part.what} does not answer ({problem}); the run ends if it has not in {part.patience_s:g} s")
-            elif now - begun >= part.patience_s:
-                host, port = part.address
-                raise ClusterLostError(
-                    f"{part.what} must answer at {host}:{port} for a run to go on, but has not for "
-                    f"{now - begun:.1f} s ({problem}). Have Ray running again, then resume."
-                )
-        await asyncio.sleep(_INTERVAL_S if not since else _INTERVAL_S / 2)
-
-
-async def _problem(address: tuple[str, int]) -> str | None:
-    """Why nobody takes connections there; None where somebody does."""
+    loop, since = asyncio.get_running_loop(), dict[str, float]()
+    # Its own: other threads may be held by files or services that hang.
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trl_ray-watch")
     try:
-        async with asyncio.timeout(_CONNECT_S):
-            _, writer = await asyncio.open_connection(*address)
+        while True:
+            for part in parts:
+                problem, now = await loop.run_in_executor(thread, _problem, part.address)
+                _judge(part, problem, now, since, say)
+            await asyncio.sleep(_INTERVAL_S if not since else _INTERVAL_S / 2)
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _judge(part: Part, problem: str | None, now: float, since: dict[str, float], say: Callable[[str], None]) -> None:
+    """Remember since when a part is missed; raises ClusterLostError where that is too long."""
+    begun = since.get(part.what)
+    if problem is None:
+        if begun is not None:
+            say(f"{part.what} answers again, after {now - begun:.1f} s")
+        since.pop(part.what, None)
+    elif begun is None:
+        since[part.what] = now
+        say(f"{part.what} does not answer ({problem}); the run ends if it has not in {part.patience_s:g} s")
+    elif now - begun >= part.patience_s:
+        host, port = part.address
+        raise ClusterLostError(
+            f"{part.what} must answer at {host}:{port} for a run to go on, but has not for "
+            f"{now - begun:.1f} s ({problem}). Have Ray running again, then resume."
+        )
+
+
+def _problem(address: tuple[str, int]) -> tuple[str | None, float]:
+    """Why nobody takes connections there, None where somebody does; and when that was found, by `time.monotonic`."""
+    problem: str | None = None
+    try:
+        socket.create_connection(address, timeout=_CONNECT_S).close()
     except TimeoutError:
-        return "no answer"
+        problem = "no answer"
     except OSError as error:
-        return error.strerror or str(error)
-    writer.close()
-    return None
+        problem = error.strerror or str(error)
+    return problem, time.monotonic()

@@ -39,11 +39,15 @@ class RestartBudget:
         Returns:
             Seconds to wait before the restart; None when there is none left.
         """
-        self._give_back(steps)
-        if self.used >= self.allowed:
+        if not self.has_one(steps):
             return None
         self.used += 1
         return 0.0 if self.used == 1 else min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (self.used - 2))
+
+    def has_one(self, steps: int) -> bool:
+        """Whether one is left after so many finished steps."""
+        self._give_back(steps)
+        return self.used < self.allowed
 
     def _give_back(self, steps: int) -> None:
         back = max(0, steps - self.counted_at) // STEPS_PER_RESTART

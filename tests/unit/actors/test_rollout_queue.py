@@ -13,7 +13,7 @@ from rollout_queues import Clock, fill, finished, kinds, make, prompts, run
 from trl_ray.buffer.compaction import Compaction
 from trl_ray.buffer.entry import Outcome, State
 from trl_ray.buffer.journal import Journal
-from trl_ray.errors import DataError, JournalError
+from trl_ray.errors import CheckpointError, DataError, JournalError
 from trl_ray.types import (
     DropReason,
     EventKind,
@@ -165,6 +165,31 @@ def test_a_resume_trains_again_what_came_after_the_checkpoint_and_happens_once(t
         queue.close(reason="test")
         with pytest.raises(JournalError, match="another run"):
             make(tmp_path, incarnation="job-3")
+
+    run(scenario())
+
+
+def test_a_queue_that_went_on_from_a_copy_restarts_without_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        queue = make(tmp_path)
+        for ticket in await fill(queue):
+            await queue.commit(group=finished(ticket))
+        await queue.take(n=2, step=1, wait_s=0)
+        await queue.trained(step=1)
+        copy = tmp_path / "ledger_copy.json"
+        copy.write_bytes(await queue.ledger_copy(step=1))
+        queue.close(reason="test")
+        (tmp_path / "new").mkdir()
+        given: dict[str, Any] = {"incarnation": "job-2", "resume_from_step": 1, "ledger_copy": str(copy)}
+        make(tmp_path / "new", **given).close(reason="test")
+        for change in (lambda: copy.write_bytes(b"{"), copy.unlink):  # damaged, then deleted with its checkpoint
+            change()
+            queue = make(tmp_path / "new", **given)
+            await queue.check()
+            assert ((await queue.snapshot()).trained, (await queue.snapshot()).step) == (2, 1)
+            queue.close(reason="test")
+        with pytest.raises(CheckpointError, match=r"ledger_copy\.json must be readable"):
+            make(tmp_path / "other", **given)
 
     run(scenario())
 

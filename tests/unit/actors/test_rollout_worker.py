@@ -150,9 +150,23 @@ def test_a_run_asks_for_the_policys_log_probs_where_its_options_reshape_sampling
         assert sampling_params(GenerationConfig(**changes)).policy_logprobs
 
 
+def test_held_out_log_probs_are_those_of_what_is_drawn_from_unless_the_held_out_loss_reads_the_policys(monkeypatch):
+    for own in (None, 0.2, 0.0):
+        asked = GenerationConfig(temperature=0.7, top_p=0.9, eval_temperature=own)
+        assert sampling_params(asked).policy_logprobs
+        assert not held_out_params(asked).policy_logprobs
+        assert held_out_params(asked, of_policy=True).policy_logprobs
+    assert not held_out_params(GenerationConfig(temperature=0.7), of_policy=True).policy_logprobs
+    stage = Stage(monkeypatch, generation={"top_p": 0.9})
+    evaluated(stage, prompt(5))
+    [[request]] = stage.engine.batches
+    assert (request.sampling.top_p, request.sampling.policy_logprobs) == (0.9, False)
+    assert stage.worker._sampling.policy_logprobs
+
+
 def test_held_out_prompts_may_be_answered_at_a_temperature_of_their_own(monkeypatch):
     asked = GenerationConfig(temperature=0.7, top_p=0.9, max_completion_length=8)
-    assert held_out_params(asked) == sampling_params(asked)
+    assert held_out_params(asked, of_policy=True) == sampling_params(asked)
     cooler = held_out_params(asked.replace(eval_temperature=0.2))
     assert (cooler.temperature, cooler.top_p) == (0.2, 0.9)
     greedy = held_out_params(asked.replace(eval_temperature=0))

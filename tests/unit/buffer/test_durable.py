@@ -1,6 +1,7 @@
 """The durable ledger: restart, resume, compaction, and a disk that fills up."""
 
 import os
+import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from trl_ray.buffer.durable import DurableLedger
 from trl_ray.buffer.entry import BufferRules, ChangeKind, Outcome, State
-from trl_ray.buffer.journal import Journal
+from trl_ray.buffer.journal import Journal, JournalDraft
 from trl_ray.errors import JournalError
 
 RULES = BufferRules(groups_per_step=2, max_staleness=1, lease_s=10.0)
@@ -185,6 +186,56 @@ def test_a_restore_beyond_capacity_leases_only_the_oldest_groups_and_admits_none
     step(store, 1)
     assert finish(store, 99, version=1) == [4, 5]
     store.close()
+
+
+def write_as_before(store: DurableLedger) -> None:
+    """Compact the journal as versions did that kept payloads in it: one base with everything, then the payloads."""
+    owners = list(store._places)
+    base = {
+        "op": "base",
+        "rules": store.rules.to_state(),
+        "incarnations": store._incarnations,
+        "prompt_ids": store._prompt_ids,
+        "ledger": store.ledger.to_state(),
+        "controller": store.controller.to_state(),
+        "limit": store.slots.limit,
+        "prompts": list(store._prompts),
+        "sizes": [len(blob) for blob in store._prompts.values()],
+        "payloads": len(owners),
+    }
+    drafts = [JournalDraft(head=base, payload=b"".join(store._prompts.values()))]
+    drafts += [JournalDraft(head={"op": "payload", "group_id": g}, payload=store.payload(g)) for g in owners]
+    store.journal.compact(drafts)
+
+
+def test_a_compact_journal_of_earlier_versions_leads_to_the_slots_and_leases_that_it_had(tmp_path: Path) -> None:
+    rules = BufferRules(groups_per_step=2, max_staleness=1, lease_s=10.0, reuse_finished=False)
+    store = start(tmp_path / "j", rules=rules)
+    for number in (1, 2, 3):
+        admit(store, store.next_ordinal, store.slots.free)
+        finish(store, 9)
+        step(store, number)
+    admit(store, store.next_ordinal, store.slots.free)
+    store.restore(step=0, version=None, mark="two", now=9.0)  # ten groups for four slots
+    assert finish(store, 2) == [0, 1]
+    write_as_before(store)
+    # Leases reach to the horizon, groups 2 and 3, whatever was asked for.
+    assert [key.group_id for key in store.lease(worker="w", count=9, now=10.0)] == [2, 3]
+    held = [{"group_id": g, "attempt": 1, "min_version": 0, "max_version": 0, "now": 10.0} for g in (2, 3)]
+    for key in held:
+        store.ledger.scored(group_id=key["group_id"], attempt=1, now=10.0)
+        store.ledger.commit(**key)
+        store.journal.append({"op": "commit", "args": key}, b"group %d/1" % key["group_id"])
+    assert [step(store, number) for number in (1, 2)] == [[0, 1], [2, 3]]
+    expected = (store.ledger.to_state(), store.slots.charged, store.slots.horizon)
+    store.close()
+    shutil.rmtree(tmp_path / "j.payloads")
+    for _ in range(2):
+        store = start(tmp_path / "j", rules=rules, incarnation="two")
+        store.check()
+        assert (store.ledger.to_state(), store.slots.charged, store.slots.horizon) == expected
+        assert (store.slots.in_use, store.slots.horizon) == (6, 7)
+        store.close()
 
 
 def test_a_snapshot_that_lost_a_record_is_refused(tmp_path: Path) -> None:

@@ -150,3 +150,16 @@ def test_writing_after_close_is_an_error(tmp_path: Path) -> None:
     journal.close()
     with pytest.raises(JournalError, match="it is closed"):
         journal.append({"n": 0})
+
+
+def test_a_system_without_fdatasync_waits_for_the_disk_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    journal = Journal(tmp_path / "j")
+    monkeypatch.delattr(os, "fdatasync")
+    monkeypatch.setattr(os, "fsync", synced.append)
+    journal.sync()
+    journal.sync_waiter()()
+    assert len(synced) == 2
+    journal.close()

@@ -18,6 +18,7 @@ from trl_ray.models.checkpoint import (
     begin_checkpoint,
     finish_checkpoint,
     latest_checkpoint,
+    leave_after,
     load_trainer_state,
     partial_path,
     prune,
@@ -108,6 +109,17 @@ def test_pruning_keeps_the_youngest_and_removes_half_written_ones(tmp_path: Path
     (tmp_path / "step-11.tmp").mkdir()
     prune(tmp_path, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-10", "step-9"]
+
+
+def test_checkpoints_are_left_aside_without_the_loss_of_those_that_were_left_before(tmp_path: Path) -> None:
+    for mark in (b"1", b"2", b"3"):
+        for step in (2, 4):
+            save_checkpoint(tmp_path, step=step, model=random_model(), trainer_state={}, extra={"mark": mark})
+        left = leave_after(tmp_path, step=2)
+    assert left == [str(tmp_path / "step-4.left2")]
+    kept = {path.name: (path / "mark").read_bytes() for path in tmp_path.iterdir()}
+    assert kept == {"step-2": b"3", "step-4.left": b"1", "step-4.left1": b"2", "step-4.left2": b"3"}
+    assert latest_checkpoint(tmp_path).path == str(tmp_path / "step-2")
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_others_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -136,6 +137,41 @@ def test_who_has_lost_the_lock_is_told_before_it_writes_and_leaves_it_to_its_new
     lock.release()
     assert (tmp_path / LOCK).exists()
     (tmp_path / LOCK).unlink()
+
+
+def away(*given: Any) -> bytes:
+    raise OSError(errno.EIO, "the file server is away")
+
+
+def test_a_lock_that_cannot_be_read_for_a_while_is_not_lost_and_one_that_is_gone_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunLock.hold(tmp_path, times=LockTimes(beat=30.0, dead_after=60.0)) as lock:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", away)
+            lock.check()
+        content = (tmp_path / LOCK).read_bytes()
+        (tmp_path / LOCK).write_bytes(content[:20])
+        lock.check()
+        (tmp_path / LOCK).unlink()
+        with pytest.raises(RunError, match="nobody holds it now"):
+            lock.check()
+
+
+def test_a_lock_that_cannot_be_read_for_too_long_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        RunLock.hold(tmp_path, times=LockTimes(beat=0.05, dead_after=60.0)) as lock,
+        monkeypatch.context() as patch,
+    ):
+        lock._seen = 0.0
+        end = time.monotonic() + 5
+        while not lock._seen and time.monotonic() < end:  # the beat reads it too
+            time.sleep(0.01)
+        patch.setattr(Path, "read_bytes", away)
+        lock.check()
+        lock._seen -= 30.0
+        with pytest.raises(RunError, match=r"must be readable.*file server is away.*then resume"):
+            lock.check()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"pid": 3}'])

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 
 import pytest
 
@@ -47,6 +48,55 @@ def test_a_part_that_comes_back_in_time_is_told_and_the_run_goes_on() -> None:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.1)
             assert not task.done()
+        task.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+    assert told[1].startswith("the head answers again, after 0.")
+
+
+def test_a_driver_whose_loop_is_held_again_and_again_loses_nobody_who_takes_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster_watch, "_CONNECT_S", 0.05)
+    monkeypatch.setattr(cluster_watch, "_INTERVAL_S", 0.001)
+    told = list[str]()
+
+    async def main() -> None:
+        with listener() as server:
+            task = asyncio.create_task(watch_cluster((part(server, patience_s=0.1),), say=told.append))
+            for _ in range(15):
+                time.sleep(0.06)  # as a step in this process does
+                for _ in range(3):
+                    await asyncio.sleep(0)
+            assert not task.done()
+            task.cancel()
+
+    asyncio.run(main())
+    assert told == []
+
+
+def test_a_refusal_says_nothing_of_the_time_for_which_the_loop_was_held_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told, probes = list[str](), list[None]()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+
+        def connect(address: tuple[str, int], timeout: float) -> socket.socket:
+            probes.append(None)
+            if len(probes) > 2:
+                return socket.socket()
+            if len(probes) == 2:
+                loop.call_soon_threadsafe(time.sleep, 0.4)
+            raise ConnectionRefusedError
+
+        monkeypatch.setattr(cluster_watch.socket, "create_connection", connect)
+        watched = Part(what="the head", address=("127.0.0.1", 1), patience_s=0.3)
+        task = asyncio.create_task(watch_cluster((watched,), say=told.append))
+        while len(told) < 2 and not task.done():
+            await asyncio.sleep(0.01)
+        assert not task.done()
         task.cancel()
 
     asyncio.run(asyncio.wait_for(main(), 10))

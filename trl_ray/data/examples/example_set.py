@@ -233,7 +233,9 @@ def load_examples(
     )
 
 
-def _settled(table: TokenTable, origin: Callable[[int], Origin], policy: OnBadRow) -> BadRows:
+def _settled(
+    table: TokenTable, origin: Callable[[int], Origin], policy: OnBadRow, *, may_be_all: bool = False
+) -> BadRows:
     """The rows of a table that cannot be used, where they may be left out.
 
     Raises:
@@ -246,7 +248,7 @@ def _settled(table: TokenTable, origin: Callable[[int], Origin], policy: OnBadRo
         error = ModelError(problem) if state is RowState.BAD_MODEL else DataError(problem)
         number = table.start + place
         bad.note(error, name=origin(number).name, number=origin(number).number, place=number)
-    bad.settle(total=len(table))
+    bad.settle(total=len(table), may_be_all=may_be_all)
     return bad
 
 
@@ -361,7 +363,8 @@ def stream_windows(
             if not taken:
                 return
             table = TokenTable(tokeniser.table(taken, list(taken)), start=next(iter(taken)))
-            bad = _settled(table, stream.origin, config.on_bad_row)
+            # Where all rows are bad from the first one on, it is the options that are wrong: said at once.
+            bad = _settled(table, stream.origin, config.on_bad_row, may_be_all=window > 0)
             unread = report_unread(table.column("unread"), stream.name, told=known)
             notes = (*reading, *unread, *bad.report())
             yield _example_set(table, making.finish(table, window=window), name=stream.name, bad=bad, notes=notes)

@@ -78,6 +78,7 @@ def make_prompts(
     *,
     first: PromptDraft | None = None,
     columns: Sequence[str] = (),
+    may_be_empty: bool = False,
 ) -> MadePrompts:
     """Read, check, render and tokenise rows.
 
@@ -87,6 +88,7 @@ def make_prompts(
         readers: of the datasets that the rows come from, by name.
         first: of a row before these, whose kind they must be of.
         columns: which every prompt has, beside those of the rows.
+        may_be_empty: with `first`; where bad rows are dropped, all of these may be.
 
     Raises:
         DataError: a row cannot be used; names row and field.
@@ -99,7 +101,9 @@ def make_prompts(
     )
     drafts = loading.drafts(rows, readers, first=first)
     if not drafts:
-        bad.settle(total=total)
+        bad.settle(total=total, may_be_all=may_be_empty)
+        assert first is not None, "rows that may all be dropped have one before them"
+        return MadePrompts(rows=(), numbers=(), num_left_out=total, notes=bad.report(), first=first)
     standard = isinstance(drafts[0].prompt, str)
     if config.system_prompt is not None and standard:
         raise DataError(
@@ -126,7 +130,7 @@ def make_prompts(
         for draft, ids in zip(drafts, token_ids, strict=True)
     ]
     loading.check_lengths(drafts, ready, rules.max_prompt_tokens)
-    bad.settle(total=total)
+    bad.settle(total=total, may_be_all=may_be_empty)
     good = [(draft.place, row) for draft, row in zip(drafts, ready, strict=True) if draft.place not in bad.places]
     cut = [row.num_cut for row in ready]
     kept_rows = tuple(row for _, row in good)

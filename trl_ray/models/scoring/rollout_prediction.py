@@ -30,7 +30,8 @@ class RolloutPrediction(EvalPrediction):
         reward_parts: [N] of each reward function by its name.
         columns: [N] the rows' other columns by name; None where a row has no such column.
         is_truncated: [N] whether a completion was cut off before its end.
-        logprobs: [N] of [L] log-probs of its tokens under the distribution that they were drawn from, in nats.
+        logprobs: [N] of [L] log-probs of its tokens under the distribution that they were drawn from, in nats; where
+            `distillation_objective=iw_opd` has reshaped sampling, those of the policy at the temperature.
     """
 
     def __init__(

@@ -102,8 +102,9 @@ def _lengths(answers: Sequence[EvaluatedPrompt]) -> dict[str, float]:
 def _entropy(answers: Sequence[EvaluatedPrompt]) -> dict[str, float]:
     """The sampler's entropy in nats, as a mean over the tokens that it drew.
 
-    A token's own -log p is an estimate without bias, as engines tell log-probs of the distribution they draw from;
-    where the most probable token is taken, it is 0.
+    A token's own -log p is an estimate without bias, as engines tell held-out log-probs of the distribution they draw
+    from; where the most probable token is taken, it is 0. With `distillation_objective=iw_opd`, whose loss reads them,
+    and options that reshape sampling they are the policy's: this is its cross-entropy with the sampler then.
     """
     drawn = [completion for answer in answers for completion in answer.completions if completion.is_sampled]
     tokens = sum(len(completion.logprobs) for completion in drawn)

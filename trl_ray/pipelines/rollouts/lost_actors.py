@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from trl_ray.actors.calling import Patience, call_patiently
 from trl_ray.config.sections import RuntimeConfig
-from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, RunError
+from trl_ray.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, ResourceError, RunError
 from trl_ray.pipelines.rollouts.weight_pulls import WeightPulls
 from trl_ray.pipelines.run.learner_actors import Emit
 from trl_ray.runtime import waits
@@ -52,6 +52,8 @@ class LostActors:
         self._spawn, self._lose_leases = spawn, lose_leases
         self._budgets: dict[str, RestartBudget] = {}
         self._begun: Counter[int] = Counter()
+        self._empty: set[int] = set()
+        """Places that wait for room, or for a restart; in all others a worker works, comes up, or is being ended."""
         self.workers: set[ActorHandle] = set()
         """All rollout workers that were started and not ended."""
         self.steps = 0
@@ -91,18 +93,30 @@ class LostActors:
         Args:
             slot: the place.
             reason: why the last one was lost.
+
+        Raises:
+            RunError: the worker was lost more often than it may be, and no other one works.
+            InputError: the first worker of the place cannot start with these options, or this memory.
         """
         base = f"rollout-{slot}"
+        again: tuple[type[Exception], ...] = (EngineError, ActorLostError, DeadlineError)
+        if self._begun[slot]:
+            # One has worked here, so there is memory enough: what it held of the GPU may be free a little later.
+            again = (*again, ResourceError)
         while True:
-            await self._room_for(base, slot)
-            if self._begun[slot]:
-                await self._allow_restart(base, reason)
+            self._empty.add(slot)
+            try:
+                await self._room_for(base, slot)
+                pause_s = await self._allow_restart(base, reason) if self._begun[slot] else 0.0
+            finally:
+                self._empty.discard(slot)
+            await waits.pause(pause_s)
             handle = await self._next_worker(slot)
             try:
                 return await self._bring_up(handle), handle
             except LearnerLostError:
                 raise
-            except (EngineError, ActorLostError, DeadlineError) as error:
+            except again as error:
                 reason = str(error)
                 self._emit(Event.now(EventKind.ACTOR_LOST, handle.name, reason=reason))
                 await self.discard(handle)
@@ -121,26 +135,32 @@ class LostActors:
 
         await waits.until(look, on=f"a node with room for {name}", every_s=_ROOM_S, told_at_once=True)
 
-    async def _allow_restart(self, name: str, reason: str) -> None:
-        """Wait before a restart the longer the more there were; where others work, also until one is given back.
+    async def _allow_restart(self, name: str, reason: str) -> float:
+        """Wait until there is a restart, for as long as others can work, whose steps give one back.
+
+        Returns:
+            Seconds to wait before it, the longer the more there were.
 
         Raises:
-            RunError: the worker was lost more often than it may be, and no other one works.
+            RunError: the worker was lost more often than it may be, and so was every other one.
         """
-        budget = self.budget(name)
-
-        waits_s: list[float] = []
+        budget, waits_s = self.budget(name), list[float]()
 
         async def look() -> bool:
             if (wait_s := budget.take(self.steps)) is not None:
                 waits_s.append(wait_s)
-            elif not self._pulls.working:
+            elif all(map(self._is_lost_too_often, self._begun.keys() | self._empty)):
                 raise self._lost_too_often(name, reason)
             return bool(waits_s)
 
         on = f"{STEPS_PER_RESTART} finished steps to restart {name}, which was lost too often (runtime.max_restarts)"
         await waits.until(look, on=on, every_s=_ROOM_S, told_at_once=True)
-        await waits.pause(waits_s[0])
+        return waits_s[0]
+
+    def _is_lost_too_often(self, slot: int) -> bool:
+        """Whether nobody can work in a place before a restart is given back."""
+        may_start = not self._begun[slot] or self.budget(f"rollout-{slot}").has_one(self.steps)
+        return slot in self._empty and not may_start
 
     async def discard(self, handle: ActorHandle) -> None:
         """Give a worker's leases to others, at once, and end it for good.

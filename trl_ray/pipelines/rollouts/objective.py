@@ -56,6 +56,8 @@ class Objective(ABC, Generic[ConfigT]):
     """Whether evaluations take the loss of held-out answers: where it is of teachers alone."""
     compares_with_sampler = False
     """Whether ratios are taken against the policy that sampled, and not against the learner before its update."""
+    evaluates_with_sampler = False
+    """Whether the loss of held-out answers compares the policy with the one that sampled."""
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config

@@ -212,6 +212,7 @@ class Preparation:
                 "agreement": AgreementRule.of(config),
                 "teaching": None if teachers is None else teachers.plan,
                 "scores_raw_texts": any(wants_raw_texts(load_function(spec)) for spec in self.rewards),
+                "evaluates_with_policy": self.objective.evaluates_with_sampler,
             },
             reward=self._reward_arguments() if config.has_rewards else None,
             reward_models=reward_model_arguments(config),

@@ -99,6 +99,8 @@ class RolloutLoop(StepLoop[_Trained]):
         self._agreement = AgreementCheck(plan.config, first_step=first_judged)
         self._restore_agreement(opening.checkpoint)
         self._pulling: asyncio.Task[None] | None = None
+        self._gave_up_pull = False
+        """The run is to end, and workers may be without the newest weights."""
         self._unreadable: InputError | None = None
         """What is wrong with the next rows of a stream."""
 
@@ -325,7 +327,8 @@ class RolloutLoop(StepLoop[_Trained]):
     async def _pulled(self) -> None:
         """Until the workers hold the weights that were published last."""
         if self._pulling is not None:
-            await self._pulling
+            # Whoever waits may be given up, and another one wait after it.
+            await asyncio.shield(self._pulling)
 
     async def _pulled_in_time(self) -> None:
         """As `_pulled`, but a run that is to end waits for no worker that hangs or is being replaced.
@@ -336,7 +339,9 @@ class RolloutLoop(StepLoop[_Trained]):
         try:
             await unless(self._stop, self._pulled(), patience_s=_STOP_PATIENCE_S)
         except StopRequested:
-            self._pulling = None
+            if self._pulling is not None:
+                self._pulling.cancel()
+            self._pulling, self._gave_up_pull = None, True
             raise
 
     async def _drain(self) -> None:
@@ -346,6 +351,8 @@ class RolloutLoop(StepLoop[_Trained]):
         self._failures.count(report.events)
 
     async def _evaluate(self) -> Mapping[str, float]:
+        if self._gave_up_pull:
+            raise StopRequested
         await self._pulled()
         numbers: dict[str, float] = {}
         for name, prompts in self._plan.eval_sets.items():

@@ -18,6 +18,7 @@ from trl_ray.config.sections import ModelConfig
 from trl_ray.errors import CheckpointError, ConfigError, JournalError
 from trl_ray.models.checkpoint import (
     checkpoint_step,
+    free_name,
     latest_checkpoint,
     leave_after,
     list_checkpoints,
@@ -153,7 +154,7 @@ def find_return(
     origin: RunOrigin,
     wish: Wish = Wish(),
     has_journal: bool = False,
-    reads_journal: bool = True,
+    before: Return | None = None,
 ) -> Return:
     """The youngest checkpoint that verifies and that the ledger can be taken back to; changes nothing.
 
@@ -162,18 +163,21 @@ def find_return(
         origin: what its checkpoints are of.
         wish: of the user.
         has_journal: whether the run keeps a ledger in a journal.
-        reads_journal: whether the journal may be in another state than this process left it in.
+        before: what this process's last session started from, which has left the journal in order.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be used.
         JournalError: the journal does not reach back to the only ones that can be used; says what is left.
     """
     found = _checkpoint(directory, wish, origin)
-    if not has_journal or not (reads_journal or found.problems or wish.new_journal):
+    in_order = before is not None and before.forgets is None and not found.problems
+    if not has_journal or (in_order and not wish.new_journal):
         return found
     if wish.new_journal:
         return _with_copy(directory, found, "new_journal was asked for")
     reach = journal_reach(directory.journal)
+    if reach.is_empty and _has_copy(found) and (why := _not_begun(directory, before)):
+        return _with_copy(directory, found, why)
     if reach.covers(found.step):
         return found
     if reach.problem is None and reach.ledger is not None and found.step < reach.ledger["step"]:
@@ -201,21 +205,34 @@ def _checkpoint(directory: RunDirectory, wish: Wish, origin: RunOrigin) -> Retur
     return Return(checkpoint=found.path, step=step, problems=found.problems)
 
 
+def _not_begun(directory: RunDirectory, before: Return | None) -> str | None:
+    """Why a journal that holds nothing is no loss: it was left for a new one, which was not begun; None: it is one."""
+    if before is not None and before.forgets is not None:
+        return before.forgets
+    left = sorted(each.name for each in directory.path.glob(f"{directory.journal.name}.left*"))
+    if not left:
+        return None
+    return f"an earlier start left the journal aside ({', '.join(left)}) and ended before it had begun another"
+
+
+def _has_copy(found: Return) -> bool:
+    return found.checkpoint is not None and (Path(found.checkpoint) / LEDGER_COPY).is_file()
+
+
 def _with_copy(directory: RunDirectory, found: Return, why: str) -> Return:
     if found.checkpoint is not None:
-        copy = Path(found.checkpoint) / LEDGER_COPY
-        if not copy.is_file():
+        if not _has_copy(found):
             raise JournalError(
                 f"To go on without the journal, {found.checkpoint} must hold {LEDGER_COPY}, and does not: it was "
                 f"written by an earlier version. ({why}) Nothing was changed. {_new_run(found.checkpoint)}"
             )
-        read_copy(copy)
+        read_copy(Path(found.checkpoint) / LEDGER_COPY)
     return Return(checkpoint=found.checkpoint, step=found.step, problems=found.problems, forgets=why)
 
 
 def _useless(directory: RunDirectory, found: Return, reach: JournalReach) -> JournalError:
     path, where = directory.path, "the beginning" if found.checkpoint is None else Path(found.checkpoint).name
-    if found.checkpoint is None or (Path(found.checkpoint) / LEDGER_COPY).is_file():
+    if found.checkpoint is None or _has_copy(found):
         way = (
             f"Restore the journal from a copy, or go on without it: trl-ray resume {path} --from-checkpoint "
             f"{found.step} --new-journal, which generates the groups again that were on their way then."
@@ -262,7 +279,7 @@ def _leave_journal(directory: RunDirectory, back: Return) -> str:
     kept = ""
     for each in (directory.journal, directory.journal.with_name(f"{directory.journal.name}.payloads")):
         if each.exists():
-            aside = _free_name(each)
+            aside = free_name(each)
             os.replace(each, aside)
             kept = f"; the old one is kept as {aside.name}" if each == directory.journal else kept
     steps = f"steps {back.step + 1} to {last} are trained again, " if last > back.step else ""
@@ -271,8 +288,3 @@ def _leave_journal(directory: RunDirectory, back: Return) -> str:
         f"a new journal is begun from the ledger of step {back.step}, because {back.forgets}: {steps}{len(again)} "
         f"groups that were on their way then{named} are generated again{kept}"
     )
-
-
-def _free_name(path: Path) -> Path:
-    names = (path.with_name(f"{path.name}.left{number or ''}") for number in range(1000))
-    return next(name for name in names if not name.exists())

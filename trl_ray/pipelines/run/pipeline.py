@@ -356,7 +356,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
                     self._end(session.recorder, EventKind.RUN_FAILED, error)
                     raise
                 try:
-                    back = self._find_return(Wish(), reads_journal=False)
+                    back = self._find_return(Wish(), before=back)
                 except RunError as useless:
                     self._end(session.recorder, EventKind.RUN_FAILED, useless)
                     raise
@@ -399,7 +399,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             raise
         session.recorder.close()
 
-    def _find_return(self, wish: Wish, *, reads_journal: bool = True) -> Return:
+    def _find_return(self, wish: Wish, *, before: Return | None = None) -> Return:
         """Where the run goes on from; changes nothing. See `find_return`."""
         directory = RunDirectory.open_existing(self.config.output_dir)
         has_journal = self.resumes_within is not None
@@ -408,7 +408,7 @@ class Pipeline(TrainerMethods, ABC, Generic[ConfigT, PlanT]):
             origin=RunOrigin.of(self.config),
             wish=wish,
             has_journal=has_journal,
-            reads_journal=reads_journal,
+            before=before,
         )
 
     def _open_session(

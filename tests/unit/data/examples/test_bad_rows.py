@@ -250,6 +250,27 @@ def test_a_stream_drops_bad_rows_window_by_window_and_counts_them() -> None:
         list(stream_examples(stop, TOKENIZER, task=ExampleTask.SUPERVISED, dataset=BAD, seed=0))
 
 
+def test_a_later_window_of_bad_rows_alone_is_counted_and_passed_over() -> None:
+    config = SFTConfig(on_bad_row="drop", dataset_streaming=True, stream_window=2, max_steps=1, shuffle_dataset=False)
+    broken = {**ANSWER, "prompt": None}
+    rows = [ANSWER, broken, broken, broken, ANSWER, ANSWER]
+
+    def streamed(config: SFTConfig, rows: list[dict[str, Any]], start: int = 0) -> list[Any]:
+        given = {"task": ExampleTask.SUPERVISED, "dataset": rows, "start_window": start, "seed": 0}
+        return list(stream_examples(config, TOKENIZER, **given))
+
+    assert [(one.example.row, one.window, one.untrained) for one in streamed(config, rows)] == [
+        (0, 0, {Untrained.BAD_ROW: 1}),
+        (4, 2, {Untrained.BAD_ROW: 3}),
+        (5, 2, {Untrained.BAD_ROW: 3}),
+    ]
+    assert [one.example.row for one in streamed(config, rows, start=1)] == [4, 5]
+    with pytest.raises(InputError, match=r"Row 0 of the given list, field 'prompt'"):
+        streamed(config, rows[2:4])
+    with pytest.raises(InputError, match=r"cannot be used|Row 2"):
+        streamed(config.replace(on_bad_row="stop"), [ANSWER, ANSWER, broken, broken])
+
+
 TIE = {**PAIR, "rejected": "a"}
 
 

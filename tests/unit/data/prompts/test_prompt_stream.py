@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 import tracemalloc
 from typing import ClassVar
 
@@ -94,6 +95,37 @@ def test_from_a_checkpoint_on_follow_exactly_the_prompts_that_were_not_issued(fi
     after = opened(Rows(10))
     after.load_state_dict(state)
     assert [prompt.prompt_id for prompt in after.take(first, 30 - first)] == whole[first:]
+
+
+@pytest.mark.parametrize("resumes", [True, False], ids=["from a checkpoint", "without one"])
+def test_a_thread_that_a_session_left_behind_changes_nothing_for_the_next_one(resumes):
+    class Slow(Rows):
+        def __iter__(self):
+            for number, row in enumerate(super().__iter__()):
+                if number == 9 and threading.current_thread() is late:
+                    reads.set()
+                    assert may_go_on.wait(10)
+                yield row
+
+    reads, may_go_on, left = threading.Event(), threading.Event(), []
+    late = threading.Thread(target=lambda: left.extend(stream.take(8, 30)))
+    whole = [prompt.prompt_id for prompt in opened(Rows(10)).take(0, 30)]
+    stream = opened(Slow(10))
+    stream.take(0, 4)
+    state = stream.state_dict()
+    stream.take(4, 4)
+    late.start()
+    assert reads.wait(10)
+    if resumes:
+        stream.load_state_dict(state)
+    begin = 4 if resumes else 8
+    found = [prompt.prompt_id for prompt in stream.take(begin, 3)]
+    state = stream.state_dict()
+    may_go_on.set()
+    late.join()
+    assert len(left) == 30 and stream.state_dict() == state
+    found += [prompt.prompt_id for count in range(3, 20) for prompt in stream.take(begin + count, 1)]
+    assert found == whole[begin : begin + 20]
 
 
 def test_windows_that_are_read_and_not_issued_are_read_again():
@@ -190,8 +222,55 @@ def test_bad_rows_are_dropped_counted_and_told_once():
     late.take(0, 6)
     (told,) = late.news()
     assert told.startswith("1 row (5): Row 5 of the given Rows") and late.news() == ()
-    with pytest.raises(DataError, match="Row 4 of"):
-        opened(Rows(bad=[4, 5, 6, 7]), on_bad_row="drop").take(0, 6)
+    with pytest.raises(DataError, match=r"Row 4 of|cannot be used"):
+        opened(Rows(bad=[4, 5, 6, 7])).take(0, 6)
+
+
+def test_a_later_window_of_bad_rows_alone_is_counted_and_passed_over_where_they_are_dropped():
+    def bad_ones():
+        return opened(Rows(14, bad=[*range(4, 8), 9, 12, 13]), on_bad_row="drop", shuffle_dataset=False)
+
+    stream = bad_ones()
+    assert numbers(stream.take(0, 4)) == [0, 1, 2, 3] and stream.num_left_out == 0
+    found = stream.take(4, 5)
+    assert [prompt.prompt_id for prompt in found] == ["0:8", "0:10", "0:11", "1:0", "1:1"]
+    assert stream.num_left_out == 7 and stream.epochs_after(14) == 2.0  # 7 prompts are a pass
+    (told,) = stream.news()
+    assert told.startswith("4 rows (4, 5, 6, 7): Row 4 of the given Rows")
+    assert numbers(stream.take(5, 4)) == [10, 11, 0, 1]
+    assert numbers(bad_ones().first(99)) == [0, 1, 2, 3, 8, 10, 11]
+
+
+@pytest.mark.parametrize("issued", [0, 3, 4, 5, 6, 7, 11])
+def test_a_run_goes_on_from_a_checkpoint_beside_a_window_of_bad_rows_as_if_it_had_not_ended(issued):
+    def bad_ones():
+        return opened(Rows(14, bad=[*range(4, 8), 9, 12, 13]), on_bad_row="drop")
+
+    whole = [prompt.prompt_id for prompt in bad_ones().take(0, 30)]
+    before = bad_ones()
+    for ordinal in range(issued + 1):
+        before.take(ordinal, 1)
+    after = bad_ones()
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert after.num_left_out == before.num_left_out
+    assert [prompt.prompt_id for prompt in after.take(issued, 30 - issued)] == whole[issued:]
+
+
+def test_a_later_window_may_be_all_too_long_for_the_model():
+    rows = [{"prompt": text} for text in ("a", "b", "far too long", "too long as well", "c")]
+    stream = opened(rows, window=2, limit=5, on_bad_row="drop", shuffle_dataset=False)
+    assert [prompt.text for prompt in stream.take(0, 4)] == ["a", "b", "c", "a"] and stream.num_left_out == 2
+
+
+def test_a_first_window_of_bad_rows_alone_is_refused_in_every_pass():
+    with pytest.raises(DataError, match="Row 0 of"):
+        opened(Rows(8, bad=range(4)), on_bad_row="drop")
+    rows = Rows(8)
+    stream = opened(rows, on_bad_row="drop")
+    stream.take(0, 8)
+    rows.bad = set(range(8))
+    with pytest.raises(DataError, match="Row 0 of"):
+        stream.take(8, 1)
 
 
 def test_every_window_is_checked_as_a_dataset_is():

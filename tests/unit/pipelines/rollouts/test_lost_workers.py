@@ -7,7 +7,7 @@ import pytest
 
 from fakes import health, in_turn, until
 from rollout_actor_stage import Stage, report
-from trl_ray.errors import ActorLostError, AnswerLostError, LearnerLostError, RunError
+from trl_ray.errors import ActorLostError, AnswerLostError, ConfigError, LearnerLostError, ResourceError, RunError
 from trl_ray.runtime import waits
 from trl_ray.types import ActorReport, EventKind
 from virtual_time import run_in_virtual_time
@@ -15,12 +15,12 @@ from virtual_time import run_in_virtual_time
 
 @asynccontextmanager
 async def watched(stage):
-    """The actors started and under watch, and what is told of waits among their events."""
+    """The task that watches over the actors, which are started, and what is told of waits among their events."""
     with waits.heard_by(stage.events.append):
         await stage.start()
         watch = asyncio.create_task(stage.actors.supervisor.run())
         try:
-            yield
+            yield watch
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
@@ -208,6 +208,54 @@ def test_events_of_an_actor_that_hangs_hold_nobody_and_come_later():
     assert [each.events for each in run_in_virtual_time(run())] == [["first"], ["first"], ["late", "first"]]
 
 
+def test_a_worker_that_is_lost_too_often_waits_while_another_one_that_may_be_restarted_comes_back():
+    async def run():
+        stage.runtime.script["rollout-1+1"] = {"health": loads}
+        async with watched(stage) as watch:
+
+            async def lose(*names):
+                for name in names:
+                    stage.actors.supervisor.report(name, "it died")
+                    await asyncio.sleep(10)
+
+            await lose("rollout-0", "rollout-0+1", "rollout-0+2", "rollout-0+3", "rollout-1")
+            assert (working(stage), watch.done()) == ([], False)  # the one waits for steps, the other one loads
+            await asyncio.sleep(60)
+            await lose("rollout-1+1", "rollout-1+2")  # the last restart begins with a pause
+            assert (working(stage), watch.done()) == (["rollout-1+3"], False)
+            await lose("rollout-1+3")
+            with pytest.raises(RunError, match=r"rollout-\d may be restarted 3 times"):
+                watch.result()
+
+    async def loads():
+        await asyncio.sleep(30)
+        return health(pid=9)
+
+    stage = Stage(workers=2, max_restarts=3)
+    run_in_virtual_time(run())
+
+
+def test_a_worker_that_is_set_aside_is_one_that_may_yet_make_progress():
+    async def run():
+        async def pulls_late(shared, check):
+            await asyncio.sleep(100)
+            return report(shared, check)
+
+        async with watched(stage) as watch:
+            stage.runtime.handles["rollout-1"].answers["pull"] = pulls_late
+            await publish(stage, 1)
+            await stage.actors.pull()
+            assert working(stage) == ["rollout-0"]
+            stage.actors.supervisor.report("rollout-0", "it died")
+            await asyncio.sleep(10)
+            assert (working(stage), watch.done()) == ([], False)
+            await asyncio.sleep(100)
+            assert (working(stage), watch.done()) == (["rollout-1"], False)
+
+    stage = Stage(workers=2, max_restarts=0)
+    run_in_virtual_time(run())
+
+
 def test_a_worker_that_is_lost_too_often_where_no_other_one_works_ends_the_run():
     async def run():
         await stage.start()
@@ -216,4 +264,63 @@ def test_a_worker_that_is_lost_too_often_where_no_other_one_works_ends_the_run()
 
     stage = Stage(max_restarts=2)
     with pytest.raises(RunError, match=r"rollout-0 may be restarted 2 times \(runtime.max_restarts\).*gone"):
+        run_in_virtual_time(run())
+
+
+HELD = ResourceError("Free memory on device (9.1/139.8 GiB) is less than desired GPU memory utilization")
+
+
+def test_memory_that_a_lost_worker_still_holds_is_waited_for_with_the_waits_of_restarts():
+    async def run():
+        await stage.start()
+        stage.runtime.script = {f"rollout-0+{number}": {"health": HELD} for number in (1, 2, 3)}
+        begin = asyncio.get_running_loop().time()
+        await stage.lose("rollout-0")
+        return asyncio.get_running_loop().time() - begin
+
+    stage = Stage()
+    assert round(run_in_virtual_time(run())) == 0 + 1 + 2 + 4
+    assert working(stage) == ["rollout-0+4"]
+    lost = stage.told(EventKind.ACTOR_LOST)
+    assert [name for name, _ in lost] == ["rollout-0", "rollout-0+1", "rollout-0+2", "rollout-0+3"]
+    assert lost[1][1]["reason"] == str(HELD)
+    assert [line for line in stage.runtime.log if line.startswith("end")][1:] == [
+        f"end rollout-0+{n}" for n in (1, 2, 3)
+    ]
+
+
+def test_memory_that_is_never_free_ends_the_run_once_restarts_are_used_up():
+    async def run():
+        await stage.start()
+        stage.runtime.script = {f"rollout-0+{number}": {"health": HELD} for number in range(1, 9)}
+        await stage.lose("rollout-0")
+
+    stage = Stage(max_restarts=2)
+    with pytest.raises(RunError, match=r"rollout-0 may be restarted 2 times.*Free memory on device"):
+        run_in_virtual_time(run())
+
+
+@pytest.mark.parametrize("broken", [{1: HELD}, {1: ActorLostError("gone"), 2: HELD}])
+def test_a_place_in_which_none_has_worked_yet_and_that_has_too_little_memory_ends_the_run(broken):
+    async def run():
+        stage.runtime.full = {1}
+        await stage.start()
+        names = {1: "rollout-1", 2: "rollout-1+1"}
+        stage.runtime.script = {names[number]: {"health": error} for number, error in broken.items()}
+        stage.runtime.full = set()
+        await stage.actors._add_worker(1)
+
+    stage = Stage(workers=2)
+    with pytest.raises(ResourceError, match="Free memory on device"):
+        run_in_virtual_time(run())
+
+
+def test_options_that_no_worker_can_start_with_are_not_tried_again():
+    async def run():
+        await stage.start()
+        stage.runtime.script = {"rollout-0+1": {"health": ConfigError("rollout.dtype must be another")}}
+        await stage.lose("rollout-0")
+
+    stage = Stage()
+    with pytest.raises(ConfigError, match=r"rollout\.dtype"):
         run_in_virtual_time(run())

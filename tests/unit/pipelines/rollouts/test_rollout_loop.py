@@ -286,6 +286,41 @@ def test_a_worker_that_does_not_pull_keeps_no_run_that_is_to_end(tmp_path: Path)
     assert run.logged("publish", "pull ends", "save") == ["publish 1", "save 2", "save 2"]
 
 
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_workers_without_the_weights_of_a_step_are_not_evaluated_for_it_before_a_run_ends(
+    tmp_path: Path, max_staleness: int
+) -> None:
+    run = RolloutRun(tmp_path, max_staleness=max_staleness, eval_steps=2, eval_on_start=False)
+
+    def on_step(step: int) -> None:
+        if step == 2 - max_staleness:
+            run.actors.may_pull.clear()
+        if step == 2:
+            run.stop.request("SIGINT", in_haste=False)
+            run.stop.tell()
+
+    run.actors.on_step = on_step
+    with pytest.raises(InterruptedRun, match="after step 2; go on with"):
+        run.go()
+    assert run.logged("evaluate") == []
+    assert "the evaluation after step 2 was given up: SIGINT" in str(run.lines("events.jsonl"))
+    assert json.loads(run.actors.files[2]["best.json"])["best"] is None
+
+
+def test_an_evaluation_that_is_given_up_while_it_waits_for_a_pull_leaves_the_checkpoint(tmp_path: Path) -> None:
+    run = RolloutRun(tmp_path, eval_steps=2, eval_on_start=False)
+
+    def on_step(step: int) -> None:
+        if step == 2:
+            run.actors.may_pull.clear()
+            asyncio.get_running_loop().call_later(0.2, hurry, run)
+
+    run.actors.on_step = on_step
+    with pytest.raises(InterruptedRun, match="SIGTERM: interrupted after step 2; go on with"):
+        run.go()
+    assert (list(run.actors.files), run.logged("evaluate")) == ([2], [])
+
+
 def test_a_run_ends_in_order_when_a_callback_asks_for_it(tmp_path: Path) -> None:
     run = RolloutRun(tmp_path, save_steps=3, callbacks=(Asks("should_training_stop", at=3),)).go()
     assert run.logged("save", "train_end") == ["save 3", "save 3", "train_end 3"]

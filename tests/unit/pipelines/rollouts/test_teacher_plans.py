@@ -72,6 +72,17 @@ def test_a_pipeline_without_teachers_has_none(student: str) -> None:
     assert (arguments.learner["teacher"], arguments.rollout["teaching"], arguments.teachers) == (None, None, ())
 
 
+def test_held_out_answers_have_the_policys_log_probs_where_the_held_out_loss_reads_them(
+    student: str, teacher: str
+) -> None:
+    def asked(**changes: Any) -> bool:
+        made = distilling(student, teacher, top_p=0.9, **changes)
+        arguments = made.arguments(journal="j", checkpoint=None, resume_from=None, incarnation="i")
+        return bool(arguments.rollout["evaluates_with_policy"])
+
+    assert asked(distillation_objective="iw_opd") and not asked()
+
+
 def test_self_distillation_without_weight_asks_nobody_and_refuses_no_prompt(student: str) -> None:
     rows = [{"prompt": [*row["prompt"], {"role": "assistant", "content": "It is"}]} for row in CHAT]
     assert self_distilling(student, rows=rows, distillation_weight=0.0).teachers is None

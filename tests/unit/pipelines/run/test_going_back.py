@@ -134,7 +134,7 @@ def test_the_new_journal_has_the_account_of_the_checkpoint_and_restarts_to_the_s
     run.journal.unlink()
     for incarnation in ("two", "two"):
         store = DurableLedger(
-            path=run.journal, rules=RULES, incarnation=incarnation, now=0.0, resume_from_step=2, copy=copy
+            path=run.journal, rules=RULES, incarnation=incarnation, now=0.0, resume_from_step=2, copy=lambda: copy
         )
         with closing(store):
             store.check()
@@ -165,6 +165,50 @@ def test_a_journal_that_is_lost_is_told_with_what_is_left_and_what_to_do(run: Ru
     told = leave_aside(run, back)[-1]
     assert "2 groups that were on their way then (8, 9) are generated again" in told
     assert ("kept as journal.bin.left" in told) == (how != "missing")
+
+
+def test_a_start_that_ended_between_the_two_journals_is_gone_on_with(run: RunDirectory) -> None:
+    damage_checkpoints(run, 3, 4)
+    leave_aside(run, look(run))
+    for begun in (None, b"", b"trl_ray-journal 1\n"):
+        if begun is not None:
+            run.journal.write_bytes(begun)
+        back = look(run)
+        assert back.step == 2 and back.ledger_copy == str(run.checkpoint(2) / LEDGER_COPY)
+        told = leave_aside(run, back)[-1]
+        assert "an earlier start left the journal aside (journal.bin.left" in told
+        assert "2 groups that were on their way then (4, 5) are generated again" in told
+    copy = read_copy(run.checkpoint(2) / LEDGER_COPY)
+    given = {"path": run.journal, "rules": RULES, "incarnation": "two", "now": 0.0}
+    DurableLedger(**given, resume_from_step=2, copy=lambda: copy).close()  # type: ignore[arg-type]
+    assert look(run) == Return(checkpoint=str(run.checkpoint(2)), step=2)
+
+
+def test_a_journal_that_was_left_is_no_excuse_where_the_checkpoint_has_no_copy(run: RunDirectory) -> None:
+    leave_aside(run, look(run, at=2, new_journal=True))
+    save(run, 3, None)
+    with pytest.raises(JournalError, match=r"it is empty or missing.*Begin a new run from its weights"):
+        look(run)
+
+
+def test_a_session_that_was_lost_before_the_new_journal_was_begun_leaves_its_reason_to_the_next(
+    run: RunDirectory,
+) -> None:
+    def again(before: Return) -> Return:
+        return find_return(run, origin=ORIGIN, has_journal=True, before=before)
+
+    run.journal.unlink()  # nothing is left aside that could tell of it
+    first = look(run, new_journal=True)
+    leave_aside(run, first)
+    second = again(first)
+    assert second == first and second.ledger_copy is not None
+    copy = read_copy(second.ledger_copy)
+    given = {"path": run.journal, "rules": RULES, "incarnation": "two", "now": 0.0}
+    DurableLedger(**given, resume_from_step=4, copy=lambda: copy).close()  # type: ignore[arg-type]
+    third = again(second)
+    assert third == Return(checkpoint=str(run.checkpoint(4)), step=4)
+    damage(run.journal)
+    assert again(third) == third  # in order as far as this process knows: the queue alone opens it
 
 
 def test_without_a_copy_of_the_ledger_the_weights_are_left(run: RunDirectory) -> None:

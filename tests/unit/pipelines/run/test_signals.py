@@ -28,6 +28,18 @@ def handler(number: int, given):
         signal.signal(number, before)
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    """Whoever started the tests may ignore signals, as nohup and background jobs do; that is inherited."""
+    with (
+        handler(signal.SIGINT, signal.default_int_handler),
+        handler(signal.SIGTERM, signal.SIG_DFL),
+        handler(signal.SIGHUP, signal.SIG_DFL),
+        handler(signal.SIGUSR1, signal.SIG_DFL),
+    ):
+        yield
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_the_first_signal_is_a_wish_that_the_run_hears(name: str) -> None:
     haste = name == "SIGTERM"
