@@ -101,7 +101,10 @@ class Isolation(enum.StrEnum):
     """Where the user's reward functions run; those of this package and TRL are always behind walls."""
 
     PROCESS = "process"
-    """In one child process, which can be killed when it hangs; they may keep state, read files and talk to servers."""
+    """In one child process, which can be killed when it hangs; they may keep state, read files and talk to servers.
+
+    They can neither mount nor gain rights by setuid programs: bubblewrap, nsjail and apptainer do not work in them.
+    """
     SANDBOX = "sandbox"
     """Each group in a new process without network, files and state."""
     INLINE = "inline"
@@ -457,6 +460,8 @@ class RewardConfig(Section):
     num_cpus: Annotated[float, Field(ge=0)] = 0.0
     """CPUs that Ray sets aside for each reward worker."""
     isolation: Annotated[Isolation, FROM_STRING] = Isolation.PROCESS
+    """Where your functions run: one process for all groups, a new one behind walls per group (sandbox), or inline. None
+    may mount or use setuid programs (bubblewrap, nsjail, apptainer), but inline."""
     max_failures_in_a_row: Positive = 20
     """Groups in a row whose rewards failed, after which the run stops."""
 

@@ -33,7 +33,7 @@ def run_functions(first: dict[str, Any], request_fd: int, reply_fd: int) -> None
 
     Functions are called one group after the other; while those of one are awaited, the next group begins.
     """
-    missing = _hold_in()
+    missing = _hold_in(wire.Lifetime(first["lifetime"]))
     reply, specs = _Reply(reply_fd), [wire.spec_from_json(value) for value in first["functions"]]
     if first["memory_bytes"] is not None:
         resource.setrlimit(resource.RLIMIT_AS, (first["memory_bytes"], first["memory_bytes"]))
@@ -55,18 +55,20 @@ def serve_groups(functions: tuple[NamedFunction, ...], request_fd: int, reply_fd
         runner.run(_serve(functions, inbox, reply, may_abstain=may_abstain))
 
 
-def _hold_in() -> dict[str, str]:
-    """What functions of the user's cannot do: signal processes outside, or read their environment and memory."""
+def _hold_in(lifetime: wire.Lifetime) -> dict[str, str]:
+    """Take from the user's functions signals to processes outside, and the sight of their environment and memory.
+
+    The answer is which walls should stand by `lifetime` and do not. Those of the user's own functions that asked for
+    none are not among them: where the kernel cannot hold such functions in, they are as trusted as the program.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if not hasattr(os, "pidfd_open"):
-        return {"all walls": "they are Linux's"}
+        return {} if lifetime is wire.Lifetime.RUN else {"all walls": "they are Linux's"}
     with suppress(OSError):
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
-    try:
+    with suppress(OSError):
         landlock.restrict_reach()
         linux.drop_capabilities(linux.CAPABILITIES_TO_LOOK)
-    except OSError as error:
-        return {"processes of others out of reach": str(error)}
     return {}
 
 

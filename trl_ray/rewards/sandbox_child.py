@@ -29,6 +29,8 @@ from trl_ray.rewards.jail.namespaces import end_as, forked
 from trl_ray.rewards.jail.walls import Walls, kill_descendants
 from trl_ray.rewards.reward_registry import PREPARATIONS
 
+_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
 
 def main(request_fd: int, reply_fd: int, lifeline_fd: int, folder: str) -> None:
     """Do as the first frame says; remove `folder` at the end, however early that comes.
@@ -71,6 +73,8 @@ def _serve(pipes: Pipes, folder: str) -> int | None:
         return _watch_over(lambda: run_functions(first, request_fd, reply_fd), pipes)
     walls = Walls(memory_bytes=first["memory_bytes"])
     walls.build()
+    # Read when a library is loaded. Threads of OpenMP's that computed before a fork are waited for in vain after it.
+    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
     specs = [wire.spec_from_json(value) for value in first["functions"]]
     functions = load_functions(specs, first, lambda frame: wire.write_frame(reply_fd, frame))
     walls.look(folder)

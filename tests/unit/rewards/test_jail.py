@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from trl_ray.rewards.reward_registry import make_spec
+from trl_ray.rewards.reward_registry import RewardSpec, make_spec
 from trl_ray.rewards.sandbox import Sandbox
 from trl_ray.rewards.sandbox_messages import Lifetime
 from trl_ray.rewards.scoring import GroupInput
@@ -186,11 +186,46 @@ def test_what_an_answer_must_not_do_is_refused(box: Sandbox, targets: dict[str, 
         "URLError",
     )
     got_through = {name: text for name, text in zip(REFUSED, said, strict=False) if not text.startswith(refusals)}
+    # Where it gets through, that is the group's own, which the end of this test and the next one look at.
+    got_through.pop("write to shared memory", None)
     assert got_through == {"raise its limits": "ValueError: not allowed to raise maximum limit"}
     assert scored.rewards[-1].total == 1.0
     assert not Path(targets["canary"]).exists() and Path(targets["secret"]).read_text() == "token-canary"
     for folder in ("/tmp", "/dev/shm"):
         assert not Path(folder, targets["canary"].replace("/", "_")).exists()
+
+
+USES_SHARED_MEMORY = """
+import errno, multiprocessing, os
+from concurrent.futures import ProcessPoolExecutor
+
+found = os.listdir("/dev/shm")
+queue = multiprocessing.Queue()
+process = multiprocessing.Process(target=queue.put, args=(7,))
+process.start()
+got = queue.get(timeout=10)
+process.join()
+with ProcessPoolExecutor(2) as pool, multiprocessing.Pool(2) as other:
+    sums = [*pool.map(abs, [-1, -2]), *other.map(abs, [-3])]
+try:
+    with open("/dev/shm/trl-ray-canary", "wb") as file:
+        for _ in range(17):
+            file.write(bytes(2**20))
+except OSError as error:
+    said = [found, got, sums, errno.errorcode[error.errno]]
+"""
+
+
+def test_shared_memory_is_the_group_s_own_and_bounded_and_holds_queues_and_pools_of_processes(
+    box: Sandbox, missing: dict[str, str]
+) -> None:
+    if missing or not Path("/dev/shm").is_dir():
+        pytest.skip(f"not all walls stand here: {missing}")
+    for _ in range(2):
+        scored = score(box, USES_SHARED_MEMORY)
+        assert scored.failure is None
+        assert scored.rewards[0].extra["said"] == [[], 7, [1, 2, 3], "ENOSPC"]
+    assert not Path("/dev/shm/trl-ray-canary").exists()
 
 
 def test_its_environment_is_an_allow_list_wherever_it_looks(box: Sandbox) -> None:
@@ -358,5 +393,44 @@ def test_a_group_with_a_user_of_its_own_reaches_its_folder_by_its_path(tmp_path:
         scored = score(made, "x")
         assert scored.failure is None
         assert scored.rewards[0].extra["said"] == [0x70001234, True, ["mine"]]
+    finally:
+        made.close()
+
+
+# What torch sums before the fork starts OpenMP's threads, which a fork lacks and would wait for.
+COMPUTES_WHEN_LOADED = """
+import os
+{}
+
+def computed():
+    return [({}), os.environ["OMP_NUM_THREADS"]]
+
+loaded = computed()
+
+def grade(completions, log_extra, **columns):
+    log_extra("said", [loaded + computed()])
+    return [1.0]
+"""
+
+
+@pytest.mark.parametrize(
+    ("imports", "computes"),
+    [
+        ("", "2e6"),
+        pytest.param("import torch", "(torch.ones(1000, 1000) + 1).sum().item()", marks=pytest.mark.long),
+    ],
+    ids=["environment", "torch"],
+)
+def test_what_computes_when_functions_are_loaded_does_so_again_for_every_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, imports: str, computes: str
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    (tmp_path / "sums.py").write_text(COMPUTES_WHEN_LOADED.format(imports, computes))
+    spec = RewardSpec(name="grade", reference=f"{tmp_path / 'sums.py'}:grade")
+    made = Sandbox(functions=[spec], weights=None, timeout_s=10.0, lifetime=Lifetime.GROUP)
+    try:
+        scored = score(made, "x")
+        assert scored.failure is None
+        assert scored.rewards[0].extra["said"] == [2e6, "1", 2e6, "1"]
     finally:
         made.close()

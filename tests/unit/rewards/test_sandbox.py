@@ -8,8 +8,10 @@ from contextlib import contextmanager
 
 import pytest
 
+from trl_ray.rewards import function_process
 from trl_ray.rewards.reward_registry import make_spec
 from trl_ray.rewards.sandbox import Sandbox
+from trl_ray.rewards.sandbox_messages import Lifetime
 from trl_ray.rewards.sandbox_process import LOG_BYTES, child_environment
 from trl_ray.rewards.scoring import GroupInput
 from trl_ray.types import RewardErrorKind
@@ -229,6 +231,19 @@ def test_functions_of_the_users_can_neither_look_into_other_processes_nor_signal
         said = score(box, str(os.getpid()), __file__).rewards[0].extra["said"]
         assert said[:4] == ["PermissionError"] * 4
         assert "test_functions_of_the_users" in said[4]  # files are theirs
+
+
+def test_walls_that_nobody_asked_for_are_not_missed(monkeypatch):
+    def refuse():
+        raise OSError("landlock: Function not implemented")
+
+    monkeypatch.setattr(function_process.landlock, "restrict_reach", refuse)
+    monkeypatch.setattr(function_process.linux, "prctl", lambda *given: 0)
+    monkeypatch.setattr(function_process.resource, "setrlimit", lambda *given: None)
+    assert function_process._hold_in(Lifetime.RUN) == {}
+    monkeypatch.delattr(os, "pidfd_open", raising=False)  # a machine that is not Linux
+    assert function_process._hold_in(Lifetime.RUN) == {}
+    assert function_process._hold_in(Lifetime.GROUP) == {"all walls": "they are Linux's"}
 
 
 def test_a_process_that_leaves_its_session_and_drops_its_environment_is_killed_too(tmp_path):

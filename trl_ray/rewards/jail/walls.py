@@ -26,6 +26,8 @@ from trl_ray.rewards.jail.syscall_filter import Ban, forbid
 MEMORY_BYTES = 2 * 2**30
 """That a group's process may have beside what its functions hold when they are loaded."""
 FOLDER_BYTES = 64 * 2**20
+SHARED_BYTES = 16 * 2**20
+"""Of a group's own /dev/shm, which holds the semaphores of queues and pools of processes."""
 MAX_PROCESSES = 304
 """No pid namespace takes a lower limit."""
 MAX_FILES = 256
@@ -35,8 +37,12 @@ _SYSTEM = (
     *("/etc/group", "/etc/fonts", "/dev/zero", "/dev/random", "/dev/urandom"),
 )
 _DEVICES = ("/dev/null",)
+_SHARED = "/dev/shm"
 _PACKAGE = str(Path(__file__).parents[2])
-_ENVIRONMENT = ("PATH", "LANG", "TZ", "PYTHONPATH", "OMP_NUM_THREADS", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+_ENVIRONMENT = (
+    *("PATH", "LANG", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+)
 
 
 class Walls:
@@ -49,7 +55,7 @@ class Walls:
         self._readable: tuple[str, ...] = ()
         self._user: int | None = None
         self._start: Callable[[Callable[[], object]], int] = namespaces.forked
-        self._proc = self._pids = self._landlock = self._seccomp = False
+        self._proc = self._pids = self._shared = self._landlock = self._seccomp = False
 
     def build(self) -> None:
         """Prepare; to be called while this process has one thread."""
@@ -78,6 +84,8 @@ class Walls:
         self._seccomp = self._holds("network, and calls of the kernel (seccomp)", lambda: forbid(Ban.JAIL))
         needed = [os.__file__, f"{_PACKAGE}/__init__.py", sys.prefix]
         self._user = namespaces.own_user(needed, folder=folder)
+        # Not a wall: without it, functions have no queues of processes.
+        self._shared = self._proc and self._trial(self._mount_shared) is None
         self._pids = self._proc and self._trial(self._limit_pids) is None
         if not (self._pids or self._counts_processes):
             self.missing["number of processes"] = "it takes Linux 6.14, a user namespace, or a user of its own"
@@ -91,6 +99,10 @@ class Walls:
 
     def _trial(self, step: Callable[[], object]) -> str | None:
         return namespaces.possible(step, start=self._start)
+
+    def _mount_shared(self) -> None:
+        namespaces.mount_own_proc()
+        namespaces.mount_folder(_SHARED, size_bytes=SHARED_BYTES, user=os.getuid())
 
     def _limit_pids(self) -> None:
         namespaces.mount_own_proc()
@@ -123,6 +135,8 @@ class Walls:
         if self._proc:
             namespaces.mount_own_proc()
             namespaces.mount_folder(folder, size_bytes=FOLDER_BYTES, user=user)
+            if self._shared:
+                namespaces.mount_folder(_SHARED, size_bytes=SHARED_BYTES, user=user)
             if self._pids:
                 namespaces.limit_pids(MAX_PROCESSES)
         elif self._user is not None:
@@ -162,7 +176,8 @@ class Walls:
 
     def _rules(self, folder: str) -> landlock.Rules:
         proc = ("/proc",) if self._proc else ()
-        return landlock.Rules(readable=(*self._readable, *proc), writable=(folder, *_DEVICES))
+        shared = (_SHARED,) if self._shared else ()
+        return landlock.Rules(readable=(*self._readable, *proc), writable=(folder, *_DEVICES, *shared))
 
 
 def readable_paths() -> tuple[str, ...]:
