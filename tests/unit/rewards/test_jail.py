@@ -68,15 +68,30 @@ def score(made: Sandbox, *texts: str, **columns: Any) -> ScoredGroup:
 
 
 def in_other_namespaces() -> set[str]:
-    """Processes that are not in this process's pid namespace: those of groups, while they live."""
+    """Processes that are not in this process's pid namespace: those of groups, while they live.
+
+    Other test processes have groups as well: only those below this process count, and those that nobody has any more.
+    """
     found, own = set(), os.readlink("/proc/self/ns/pid")
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if os.readlink(f"/proc/{entry}/ns/pid") != own:
-                found.add(entry)
+            if os.readlink(f"/proc/{entry}/ns/pid") != own and (above := ancestors(entry))[-1:] != ["gone"]:
+                found |= {entry} if str(os.getpid()) in above or len(above) == 1 else set()
         except OSError:
             continue
     return found
+
+
+def ancestors(entry: str) -> list[str]:
+    """Of a process, from its parent to the first of all; `gone` at the end where one ended meanwhile."""
+    above = []
+    while entry not in ("0", "1"):
+        try:
+            entry = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            return [*above, "gone"]
+        above.append(entry)
+    return above
 
 
 def holding(text: str) -> set[str]:
