@@ -6,7 +6,7 @@ from tiny_models import build_tiny_model
 from trl_ray.engines.factory import create_engine
 from trl_ray.errors import ConfigError, ResourceError
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 
 def test_vllm_names_our_options_where_it_cannot_start(tmp_path):

@@ -21,7 +21,7 @@ from runs import PROMPTS, assert_balanced, events, ledger, lines, values
 from tiny_models import build_tiny_model
 from warm_processes import warm_python
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 REWARD = """from counting import vowels_in
 

@@ -116,6 +116,7 @@ def test_what_was_read_before_a_bad_row_is_trained_and_kept(model: str, tmp_path
     assert any("1 row (9)" in event["detail"]["detail"] for event in events(run, "warning"))
 
 
+@pytest.mark.long
 def test_every_pipeline_reads_streams_and_evaluates_on_the_first_rows_of_one(model: str, tmp_path: Path) -> None:
     streams = {"train_dataset": endless(), "eval_dataset": endless()}
     options = {"max_steps": 1, "stream_window": 8, "eval_steps": 1, "eval_num_prompts": 3}
