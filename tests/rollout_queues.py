@@ -86,3 +86,19 @@ async def fill(queue: RolloutQueue, count: int = 4) -> list[GroupTicket]:
 
 async def kinds(queue: RolloutQueue) -> list[EventKind]:
     return [event.kind for event in (await queue.drain()).events]
+
+
+async def with_first_step_taken(folder: Path) -> RolloutQueue:
+    """A new queue with four finished groups, of which the learner has taken two for step 1."""
+    queue = make(folder)
+    for ticket in await fill(queue):
+        await queue.commit(group=finished(ticket))
+    await queue.take(n=2, step=1, wait_s=0)
+    return queue
+
+
+async def with_first_step_trained(folder: Path) -> RolloutQueue:
+    """The same, once step 1 is trained."""
+    queue = await with_first_step_taken(folder)
+    await queue.trained(step=1)
+    return queue

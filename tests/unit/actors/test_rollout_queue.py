@@ -9,16 +9,22 @@ from typing import Any
 
 import pytest
 
-from rollout_queues import Clock, fill, finished, kinds, make, prompts, run
+from rollout_queues import (
+    Clock,
+    fill,
+    finished,
+    kinds,
+    make,
+    prompts,
+    run,
+    with_first_step_taken,
+    with_first_step_trained,
+)
 from trl_ray.buffer.compaction import Compaction
 from trl_ray.buffer.entry import Outcome, State
 from trl_ray.buffer.journal import Journal
 from trl_ray.errors import CheckpointError, DataError, JournalError
-from trl_ray.types import (
-    DropReason,
-    EventKind,
-    FinishReason,
-)
+from trl_ray.types import DropReason, EventKind, FinishReason
 from trl_ray.wire.worker_news import GroupFailed, GroupGenerated, finished_group
 
 
@@ -146,11 +152,7 @@ def test_a_torn_record_is_cut_off_and_reported(tmp_path: Path) -> None:
 
 def test_a_resume_trains_again_what_came_after_the_checkpoint_and_happens_once(tmp_path: Path) -> None:
     async def scenario() -> None:
-        queue = make(tmp_path)
-        for ticket in await fill(queue):
-            await queue.commit(group=finished(ticket))
-        await queue.take(n=2, step=1, wait_s=0)
-        await queue.trained(step=1)
+        queue = await with_first_step_trained(tmp_path)
         await queue.checkpoint(step=1)
         await queue.take(n=2, step=2, wait_s=0)
         await queue.trained(step=2)
@@ -171,11 +173,7 @@ def test_a_resume_trains_again_what_came_after_the_checkpoint_and_happens_once(t
 
 def test_a_queue_that_went_on_from_a_copy_restarts_without_it(tmp_path: Path) -> None:
     async def scenario() -> None:
-        queue = make(tmp_path)
-        for ticket in await fill(queue):
-            await queue.commit(group=finished(ticket))
-        await queue.take(n=2, step=1, wait_s=0)
-        await queue.trained(step=1)
+        queue = await with_first_step_trained(tmp_path)
         copy = tmp_path / "ledger_copy.json"
         copy.write_bytes(await queue.ledger_copy(step=1))
         queue.close(reason="test")
@@ -319,10 +317,7 @@ def test_a_group_whose_reward_keeps_failing_is_dropped_for_that_reason(tmp_path:
 
 def test_a_skipped_step_drops_its_groups_and_the_next_step_goes_on(tmp_path: Path) -> None:
     async def scenario() -> None:
-        queue = make(tmp_path)
-        for ticket in await fill(queue):
-            await queue.commit(group=finished(ticket))
-        await queue.take(n=2, step=1, wait_s=0)
+        queue = await with_first_step_taken(tmp_path)
         await queue.skip(step=1)
         assert [g.ticket.group_id for g in await queue.take(n=2, step=2, wait_s=0)] == [2, 3]
         assert (await queue.snapshot()).dropped == {"numerics": 2}
@@ -538,11 +533,7 @@ def test_a_journal_that_cannot_be_compacted_stays_long_and_the_queue_goes_on(
         raise OSError(28, "No space left on device")
 
     async def scene() -> None:
-        queue = make(tmp_path)
-        for ticket in await fill(queue):
-            await queue.commit(group=finished(ticket))
-        await queue.take(n=2, step=1, wait_s=0)
-        await queue.trained(step=1)
+        queue = await with_first_step_trained(tmp_path)
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", full)
             await queue.checkpoint(step=1)
@@ -566,10 +557,7 @@ def test_a_finished_step_waits_for_the_disk_beside_other_calls_and_a_repeated_ca
         synced.append(file)
 
     async def scene() -> None:
-        queue = make(tmp_path)
-        for ticket in await fill(queue):
-            await queue.commit(group=finished(ticket))
-        await queue.take(n=2, step=1, wait_s=0)
+        queue = await with_first_step_taken(tmp_path)
         monkeypatch.setattr(os, "fdatasync", slow_sync)
         both = [asyncio.create_task(queue.trained(step=1)) for _ in range(2)]
         assert len(await queue.take(n=2, step=2, wait_s=0)) == 2
@@ -587,10 +575,7 @@ def test_a_disk_that_fails_is_the_queues_problem(tmp_path: Path, monkeypatch: py
         raise OSError(5, "Input/output error")
 
     async def scene() -> None:
-        queue = make(tmp_path)
-        for ticket in await fill(queue):
-            await queue.commit(group=finished(ticket))
-        await queue.take(n=2, step=1, wait_s=0)
+        queue = await with_first_step_taken(tmp_path)
         monkeypatch.setattr(os, "fdatasync", broken)
         with pytest.raises(JournalError, match="must reach its disk"):
             await queue.trained(step=1)
